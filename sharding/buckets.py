@@ -1,0 +1,42 @@
+"""Duration bins fitted to the whole histogram: where to draw the edges so that the least area is padding."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESOLUTION_SEC = 0.1
+
+
+def fit_bins(seconds: Sequence[float], num_buckets: int) -> tuple[float, ...]:
+    """Upper edges, in seconds, of at most `num_buckets` bins that minimise the padding of clips to their bin's edge.
+
+    The optimum over a histogram of 0.1 s cells, by dynamic programming; O(buckets × cells²). Empty cells between
+    the clips never become an edge, so fewer, better bins come back where the corpus has few distinct lengths.
+    """
+    if not seconds:
+        return (RESOLUTION_SEC,)
+    cells = np.maximum(np.ceil(np.asarray(seconds) / RESOLUTION_SEC - 1e-9).astype(np.int64), 1)
+    edges, counts = np.unique(cells, return_counts=True)  # (C,) ascending
+    clips_before = np.concatenate([[0], np.cumsum(counts)])
+    # cost[j] after k bins: padded area, in clips × cells, of the first j distinct lengths
+    cost = np.concatenate([[0.0], edges * clips_before[1:]])
+    choices = []
+    for _ in range(min(num_buckets, len(edges)) - 1):
+        area = np.full((len(edges) + 1, len(edges) + 1), np.inf)  # [j, i]: bins cover i lengths, the next reaches j
+        rows, columns = np.tril_indices(len(edges) + 1, -1)
+        area[rows, columns] = cost[columns] + edges[rows - 1] * (clips_before[rows] - clips_before[columns])
+        area[0, 0] = 0.0
+        choices.append(area.argmin(axis=1))
+        cost = area.min(axis=1)
+    bins, end = [], len(edges)
+    for choice in [*reversed(choices), None]:
+        if end == 0:
+            break
+        bins.append(round(float(edges[end - 1] * RESOLUTION_SEC), 1))
+        end = 0 if choice is None else int(choice[end])
+    return tuple(reversed(bins))
+
+
+def bucket_of(seconds: float, bins: Sequence[float]) -> int:
+    """The first bin whose upper edge is not exceeded; what is longer than all goes to the last."""
+    return min(int(np.searchsorted(bins, seconds - 1e-9)), len(bins) - 1)

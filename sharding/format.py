@@ -1,0 +1,345 @@
+"""The only file that knows the bytes of a shard and of an index.
+
+A shard is a WebDataset tar: `<key>.flac` and `<key>.json` for each sample, in ustar headers that carry no date and
+no owner, so that the same samples always make the same bytes. Beside it stands `<shard>.idx.zst`; over all of them
+`index.json` and `samples.bin.zst`.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+import zstandard
+
+from sharding.audio import SAMPLE_RATE
+from sharding.errors import ShardError, StoreError
+from sharding.store import Store
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+SAMPLES_NAME = "samples.bin.zst"
+SPLITS = ("train", "valid", "unlabelled")
+BLOCK = 512  # a tar is made of blocks of this many bytes
+END_OF_ARCHIVE = bytes(2 * BLOCK)
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # row in ShardIndex.shards
+        ("offset", "<u8"),  # of the sample's first header in its tar, bytes
+        ("bytes", "<u4"),  # from there to the end of its last member's padding
+        ("samples", "<u4"),  # length at 16 kHz
+        ("label_length", "<u4"),  # symbols
+        ("checksum", "<u8"),  # xxh3-64 of those bytes
+    ]
+)
+SampleTable = npt.NDArray[np.void]  # (N,) of SAMPLE_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One clip, or one piece of a long recording, as it lies in a shard."""
+
+    key: str
+    audio: bytes  # FLAC, 16 kHz, mono
+    text: str
+    label_status: str  # labelled | quarantine | unlabelled | reference
+    utterance_id: str
+    child_id: str = ""
+    session_id: str = ""
+    corpus: str = ""
+    age_bucket: str = ""
+    parent_id: str | None = None  # the recording that this piece was cut from
+    parent_text: str | None = None  # its whole label, where the piece's own is not certain
+    piece: int = 0
+    pieces: int = 1
+    start_sec: float | None = None
+    end_sec: float | None = None
+
+    @property
+    def recording_id(self) -> str:
+        """What is scored as one: the clip itself, or the recording that the piece belongs to."""
+        return self.parent_id or self.utterance_id
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One row of index.json: what a shard must turn out to be."""
+
+    name: str  # train/b03-00017.tar
+    split: str
+    bucket: int
+    count: int
+    bytes: int
+    samples: int  # audio samples at 16 kHz, all clips together
+    checksum: str  # xxh3-64 of the whole tar, hexadecimal
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """Everything the planner needs, readable without any audio."""
+
+    duration_bins: tuple[float, ...]  # upper edge of each bucket, seconds
+    settings: dict[str, Any]  # of the build; no paths, no worker count
+    settings_hash: str
+    sources_hash: str
+    notes: dict[str, Any]  # what a scorecard must repeat: how validation was split, how many clips it lost
+    shards: tuple[ShardEntry, ...]
+    samples: SampleTable
+    digest: str = ""
+
+    def split(self, name: str) -> npt.NDArray[np.int64]:
+        """Rows of `samples` that belong to the shards of a split, in shard order, shape (n,)."""
+        wanted = np.array([shard.split == name for shard in self.shards], bool)
+        return np.flatnonzero(wanted[self.samples["shard"]]) if len(self.samples) else np.zeros(0, np.int64)
+
+
+def escape_key(utterance_id: str) -> str:
+    """A key WebDataset and ustar can carry: no dot, no slash, at most 80 bytes; different ids stay different."""
+    key = quote(utterance_id, safe="").replace(".", "%2E")
+    if len(key) > 80:
+        key = f"{key[:60]}%{hashlib.sha256(utterance_id.encode()).hexdigest()[:16]}"
+    return key
+
+
+def piece_key(key: str, piece: int) -> str:
+    return f"{key}+{piece:03d}"  # quote() escapes "+", so no utterance id can collide with a piece
+
+
+def sample_to_bytes(sample: Sample) -> bytes:
+    """The two members of a sample as they stand in a tar: headers, bodies and padding."""
+    meta = {name: value for name, value in asdict(sample).items() if name not in ("key", "audio") and value is not None}
+    if sample.parent_id is None:
+        del meta["piece"], meta["pieces"]
+    document = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    return _member(f"{sample.key}.flac", sample.audio) + _member(f"{sample.key}.json", document)
+
+
+def sample_from_bytes(raw: bytes) -> Sample:
+    """The inverse of `sample_to_bytes`. Raises ShardError where the bytes are not a sample."""
+    try:
+        (audio_name, audio), (meta_name, document) = _members(raw)
+        key = audio_name.removesuffix(".flac")
+        if meta_name != f"{key}.json":
+            raise ValueError(f"members are named {audio_name} and {meta_name}")
+        return Sample(key=key, audio=audio, **json.loads(document))
+    except (ValueError, TypeError, tarfile.TarError) as error:
+        raise ShardError(f"these bytes are not a sample: {error}") from error
+
+
+def _member(name: str, body: bytes) -> bytes:
+    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0: same samples, same bytes
+    info.size = len(body)
+    return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % BLOCK)
+
+
+def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    position = 0
+    while position < len(raw):
+        info = tarfile.TarInfo.frombuf(raw[position : position + BLOCK], "utf-8", "strict")
+        body = raw[position + BLOCK : position + BLOCK + info.size]
+        if len(body) != info.size:
+            raise ValueError(f"{info.name} has {len(body)} of {info.size} bytes")
+        yield PurePosixPath(info.name).name, body
+        position += BLOCK + info.size + -info.size % BLOCK
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard that was just written, or its `.idx.zst` read back."""
+
+    entry: ShardEntry
+    keys: tuple[str, ...]
+    samples: SampleTable  # its column `shard` is 0 until the index numbers the shards
+
+
+def write_shard(store: Store, name: str, bucket: int, contents: Sequence[tuple[Sample, int]]) -> Shard:
+    """Write `(sample, length at 16 kHz)` pairs as one tar, then its `.idx.zst`, which marks the tar as whole."""
+    blob = bytearray()
+    table = np.zeros(len(contents), SAMPLE_DTYPE)
+    for row, (sample, length) in zip(table, contents, strict=True):
+        raw = sample_to_bytes(sample)
+        row["offset"], row["bytes"], row["samples"] = len(blob), len(raw), length
+        row["label_length"], row["checksum"] = len(sample.text), xxhash.xxh3_64_intdigest(raw)
+        blob += raw
+    blob += END_OF_ARCHIVE
+    data = bytes(blob)
+    entry = ShardEntry(
+        name=name,
+        split=name.split("/")[0],
+        bucket=bucket,
+        count=len(contents),
+        bytes=len(data),
+        samples=int(table["samples"].sum()),
+        checksum=xxhash.xxh3_64_hexdigest(data),
+    )
+    shard = Shard(entry, tuple(sample.key for sample, _ in contents), table)
+    store.write(name, data)
+    store.write(_idx_name(name), _compress(_idx_document(shard)))
+    return shard
+
+
+def read_shard_index(store: Store, name: str) -> Shard:
+    """Read `<shard>.idx.zst`. Raises ShardError where it is damaged, StoreError where it is missing."""
+    try:
+        document = json.loads(_decompress(store.read(_idx_name(name))))
+        table = np.zeros(len(document["keys"]), SAMPLE_DTYPE)
+        for column, values in document["columns"].items():
+            table[column] = np.array(values, SAMPLE_DTYPE[column])
+        return Shard(ShardEntry(**document["shard"]), tuple(document["keys"]), table)
+    except (ValueError, TypeError, KeyError, zstandard.ZstdError) as error:
+        raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
+
+
+def read_keys(store: Store, index: ShardIndex) -> npt.NDArray[np.object_]:
+    """The key of every row of `index.samples`, shape (N,)."""
+    keys = [key for shard in index.shards for key in read_shard_index(store, shard.name).keys]
+    return np.array(keys, object)
+
+
+def read_samples(store: Store, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
+    """Read and verify single samples by row number. Raises ShardError where a checksum differs."""
+    return [read_sample(store, index, row) for row in rows]
+
+
+def read_sample(store: Store, index: ShardIndex, row: int) -> Sample:
+    """Read one sample by its byte range and check it against the index."""
+    column = index.samples[row]
+    shard = index.shards[column["shard"]]
+    raw = store.read_range(shard.name, int(column["offset"]), int(column["bytes"]))
+    seen = xxhash.xxh3_64_intdigest(raw)
+    if seen != column["checksum"]:
+        raise ShardError(
+            f"{store.url}/{shard.name}: checksum of the sample at byte {column['offset']} is {seen:016x}, "
+            f"the index says {column['checksum']:016x}",
+            _VERIFY_HINT,
+        )
+    return sample_from_bytes(raw)
+
+
+def check_shard(store: Store, shard: ShardEntry) -> list[Sample]:
+    """Read a whole shard, check every promise its index entry makes, and return its samples."""
+    data = store.read(shard.name)
+    where = f"{store.url}/{shard.name}"
+    checksum = xxhash.xxh3_64_hexdigest(data)
+    if checksum != shard.checksum:
+        raise ShardError(f"{where}: checksum is {checksum}, {INDEX_NAME} says {shard.checksum}", _VERIFY_HINT)
+    if not data.endswith(END_OF_ARCHIVE):
+        raise ShardError(f"{where}: the end-of-archive block is missing", _VERIFY_HINT)
+    listed = read_shard_index(store, shard.name)
+    if listed.entry != shard:
+        raise ShardError(f"{store.url}/{_idx_name(shard.name)}: differs from its row in {INDEX_NAME}", _VERIFY_HINT)
+    samples = [sample_from_bytes(data[row["offset"] : row["offset"] + row["bytes"]]) for row in listed.samples]
+    if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
+        raise ShardError(f"{where}: holds other keys than its index", _VERIFY_HINT)
+    return samples
+
+
+def write_index(store: Store, index: ShardIndex, shards: Sequence[Shard]) -> ShardIndex:
+    """Publish the index over finished shards: the sample columns first, index.json last. Returns it complete."""
+    table = np.concatenate([shard.samples for shard in shards]) if shards else np.zeros(0, SAMPLE_DTYPE)
+    table["shard"] = np.repeat(np.arange(len(shards), dtype=np.uint32), [shard.entry.count for shard in shards])
+    columns = _compress(b"".join(np.ascontiguousarray(table[name]).tobytes() for name in SAMPLE_DTYPE.names or ()))
+    document: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "sample_rate": SAMPLE_RATE,
+        "duration_bins": list(index.duration_bins),
+        "settings": index.settings,
+        "settings_hash": index.settings_hash,
+        "sources_hash": index.sources_hash,
+        "notes": index.notes,
+        "samples": {"count": len(table), "checksum": xxhash.xxh3_64_hexdigest(columns)},
+        "shards": [asdict(shard.entry) for shard in shards],
+    }
+    document["digest"] = _digest(document)
+    store.write(SAMPLES_NAME, columns)
+    store.write(INDEX_NAME, json.dumps(document, ensure_ascii=False, indent=1).encode())
+    return _index_from(document, table)
+
+
+def read_index(store: Store) -> ShardIndex:
+    """Read `index.json` and the sample columns. Raises ShardError that names the file where either is damaged."""
+    where = f"{store.url}/{INDEX_NAME}"
+    try:
+        text = store.read(INDEX_NAME)
+    except StoreError as error:
+        raise ShardError(
+            f"{where}: there is no shard set here ({error.message})",
+            f"build one with `python -m sharding build SOURCE --out {store.url}`",
+        ) from error
+    try:
+        document = json.loads(text)
+        seen, wanted, version = _digest(document), document["digest"], document["version"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ShardError(f"{where}: damaged ({error})", _VERIFY_HINT) from error
+    if version != FORMAT_VERSION:
+        raise ShardError(f"{where}: format version is {version}, this program reads {FORMAT_VERSION}")
+    if seen != wanted:
+        raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", _VERIFY_HINT)
+    columns = store.read(SAMPLES_NAME)
+    checksum = xxhash.xxh3_64_hexdigest(columns)
+    if checksum != document["samples"]["checksum"]:
+        raise ShardError(
+            f"{store.url}/{SAMPLES_NAME}: checksum is {checksum}, {INDEX_NAME} says {document['samples']['checksum']}",
+            _VERIFY_HINT,
+        )
+    return _index_from(document, _table_from(_decompress(columns), document["samples"]["count"]))
+
+
+_VERIFY_HINT = "the copy may be incomplete; run `python -m sharding verify` on the shard set"
+
+
+def _index_from(document: dict[str, Any], table: SampleTable) -> ShardIndex:
+    copied = {field.name: document[field.name] for field in fields(ShardIndex) if field.name in document}
+    return ShardIndex(
+        **copied
+        | {
+            "duration_bins": tuple(document["duration_bins"]),
+            "shards": tuple(ShardEntry(**row) for row in document["shards"]),
+            "samples": table,
+        }
+    )
+
+
+def _table_from(raw: bytes, count: int) -> SampleTable:
+    table = np.zeros(count, SAMPLE_DTYPE)
+    position = 0
+    for name in SAMPLE_DTYPE.names or ():
+        width = count * SAMPLE_DTYPE[name].itemsize
+        table[name] = np.frombuffer(raw[position : position + width], SAMPLE_DTYPE[name])
+        position += width
+    return table
+
+
+def _idx_name(shard_name: str) -> str:
+    return shard_name.removesuffix(".tar") + ".idx.zst"
+
+
+def _idx_document(shard: Shard) -> bytes:
+    columns = {name: shard.samples[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"}
+    document = {"shard": asdict(shard.entry), "keys": shard.keys, "columns": columns}
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _digest(document: dict[str, Any]) -> str:
+    body = {name: value for name, value in document.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(body, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _compress(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=9).compress(data)
+
+
+def _decompress(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompress(data)

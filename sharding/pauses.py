@@ -1,0 +1,101 @@
+"""Where nobody speaks: pauses that the Silero voice detector and the energy floor agree on."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sharding.audio import SAMPLE_RATE, Waveform
+
+HOP = SAMPLE_RATE // 100  # level and mask are sampled every 10 ms
+VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz
+QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
+ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
+MIN_PAUSE_SEC = 0.20
+CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Positions in samples; `quality` in [0, 1] is how surely a cut here falls between words."""
+
+    start: int
+    end: int
+    cut: int
+    quality: float
+
+
+@dataclass(frozen=True, eq=False)
+class Listening:
+    """What was heard in a recording, on a 10 ms grid."""
+
+    level_db: npt.NDArray[np.float32]  # (frames,)
+    speech: npt.NDArray[np.float32]  # (frames,) probability that somebody speaks
+    floor_db: float
+    speech_db: float  # 90th percentile: how loud the speaker is
+
+    @property
+    def silent(self) -> bool:
+        """Whether the detector hears no speech anywhere."""
+        return bool((self.speech < 0.5).all())
+
+
+def listen(waveform: Waveform) -> Listening:
+    """Level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
+    frames = max(len(waveform) // HOP, 1)
+    padded = np.pad(waveform, (0, max(0, frames * HOP - len(waveform))))[: frames * HOP].reshape(frames, HOP)
+    level = 10 * np.log10(np.square(padded, dtype=np.float32).mean(axis=1) + 1e-10)
+    windows = np.minimum(np.arange(frames) * HOP // VAD_WINDOW, -(-len(waveform) // VAD_WINDOW) - 1)
+    return Listening(
+        level_db=level,
+        speech=_speech_probability(waveform)[windows],
+        floor_db=float(np.percentile(level, 10)),
+        speech_db=float(np.percentile(level, 90)),
+    )
+
+
+def find_pauses(heard: Listening) -> list[Pause]:
+    """Every stretch of at least 0.2 s inside the recording with no speech and a level near the floor."""
+    quiet = (heard.speech < QUIET_PROBABILITY) & (heard.level_db < heard.floor_db + ABOVE_FLOOR_DB)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
+    runs = [(int(start), int(end)) for start, end in edges.reshape(-1, 2) if end - start >= MIN_PAUSE_SEC * 100]
+    return [_pause(heard, start, end) for start, end in runs if start > 0 and end < len(quiet)]
+
+
+def quietest_cut(heard: Listening, start: int, end: int) -> int:
+    """The middle, in samples, of the quietest 100 ms between two frames."""
+    width = min(int(CUT_SEC * 100), end - start)
+    means = np.convolve(heard.level_db[start:end], np.full(width, 1 / width), "valid")
+    return (start + int(means.argmin()) + width // 2) * HOP
+
+
+def _pause(heard: Listening, start: int, end: int) -> Pause:
+    quarter = (end - start) // 4
+    cut = quietest_cut(heard, start + quarter, end - quarter)
+    cut_db = float(heard.level_db[cut // HOP])
+    length = min((end - start) / 100, 1.0)
+    loudness = float(np.clip((heard.speech_db - cut_db) / 20, 0, 1))
+    quality = length * (1 - float(heard.speech[start:end].mean())) * loudness
+    return Pause(start * HOP, end * HOP, cut, quality)
+
+
+@functools.cache
+def _detector() -> Any:
+    import torch
+
+    threads = torch.get_num_threads()
+    import silero_vad  # importing it sets the thread count of the whole process to one
+
+    torch.set_num_threads(threads)
+    return silero_vad.load_silero_vad()
+
+
+def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
+    """Silero's probability per window of 32 ms, shape (windows,)."""
+    import torch
+
+    with torch.inference_mode():
+        probability = _detector().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)
+    return probability[0].numpy().astype(np.float32)  # type: ignore[no-any-return]
