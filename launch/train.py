@@ -1,0 +1,32 @@
+"""Train: `deepspeed launch/train.py --config configs/zero2.json [--set section.key=value …] [--resume auto]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher puts launch/ there, not the repository
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="JSON file with data, model, train, eval and deepspeed")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
+        help="override settings, at any depth: --set train.max_steps=100 deepspeed.optimizer.params.lr=3e-5")  # fmt: skip
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
+        help="auto: go on from the newest checkpoint of train.run_dir, if there is one (default); "
+             "none: start over; or the folder of a checkpoint")  # fmt: skip
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    options = parser.parse_args()
+
+    from streamtrain.config import load_config
+    from streamtrain.world import running
+
+    with running() as world:
+        from streamtrain.train import train
+
+        train(load_config(options.config, options.set), world, options.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

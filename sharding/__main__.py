@@ -3,20 +3,28 @@
 import argparse
 import glob
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from sharding import report
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, available_cores, build
-from sharding.errors import ManifestError, ShardError, StreamtrainError
-from sharding.format import SPLITS, check_shard, read_index
-from sharding.store import open_store
+from sharding.demo import make_demo_corpus
+from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
+from sharding.format import SPLITS, ShardEntry, check_shard, read_index
+from sharding.ipa import normalize_ipa
+from sharding.split import MIN_PIECE_SEC, split_recording
+from sharding.store import Store, open_store
 
 DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
+MAX_BUCKETS = 100  # a shard's name has two digits for its bucket
+LIMITS_SEC = (2 * MIN_PIECE_SEC, 86_400)  # below, there may be no way to cut without tiny pieces
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except StreamtrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that must not be written: its message names the file
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -46,10 +57,12 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _find_sources(named: Sequence[str]) -> list[Path]:
-    found = [Path(path) for pattern in named or [DEFAULT_SOURCES] for path in (sorted(glob.glob(pattern)) or [pattern])]
-    if not named and found == [Path(DEFAULT_SOURCES)]:
+    if named:
+        return [Path(path) for pattern in named for path in (sorted(glob.glob(pattern)) or [pattern])]
+    found = sorted(path for path in Path().glob(DEFAULT_SOURCES) if path.is_dir())
+    if not found:
         raise ManifestError(
-            f"there is nothing in {DEFAULT_SOURCES}",
+            f"there is no folder in {DEFAULT_SOURCES}",
             "unpack each corpus into a folder there (audio/ or audio.zip beside its transcripts JSONL), "
             "or name the sources",
         )
@@ -57,16 +70,12 @@ def _find_sources(named: Sequence[str]) -> list[Path]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     store = open_store(options.shards)
     index = read_index(store)
     damaged = 0
     for shard in tqdm(index.shards, desc="verifying", unit="shard"):
         try:
-            for sample in check_shard(store, shard):
-                if options.decode:
-                    decode(sample.audio)
+            _verify_shard(store, shard, options.decode)
         except StreamtrainError as error:
             damaged += 1
             print(error.message, file=sys.stderr)
@@ -74,6 +83,15 @@ def _verify(options: argparse.Namespace) -> int:
         raise ShardError(f"{options.shards}: {damaged} of {len(index.shards)} shards are damaged", "build them again")
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0
+
+
+def _verify_shard(store: Store, shard: ShardEntry, with_audio: bool) -> None:
+    for sample in check_shard(store, shard):
+        try:
+            if with_audio:
+                decode(sample.audio, prove=True)
+        except AudioError as error:
+            raise ShardError(f"{store.url}/{shard.name}: {sample.key}: {error.message}") from error
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -95,14 +113,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    from sharding.ipa import normalize_ipa
-    from sharding.split import split_recording
-
-    try:
-        data = Path(options.audio).read_bytes()
-    except OSError as error:
-        raise ManifestError(f"{options.audio}: {error.strerror}") from error
-    waveform, _ = decode(data)
+    waveform, _ = decode(Path(options.audio).read_bytes(), prove=True)
     segments = split_recording(Path(options.audio).stem, waveform, normalize_ipa(options.text), options.limit_sec)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
     for segment in segments:
@@ -115,8 +126,6 @@ def _split(options: argparse.Namespace) -> int:
 
 
 def _demo_corpus(options: argparse.Namespace) -> int:
-    from sharding.demo import make_demo_corpus
-
     make_demo_corpus(Path(options.out), options.minutes, options.children, options.seed)
     return 0
 
@@ -136,17 +145,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder with a transcripts JSONL beside audio/ or audio.zip, or the JSONL itself "
              f"(default: every folder in {DEFAULT_SOURCES})")  # fmt: skip
     add("--out", default=DEFAULT_OUT, help="folder or s3://bucket/prefix of the shard set (default: %(default)s)")
-    add("--workers", type=_positive, default=available_cores(),
+    add("--workers", type=_between(1, 1024, int), default=available_cores(),
         help="processes; the result is the same for any number (default: the cores, %(default)s)")  # fmt: skip
-    add("--limit-sec", type=float, default=25.0,
-        help="clips longer than this are split at pauses, s; lower saves GPU memory (default: %(default)s)")  # fmt: skip
-    add("--valid-fraction", type=_fraction, default=0.1,
+    add("--limit-sec", type=_between(*LIMITS_SEC), default=25.0,
+        help="longer clips are split at pauses, s; lower saves GPU memory (default: %(default)s)")  # fmt: skip
+    add("--valid-fraction", type=_between(0, 1), default=0.1,
         help="share of the children whose clips are kept for validation (default: %(default)s)")  # fmt: skip
-    add("--num-buckets", type=_positive, default=8,
+    add("--num-buckets", type=_between(1, MAX_BUCKETS, int), default=8,
         help="duration buckets; more pad less, fewer mix lengths more (default: %(default)s)")  # fmt: skip
-    add("--shard-mb", type=float, default=64.0,
+    add("--shard-mb", type=_between(0.01, 65_536), default=64.0,
         help="size of a shard, MiB; larger suits object stores (default: %(default)s)")  # fmt: skip
-    add("--max-rejected", type=_fraction, default=0.01,
+    add("--max-rejected", type=_between(0, 1), default=0.01,
         help="share of rejected clips above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_verify = command("verify", _verify, "Check every shard against the index.")
@@ -162,28 +171,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser_split.add_argument("audio", help="audio file")
     parser_split.add_argument("--text", default="", help="its label")
-    parser_split.add_argument("--limit-sec", type=float, default=25.0, help="longest piece, s (default: %(default)s)")
+    parser_split.add_argument(
+        "--limit-sec", type=_between(*LIMITS_SEC), default=25.0, help="longest piece, s (default: %(default)s)"
+    )
 
     parser_demo = command("demo-corpus", _demo_corpus, "Make a small synthetic corpus, spoken by espeak-ng.")
     parser_demo.add_argument("out", help="folder to make the two corpora in")
     parser_demo.add_argument("--minutes", type=float, default=30.0, help="speech to make, min (default: %(default)s)")
-    parser_demo.add_argument("--children", type=_positive, default=24, help="voices (default: %(default)s)")
+    parser_demo.add_argument(
+        "--children", type=_between(2, 10_000, int), default=24, help="voices (default: %(default)s)"
+    )
     parser_demo.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number of 1 or more is expected")
-    return value
+def _between(low: float, high: float, kind: type[float] = float) -> Callable[[str], float]:
+    """A parser of numbers from `low` to `high` that says so when it is given something else."""
 
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number from {low:,} to {high:,} is expected")
+        return value
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: a share between 0 and 1 is expected")
-    return value
+    return parse
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ What goes where is planned from headers alone, so the same input and settings ma
 of workers; each clip is then decoded once, by the worker that writes it.
 """
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -28,12 +30,12 @@ from sharding.buckets import bucket_of, fit_bins
 from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.format import (
     INDEX_NAME,
-    SAMPLE_DTYPE,
     SPLITS,
     Sample,
     Shard,
     ShardIndex,
     escape_key,
+    join_samples,
     piece_key,
     read_index,
     write_index,
@@ -123,10 +125,10 @@ def build(sources: Sequence[Path], out: str, settings: BuildSettings, workers: i
         jobs = plan_shards(members, bins, round(settings.shard_mb * 2**20))
         shards = _write(jobs, store, pool, ledger)
     notes = ledger.notes(by_child=all(clip.utterance.child_id for clip in clips))
-    unfilled = ShardIndex(bins, asdict(settings), settings.hash, sources_hash, notes, (), np.zeros(0, SAMPLE_DTYPE))
-    index = write_index(store, unfilled, shards)
+    entries, samples = tuple(shard.entry for shard in shards), join_samples(shards)
+    index = ShardIndex(bins, asdict(settings), settings.hash, sources_hash, notes, entries, samples)
     summary = report.publish(store, ledger, index, corpora)
-    return Built(index, summary, fresh=True)
+    return Built(write_index(store, index), summary, fresh=True)  # last: the index says that all the rest is there
 
 
 def plan_shards(members: Sequence[Member], bins: Sequence[float], shard_bytes: int) -> list[ShardJob]:
@@ -323,7 +325,7 @@ def _cut(job: tuple[Utterance, str, float, str]) -> list[Segment] | str:
     utterance, text, limit_sec, scratch = job
     _count_one()
     try:
-        waveform, _ = decode(_read_checked(utterance))
+        waveform, _ = decode(_read_checked(utterance), prove=True)
     except AudioError as error:
         return error.message
     segments = split_recording(utterance.utterance_id, waveform, text, limit_sec)
@@ -352,7 +354,7 @@ def _fill(member: Member) -> tuple[Sample, int]:
     if member.utterance is None:
         return replace(member.sample, audio=Path(str(member.scratch)).read_bytes()), member.samples
     data = _read_checked(member.utterance)
-    waveform, final = decode(data)
+    waveform, final = decode(data, prove=True)
     if member.split == "train" and member.sample.text and is_constant(waveform):
         raise AudioError("constant signal with a label")
     return replace(member.sample, audio=data if final else encode(waveform)), len(waveform)
@@ -369,6 +371,7 @@ def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
     os.environ["OMP_NUM_THREADS"] = "1"  # one process per core; the voice detector's threads would fight over them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent alone answers
     _die_with_parent()
 
 
@@ -379,9 +382,6 @@ def _count_one() -> None:
 
 def _die_with_parent() -> None:
     """Ask Linux to end this process with the one that started it, so that a killed build leaves nobody behind."""
-    import ctypes
-    import signal
-
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -406,15 +406,15 @@ class Workers:
         if not jobs:
             return []
         self._counter.value = 0
-        futures = [self._pool.submit(function, job) for job in jobs]
-        with tqdm(total=clips, desc=f"{label:>10}", unit="clip", smoothing=0.05) as bar:
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                bar.update(min(self._counter.value, clips) - bar.n)
-                if any(future.exception() for future in done):
-                    break
         try:
+            futures = [self._pool.submit(function, job) for job in jobs]
+            pending = set(futures)
+            with tqdm(total=clips, desc=f"{label:>10}", unit="clip", smoothing=0.05) as bar:
+                while pending:
+                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                    bar.update(min(self._counter.value, clips) - bar.n)
+                    for future in done:
+                        future.result()  # raises at once what a worker raised
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise StreamtrainError(
@@ -443,10 +443,10 @@ def _built_before(store: Store, settings: BuildSettings, sources_hash: str) -> B
 
 def _clear_unfinished(folder: Path) -> None:
     """Remove what a build that never published its index left behind: its shards and partial files, nothing else."""
-    for split in SPLITS:
-        for pattern in ("b??-?????.tar", "b??-?????.idx.zst", ".*.part"):
-            for path in folder.glob(f"{split}/{pattern}"):
-                path.unlink()
+    shards = [f"{split}/{name}" for split in SPLITS for name in ("b??-?????.tar", "b??-?????.idx.zst", ".*.part")]
+    for pattern in (*shards, "report/.*.part", ".*.part"):
+        for path in folder.glob(pattern):
+            path.unlink()
     for path in folder.glob(".pieces-*"):
         shutil.rmtree(path, ignore_errors=True)
 

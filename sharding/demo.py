@@ -20,6 +20,8 @@ import soundfile
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from sharding.errors import StreamtrainError
+
 SAMPLE_RATE = 22_050  # espeak's own, so that the sharder has to resample
 CORPORA = ("hillside", "riverside")
 VALID_FRACTION = 0.1  # the default of `build --valid-fraction`
@@ -64,7 +66,7 @@ SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, c
 Samples = NDArray[np.int16]
 
 
-class DemoError(RuntimeError):
+class DemoError(StreamtrainError):
     """The demo corpus cannot be made; the message says what is missing."""
 
 
@@ -223,8 +225,7 @@ def open_espeak() -> Iterator[Espeak]:
     try:
         loader = importlib.import_module("espeakng_loader")
     except ImportError as error:
-        message = "the demo corpus needs the package espeakng-loader; hint: pip install espeakng-loader"
-        raise DemoError(message) from error
+        raise DemoError("the demo corpus needs the package espeakng-loader", "pip install espeakng-loader") from error
     with tempfile.TemporaryDirectory(prefix="espeak-") as folder:
         library = Path(shutil.copy(loader.get_library_path(), folder))
         (Path(folder) / "espeak-ng-data").symlink_to(loader.get_data_path())
@@ -238,7 +239,7 @@ def challenge_spelling(ipa: str) -> str:
     symbols = NEXT_PHONE.findall(ipa)
     unknown = "".join(symbol for symbol in symbols if symbol not in PHONES)
     if unknown:
-        raise DemoError(f"espeak-ng says {ipa!r}, but there is no spelling for {unknown!r}; hint: see PHONES")
+        raise DemoError(f"espeak-ng says {ipa!r}, but there is no spelling for {unknown!r}", "see PHONES in demo.py")
     return "".join(PHONES[symbol] for symbol in symbols)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -80,6 +80,7 @@ class ShardEntry:
     bytes: int
     samples: int  # audio samples at 16 kHz, all clips together
     checksum: str  # xxh3-64 of the whole tar, hexadecimal
+    idx_checksum: str = ""  # xxh3-64 of its .idx.zst
 
     @property
     def seconds(self) -> float:
@@ -184,28 +185,39 @@ def write_shard(store: Store, name: str, bucket: int, contents: Sequence[tuple[S
         samples=int(table["samples"].sum()),
         checksum=xxhash.xxh3_64_hexdigest(data),
     )
-    shard = Shard(entry, tuple(sample.key for sample, _ in contents), table)
+    keys = tuple(sample.key for sample, _ in contents)
+    idx = _compress(_idx_document(entry, keys, table))
     store.write(name, data)
-    store.write(_idx_name(name), _compress(_idx_document(shard)))
-    return shard
+    store.write(_idx_name(name), idx)
+    return Shard(replace(entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)), keys, table)
 
 
 def read_shard_index(store: Store, name: str) -> Shard:
     """Read `<shard>.idx.zst`. Raises ShardError where it is damaged, StoreError where it is missing."""
+    data = store.read(_idx_name(name))
     try:
-        document = json.loads(_decompress(store.read(_idx_name(name))))
+        document = json.loads(_decompress(data))
         table = np.zeros(len(document["keys"]), SAMPLE_DTYPE)
         for column, values in document["columns"].items():
             table[column] = np.array(values, SAMPLE_DTYPE[column])
-        return Shard(ShardEntry(**document["shard"]), tuple(document["keys"]), table)
-    except (ValueError, TypeError, KeyError, zstandard.ZstdError) as error:
+        entry = ShardEntry(**document["shard"] | {"idx_checksum": xxhash.xxh3_64_hexdigest(data)})
+        return Shard(entry, tuple(document["keys"]), table)
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, zstandard.ZstdError) as error:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
 
 
 def read_keys(store: Store, index: ShardIndex) -> npt.NDArray[np.object_]:
     """The key of every row of `index.samples`, shape (N,)."""
-    keys = [key for shard in index.shards for key in read_shard_index(store, shard.name).keys]
+    keys = [key for shard in index.shards for key in _read_listed(store, shard).keys]
     return np.array(keys, object)
+
+
+def _read_listed(store: Store, shard: ShardEntry) -> Shard:
+    """A shard's `.idx.zst`, held against its row in index.json."""
+    listed = read_shard_index(store, shard.name)
+    if listed.entry != shard:
+        raise ShardError(f"{store.url}/{_idx_name(shard.name)}: differs from its row in {INDEX_NAME}", _VERIFY_HINT)
+    return listed
 
 
 def read_samples(store: Store, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
@@ -237,19 +249,23 @@ def check_shard(store: Store, shard: ShardEntry) -> list[Sample]:
         raise ShardError(f"{where}: checksum is {checksum}, {INDEX_NAME} says {shard.checksum}", _VERIFY_HINT)
     if not data.endswith(END_OF_ARCHIVE):
         raise ShardError(f"{where}: the end-of-archive block is missing", _VERIFY_HINT)
-    listed = read_shard_index(store, shard.name)
-    if listed.entry != shard:
-        raise ShardError(f"{store.url}/{_idx_name(shard.name)}: differs from its row in {INDEX_NAME}", _VERIFY_HINT)
+    listed = _read_listed(store, shard)
     samples = [sample_from_bytes(data[row["offset"] : row["offset"] + row["bytes"]]) for row in listed.samples]
     if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
         raise ShardError(f"{where}: holds other keys than its index", _VERIFY_HINT)
     return samples
 
 
-def write_index(store: Store, index: ShardIndex, shards: Sequence[Shard]) -> ShardIndex:
-    """Publish the index over finished shards: the sample columns first, index.json last. Returns it complete."""
+def join_samples(shards: Sequence[Shard]) -> SampleTable:
+    """The sample columns of all shards, each row with its shard's number."""
     table = np.concatenate([shard.samples for shard in shards]) if shards else np.zeros(0, SAMPLE_DTYPE)
     table["shard"] = np.repeat(np.arange(len(shards), dtype=np.uint32), [shard.entry.count for shard in shards])
+    return table
+
+
+def write_index(store: Store, index: ShardIndex) -> ShardIndex:
+    """Publish the index over finished shards: the sample columns first, index.json last. Returns it with its digest."""
+    table = index.samples
     columns = _compress(b"".join(np.ascontiguousarray(table[name]).tobytes() for name in SAMPLE_DTYPE.names or ()))
     document: dict[str, Any] = {
         "version": FORMAT_VERSION,
@@ -260,12 +276,13 @@ def write_index(store: Store, index: ShardIndex, shards: Sequence[Shard]) -> Sha
         "sources_hash": index.sources_hash,
         "notes": index.notes,
         "samples": {"count": len(table), "checksum": xxhash.xxh3_64_hexdigest(columns)},
-        "shards": [asdict(shard.entry) for shard in shards],
+        "shards": [asdict(shard) for shard in index.shards],
+        "digest": "",
     }
-    document["digest"] = _digest(document)
+    digest = _digest(_index_text(document))
     store.write(SAMPLES_NAME, columns)
-    store.write(INDEX_NAME, json.dumps(document, ensure_ascii=False, indent=1).encode())
-    return _index_from(document, table)
+    store.write(INDEX_NAME, _index_text(document | {"digest": digest}))
+    return replace(index, digest=digest)
 
 
 def read_index(store: Store) -> ShardIndex:
@@ -280,11 +297,12 @@ def read_index(store: Store) -> ShardIndex:
         ) from error
     try:
         document = json.loads(text)
-        seen, wanted, version = _digest(document), document["digest"], document["version"]
-    except (ValueError, KeyError, AttributeError) as error:
+        wanted, version = str(document["digest"]), document["version"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{where}: damaged ({error})", _VERIFY_HINT) from error
     if version != FORMAT_VERSION:
         raise ShardError(f"{where}: format version is {version}, this program reads {FORMAT_VERSION}")
+    seen = _digest(text.replace(wanted.encode(), b""))
     if seen != wanted:
         raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", _VERIFY_HINT)
     columns = store.read(SAMPLES_NAME)
@@ -326,15 +344,19 @@ def _idx_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".idx.zst"
 
 
-def _idx_document(shard: Shard) -> bytes:
-    columns = {name: shard.samples[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"}
-    document = {"shard": asdict(shard.entry), "keys": shard.keys, "columns": columns}
+def _idx_document(entry: ShardEntry, keys: Sequence[str], table: SampleTable) -> bytes:
+    columns = {name: table[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"}
+    document = {"shard": asdict(entry), "keys": keys, "columns": columns}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _digest(document: dict[str, Any]) -> str:
-    body = {name: value for name, value in document.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(body, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+def _index_text(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, indent=1).encode()
+
+
+def _digest(undigested: bytes) -> str:
+    """Of every byte of index.json, as it is while its own digest is still empty."""
+    return hashlib.sha256(undigested).hexdigest()
 
 
 def _compress(data: bytes) -> bytes:

@@ -2,8 +2,9 @@
 
 import difflib
 import functools
+import io
 import json
-import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +15,17 @@ from typing import IO, Any
 
 from sharding.errors import AudioError, ManifestError
 
+UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can spell and UTF-8 cannot
+MAX_NUMBER = 2**53  # beyond it a float skips whole numbers
 REQUIRED_FIELDS = ("utterance_id", "audio_path", "phonetic_text")
 OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+OUTSIDE = "audio_path leads outside its folder"
+
+# A zip bomb is a member that unpacks to far more than sound could shrink to.
+MAX_MEMBER_BYTES = 2**31
+MAX_UNPACKING = 100
+SMALL_BYTES = 2**26  # harmless whatever the ratio: digital silence shrinks a thousandfold
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +59,12 @@ class Source:
 def read_sources(locations: Sequence[Path]) -> list[Source]:
     """Read every source. Raises ManifestError where one cannot be read, or where an utterance id comes twice."""
     sources = [read_source(location) for location in locations]
-    first_seen: dict[str, str] = {}
+    first_seen: dict[str, Utterance] = {}
     for utterance in (utterance for source in sources for utterance in source.utterances):
-        earlier = first_seen.setdefault(utterance.utterance_id, utterance.line)
-        if earlier != utterance.line:
+        earlier = first_seen.setdefault(utterance.utterance_id, utterance)
+        if earlier is not utterance:
             raise ManifestError(
-                f"{utterance.line}: utterance_id {utterance.utterance_id!r} was seen before, at {earlier}",
+                f"{utterance.line}: utterance_id {utterance.utterance_id!r} was seen before, at {earlier.line}",
                 "every clip needs an id of its own; rename one, or leave one of the sources out",
             )
     return sources
@@ -92,27 +101,33 @@ def read_audio(utterance: Utterance) -> bytes:
 
 @contextmanager
 def open_audio(utterance: Utterance) -> Iterator[IO[bytes]]:
-    """The clip as a seekable file, in its folder or in its zip; AudioError where it must not or cannot be read."""
+    """The clip as a seekable file, in its folder or in its zip; AudioError where it must not or cannot be read.
+
+    RuntimeError is what an encrypted zip member and a loop of links raise.
+    """
     path = PurePosixPath(utterance.audio_path)
     if path.is_absolute() or ".." in path.parts or "\\" in utterance.audio_path:
-        raise AudioError("audio_path leaves its folder")
+        raise AudioError(OUTSIDE)
     try:
-        if utterance.audio_root.endswith(".zip"):
-            with _open_member(utterance.audio_root, str(path), utterance.filesize_bytes) as file:
-                yield file
+        if Path(utterance.audio_root).is_file():
+            yield io.BytesIO(_read_member(utterance.audio_root, str(path), utterance.filesize_bytes))
         else:
-            root = Path(utterance.audio_root).resolve()
-            if not (root / path).resolve().is_relative_to(root):  # a link may lead outside
-                raise AudioError("audio_path leaves its folder")
-            with open(root / path, "rb") as file:
+            with open(_find_file(Path(utterance.audio_root), path), "rb") as file:
                 yield file
     except (FileNotFoundError, KeyError) as error:
         raise AudioError("audio file is missing") from error
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise AudioError(f"audio file cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-MAX_MEMBER_BYTES = 2**31  # no clip is larger; a zip member that says so is a bomb
+def _find_file(root: Path, path: PurePosixPath) -> Path:
+    root = root.resolve()
+    found = (root / path).resolve()
+    if not found.is_relative_to(root):  # a link may lead outside
+        raise AudioError(OUTSIDE)
+    if found.exists() and not found.is_file():  # to open a pipe would wait for ever
+        raise AudioError("audio_path is not a file")
+    return found
 
 
 @functools.cache
@@ -120,11 +135,13 @@ def _open_archive(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)  # the directory is read once per process
 
 
-def _open_member(archive: str, name: str, declared: int | None) -> IO[bytes]:
-    unpacked = _open_archive(archive).getinfo(name).file_size
-    if unpacked > MAX_MEMBER_BYTES or (declared is not None and unpacked != declared):
-        raise AudioError(f"zip member unpacks to {unpacked} bytes, the manifest says {declared}")
-    return _open_archive(archive).open(name)
+def _read_member(archive: str, name: str, declared: int | None) -> bytes:
+    member = _open_archive(archive).getinfo(name)
+    if declared not in (None, member.file_size):
+        raise AudioError(f"size is {member.file_size} bytes, the manifest says {declared}")
+    if member.file_size > min(MAX_MEMBER_BYTES, max(SMALL_BYTES, MAX_UNPACKING * member.compress_size)):
+        raise AudioError(f"zip member of {member.compress_size} bytes would unpack to {member.file_size}")
+    return _open_archive(archive).read(member)
 
 
 def _find_transcripts(folder: Path) -> Path:
@@ -142,21 +159,19 @@ def _find_transcripts(folder: Path) -> Path:
 
 def _read_rows(transcripts: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with open(transcripts, encoding="utf-8") as lines:
+        with open(transcripts, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, _parse_row(line, f"{transcripts}:{number}")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{transcripts}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise ManifestError(f"{transcripts}: {error.strerror}") from error
 
 
-def _parse_row(line: str, where: str) -> dict[str, Any]:
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ManifestError(f"{where}: not JSON: {error}", "one JSON object per line is expected") from error
+        row = json.loads(line.decode("utf-8-sig"))  # a byte-order mark is what Windows tools begin a file with
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not JSON: {error}", "one JSON object per line is expected, in UTF-8") from error
     if not isinstance(row, dict):
         raise ManifestError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     missing = [field for field in REQUIRED_FIELDS if field not in row]
@@ -165,7 +180,7 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
             f"{where}: field {missing[0]!r} is missing; the row has: {', '.join(row)}", _nearest(missing[0], row)
         )
     for field in row.keys() - {*REQUIRED_FIELDS, *OPTIONAL_FIELDS}:
-        near = difflib.get_close_matches(field, OPTIONAL_FIELDS, 1, 0.8)
+        near = difflib.get_close_matches(field, OPTIONAL_FIELDS, 1, 0.75)
         if near and near[0] not in row:
             raise ManifestError(f"{where}: unknown field {field!r}", f"did you mean {near[0]!r}?")
     return row
@@ -181,13 +196,15 @@ def _utterance(row: dict[str, Any], where: str, corpus: str, root: str) -> Utter
         value = row.get(field)
         if value is not None and not isinstance(value, str):
             raise ManifestError(f"{where}: {field!r} is {value!r}, a string is expected")
+        if value and UNPRINTABLE.search(value):
+            raise ManifestError(f"{where}: {field!r} is {value!r}, which holds NUL or half a character")
         return value or ""
 
     def number(field: str) -> float | None:
         value = row.get(field)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_NUMBER:
             raise ManifestError(f"{where}: {field!r} is {value!r}, a number of 0 or more is expected")
         return float(value)
 

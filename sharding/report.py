@@ -11,7 +11,8 @@ import numpy as np
 import zstandard
 
 from sharding.audio import SAMPLE_RATE
-from sharding.format import SPLITS, Sample, Shard, ShardIndex
+from sharding.errors import ShardError
+from sharding.format import SPLITS, Sample, Shard, ShardIndex, escape_key
 from sharding.manifest import Source, Utterance
 from sharding.split import Segment
 from sharding.store import Store
@@ -26,12 +27,12 @@ class Ledger:
     """One row per input clip: written, split or rejected. Nothing vanishes."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[str, Any]] = {}  # by key; a rejected clip has none, so its id stands in
+        self._rows: dict[str, dict[str, Any]] = {}  # by the key of the whole clip
         self._split: dict[str, str] = {}
         self._declared: dict[str, float | None] = {}
 
     def write(self, utterance: Utterance, split: str, sample: Sample, samples: int) -> None:
-        self._add(sample.key, utterance, split, "written", samples / SAMPLE_RATE, key=sample.key)
+        self._add(utterance, split, "written", samples / SAMPLE_RATE, key=sample.key)
         if sample.label_status == "unlabelled":
             self._rows[sample.key]["reason"] = "label needs more frames than the clip has: kept without it"
 
@@ -41,10 +42,10 @@ class Ledger:
             | {"text": sample.text, "label_status": sample.label_status}
             for sample, segment in zip(samples, segments, strict=True)
         ]
-        self._add(samples[0].key, utterance, split, "split", segments[-1].end_sec, pieces=pieces)
+        self._add(utterance, split, "split", segments[-1].end_sec, pieces=pieces)
 
     def reject(self, utterance: Utterance, split: str, reason: str) -> None:
-        self._add(utterance.utterance_id, utterance, split, "rejected", utterance.duration_sec or 0.0, reason=reason)
+        self._add(utterance, split, "rejected", utterance.duration_sec or 0.0, reason=reason)
 
     def refuse_key(self, key: str, reason: str) -> None:
         """A clip that looked well by its header did not decode."""
@@ -84,7 +85,8 @@ class Ledger:
             },
         }
 
-    def _add(self, row_key: str, utterance: Utterance, split: str, fate: str, seconds: float, **rest: Any) -> None:
+    def _add(self, utterance: Utterance, split: str, fate: str, seconds: float, **rest: Any) -> None:
+        row_key = escape_key(utterance.utterance_id)
         self._declared[row_key] = utterance.duration_sec
         self._split[row_key] = split
         self._rows[row_key] = {
@@ -110,7 +112,10 @@ def publish(store: Store, ledger: Ledger, index: ShardIndex, corpora: Sequence[S
 
 
 def read_summary(store: Store) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(store.read(SUMMARY_NAME))
+    try:
+        document: dict[str, Any] = json.loads(store.read(SUMMARY_NAME))
+    except ValueError as error:
+        raise ShardError(f"{store.url}/{SUMMARY_NAME}: damaged ({error})", "the shards may still be well") from error
     return document
 
 

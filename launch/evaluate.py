@@ -1,0 +1,31 @@
+"""Score a model: `deepspeed launch/evaluate.py --model RUN/best --shards SHARDS --out DIR`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher puts launch/ there, not the repository
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
+    parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
+    parser.add_argument("--split", default="valid", choices=("valid", "train"), help="default: %(default)s")
+    parser.add_argument("--out", required=True, help="folder for scorecard.json and hypotheses.jsonl")
+    parser.add_argument("--batch-seconds", type=float, default=40.0,
+        help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    options = parser.parse_args()
+
+    from streamtrain.world import running
+
+    with running() as world:
+        from streamtrain.evaluate import evaluate_model
+
+        evaluate_model(options.model, options.shards, options.split, options.batch_seconds, Path(options.out), world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Save and resume. A checkpoint is whole or absent: written under another name, synced, renamed, then pointed to."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import StreamtrainError
+from streamtrain.world import World
+
+STATE_NAME = "state.json"
+
+
+class CheckpointError(StreamtrainError):
+    """A checkpoint that is not there, not whole, or of another run."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, beside weights and optimizer, which the engine keeps."""
+
+    step: int  # optimizer steps done
+    epoch: int
+    step_in_epoch: int
+    world_size: int
+    config_hash: str
+    index_digest: str
+    planner_version: int
+    best_cer: float | None
+
+
+def save_checkpoint(engine: Any, state: RunState, folder: Path, world: World, keep: int) -> Path:
+    """Write `step-…` in `folder`; all ranks call it together. Keeps the newest `keep` checkpoints."""
+    name = f"step-{state.step:07d}"
+    partial, final = folder / f".{name}.part", folder / name
+    if world.main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    engine.save_checkpoint(str(partial), tag="engine", client_state={}, save_latest=False)
+    world.barrier()
+    if world.main:
+        (partial / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _sync(folder)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+    return final
+
+
+def find_checkpoint(resume: str, folder: Path) -> Path | None:
+    """What `--resume` means: `auto` the newest in the run folder, if any; `none`; or the path of one."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return next(reversed(list_checkpoints(folder)), None)
+    path = Path(resume)
+    if not (path / STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{path}: not a checkpoint (it has no {STATE_NAME})", "name a folder RUN/checkpoints/step-…"
+        )
+    return path
+
+
+def load_checkpoint(engine: Any, path: Path, expected: RunState) -> RunState:
+    """Bring the engine to where the checkpoint stands. `expected` is the run's own state at step 0.
+
+    Raises CheckpointError where the checkpoint belongs to another run, says what differs, and changes nothing.
+    """
+    try:
+        state = RunState(**json.loads((path / STATE_NAME).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _OTHERWISE) from error
+    for field, what in _MUST_AGREE.items():
+        saved, here = getattr(state, field), getattr(expected, field)
+        if saved != here:
+            raise CheckpointError(f"{path}: saved with {what} {_short(saved)}, this run has {_short(here)}", _OTHERWISE)
+    try:
+        loaded, _ = engine.load_checkpoint(str(path), tag="engine")
+    except Exception as error:  # DeepSpeed and torch raise whatever they met
+        raise CheckpointError(f"{path}: cannot be loaded: {error}", _OTHERWISE) from error
+    if loaded is None:
+        raise CheckpointError(f"{path}: holds no engine state", _OTHERWISE)
+    return state
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE_NAME).is_file())
+
+
+_OTHERWISE = "resume another one with --resume PATH, start over with --resume none, or use another train.run_dir"
+_MUST_AGREE = {
+    "world_size": "a world size of",
+    "config_hash": "a configuration of hash",
+    "index_digest": "a shard set of digest",
+    "planner_version": "planner version",
+}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 16 else text
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""One JSON file becomes checked sections. Each default has its one home here; a misspelt key stops the run."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from sharding.errors import StreamtrainError
+
+Share = Field(ge=0, lt=1)
+
+
+class ConfigError(StreamtrainError):
+    """A configuration that cannot be run as it stands."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    shards: str = "data/shards"  # folder or URL of a shard set
+    batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
+    window_shards: PositiveInt = 4  # shards of a bucket in use at a time: more mix better, fewer need less cache
+    length_jitter: float = Field(0.0, ge=0)  # spread of the sort key, e.g. 0.02: trades padding for variety
+    cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
+    cache_gb: PositiveFloat = 100.0
+    workers: PositiveInt = 2  # threads per rank that read and decode ahead
+
+
+class ModelConfig(Section):
+    pretrained: str | None = None  # a hub name or a local folder
+    scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
+    dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
+    freeze_cnn: bool = True
+    mask_time_prob: float = Field(0.05, ge=0, lt=1)  # share of frames that start or lie in a masked span
+    mask_time_length: PositiveInt = 10  # frames
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelConfig":
+        if (self.pretrained is None) == (self.scratch is None):
+            raise ValueError("give either model.pretrained (a name or folder) or model.scratch, one of the two")
+        return self
+
+
+class TrainConfig(Section):
+    run_dir: str = "runs/streamtrain"
+    epochs: PositiveInt = 20
+    max_steps: PositiveInt | None = None  # stop earlier; the schedule then ends there
+    micro_batches_per_step: PositiveInt = 8  # over all ranks: the number of ranks must divide it
+    schedule: Literal["linear", "constant"] = "linear"  # after the warm-up: down to zero, or level
+    warmup_steps: int = Field(500, ge=0)
+    checkpoint_every: PositiveInt = 500  # steps
+    keep_checkpoints: PositiveInt = 2
+    seed: int = 0
+
+
+class EvalConfig(Section):
+    every_steps: PositiveInt = 500
+    split: str = "valid"
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    deepspeed: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Of all that decides what a step computes; where the run lies and when it is evaluated do not count."""
+        decisive = self.model_dump(exclude={"train": {"run_dir", "keep_checkpoints", "checkpoint_every"}, "eval": True})
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+OURS = {
+    "train_batch_size": "data.batch_seconds and train.micro_batches_per_step",
+    "train_micro_batch_size_per_gpu": "data.batch_seconds",
+    "gradient_accumulation_steps": "train.micro_batches_per_step",
+    "scheduler": "train.schedule and train.warmup_steps",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration, with `section.key=value` overrides. Raises ConfigError that names the key."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "see the files in configs/") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    for override in overrides:
+        _set(document, override)
+    try:
+        config = Config.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error, path) from error
+    for key, instead in OURS.items():
+        if key in config.deepspeed:
+            raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {instead}")
+    return config
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {override}: section.key=value is expected")
+    *path, last = name.split(".")
+    node = document
+    for key in path:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {key!r} is {node!r}, not a section")
+    try:
+        node[last] = json.loads(text)
+    except ValueError:
+        node[last] = text  # a bare word is a string
+    if name == "model.pretrained" and node[last] is not None:
+        node["scratch"] = None  # naming weights replaces a model from scratch
+
+
+def _explain(error: ValidationError, path: str | Path) -> ConfigError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, _all_keys(), 1, 0.5)
+        return ConfigError(f"{path}: unknown key {where!r}", f"did you mean {near[0]!r}?" if near else None)
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: {where!r} is missing")
+    said = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{path}: {where!r} is {first['input']!r}: {said}" if where != "model" else f"{path}: {said}")
+
+
+def _all_keys() -> list[str]:
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    keys = list(sections)
+    for name, section in sections.items():
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+    return keys

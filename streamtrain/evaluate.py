@@ -1,0 +1,296 @@
+"""One exact corpus CER: every clip of a split once, whatever the number of ranks, and the scorecard made of it."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from tqdm import tqdm
+
+from sharding.audio import SAMPLE_RATE
+from sharding.errors import StreamtrainError
+from sharding.format import Sample, ShardIndex, read_index
+from sharding.ipa import normalize_ipa
+from sharding.store import open_store
+from streamtrain.decode import greedy, join_pieces
+from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits
+from streamtrain.model import CTCModel, load_trained
+from streamtrain.plan import plan_evaluation
+from streamtrain.stream import ShardStream
+from streamtrain.world import World
+
+DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, of the scorecard's groups
+WORST_CLIPS = 20
+CONFUSIONS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What was decoded of one sample."""
+
+    recording_id: str
+    piece: int
+    child_id: str
+    corpus: str
+    age_bucket: str
+    seconds: float
+    reference: str  # of the whole recording where this is its first piece, else empty
+    hypothesis: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClipScore:
+    """One recording, scored once."""
+
+    utterance_id: str
+    child_id: str
+    corpus: str
+    age_bucket: str
+    seconds: float
+    reference: str
+    hypothesis: str
+    confidence: float
+    counts: EditCounts
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The total over all ranks, and, on every rank, the clips it is made of."""
+
+    total: EditCounts
+    clips: tuple[ClipScore, ...]  # sorted by id
+
+
+def evaluate(
+    model: CTCModel,
+    stream: ShardStream,
+    split: str,
+    batch_seconds: float,
+    world: World,
+    progress: Callable[[int], object] = lambda clips: None,
+) -> Evaluation:
+    """Decode every clip of a split once and add up its edits; the same counts at any world size.
+
+    Batches are formed without regard to the ranks, then dealt out in turn; ranks run equally many forwards (ZeRO-3
+    needs that), the spare ones over a silent row. Raises StreamtrainError where a clip comes twice or never.
+    """
+    rows = stream.index.split(split)
+    if len(rows) == 0:
+        raise StreamtrainError(
+            f"the shard set has no clips in split {split!r}", "which splits it has: sharding inspect"
+        )
+    batches = [rows[batch] for batch in plan_evaluation(stream.index.samples["samples"][rows], batch_seconds)]
+    mine = batches[world.rank :: world.size]
+    rounds = -(-len(batches) // world.size)
+    mine += [np.zeros(0, np.int64)] * (rounds - len(mine))
+    was_training = model.training
+    model.eval()
+    pieces: list[Piece] = []
+    with torch.inference_mode():
+        for batch, samples in stream.batches(mine):
+            on_device = batch.to(world.device)
+            log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
+            hypotheses = greedy(log_probs, model.frame_counts(batch.input_lengths), model.vocab)
+            seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
+            pieces += [
+                _piece(sample, hypothesis.text, hypothesis.confidence, length)
+                for sample, hypothesis, length in zip(samples, hypotheses, seconds, strict=False)
+            ]
+            progress(len(samples))
+    model.train(was_training)
+    return _score(pieces, stream.index, len(rows), world)
+
+
+def evaluate_model(
+    model_folder: str, shards: str, split: str, batch_seconds: float, out: Path, world: World
+) -> dict[str, Any]:
+    """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out` and prints it."""
+    store = open_store(shards)
+    index = read_index(store)
+    model = load_trained(model_folder).to(world.device)
+    stream = ShardStream(index, store, model.vocab, model.normalize, world)
+    share = -(-len(index.split(split)) // world.size)
+    with tqdm(total=share, desc="evaluating", unit="clip", disable=not world.main) as bar:
+        evaluation = evaluate(model, stream, split, batch_seconds, world, bar.update)
+    card = scorecard(evaluation, index.notes, model=model_folder, shards=shards, split=split)
+    if world.main:
+        write_scorecard(card, evaluation.clips, out)
+        print(render(card))
+    return card
+
+
+def _piece(sample: Sample, text: str, confidence: float, seconds: float) -> Piece:
+    reference = sample.text if sample.parent_id is None else (sample.parent_text or "")
+    return Piece(
+        sample.recording_id,
+        sample.piece,
+        sample.child_id,
+        sample.corpus,
+        sample.age_bucket,
+        seconds,
+        reference,
+        text,
+        confidence,
+    )
+
+
+def _score(pieces: list[Piece], index: ShardIndex, expected: int, world: World) -> Evaluation:
+    """Pieces of all ranks → recordings → counts. Each rank counts the recordings dealt to it, then all are summed."""
+    everywhere = [piece for rank in world.gather(pieces) for piece in rank]
+    seen = Counter((piece.recording_id, piece.piece) for piece in everywhere)
+    if len(seen) != expected or max(seen.values(), default=1) > 1:
+        raise StreamtrainError(
+            f"{len(everywhere)} clips were decoded, {len(seen)} of them distinct, {expected} expected"
+        )
+    recordings: dict[str, list[Piece]] = defaultdict(list)
+    for piece in everywhere:
+        recordings[piece.recording_id].append(piece)
+    names = sorted(recordings)
+    mine = {name: _count(recordings[name]) for name in names[world.rank :: world.size]}
+    total = world.sum(sum(mine.values(), EditCounts()))
+    counted = {name: counts for rank in world.gather(mine) for name, counts in rank.items()}
+    return Evaluation(total, tuple(_clip(name, recordings[name], counted[name]) for name in names))
+
+
+def _count(pieces: Iterable[Piece]) -> EditCounts:
+    ordered = sorted(pieces, key=lambda piece: piece.piece)
+    hypothesis = join_pieces([piece.hypothesis for piece in ordered])
+    return count_edits(normalize_ipa(ordered[0].reference), normalize_ipa(hypothesis))
+
+
+def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts) -> ClipScore:
+    ordered = sorted(pieces, key=lambda piece: piece.piece)
+    first = ordered[0]
+    return ClipScore(
+        utterance_id=name,
+        child_id=first.child_id,
+        corpus=first.corpus,
+        age_bucket=first.age_bucket,
+        seconds=round(sum(piece.seconds for piece in ordered), 3),
+        reference=first.reference,
+        hypothesis=join_pieces([piece.hypothesis for piece in ordered]),
+        confidence=sum(piece.confidence * piece.seconds for piece in ordered)
+        / max(sum(piece.seconds for piece in ordered), 1e-9),
+        counts=counts,
+    )
+
+
+# --- the scorecard ----------------------------------------------------------------------------------------------
+
+
+def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> dict[str, Any]:
+    """What a person needs to believe a score: the total with its interval, its groups, its confusions, its worst clips.
+
+    `notes` are the shard set's, on how validation was chosen and what it lost.
+    """
+    total, clips = evaluation.total, evaluation.clips
+    by_child = _group(clips, lambda clip: clip.child_id or clip.utterance_id)
+    by_corpus = _group(clips, lambda clip: clip.corpus)
+    low, high = bootstrap_interval(by_child)
+    worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
+    return context | {
+        "cer": total.cer,
+        "cer_interval_95": [low, high],
+        "edits": total.edits,
+        "reference_length": total.reference_length,
+        "clips": len(clips),
+        "substitutions": total.substitutions,
+        "deletions": total.deletions,
+        "insertions": total.insertions,
+        "macro_cer_by_child": _macro(by_child),
+        "macro_cer_by_corpus": _macro(by_corpus),
+        "children": len(by_child),
+        "groups": {
+            "corpus": _rows(by_corpus),
+            "age_bucket": _rows(_group(clips, lambda clip: clip.age_bucket or "unknown")),
+            "duration": _rows(_group(clips, _duration_group)),
+        },
+        "confusions": _confusions(clips),
+        "worst": [{**asdict(clip), "counts": asdict(clip.counts)} for clip in worst],
+        "validation": notes.get("validation", {}),
+    }
+
+
+def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
+    """`scorecard.json`, and every clip's reference and hypothesis in `hypotheses.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scorecard.json").write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
+    with open(folder / "hypotheses.jsonl", "w", encoding="utf-8") as lines:
+        for clip in clips:
+            lines.write(json.dumps(asdict(clip), ensure_ascii=False) + "\n")
+
+
+def render(card: dict[str, Any]) -> str:
+    """The scorecard as a person reads it in a terminal."""
+    low, high = card["cer_interval_95"]
+    lines = [
+        f"CER {card['cer']:.4f}  (95 % interval {low:.4f} – {high:.4f}, by child)   "
+        f"{card['edits']:,} edits ÷ {card['reference_length']:,} symbols, {card['clips']:,} clips",
+        f"substitutions {card['substitutions']:,}  deletions {card['deletions']:,}  insertions {card['insertions']:,}   "
+        f"macro CER: by child {card['macro_cer_by_child']:.4f}, by corpus {card['macro_cer_by_corpus']:.4f}",
+    ]
+    for title, group in card["groups"].items():
+        lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in group))
+    lost = card["validation"].get("rejected", 0)
+    if lost:
+        lines.append(f"{lost} validation clips were rejected at the build and are not in this score")
+    if not card["validation"].get("disjoint_by_speaker", True):
+        lines.append("validation is not disjoint by speaker: this score flatters the model")
+    return "\n".join(lines)
+
+
+def _group(clips: Iterable[ClipScore], key: Callable[[ClipScore], str]) -> dict[str, EditCounts]:
+    groups: dict[str, EditCounts] = defaultdict(EditCounts)
+    for clip in clips:
+        groups[key(clip)] += clip.counts
+    sizes = Counter(key(clip) for clip in clips)
+    return _Groups(groups, sizes)
+
+
+class _Groups(dict[str, EditCounts]):
+    """Counts by name, with the number of clips behind each."""
+
+    def __init__(self, groups: dict[str, EditCounts], sizes: Counter[str]) -> None:
+        super().__init__(sorted(groups.items()))
+        self.sizes = sizes
+
+
+def _rows(groups: dict[str, EditCounts]) -> list[dict[str, Any]]:
+    sizes = getattr(groups, "sizes", {})
+    return [
+        {
+            "name": name,
+            "cer": counts.cer,
+            "edits": counts.edits,
+            "reference_length": counts.reference_length,
+            "clips": sizes[name],
+        }
+        for name, counts in groups.items()
+    ]
+
+
+def _macro(groups: dict[str, EditCounts]) -> float:
+    return sum(counts.cer for counts in groups.values()) / len(groups)
+
+
+def _duration_group(clip: ClipScore) -> str:
+    edge = next((edge for edge in DURATION_EDGES if clip.seconds <= edge), None)
+    return f"≤ {edge:g} s" if edge is not None else f"> {DURATION_EDGES[-1]:g} s"
+
+
+def _confusions(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
+    """The most frequent single edits: reference symbol, what was heard (empty: nothing), how often."""
+    pairs: Counter[tuple[str, str]] = Counter()
+    for clip in clips:
+        reference, hypothesis = normalize_ipa(clip.reference), normalize_ipa(clip.hypothesis)
+        for operation in Levenshtein.editops(reference, hypothesis):
+            spoken = "" if operation.tag == "insert" else reference[operation.src_pos]
+            heard = "" if operation.tag == "delete" else hypothesis[operation.dest_pos]
+            pairs[spoken, heard] += 1
+    return [{"reference": a, "hypothesis": b, "count": n} for (a, b), n in pairs.most_common(CONFUSIONS)]

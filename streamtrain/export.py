@@ -1,0 +1,99 @@
+"""A portable model: the Hugging Face layout, loaded back and compared before anyone relies on it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from sharding.errors import StreamtrainError
+from streamtrain.model import CTCModel, load_trained, save_model
+from streamtrain.world import World
+
+TOLERANCE = 1e-5
+
+
+class ExportError(StreamtrainError):
+    """An export that does not compute what the model computes."""
+
+
+def save_best(model: CTCModel, folder: Path, world: World) -> None:
+    """Write the model to `folder`, whole or not at all. All ranks call it: under ZeRO-3 each holds a part."""
+    weights = _full_weights(model, world)
+    if world.main:
+        partial, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(model, partial, weights)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+
+
+def export_model(source: Path, out: Path) -> float:
+    """Copy a trained model to a new folder and verify that Transformers computes the same from the copy.
+
+    Returns the largest difference of log-probabilities seen, on two seconds of noise; raises ExportError above 1e-5.
+    """
+    from transformers import AutoModelForCTC
+
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"{out}: is not empty", "choose another folder")
+    model = load_trained(source)
+    save_model(model, out, {name: value.contiguous() for name, value in model.network.state_dict().items()})
+    scorecard = source.parent / "scorecard.json"
+    if scorecard.is_file():
+        (out / "scorecard.json").write_text(scorecard.read_text(encoding="utf-8"), encoding="utf-8")
+    (out / "README.md").write_text(_model_card(source, scorecard), encoding="utf-8")
+    noise = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = model(noise, torch.tensor([noise.shape[1]]))
+        theirs = AutoModelForCTC.from_pretrained(out).eval()(noise).logits.log_softmax(-1)
+    difference = float((ours - theirs).abs().max())
+    if difference > TOLERANCE:
+        raise ExportError(
+            f"{out}: Transformers' log-probabilities differ by {difference:.2g}, {TOLERANCE:g} is allowed"
+        )
+    return difference
+
+
+def _model_card(source: Path, scorecard: Path) -> str:
+    card = json.loads(scorecard.read_text(encoding="utf-8")) if scorecard.is_file() else None
+    score = (
+        f"CER {card['cer']:.4f} (95 % interval {card['cer_interval_95'][0]:.4f} – {card['cer_interval_95'][1]:.4f}) on "
+        f"{card['clips']:,} clips of {card['children']} children of split `{card['split']}`."
+        if card
+        else "Not scored."
+    )
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n---\n"
+        f"# {source.resolve().parent.name}\n\nA phonetic CTC recogniser (IPA), trained with streamtrain.\n\n{score}\n"
+    )
+
+
+def _full_weights(model: CTCModel, world: World) -> dict[str, torch.Tensor]:
+    """The network's weights on the CPU, on rank 0; empty elsewhere."""
+    parameters = list(model.network.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3: gathered one by one
+        return _gather_partitioned(model, world)
+    if not world.main:
+        return {}
+    return {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
+
+
+def _gather_partitioned(model: CTCModel, world: World) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    weights: dict[str, torch.Tensor] = {}
+    partitioned = dict(model.network.named_parameters())
+    for name, parameter in partitioned.items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if world.main:
+                weights[name] = parameter.detach().cpu().clone()
+    if world.main:
+        state = model.network.state_dict()
+        weights |= {name: value.cpu() for name, value in state.items() if name not in partitioned}
+    return weights

@@ -1,0 +1,207 @@
+"""CTC models from Transformers, run so that a clip's log-probabilities do not depend on its companions.
+
+Transformers computes the first GroupNorm of group-norm models (wav2vec2-base, HuBERT-base) over padding too, and gives
+those models no attention mask. Here that norm takes its statistics over true frames, and the mask is always given.
+Weights keep their names and values, so what is trained here loads in Transformers as it is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sharding.errors import StreamtrainError
+from streamtrain.config import ModelConfig
+from streamtrain.vocab import Vocab, ipa_vocab, load_vocab
+
+ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
+
+
+class ModelError(StreamtrainError):
+    """A model that cannot be had, or not trained as it is."""
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Instance norm over time whose statistics leave padding out. Shares its parameters' names with `nn.GroupNorm`."""
+
+    def forward(self, hidden: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
+        """`hidden` (B, C, T), `frames` (B,) true lengths, or None where no row is padded."""
+        if frames is None:
+            return super().forward(hidden)
+        inside = (torch.arange(hidden.shape[-1], device=hidden.device) < frames[:, None])[:, None]  # (B, 1, T)
+        count = frames[:, None, None].to(torch.float32)
+        full = hidden.float()
+        mean = (full * inside).sum(-1, keepdim=True) / count
+        variance = ((full - mean) * inside).square().sum(-1, keepdim=True) / count
+        normal = (full - mean) * torch.rsqrt(variance + self.eps)
+        weight, bias = self.weight, self.bias
+        return (normal * weight[:, None].float() + bias[:, None].float()).to(hidden.dtype)
+
+
+class CTCModel(nn.Module):
+    """A Transformers CTC network (wav2vec2, HuBERT, WavLM) and the vocabulary it speaks."""
+
+    def __init__(self, network: Any, vocab: Vocab, normalize: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.vocab = vocab
+        self.normalize = normalize  # whether inputs are brought to zero mean and unit variance
+        config = network.config
+        if getattr(config, "add_adapter", False):
+            raise ModelError(f"{config.model_type} with a convolutional adapter is not supported")
+        self._geometry = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        first = self._base.feature_extractor.conv_layers[0]
+        self._group_norm = isinstance(getattr(first, "layer_norm", None), nn.GroupNorm)
+        if self._group_norm:
+            first.layer_norm = _masked(first.layer_norm)
+
+    def forward(
+        self, inputs: torch.Tensor, input_lengths: torch.Tensor, time_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities (B, T, V) in fp32 of `inputs` (B, S) with `input_lengths` (B,) in samples.
+
+        `time_mask` (B, T) hides frames from the encoder. What lies beyond a clip's frames is meaningless.
+        """
+        padded = bool((input_lengths != inputs.shape[1]).any())
+        features = self._features(inputs.to(self.dtype), input_lengths if padded else None)  # (B, C, T)
+        hidden = self._base.feature_projection(features.transpose(1, 2))  # (B, T, H)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # wav2vec2 also gives the normed features
+        if time_mask is not None:
+            hidden = torch.where(time_mask[..., None], self._base.masked_spec_embed.to(hidden.dtype), hidden)
+        frames = self.frame_counts(input_lengths).to(hidden.device)
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
+        hidden = self._base.encoder(hidden, attention_mask=mask).last_hidden_state
+        logits = self.network.lm_head(self.network.dropout(hidden))  # (B, T, V)
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def frame_counts(self, samples: torch.Tensor) -> torch.Tensor:
+        """Frames of so many samples, elementwise."""
+        for kernel, stride in self._geometry:
+            samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
+        return samples
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.network.lm_head.weight.dtype
+        return dtype
+
+    @property
+    def _base(self) -> Any:
+        return getattr(self.network, self.network.base_model_prefix)
+
+    def _features(self, inputs: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """The convolutional front end, (B, S) → (B, C, T); `lengths` only where rows are padded."""
+        hidden = inputs[:, None]
+        layers = list(self._base.feature_extractor.conv_layers)
+        if self._group_norm:
+            first = layers.pop(0)
+            kernel, stride = self._geometry[0]
+            frames = None if lengths is None else ((lengths - kernel) // stride + 1).to(inputs.device)
+            hidden = first.activation(first.layer_norm(first.conv(hidden), frames))
+        for layer in layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def ctc_sum(
+    log_probs: torch.Tensor,
+    frames: torch.Tensor,
+    targets: torch.Tensor,
+    target_lengths: torch.Tensor,
+    weights: torch.Tensor,
+    blank: int,
+) -> torch.Tensor:
+    """CTC loss in nats summed over the clips of weight 1: (B, T, V), (B,), (B, L), (B,), (B,) → ().
+
+    Graves et al. 2006. In fp32, with true lengths; a silent row adds nothing and gets no gradient.
+    """
+    losses = F.ctc_loss(
+        log_probs.transpose(0, 1), targets, frames, target_lengths, blank=blank, reduction="none", zero_infinity=False
+    )
+    return torch.where(weights > 0, losses, 0.0 * log_probs.sum()).sum()
+
+
+def load_model(config: ModelConfig) -> CTCModel:
+    """A pretrained encoder with a CTC head for the IPA vocabulary, or one from scratch.
+
+    A model that was trained here (it has a `vocab.json`) keeps its vocabulary and its head.
+    """
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    settings: dict[str, Any] = dict.fromkeys(ACTIVE_DROPOUTS, config.dropout)
+    settings |= {"layerdrop": 0.0, "apply_spec_augment": False, "mask_feature_prob": 0.0, "mask_time_prob": 0.05}
+    if config.scratch is not None:
+        vocab = ipa_vocab()
+        try:
+            network = Wav2Vec2ForCTC(Wav2Vec2Config(**config.scratch, **settings, **_ctc_settings(vocab)))
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"model.scratch: {error}", "its keys are those of Transformers' Wav2Vec2Config") from error
+    else:
+        folder = Path(str(config.pretrained))
+        vocab = load_vocab(folder) if (folder / "vocab.json").is_file() else ipa_vocab()
+        network = _from_pretrained(str(config.pretrained), settings | _ctc_settings(vocab))
+    if config.freeze_cnn:
+        network.freeze_feature_encoder()
+    return CTCModel(network, vocab, normalize=_normalizes(config.pretrained))
+
+
+def load_trained(folder: str | Path) -> CTCModel:
+    """A model saved by `save_model`, for evaluation."""
+    folder = Path(folder)
+    vocab = load_vocab(folder)
+    model = CTCModel(_from_pretrained(str(folder), {}), vocab, normalize=_normalizes(str(folder)))
+    return model.eval()
+
+
+def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write the Hugging Face layout: weights (of `model.network`), configuration, tokenizer, feature extractor."""
+    from streamtrain.vocab import save_vocab
+
+    model.network.save_pretrained(folder, state_dict=weights)
+    save_vocab(model.vocab, folder, model.normalize, attention_mask=not model._group_norm)
+
+
+def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
+    return {
+        "vocab_size": len(vocab),
+        "pad_token_id": vocab.blank,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "ctc_loss_reduction": "sum",
+    }
+
+
+def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCTC
+
+    try:
+        return AutoModelForCTC.from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=bool(settings), **settings
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model {name!r} cannot be loaded: {reason}",
+            "without a network, download it elsewhere and give its folder: --set model.pretrained=/path/to/folder; "
+            "or train a small one from scratch with configs/demo.json",
+        ) from error
+
+
+def _normalizes(name: str | None) -> bool:
+    """What the model's feature extractor does to its inputs; a model from scratch gets normalised ones."""
+    if name is None:
+        return True
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return bool(AutoFeatureExtractor.from_pretrained(name).do_normalize)
+    except (OSError, ValueError, AttributeError):
+        return True  # no preprocessor_config.json: wav2vec2's own default
+
+
+def _masked(norm: nn.GroupNorm) -> MaskedGroupNorm:
+    masked = MaskedGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
+    masked.weight, masked.bias = norm.weight, norm.bias
+    return masked

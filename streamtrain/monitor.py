@@ -1,0 +1,126 @@
+"""What a run shows: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from streamtrain.evaluate import ClipScore
+from streamtrain.metrics import EditCounts
+
+SAMPLES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A row of log.csv: one optimizer step."""
+
+    step: int
+    epoch: int
+    loss: float  # nats per label symbol, over the whole step
+    lr: float
+    grad_norm: float
+    audio_sec_per_sec: float  # true seconds of speech trained on, per second
+    padding: float  # 1 − true ÷ padded seconds
+    data_wait: float  # share of the step that this rank stood waiting for data
+    cer: float | None  # where an evaluation followed the step
+
+
+class Monitor:
+    """Rank 0's view of a run. Rows of steps that a resume will compute again are dropped from the log."""
+
+    def __init__(self, run_dir: Path, total_steps: int, done_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = run_dir
+        self._log = run_dir / "log.csv"
+        self.rows = [row for row in read_log(self._log) if row.step <= done_steps]
+        self._rewrite()
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
+        self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
+        self.started = time.monotonic()
+
+    def step(self, row: StepRow) -> None:
+        self.rows.append(row)
+        with open(self._log, "a", newline="") as file:
+            _writer(file).writerow(_cells(row))
+        for name, value in asdict(row).items():
+            if name not in ("step", "cer"):
+                self._board.add_scalar(f"train/{name}", value, row.step)
+        if row.cer is not None:
+            self._board.add_scalar("valid/cer", row.cer, row.step)
+        self._bar.set_postfix_str(f"loss {row.loss:.3f}, {row.audio_sec_per_sec:.0f} audio-s/s", refresh=False)
+        self._bar.update()
+
+    def evaluated(self, step: int, total: EditCounts, clips: Sequence[ClipScore]) -> None:
+        self.say(f"step {step}: CER {total.cer:.4f} on {len(clips):,} clips")
+        with open(self._folder / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}, CER {total.cer:.4f}\n")
+            for clip in clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]:
+                file.write(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n")
+
+    def say(self, line: str) -> None:
+        self._bar.write(line)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        if self.rows:
+            plot_curves(self.rows, self._folder / "curves.png")
+
+    def _rewrite(self) -> None:
+        with open(self._log, "w", newline="") as file:
+            writer = _writer(file)
+            writer.writerow([field.name for field in fields(StepRow)])
+            writer.writerows(_cells(row) for row in self.rows)
+
+
+def read_log(path: Path) -> list[StepRow]:
+    """The rows of a log.csv; none where there is no such file. A last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, newline="") as file:
+        for cells in csv.DictReader(file):
+            if None in cells.values() or None in cells:
+                break
+            values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
+            rows.append(StepRow(**values | {"step": int(cells["step"]), "epoch": int(cells["epoch"])}))
+    return rows
+
+
+def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
+    """Loss, CER, learning rate and throughput over the steps."""
+    from matplotlib.figure import Figure
+
+    steps = [row.step for row in rows]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    (loss, cer), (rate, speed) = figure.subplots(2, 2)
+    loss.plot(steps, [row.loss for row in rows], color="#33658a", linewidth=0.8)
+    loss.set(title="loss, nats per symbol", yscale="log")
+    evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
+    if evaluated:
+        cer.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
+        cer.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(-8, 8), ha="right")
+    cer.set(title="validation CER", ylim=(0, None))
+    rate.plot(steps, [row.lr for row in rows], color="#5b8c5a")
+    rate.set(title="learning rate", xlabel="step")
+    speed.plot(steps, [row.audio_sec_per_sec for row in rows], color="#86608e", linewidth=0.8)
+    speed.set(title="audio-seconds per second", xlabel="step", ylim=(0, None))
+    for axes in (loss, cer, rate, speed):
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+
+
+def _writer(file: Any) -> Any:
+    return csv.writer(file, lineterminator="\n")
+
+
+def _cells(row: StepRow) -> list[object]:
+    """Full precision: `repr` of a float reads back as the same float."""
+    return ["" if value is None else repr(value) for value in asdict(row).values()]

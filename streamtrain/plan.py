@@ -1,0 +1,242 @@
+"""Decide which clips form which batch, for every step of an epoch. Arithmetic only: no files, no torch.
+
+The plan is a pure function of the index and a few numbers, so every rank computes the same one, knows the total number
+of steps before the first, and resumes at any step by looking it up.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from sharding.audio import SAMPLE_RATE
+from sharding.errors import StreamtrainError
+from sharding.format import ShardIndex
+
+PLANNER_VERSION = 1  # part of a checkpoint: another version may order clips otherwise
+BLOCK_STEPS = 16  # batches of about equal size are brought together within so many steps
+
+Rows = npt.NDArray[np.int64]  # rows of ShardIndex.samples
+
+
+class PlanError(StreamtrainError):
+    """A plan that cannot be made; the message names what stands in the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """All that shapes an epoch, beside the index and the epoch's number."""
+
+    batch_seconds: float  # cap on clips × longest of a micro-batch
+    micro_batches_per_step: int
+    window_shards: int = 4
+    length_jitter: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """Step s consists of micro-batches s·M … s·M + M − 1; micro-batch b of `rows[starts[b]:starts[b + 1]]`."""
+
+    rows: Rows  # (clips,)
+    starts: Rows  # (steps · M + 1,)
+    micro_batches_per_step: int
+    label_characters: Rows  # (steps,) of the whole step
+    lengths: Rows  # (clips,) samples at 16 kHz, in the order of `rows`
+
+    @property
+    def steps(self) -> int:
+        return len(self.label_characters)
+
+    @property
+    def hash(self) -> str:
+        """Equal on all ranks, or they would train on different epochs."""
+        state = xxhash.xxh3_128(self.rows.tobytes())
+        state.update(self.starts.tobytes())
+        return state.hexdigest()
+
+    def micro_batch(self, step: int, number: int) -> Rows:
+        """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none."""
+        at = step * self.micro_batches_per_step + number
+        return self.rows[self.starts[at] : self.starts[at + 1]]
+
+    @cached_property
+    def padded(self) -> npt.NDArray[np.int64]:
+        """Samples each micro-batch occupies, padding included, shape (steps, M)."""
+        counts = np.diff(self.starts)
+        longest = np.zeros(len(counts), np.int64)
+        filled = counts > 0
+        if filled.any():
+            longest[filled] = np.maximum.reduceat(self.lengths, self.starts[:-1][filled])
+        return (counts * longest).reshape(self.steps, self.micro_batches_per_step)
+
+    @property
+    def padding(self) -> float:
+        """1 − true ÷ padded seconds."""
+        total = self.padded.sum()
+        return 1 - float(self.lengths.sum() / total) if total else 0.0
+
+    def rank_idle(self, world_size: int) -> float:
+        """Share of rank-time spent waiting for the slowest rank of each step, if time goes with padded seconds."""
+        check_world_size(world_size, self.micro_batches_per_step)
+        per_rank = self.padded.reshape(self.steps, -1, world_size).sum(axis=1)  # (steps, ranks)
+        total = (per_rank.max(axis=1) * world_size).sum() if self.steps else 0
+        return 1 - float(per_rank.sum() / total) if total else 0.0
+
+
+def valid_world_sizes(micro_batches_per_step: int) -> list[int]:
+    return [size for size in range(1, micro_batches_per_step + 1) if micro_batches_per_step % size == 0]
+
+
+def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
+    """Raises PlanError where the ranks do not divide the micro-batches of a step."""
+    if micro_batches_per_step % world_size:
+        valid = ", ".join(map(str, valid_world_sizes(micro_batches_per_step)))
+        raise PlanError(
+            f"{world_size} ranks cannot share {micro_batches_per_step} micro-batches per step evenly",
+            f"run {valid} ranks, or set train.micro_batches_per_step to a multiple of {world_size}",
+        )
+
+
+def numbers_of_rank(rank: int, world_size: int, micro_batches_per_step: int) -> range:
+    """Which micro-batches of a step a rank computes: every `world_size`-th. All ranks have equally many."""
+    check_world_size(world_size, micro_batches_per_step)
+    return range(rank, micro_batches_per_step, world_size)
+
+
+def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPlan:
+    """Every labelled clip of the training split exactly once, in steps of M micro-batches under the cap.
+
+    Raises PlanError where a clip alone exceeds the cap, or where there is nothing to train on.
+    """
+    lengths = index.samples["samples"]
+    cap = round(settings.batch_seconds * SAMPLE_RATE)
+    train = index.split("train")
+    if len(train) == 0:
+        raise PlanError("the shard set has no labelled training clips", "look at its report/summary.json")
+    longest = int(train[lengths[train].argmax()])
+    if lengths[longest] > cap:
+        raise PlanError(
+            f"a clip of {index.shards[index.samples['shard'][longest]].name} (row {longest} of the index) lasts "
+            f"{lengths[longest] / SAMPLE_RATE:.2f} s, data.batch_seconds is {settings.batch_seconds:g}",
+            "raise data.batch_seconds, or build the shards with a lower --limit-sec",
+        )
+    random = np.random.default_rng([settings.seed, epoch])
+    batches = _interleave([_cut_bucket(index, bucket, cap, settings, random) for bucket in _buckets(index)], random)
+    ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
+    rows = np.concatenate(ordered)
+    starts = np.concatenate([[0], np.cumsum([len(batch) for batch in ordered])])
+    labels = np.concatenate([[0], np.cumsum(index.samples["label_length"][rows], dtype=np.int64)])[starts]
+    return EpochPlan(
+        rows=rows,
+        starts=starts,
+        micro_batches_per_step=settings.micro_batches_per_step,
+        label_characters=np.diff(labels[:: settings.micro_batches_per_step]),
+        lengths=lengths[rows].astype(np.int64),
+    )
+
+
+def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seconds: float) -> list[Rows]:
+    """Every clip once, in batches of like lengths, longest first; the same for every world size.
+
+    A clip longer than the cap forms a batch of its own.
+    """
+    values = np.asarray(lengths, np.int64)
+    order = np.argsort(values, kind="stable")
+    cap = max(round(batch_seconds * SAMPLE_RATE), int(values.max(initial=0)))
+    return list(cut(order, values[order], cap))[::-1]
+
+
+def cut(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
+    """Cut consecutive rows into batches whose clips × longest stay within `cap` samples; no clip may exceed it.
+
+    `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
+    """
+    start, limit = 0, first_cap or cap
+    while start < len(rows):
+        reach = start + limit // max(int(lengths[start]), 1) + 1  # the first clip alone bounds their number
+        running = np.maximum.accumulate(lengths[start:reach])
+        fits = int(np.searchsorted(running * np.arange(1, len(running) + 1), limit, "right"))
+        size = max(fits, 1)
+        yield rows[start : start + size]
+        start, limit = start + size, cap
+
+
+def _buckets(index: ShardIndex) -> list[int]:
+    return sorted({shard.bucket for shard in index.shards if shard.split == "train"})
+
+
+def _cut_bucket(
+    index: ShardIndex, bucket: int, cap: int, settings: PlanSettings, random: np.random.Generator
+) -> list[Rows]:
+    """The batches of one bucket, window by window, so that only a few of its shards are in use at a time."""
+    shards = np.array([i for i, s in enumerate(index.shards) if (s.split, s.bucket) == ("train", bucket)])
+    counts = np.array([shard.count for shard in index.shards])
+    ends = np.cumsum(counts)  # the samples of a shard lie together in the index
+    shards = random.permutation(shards)
+    batches: list[Rows] = []
+    carried = np.zeros(0, np.int64)
+    position = 0
+    while position < len(shards):
+        window = [carried]
+        seconds = 0.0
+        # at least two steps' worth, so that tiny shards still make full batches
+        while position < len(shards) and (
+            len(window) <= settings.window_shards
+            or seconds < 2 * settings.micro_batches_per_step * settings.batch_seconds
+        ):
+            shard = shards[position]
+            window.append(np.arange(ends[shard] - counts[shard], ends[shard]))
+            seconds += index.shards[shard].seconds
+            position += 1
+        rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
+        lengths = index.samples["samples"][rows].astype(np.int64)
+        noise = np.exp(random.normal(0, settings.length_jitter, len(rows))) if settings.length_jitter else 1.0
+        order = np.argsort(lengths * noise, kind="stable")
+        rows, lengths = rows[order], lengths[order]
+        first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
+        made = list(cut(rows, lengths, cap, first_cap))
+        carried = made.pop() if position < len(shards) else np.zeros(0, np.int64)  # not full: on to the next window
+        batches += [made[i] for i in random.permutation(len(made))]
+    return batches
+
+
+def _interleave(buckets: Sequence[list[Rows]], random: np.random.Generator) -> list[Rows]:
+    """All batches in one order in which the buckets advance evenly and so run out together."""
+    places = np.concatenate([(np.arange(len(batches)) + random.random()) / len(batches) for batches in buckets])
+    every = [batch for batches in buckets for batch in batches]
+    return [every[i] for i in np.argsort(places, kind="stable")]
+
+
+def _into_steps(
+    batches: list[Rows], lengths: npt.NDArray[np.integer], per_step: int, random: np.random.Generator
+) -> list[Rows]:
+    """Group batches of about equal size into steps, so that no rank waits long for another."""
+    block = BLOCK_STEPS * per_step
+    tail = len(batches) - len(batches) % block if len(batches) > block else 0
+    batches = batches[:tail] + _fill_up(batches[tail:], per_step)
+    sizes = np.array([len(batch) * int(lengths[batch].max()) if len(batch) else 0 for batch in batches])
+    ordered: list[Rows] = []
+    for start in range(0, len(batches), block):
+        by_size = start + np.argsort(sizes[start : start + block], kind="stable")
+        steps = by_size.reshape(-1, per_step)
+        ordered += [batches[i] for step in random.permutation(len(steps)) for i in random.permutation(steps[step])]
+    return ordered
+
+
+def _fill_up(batches: list[Rows], per_step: int) -> list[Rows]:
+    """Split the batches with most clips until M divides their number; with fewer clips than M, add empty ones."""
+    numbers = itertools.count()
+    heap = [(-len(batch), next(numbers), batch) for batch in batches]
+    heapq.heapify(heap)
+    while len(heap) % per_step and -heap[0][0] > 1:
+        _, _, batch = heapq.heappop(heap)
+        for half in (batch[::2], batch[1::2]):
+            heapq.heappush(heap, (-len(half), next(numbers), half))
+    whole = [batch for _, _, batch in sorted(heap, key=lambda item: item[:2])]
+    return whole + [np.zeros(0, np.int64)] * (-len(whole) % per_step)

@@ -1,0 +1,311 @@
+"""One readable loop: plan, stream, step, evaluate, save. Every number that decides a step is known before it."""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sharding.audio import SAMPLE_RATE
+from sharding.errors import StreamtrainError
+from sharding.format import ShardIndex, read_index
+from sharding.store import open_store
+from streamtrain.augment import keyed_random, time_mask
+from streamtrain.checkpoint import RunState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from streamtrain.collate import Batch
+from streamtrain.config import Config, ConfigError
+from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
+from streamtrain.export import save_best
+from streamtrain.model import CTCModel, ctc_sum, load_model
+from streamtrain.monitor import Monitor, StepRow
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, PlanSettings, check_world_size, plan_epoch
+from streamtrain.stream import ShardStream, open_for_reading
+from streamtrain.world import World
+
+log = logging.getLogger("streamtrain")
+
+MAX_FAILED = 0.001  # share of clips that may fail to decode though their bytes are right: above it, something is wrong
+
+
+class TrainError(StreamtrainError):
+    """Training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the exact number of steps: a linear warm-up, then down to zero or level."""
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+    kind: str
+
+    def at(self, step: int) -> float:
+        """The rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        return self.peak * (self.total_steps - step) / max(self.total_steps - self.warmup_steps, 1)
+
+
+def train(config: Config, world: World, resume: str = "auto") -> None:
+    """Train as configured; leaves everything in `train.run_dir`. All ranks call it together."""
+    check_world_size(world.size, config.train.micro_batches_per_step)
+    store = open_store(config.data.shards)
+    index = read_index(store)
+    plans = Plans(index, config)
+    run = Path(config.train.run_dir)
+    checkpoint = find_checkpoint(resume, run / "checkpoints")
+    if world.main and checkpoint is None:
+        _refuse_finished(run, resume)
+    _agree(world, config.hash, plans.epoch(0).hash)
+    torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
+    model = load_model(config.model).to(world.device)
+    engine = _start_engine(model, config, world)
+    source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
+    stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
+    state = RunState(0, 0, 0, world.size, config.hash, index.digest, PLANNER_VERSION, None)
+    if checkpoint is not None:
+        state = load_checkpoint(engine, checkpoint, state)
+        log.info("resumed at step %d from %s", state.step, checkpoint)
+    trainer = Trainer(config, world, engine, model, stream, plans, run, state)
+    trainer.run()
+
+
+class Plans:
+    """The plan of each epoch, and how many steps the run has. Holds one epoch's plan at a time."""
+
+    def __init__(self, index: ShardIndex, config: Config) -> None:
+        self._index = index
+        self._settings = PlanSettings(
+            batch_seconds=config.data.batch_seconds,
+            micro_batches_per_step=config.train.micro_batches_per_step,
+            window_shards=config.data.window_shards,
+            length_jitter=config.data.length_jitter,
+            seed=config.train.seed,
+        )
+        self._kept: tuple[int, EpochPlan] | None = None
+        limit = config.train.max_steps or math.inf
+        total = 0
+        for epoch in range(config.train.epochs):
+            total += self.epoch(epoch).steps
+            if total >= limit:
+                break
+        self.total_steps = int(min(total, limit))
+
+    def epoch(self, number: int) -> EpochPlan:
+        if self._kept is None or self._kept[0] != number:
+            self._kept = (number, plan_epoch(self._index, self._settings, number))
+        return self._kept[1]
+
+
+class Trainer:
+    """The loop and the little it must remember."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        engine: Any,
+        model: CTCModel,
+        stream: ShardStream,
+        plans: Plans,
+        run: Path,
+        state: RunState,
+    ) -> None:
+        self.config, self.world, self.engine, self.model = config, world, engine, model
+        self.stream, self.plans, self.run_dir, self.state = stream, plans, run, state
+        self.schedule = Schedule(
+            _peak_rate(config), config.train.warmup_steps, plans.total_steps, config.train.schedule
+        )
+        self.monitor = _open_monitor(run, config, plans.total_steps, state.step) if world.main else None
+
+    def run(self) -> None:
+        """Train to the last step, then score the best model once more for the scorecard."""
+        if self.state.step == 0:
+            self._evaluate()
+        while self.state.step < self.plans.total_steps:
+            plan = self.plans.epoch(self.state.epoch)
+            for micro_batches in self._steps(plan):
+                row = self._step(plan, micro_batches)
+                last = self.state.step == self.plans.total_steps
+                if last or self.state.step % self.config.eval.every_steps == 0:
+                    row = replace(row, cer=self._evaluate())
+                if self.monitor is not None:
+                    self.monitor.step(row)
+                if last or self.state.step % self.config.train.checkpoint_every == 0:
+                    self._save()
+                if last:
+                    break
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _steps(self, plan: EpochPlan) -> Iterator[list[tuple[int, Batch]]]:
+        """The rest of the epoch: for each step this rank's `(number, batch)` pairs."""
+        per_rank = self.config.train.micro_batches_per_step // self.world.size
+        group: list[tuple[int, Batch]] = []
+        for item in self.stream.epoch(plan, self.state.step_in_epoch):
+            group.append((item.number, item.batch))
+            if len(group) == per_rank:
+                yield group
+                group = []
+
+    def _step(self, plan: EpochPlan, micro_batches: list[tuple[int, Batch]]) -> StepRow:
+        """One optimizer step. The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step."""
+        started, waited = time.perf_counter(), self.stream.stats.wait_sec
+        state, per_step = self.state, plan.micro_batches_per_step
+        symbols = max(int(plan.label_characters[state.step_in_epoch]), 1)
+        rate = self.schedule.at(state.step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        nats = 0.0
+        for number, batch in micro_batches:
+            summed = self._forward(batch.to(self.world.device), number)
+            # The engine averages over ranks and over micro-batches: times M, divided by the step's symbols
+            self.engine.backward(summed * (per_step / symbols))
+            self.engine.step()
+            nats += float(summed.detach())
+        loss = self.world.sum_float(nats) / symbols
+        self._check(loss, micro_batches)
+        padded = int(plan.padded[state.step_in_epoch].sum())
+        bounds = plan.starts[[state.step_in_epoch * per_step, (state.step_in_epoch + 1) * per_step]]
+        true = int(plan.lengths[bounds[0] : bounds[1]].sum())
+        seconds = time.perf_counter() - started
+        waited_before = self._waited
+        self._waited = self.stream.stats.wait_sec
+        total = seconds + (waited - waited_before)  # the wait for this step's data came before it
+        self.state = _advance(state, plan)
+        return StepRow(
+            step=self.state.step,
+            epoch=state.epoch,
+            loss=loss,
+            lr=rate,
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            audio_sec_per_sec=true / SAMPLE_RATE / total,
+            padding=1 - true / padded if padded else 0.0,
+            data_wait=(waited - waited_before) / total,
+            cer=None,
+        )
+
+    _waited = 0.0
+
+    def _forward(self, batch: Batch, number: int) -> torch.Tensor:
+        """Summed CTC loss of a micro-batch. Dropout and masks depend on its place in the plan, not on the rank."""
+        settings, state = self.config.model, self.state
+        seed = self.config.train.seed
+        torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, number).integers(2**62)))
+        frames = self.model.frame_counts(batch.input_lengths)
+        hidden = np.zeros((len(batch.keys), int(frames.max())), bool)
+        for row, (key, count) in enumerate(zip(batch.keys, frames.tolist(), strict=True)):
+            random = keyed_random("mask", seed, state.epoch, key)
+            hidden[row, :count] = time_mask(count, settings.mask_time_prob, settings.mask_time_length, random)
+        mask = torch.from_numpy(hidden).to(self.world.device)
+        log_probs = self.engine(batch.inputs, batch.input_lengths, mask)  # (B, T, V)
+        return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
+
+    def _check(self, loss: float, micro_batches: list[tuple[int, Batch]]) -> None:
+        if not math.isfinite(loss):  # the sum is the same on all ranks, so all stop here together
+            keys = ", ".join(key for _, batch in micro_batches for key in batch.keys[:3])
+            raise TrainError(
+                f"step {self.state.step + 1}: the loss is {loss} (rank {self.world.rank} had {keys}, …)",
+                "lower the learning rate or lengthen train.warmup_steps, then resume from the last checkpoint",
+            )
+        failed = self.stream.stats.failed
+        if failed and len(failed) > MAX_FAILED * len(self.stream.index.samples) + 1:
+            raise TrainError(
+                f"{len(failed)} clips do not decode though their checksums are right, the last {failed[-1]}",
+                "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`",
+            )
+
+    def _evaluate(self) -> float:
+        """Score the model as it is; keep it as `best/` where no score was better."""
+        settings = self.config
+        evaluation = evaluate(self.model, self.stream, settings.eval.split, settings.data.batch_seconds, self.world)
+        cer = evaluation.total.cer
+        if self.monitor is not None:
+            self.monitor.evaluated(self.state.step, evaluation.total, evaluation.clips)
+        if self.state.step == 0:
+            self._first_cer(cer)
+        if self.state.best_cer is None or cer < self.state.best_cer:
+            self.state = replace(self.state, best_cer=cer)
+            save_best(self.model, self.run_dir / "best", self.world)
+            if self.world.main:
+                self._write_scorecard(evaluation)
+        return cer
+
+    def _first_cer(self, cer: float) -> None:
+        if self.world.main:
+            (self.run_dir / "before.json").write_text(json.dumps({"cer": cer}))
+
+    def _write_scorecard(self, evaluation: Evaluation) -> None:
+        card = scorecard(
+            evaluation, self.stream.index.notes, model=str(self.run_dir / "best"), shards=self.config.data.shards,
+            split=self.config.eval.split, step=self.state.step,
+        )  # fmt: skip
+        write_scorecard(card, evaluation.clips, self.run_dir)
+
+    def _save(self) -> None:
+        folder = self.run_dir / "checkpoints"
+        save_checkpoint(self.engine, self.state, folder, self.world, self.config.train.keep_checkpoints)
+
+
+def _advance(state: RunState, plan: EpochPlan) -> RunState:
+    step_in_epoch = state.step_in_epoch + 1
+    if step_in_epoch == plan.steps:
+        return replace(state, step=state.step + 1, epoch=state.epoch + 1, step_in_epoch=0)
+    return replace(state, step=state.step + 1, step_in_epoch=step_in_epoch)
+
+
+def _start_engine(model: CTCModel, config: Config, world: World) -> Any:
+    import deepspeed
+
+    settings = json.loads(json.dumps(config.deepspeed))  # the engine writes into what it is given
+    settings["train_micro_batch_size_per_gpu"] = 1  # a micro-batch of the plan is one of the engine's
+    settings["gradient_accumulation_steps"] = config.train.micro_batches_per_step // world.size
+    settings.setdefault("steps_per_print", 2**31)
+    optimizer = settings.get("optimizer", {}).setdefault("params", {})
+    if world.device.type == "cpu" and not optimizer.get("torch_adam", False):
+        optimizer["torch_adam"] = True
+        log.info("on CPU the plain Adam of torch replaces the fused one, which would need a compiler")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+    return engine
+
+
+def _peak_rate(config: Config) -> float:
+    try:
+        return float(config.deepspeed["optimizer"]["params"]["lr"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
+
+
+def _open_monitor(run: Path, config: Config, total_steps: int, done_steps: int) -> Monitor:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+    return Monitor(run, total_steps, done_steps)
+
+
+def _refuse_finished(run: Path, resume: str) -> None:
+    """Starting over must not silently overwrite a run that has checkpoints."""
+    if resume == "none" and list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(run / "checkpoints")
+        log.info("--resume none: the checkpoints in %s were removed", run)
+
+
+def _agree(world: World, *hashes: str) -> None:
+    """Raises TrainError on every rank where ranks have other configurations or plans than rank 0."""
+    everyone = world.gather(hashes)
+    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if odd:
+        raise TrainError(
+            f"ranks {odd} have another configuration or epoch plan than rank 0",
+            "do all machines see the same configuration file, the same shard set and the same version of streamtrain?",
+        )

@@ -1,0 +1,80 @@
+"""IPA symbols to ids and back. The vocabulary travels with the model, as Transformers' tokenizer files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharding.errors import StreamtrainError
+from sharding.ipa import SYMBOLS
+
+BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer's padding token
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """`tokens[i]` is the token of id i."""
+
+    tokens: tuple[str, ...]
+
+    @property
+    def blank(self) -> int:
+        return self.tokens.index(BLANK)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """One id per symbol of a normalised label, so a label's length is known without encoding it."""
+        ids = self._ids()
+        return [ids.get(SPACE if symbol == " " else symbol, ids[UNKNOWN]) for symbol in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids that were already collapsed; blank and unknown say nothing."""
+        text = "".join(self.tokens[i] for i in ids if self.tokens[i] not in (BLANK, UNKNOWN))
+        return " ".join(text.replace(SPACE, " ").split())
+
+    def _ids(self) -> dict[str, int]:
+        return {token: number for number, token in enumerate(self.tokens)}
+
+
+def ipa_vocab() -> Vocab:
+    """Every phone of the challenge, in its order: the same for each corpus, so that models can be compared."""
+    return Vocab((BLANK, SPACE, *SYMBOLS, UNKNOWN))
+
+
+def load_vocab(model: Path) -> Vocab:
+    """The vocabulary of a saved model. Raises StreamtrainError where its `vocab.json` is not one."""
+    path = model / "vocab.json"
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StreamtrainError(
+            f"{path}: no vocabulary ({error})", "give the folder of a trained model, such as RUN/best"
+        ) from error
+    tokens = tuple(sorted(ids, key=ids.__getitem__))
+    if [ids[token] for token in tokens] != list(range(len(tokens))) or not {BLANK, UNKNOWN, SPACE} <= set(tokens):
+        raise StreamtrainError(f"{path}: ids must run from 0 and include {BLANK}, {UNKNOWN} and {SPACE}")
+    return Vocab(tokens)
+
+
+def save_vocab(vocab: Vocab, folder: Path, do_normalize: bool, attention_mask: bool) -> None:
+    """Write the tokenizer and feature extractor with which Transformers' ASR pipeline runs the model."""
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "vocab.json"
+    path.write_text(json.dumps({token: i for i, token in enumerate(vocab.tokens)}, ensure_ascii=False, indent=1))
+    tokenizer = Wav2Vec2CTCTokenizer(
+        str(path),
+        bos_token=None,
+        eos_token=None,
+        unk_token=UNKNOWN,
+        pad_token=BLANK,
+        word_delimiter_token=SPACE,
+        clean_up_tokenization_spaces=False,
+    )
+    extractor = Wav2Vec2FeatureExtractor(
+        sampling_rate=16_000, do_normalize=do_normalize, return_attention_mask=attention_mask
+    )
+    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)

@@ -1,0 +1,123 @@
+"""Who I am among the ranks, the few things ranks tell one another, and how a rank comes up and goes down."""
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from sharding.errors import StreamtrainError
+from streamtrain.metrics import EditCounts
+
+LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Passed in, never discovered: `rank` of `size`, and the rank's number on its own machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def sum(self, counts: EditCounts) -> EditCounts:
+        """The counts of all ranks together: one reduction of four int64."""
+        values = [counts.substitutions, counts.deletions, counts.insertions, counts.reference_length]
+        return EditCounts(*(int(value) for value in self._reduce(torch.tensor(values, dtype=torch.int64)).tolist()))
+
+    def sum_float(self, value: float) -> float:
+        return float(self._reduce(torch.tensor([value], dtype=torch.float64))[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.size > 1:
+            tensor = tensor.to(self.device)
+            torch.distributed.all_reduce(tensor)
+        return tensor.cpu()
+
+
+def world_from_environment() -> World:
+    """What the launcher says of this process; one rank where there is no launcher."""
+    number = {name: int(os.environ.get(name, default)) for name, default in
+              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 0))}  # fmt: skip
+    local_size = number["LOCAL_WORLD_SIZE"] or number["WORLD_SIZE"]
+    return World(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], local_size)
+
+
+@contextmanager
+def running() -> Iterator[World]:
+    """Everything around a rank's one function: log, threads, process group; a user's error told once, without a traceback.
+
+    Works under the `deepspeed` launcher, under torchrun, and as a plain process of one rank; on GPUs with NCCL, on CPUs
+    with gloo and nothing compiled.
+    """
+    world = world_from_environment()
+    _quiet_libraries()
+    logging.basicConfig(format="%(message)s", level=logging.INFO if world.main else logging.WARNING, force=True)
+    try:
+        _start_process_group(world)
+        yield world
+    except StreamtrainError as error:
+        if not world.main:
+            time.sleep(LET_RANK_0_SPEAK_SEC)
+        prefix = "" if world.main else f"rank {world.rank}: "
+        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
+    world.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _start_process_group(world: World) -> None:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
+    else:
+        torch.cuda.set_device(world.local_rank)
+    if "MASTER_ADDR" not in os.environ:  # started without a launcher
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
+                       "LOCAL_RANK": "0"}  # fmt: skip
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and needs a compiler
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _quiet_libraries() -> None:
+    """Keep what the libraries say about themselves out of a log that people read."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("DeepSpeed", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
