@@ -10,8 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from sharding.errors import StreamtrainError
-
-Share = Field(ge=0, lt=1)
+from streamtrain.plan import PlanSettings
 
 
 class ConfigError(StreamtrainError):
@@ -70,6 +69,17 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     deepspeed: dict[str, Any]
+
+    @property
+    def plan(self) -> PlanSettings:
+        """What shapes an epoch."""
+        return PlanSettings(
+            batch_seconds=self.data.batch_seconds,
+            micro_batches_per_step=self.train.micro_batches_per_step,
+            window_shards=self.data.window_shards,
+            length_jitter=self.data.length_jitter,
+            seed=self.train.seed,
+        )
 
     @property
     def hash(self) -> str:

@@ -232,7 +232,7 @@ def render(card: dict[str, Any]) -> str:
     lines = [
         f"CER {card['cer']:.4f}  (95 % interval {low:.4f} – {high:.4f}, by child)   "
         f"{card['edits']:,} edits ÷ {card['reference_length']:,} symbols, {card['clips']:,} clips",
-        f"substitutions {card['substitutions']:,}  deletions {card['deletions']:,}  insertions {card['insertions']:,}   "
+        f"{card['substitutions']:,} substitutions, {card['deletions']:,} deletions, {card['insertions']:,} insertions   "
         f"macro CER: by child {card['macro_cer_by_child']:.4f}, by corpus {card['macro_cer_by_corpus']:.4f}",
     ]
     for title, group in card["groups"].items():

@@ -1,6 +1,7 @@
 """What a run shows: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
 
 import csv
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -9,7 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sharding.errors import StreamtrainError
 from streamtrain.evaluate import ClipScore
+from streamtrain.evaluate import render as render_scorecard
 from streamtrain.metrics import EditCounts
 
 SAMPLES_SHOWN = 8
@@ -124,3 +127,39 @@ def _writer(file: Any) -> Any:
 def _cells(row: StepRow) -> list[object]:
     """Full precision: `repr` of a float reads back as the same float."""
     return ["" if value is None else repr(value) for value in asdict(row).values()]
+
+
+def render_run(run_dir: Path) -> str:
+    """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
+    try:
+        card = json.loads((run_dir / "scorecard.json").read_text(encoding="utf-8"))
+        lines = (run_dir / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise StreamtrainError(
+            f"{run_dir}: no scorecard ({error})", "train first, or score a model with launch/evaluate.py"
+        ) from error
+    before = run_dir / "before.json"
+    first = f"{json.loads(before.read_text())['cer']:.3f}" if before.is_file() else "?"
+    clips = [json.loads(line) for line in lines]
+    shown = "\n".join(
+        f"    {clip['utterance_id']}\n      said   {clip['reference']}\n      heard  {clip['hypothesis']}"
+        for clip in clips[:: max(1, len(clips) // 4)][:4]
+    )
+    return f"""
+{render_scorecard(card)}
+
+  CER before training {first}, after {card["cer"]:.3f}
+
+  A few transcriptions
+{shown}
+
+  Curves       {run_dir / "curves.png"}
+  Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
+  Scorecard    {run_dir / "scorecard.json"}
+  Model        {run_dir / "best"}      (Transformers: AutoModelForCTC.from_pretrained, or pipeline)
+
+  Next, with a corpus of your own
+    python -m streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
+    python -m sharding build data/raw/* --out data/shards
+    deepspeed launch/train.py --config configs/zero2.json
+"""

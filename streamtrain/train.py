@@ -25,7 +25,7 @@ from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecar
 from streamtrain.export import save_best
 from streamtrain.model import CTCModel, ctc_sum, load_model
 from streamtrain.monitor import Monitor, StepRow
-from streamtrain.plan import PLANNER_VERSION, EpochPlan, PlanSettings, check_world_size, plan_epoch
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
 from streamtrain.stream import ShardStream, open_for_reading
 from streamtrain.world import World
 
@@ -85,13 +85,7 @@ class Plans:
 
     def __init__(self, index: ShardIndex, config: Config) -> None:
         self._index = index
-        self._settings = PlanSettings(
-            batch_seconds=config.data.batch_seconds,
-            micro_batches_per_step=config.train.micro_batches_per_step,
-            window_shards=config.data.window_shards,
-            length_jitter=config.data.length_jitter,
-            seed=config.train.seed,
-        )
+        self._settings = config.plan
         self._kept: tuple[int, EpochPlan] | None = None
         limit = config.train.max_steps or math.inf
         total = 0

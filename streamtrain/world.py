@@ -73,7 +73,7 @@ def world_from_environment() -> World:
 
 @contextmanager
 def running() -> Iterator[World]:
-    """Everything around a rank's one function: log, threads, process group; a user's error told once, without a traceback.
+    """All around a rank's one function: log, threads, process group; a user's error told once, without a traceback.
 
     Works under the `deepspeed` launcher, under torchrun, and as a plain process of one rank; on GPUs with NCCL, on CPUs
     with gloo and nothing compiled.

@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all a newcomer needs; each makes the environment by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What every recipe prints before it runs it is an ordinary command: copy it, change it, run it yourself.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup     the environment in .venv, from pinned requirements"
+	@echo "make demo      synthetic speech → shards → two-rank training → CER, in under ten minutes on two cores"
+	@echo "make test      the tests; make test-all also runs the long ones"
+	@echo "make check     ruff, mypy --strict, no import cycles"
+	@echo "make clean     removes .venv and data/demo"
+
+setup: $(VENV)/.installed
+
+# torch comes first and alone: what others ask of it is then satisfied, and nothing fetches another build.
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(shell grep '^torch==' requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	python -m sharding demo-corpus data/demo/raw
+	python -m sharding build data/demo/raw/* --out data/demo/shards
+	deepspeed --num_accelerators 2 launch/train.py --config configs/demo.json
+	deepspeed --num_accelerators 2 launch/evaluate.py --model data/demo/run/best --shards data/demo/shards --out data/demo/run
+	@python -m streamtrain summary data/demo/run
+
+test: setup
+	python -m pytest -m "not long"
+
+test-all: setup
+	python -m pytest
+
+check: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV) data/demo

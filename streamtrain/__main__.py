@@ -1,0 +1,110 @@
+"""`python -m streamtrain`: forecast a run, look at one, transcribe, score, export."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import StreamtrainError
+
+# Imports stay inside the commands: `score` starts without torch.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except StreamtrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from streamtrain.forecast import forecast, render, write_keys
+
+    prediction = forecast(options.shards, options.config, options.set, options.world_size, options.epoch)
+    if options.keys:
+        write_keys(options.shards, prediction, options.world_size, Path(options.keys))
+    print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary))
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from streamtrain.monitor import render_run
+
+    print(render_run(Path(options.run_dir)))
+    return 0
+
+
+def _transcribe(options: argparse.Namespace) -> int:
+    from streamtrain.transcribe import transcribe
+
+    failed = transcribe(Path(options.model), options.source, Path(options.out), options.batch_seconds)
+    return 1 if failed else 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from streamtrain.score import render, score_files
+
+    result = score_files(Path(options.predicted), Path(options.actual))
+    print(json.dumps(result) if options.json else render(result))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from streamtrain.export import export_model
+
+    difference = export_model(Path(options.model), Path(options.out))
+    print(f"{options.out}: written; Transformers computes the same from it (largest difference {difference:.1e})")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m streamtrain", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        return added
+
+    plan = command("plan", _plan, "Forecast a run from the index alone: steps, padding, rank idle, valid world sizes.")
+    plan.add_argument("shards", nargs="?", help="folder or URL of a shard set (default: the configuration's)")
+    plan.add_argument("--config", default="configs/zero2.json", help="default: %(default)s")
+    plan.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
+        help="override settings of the configuration")  # fmt: skip
+    plan.add_argument("--world-size", type=int, default=1, help="ranks (default: %(default)s)")
+    plan.add_argument("--epoch", type=int, default=0, help="which epoch to plan (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--keys", metavar="FILE", help="write JSONL: step, micro_batch, rank and keys of each micro-batch"
+    )
+
+    summary = command("summary", _summary, "Show what a run has reached and where its files are.")
+    summary.add_argument("run_dir", help="the run's folder, such as runs/zero2")
+
+    transcribe = command("transcribe", _transcribe, "Audio → JSONL with the text of each file.")
+    transcribe.add_argument("model", help="folder of a trained model, such as RUN/best")
+    transcribe.add_argument("source", nargs="+", help="audio files, or folders of them")
+    transcribe.add_argument("--out", required=True, help="JSONL file to write")
+    transcribe.add_argument("--batch-seconds", type=float, default=30.0,
+        help="padded seconds per forward: larger suits GPUs, takes more memory (default: %(default)s)")  # fmt: skip
+
+    score = command("score", _score, "CER of a submission, as the challenge scores it.")
+    score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text")
+    score.add_argument("actual", help="JSONL with utterance_id and phonetic_text, such as a transcripts file")
+    score.add_argument("--json", action="store_true", help="print JSON")
+
+    export = command("export", _export, "Copy a trained model to a folder of its own and verify it in Transformers.")
+    export.add_argument("model", help="folder of a trained model, such as RUN/best")
+    export.add_argument("--out", required=True, help="folder to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Audio files to JSONL: each decoded, batched by length, and written in the order it was found."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sharding.audio import SAMPLE_RATE, Waveform, decode
+from sharding.errors import AudioError, StreamtrainError
+from sharding.manifest import AUDIO_SUFFIXES
+from sharding.split import split_recording
+from streamtrain.collate import pad, zero_mean_unit_variance
+from streamtrain.decode import Hypothesis, greedy, join_pieces
+from streamtrain.model import CTCModel, load_trained
+from streamtrain.plan import plan_evaluation
+
+LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
+CHUNK_FILES = 256  # files held in memory at a time
+
+
+def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seconds: float = 30.0) -> int:
+    """Write a JSONL row per audio file: `audio_path, phonetic_text, confidence, error`. Returns how many failed.
+
+    A file that cannot be read gets a row with its error. The texts do not depend on `batch_seconds`.
+    """
+    files = find_audio(sources)
+    model = load_trained(model_folder).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    partial = out.with_name(f".{out.name}.part")
+    failed = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "w", encoding="utf-8") as lines, tqdm(total=len(files), unit="file", desc="transcribing") as bar:
+        for start in range(0, len(files), CHUNK_FILES):
+            chunk = files[start : start + CHUNK_FILES]
+            for path, result in zip(chunk, _transcribe_chunk(model, chunk, batch_seconds), strict=True):
+                row: dict[str, object] = {"audio_path": str(path)}
+                if isinstance(result, str):
+                    row |= {"phonetic_text": "", "confidence": 0.0, "error": result}
+                    failed += 1
+                else:
+                    row |= {"phonetic_text": result.text, "confidence": round(result.confidence, 4), "error": None}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                bar.update()
+    os.replace(partial, out)
+    print(f"{out}: {len(files) - failed:,} files transcribed" + (f", {failed:,} failed" if failed else ""))
+    return failed
+
+
+def find_audio(sources: Sequence[str]) -> list[Path]:
+    """The audio files named, and those under the folders named. Raises StreamtrainError where there are none."""
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            found += sorted(path for path in source.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        elif source.is_file():
+            found.append(source)
+        else:
+            raise StreamtrainError(f"{source}: there is no such file or folder")
+    if not found:
+        raise StreamtrainError(f"no audio in {', '.join(sources)}", f"looked for {', '.join(AUDIO_SUFFIXES)}")
+    return found
+
+
+def _transcribe_chunk(model: CTCModel, files: Sequence[Path], batch_seconds: float) -> list[Hypothesis | str]:
+    pieces: list[Waveform] = []
+    owners: list[int] = []
+    errors: dict[int, str] = {}
+    for number, path in enumerate(files):
+        try:
+            waveform, _ = decode(path.read_bytes())
+        except (AudioError, OSError) as error:
+            errors[number] = error.message if isinstance(error, AudioError) else str(error.strerror)
+            continue
+        for segment in _segments(waveform):
+            pieces.append(segment)
+            owners.append(number)
+    decoded: list[Hypothesis | None] = [None] * len(pieces)
+    device = next(model.parameters()).device
+    for batch in plan_evaluation([len(piece) for piece in pieces], batch_seconds):
+        rows = [zero_mean_unit_variance(pieces[i]) if model.normalize else pieces[i] for i in batch]
+        lengths = torch.tensor([len(row) for row in rows])
+        with torch.inference_mode():
+            log_probs = model(pad([torch.from_numpy(row) for row in rows]).to(device), lengths)  # (B, T, V)
+        for i, hypothesis in zip(batch, greedy(log_probs, model.frame_counts(lengths), model.vocab), strict=True):
+            decoded[i] = hypothesis
+    return [errors[number] if number in errors else _join(decoded, owners, number) for number in range(len(files))]
+
+
+def _segments(waveform: Waveform) -> list[Waveform]:
+    if len(waveform) <= LIMIT_SEC * SAMPLE_RATE:
+        return [waveform]
+    segments = split_recording("", waveform, "", LIMIT_SEC)
+    starts = [round(segment.start_sec * SAMPLE_RATE) for segment in segments]
+    return [waveform[start : start + segment.samples] for start, segment in zip(starts, segments, strict=True)]
+
+
+def _join(decoded: Sequence[Hypothesis | None], owners: Sequence[int], number: int) -> Hypothesis:
+    mine = [hypothesis for hypothesis, owner in zip(decoded, owners, strict=True) if owner == number and hypothesis]
+    return Hypothesis(join_pieces([h.text for h in mine]), sum(h.confidence for h in mine) / max(len(mine), 1))
