@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What every recipe prints before it runs it is an ordinary command: copy it, change it, run it yourself.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,7 @@ check: setup
 	ruff check .
 	ruff format --check .
 	mypy
+	python -m pytest -q tests/test_architecture.py
 
 clean:
 	rm -rf $(VENV) data/demo

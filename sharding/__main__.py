@@ -31,10 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except StreamtrainError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a folder that must not be written: its message names the file
+    except (StreamtrainError, OSError) as error:  # the latter: a full disk, a folder that must not be written
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -113,7 +110,10 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    waveform, _ = decode(Path(options.audio).read_bytes(), prove=True)
+    try:
+        waveform, _ = decode(Path(options.audio).read_bytes(), prove=True)
+    except AudioError as error:
+        raise AudioError(f"{options.audio}: {error.message}") from error
     segments = split_recording(Path(options.audio).stem, waveform, normalize_ipa(options.text), options.limit_sec)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
     for segment in segments:
@@ -177,11 +177,15 @@ def _parser() -> argparse.ArgumentParser:
 
     parser_demo = command("demo-corpus", _demo_corpus, "Make a small synthetic corpus, spoken by espeak-ng.")
     parser_demo.add_argument("out", help="folder to make the two corpora in")
-    parser_demo.add_argument("--minutes", type=float, default=30.0, help="speech to make, min (default: %(default)s)")
+    parser_demo.add_argument(
+        "--minutes", type=_between(0.1, 100_000), default=30.0, help="speech to make, min (default: %(default)s)"
+    )
     parser_demo.add_argument(
         "--children", type=_between(2, 10_000, int), default=24, help="voices (default: %(default)s)"
     )
-    parser_demo.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
+    parser_demo.add_argument(
+        "--seed", type=_between(0, 2**32, int), default=0, help="another seed, another corpus (default: %(default)s)"
+    )
     return parser
 
 

@@ -16,6 +16,7 @@ SAMPLE_RATE = 16_000
 CONV_LAYERS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # wav2vec2's (kernel, stride), in samples
 MIN_SAMPLES = 400  # the receptive field of those layers: a shorter clip has no frame
 UNKNOWN_FRAMES = 2**40  # a streamed file says nothing of its length, and libsndfile something far above this
+MIN_RATE = 1_000  # Hz; below it nobody can be understood, and resampling would blow the clip up
 MAX_VALUES = 2**29  # samples × channels of one file, 2 GiB once decoded: a header that promises more is a bomb
 CONSTANT_PEAK = 1e-5  # below this swing a signal says nothing, about a third of a 16-bit step
 
@@ -47,7 +48,7 @@ def probe(file: IO[bytes]) -> AudioInfo:
         file.seek(0)
         waveform, final = decode(file.read())
         return AudioInfo(len(waveform), final)
-    _check_size(info.frames, info.channels, info.samplerate)
+    _check_header(info.frames, info.channels, info.samplerate)
     return AudioInfo(
         samples=round(info.frames * SAMPLE_RATE / info.samplerate),
         passthrough=_is_final(info.format, info.subtype, info.samplerate, info.channels),
@@ -66,7 +67,7 @@ def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
         raise AudioError(_not_audio(error)) from error
     with file:
         rate, channels, streamed = file.samplerate, file.channels, file.frames >= UNKNOWN_FRAMES
-        final = _is_final(file.format, file.subtype, rate, channels) and not streamed
+        final = _is_final(file.format, file.subtype, rate, channels) and data.startswith(b"fLaC") and not streamed
         waveform = _read_streamed(file) if streamed else _read_whole(file)  # (samples, channels)
         if prove and file.format == "FLAC":
             _check_flac_md5(data, waveform, file.subtype)
@@ -102,7 +103,7 @@ def _is_final(container: str, subtype: str, rate: int, channels: int) -> bool:
 
 
 def _read_whole(file: soundfile.SoundFile) -> Waveform:
-    _check_size(file.frames, file.channels, file.samplerate)
+    _check_header(file.frames, file.channels, file.samplerate)
     try:
         waveform: Waveform = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -119,13 +120,15 @@ def _read_streamed(file: soundfile.SoundFile) -> Waveform:
     try:
         while not blocks or len(blocks[-1]):
             blocks.append(file.read(2**20, dtype="float32", always_2d=True))
-            _check_size(sum(map(len, blocks)), file.channels, file.samplerate)
+            _check_header(sum(map(len, blocks)), file.channels, file.samplerate)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cut off or damaged: {_last_words(error)}") from error
     return np.concatenate(blocks)
 
 
-def _check_size(frames: int, channels: int, rate: int) -> None:
+def _check_header(frames: int, channels: int, rate: int) -> None:
+    if rate < MIN_RATE:
+        raise AudioError(f"sample rate is {rate} Hz")
     if max(frames * channels, frames * SAMPLE_RATE // rate) > MAX_VALUES:
         raise AudioError(f"too long: {frames} samples × {channels} channels at {rate} Hz")
 

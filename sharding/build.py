@@ -370,8 +370,6 @@ _done: Any = None  # clips finished by all workers, shared with the parent's pro
 def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
-    os.environ["OMP_NUM_THREADS"] = "1"  # one process per core; the voice detector's threads would fight over them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent alone answers
     _die_with_parent()
 
 
@@ -384,6 +382,15 @@ def _die_with_parent() -> None:
     """Ask Linux to end this process with the one that started it, so that a killed build leaves nobody behind."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Workers:
@@ -407,7 +414,8 @@ class Workers:
             return []
         self._counter.value = 0
         try:
-            futures = [self._pool.submit(function, job) for job in jobs]
+            with _interrupts_ignored():  # by the workers that start here: Ctrl-C reaches all, the parent alone answers
+                futures = [self._pool.submit(function, job) for job in jobs]
             pending = set(futures)
             with tqdm(total=clips, desc=f"{label:>10}", unit="clip", smoothing=0.05) as bar:
                 while pending:

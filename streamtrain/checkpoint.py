@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class RunState:
     epoch: int
     step_in_epoch: int
     world_size: int
-    config_hash: str
+    config: dict[str, Any]  # its decisive part
     index_digest: str
     planner_version: int
     best_cer: float | None
@@ -78,10 +79,9 @@ def load_checkpoint(engine: Any, path: Path, expected: RunState) -> RunState:
         state = RunState(**json.loads((path / STATE_NAME).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _OTHERWISE) from error
-    for field, what in _MUST_AGREE.items():
-        saved, here = getattr(state, field), getattr(expected, field)
-        if saved != here:
-            raise CheckpointError(f"{path}: saved with {what} {_short(saved)}, this run has {_short(here)}", _OTHERWISE)
+    differ = _differences(asdict(state), asdict(expected), _MUST_AGREE)
+    if differ:
+        raise CheckpointError(f"{path}: belongs to another run: {'; '.join(differ)}", _OTHERWISE)
     try:
         loaded, _ = engine.load_checkpoint(str(path), tag="engine")
     except Exception as error:  # DeepSpeed and torch raise whatever they met
@@ -97,17 +97,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 _OTHERWISE = "resume another one with --resume PATH, start over with --resume none, or use another train.run_dir"
-_MUST_AGREE = {
-    "world_size": "a world size of",
-    "config_hash": "a configuration of hash",
-    "index_digest": "a shard set of digest",
-    "planner_version": "planner version",
-}
+_MUST_AGREE = ("world_size", "config", "index_digest", "planner_version")
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) > 16 else text
+def _differences(saved: dict[str, Any], here: dict[str, Any], keys: Iterable[str], path: str = "") -> list[str]:
+    """Each value that differs, named by its place: `train.epochs was 20, is 30`."""
+    differ = []
+    for key in keys:
+        was, now = saved.get(key), here.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            differ += _differences(was, now, sorted(was.keys() | now.keys()), f"{path}{key}.")
+        elif was != now:
+            differ.append(f"{path.removeprefix('config.')}{key} was {was}, is {now}")
+    return differ
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,6 @@
 """One JSON file becomes checked sections. Each default has its one home here; a misspelt key stops the run."""
 
 import difflib
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ class ConfigError(StreamtrainError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -82,10 +81,11 @@ class Config(Section):
         )
 
     @property
-    def hash(self) -> str:
-        """Of all that decides what a step computes; where the run lies and when it is evaluated do not count."""
-        decisive = self.model_dump(exclude={"train": {"run_dir", "keep_checkpoints", "checkpoint_every"}, "eval": True})
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    def decisive(self) -> dict[str, Any]:
+        """All that decides what a step computes: not where things lie, nor when a run is evaluated or saved."""
+        elsewhere = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
+        rhythm = {"run_dir", "keep_checkpoints", "checkpoint_every"}
+        return self.model_dump(exclude={"data": elsewhere, "train": rhythm, "eval": True})
 
 
 OURS = {
@@ -104,6 +104,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {error.strerror}", "see the files in configs/") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: an object with sections is expected", "see the files in configs/")
     for override in overrides:
         _set(document, override)
     try:
@@ -118,7 +120,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _set(document: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not name:
+    if not equals or not all(name.split(".")):
         raise ConfigError(f"--set {override}: section.key=value is expected")
     *path, last = name.split(".")
     node = document

@@ -232,8 +232,8 @@ def render(card: dict[str, Any]) -> str:
     lines = [
         f"CER {card['cer']:.4f}  (95 % interval {low:.4f} – {high:.4f}, by child)   "
         f"{card['edits']:,} edits ÷ {card['reference_length']:,} symbols, {card['clips']:,} clips",
-        f"{card['substitutions']:,} substitutions, {card['deletions']:,} deletions, {card['insertions']:,} insertions   "
-        f"macro CER: by child {card['macro_cer_by_child']:.4f}, by corpus {card['macro_cer_by_corpus']:.4f}",
+        f"{card['substitutions']:,} substitutions, {card['deletions']:,} deletions, {card['insertions']:,} insertions"
+        f"   macro CER: by child {card['macro_cer_by_child']:.4f}, by corpus {card['macro_cer_by_corpus']:.4f}",
     ]
     for title, group in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in group))

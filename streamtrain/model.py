@@ -5,6 +5,8 @@ those models no attention mask. Here that norm takes its statistics over true fr
 Weights keep their names and values, so what is trained here loads in Transformers as it is.
 """
 
+import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from sharding.errors import StreamtrainError
 from streamtrain.config import ModelConfig
 from streamtrain.vocab import Vocab, ipa_vocab, load_vocab
 
+log = logging.getLogger("streamtrain")
+
+FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
 
 
@@ -117,8 +122,9 @@ def ctc_sum(
 
     Graves et al. 2006. In fp32, with true lengths; a silent row adds nothing and gets no gradient.
     """
+    counted = torch.where(weights.to(target_lengths.device) > 0, target_lengths, 0)  # else 0 × ∞ where no path fits
     losses = F.ctc_loss(
-        log_probs.transpose(0, 1), targets, frames, target_lengths, blank=blank, reduction="none", zero_infinity=False
+        log_probs.transpose(0, 1), targets, frames, counted, blank=blank, reduction="none", zero_infinity=False
     )
     return torch.where(weights > 0, losses, 0.0 * log_probs.sum()).sum()
 
@@ -126,21 +132,15 @@ def ctc_sum(
 def load_model(config: ModelConfig) -> CTCModel:
     """A pretrained encoder with a CTC head for the IPA vocabulary, or one from scratch.
 
-    A model that was trained here (it has a `vocab.json`) keeps its vocabulary and its head.
+    A model that was trained here keeps its vocabulary and its head; one that speaks letters gets new ones.
     """
-    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
-
     settings: dict[str, Any] = dict.fromkeys(ACTIVE_DROPOUTS, config.dropout)
     settings |= {"layerdrop": 0.0, "apply_spec_augment": False, "mask_feature_prob": 0.0, "mask_time_prob": 0.05}
     if config.scratch is not None:
         vocab = ipa_vocab()
-        try:
-            network = Wav2Vec2ForCTC(Wav2Vec2Config(**config.scratch, **settings, **_ctc_settings(vocab)))
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"model.scratch: {error}", "its keys are those of Transformers' Wav2Vec2Config") from error
+        network = _from_scratch(config.scratch, settings | _ctc_settings(vocab))
     else:
-        folder = Path(str(config.pretrained))
-        vocab = load_vocab(folder) if (folder / "vocab.json").is_file() else ipa_vocab()
+        vocab = _vocab_to_train(Path(str(config.pretrained)))
         network = _from_pretrained(str(config.pretrained), settings | _ctc_settings(vocab))
     if config.freeze_cnn:
         network.freeze_feature_encoder()
@@ -173,20 +173,52 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
     }
 
 
+def _vocab_to_train(folder: Path) -> Vocab:
+    try:
+        own = load_vocab(folder)
+    except StreamtrainError:
+        return ipa_vocab()
+    return own if set(ipa_vocab().tokens) <= set(own.tokens) else ipa_vocab()
+
+
+def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    hint = "its keys are those of Transformers' Wav2Vec2Config"
+    keys = Wav2Vec2Config().to_dict().keys()
+    for key in scratch:  # Transformers would take any key, and ignore it
+        if key in settings:
+            raise ModelError(f"model.scratch: {key!r} is not set here", "dropouts are model.dropout, the rest follows")
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            raise ModelError(f"model.scratch: unknown key {key!r}", f"did you mean {near[0]!r}?" if near else hint)
+    try:
+        return Wav2Vec2ForCTC(Wav2Vec2Config(**scratch, **settings))
+    except Exception as error:  # Transformers and torch raise whatever they met
+        raise ModelError(f"model.scratch: {error}", hint) from error
+
+
 def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCTC
+    from transformers import AutoConfig, AutoModelForCTC
 
     try:
+        original = AutoConfig.from_pretrained(name)
+        if original.model_type not in FAMILIES:
+            raise ValueError(f"its type is {original.model_type!r}, not one of {', '.join(FAMILIES)}")
+        if settings and original.layerdrop:
+            log.info("LayerDrop of %s is set from %g to 0: ranks would drop different layers", name, original.layerdrop)
         return AutoModelForCTC.from_pretrained(
             name, dtype=torch.float32, ignore_mismatched_sizes=bool(settings), **settings
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Transformers, safetensors and torch raise whatever they met
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"model {name!r} cannot be loaded: {reason}",
-            "without a network, download it elsewhere and give its folder: --set model.pretrained=/path/to/folder; "
-            "or train a small one from scratch with configs/demo.json",
-        ) from error
+        hint = (
+            "the folder must hold config.json and model.safetensors, whole"
+            if Path(name).is_dir()
+            else "without a network, download it elsewhere and give its folder, --set model.pretrained=FOLDER; "
+            "or train a small one from scratch with configs/demo.json"
+        )
+        raise ModelError(f"model {name!r} cannot be loaded: {reason}", hint) from error
 
 
 def _normalizes(name: str | None) -> bool:

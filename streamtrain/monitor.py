@@ -44,6 +44,8 @@ class Monitor:
         self._log = run_dir / "log.csv"
         self.rows = [row for row in read_log(self._log) if row.step <= done_steps]
         self._rewrite()
+        if done_steps == 0:
+            (run_dir / "samples.txt").unlink(missing_ok=True)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
         self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
         self.started = time.monotonic()

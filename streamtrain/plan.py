@@ -58,6 +58,7 @@ class EpochPlan:
         """Equal on all ranks, or they would train on different epochs."""
         state = xxhash.xxh3_128(self.rows.tobytes())
         state.update(self.starts.tobytes())
+        state.update(self.micro_batches_per_step.to_bytes(8, "little"))
         return state.hexdigest()
 
     def micro_batch(self, step: int, number: int) -> Rows:
@@ -74,6 +75,12 @@ class EpochPlan:
         if filled.any():
             longest[filled] = np.maximum.reduceat(self.lengths, self.starts[:-1][filled])
         return (counts * longest).reshape(self.steps, self.micro_batches_per_step)
+
+    @cached_property
+    def true(self) -> npt.NDArray[np.int64]:
+        """Samples of speech in each micro-batch, shape (steps, M)."""
+        before = np.concatenate([[0], np.cumsum(self.lengths)])[self.starts]
+        return np.diff(before).reshape(self.steps, self.micro_batches_per_step)
 
     @property
     def padding(self) -> float:
@@ -95,11 +102,11 @@ def valid_world_sizes(micro_batches_per_step: int) -> list[int]:
 
 def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
     """Raises PlanError where the ranks do not divide the micro-batches of a step."""
-    if micro_batches_per_step % world_size:
+    if world_size < 1 or micro_batches_per_step % world_size:
         valid = ", ".join(map(str, valid_world_sizes(micro_batches_per_step)))
         raise PlanError(
             f"{world_size} ranks cannot share {micro_batches_per_step} micro-batches per step evenly",
-            f"run {valid} ranks, or set train.micro_batches_per_step to a multiple of {world_size}",
+            f"run {valid} ranks, or set train.micro_batches_per_step to a multiple of their number",
         )
 
 
@@ -148,12 +155,11 @@ def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seco
     """
     values = np.asarray(lengths, np.int64)
     order = np.argsort(values, kind="stable")
-    cap = max(round(batch_seconds * SAMPLE_RATE), int(values.max(initial=0)))
-    return list(cut(order, values[order], cap))[::-1]
+    return list(cut(order, values[order], round(batch_seconds * SAMPLE_RATE)))[::-1]
 
 
 def cut(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
-    """Cut consecutive rows into batches whose clips × longest stay within `cap` samples; no clip may exceed it.
+    """Cut consecutive rows into batches whose clips × longest stay within `cap` samples; a longer clip stands alone.
 
     `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
     """
@@ -218,7 +224,7 @@ def _into_steps(
 ) -> list[Rows]:
     """Group batches of about equal size into steps, so that no rank waits long for another."""
     block = BLOCK_STEPS * per_step
-    tail = len(batches) - len(batches) % block if len(batches) > block else 0
+    tail = max(len(batches) // block - 1, 0) * block  # a whole block and what is over it: enough to split
     batches = batches[:tail] + _fill_up(batches[tail:], per_step)
     sizes = np.array([len(batch) * int(lengths[batch].max()) if len(batch) else 0 for batch in batches])
     ordered: list[Rows] = []
@@ -238,5 +244,5 @@ def _fill_up(batches: list[Rows], per_step: int) -> list[Rows]:
         _, _, batch = heapq.heappop(heap)
         for half in (batch[::2], batch[1::2]):
             heapq.heappush(heap, (-len(half), next(numbers), half))
-    whole = [batch for _, _, batch in sorted(heap, key=lambda item: item[:2])]
+    whole = [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]  # in their order, halves last
     return whole + [np.zeros(0, np.int64)] * (-len(whole) % per_step)

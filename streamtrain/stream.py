@@ -4,7 +4,6 @@ Threads suffice: libsndfile and the object store work outside the interpreter's 
 to start, to hang or to leave shared memory behind.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sharding.errors import ShardError
 from sharding.format import Sample, ShardIndex, read_sample
 from sharding.store import Store
 from streamtrain.cache import ShardCache
@@ -29,9 +29,8 @@ STEPS_AHEAD = 32  # shards of these steps are fetched from a bucket before they 
 
 @dataclass
 class StreamStats:
-    """What a rank waited for and read."""
+    """What a rank has read."""
 
-    wait_sec: float = 0.0  # the training loop stood still for data
     bytes: int = 0
     failed: list[str] = field(default_factory=list)  # keys of clips that did not decode
 
@@ -69,7 +68,11 @@ class ShardStream:
             self._announce(plan, step)
             return StepBatch(step, number, self.load(plan.micro_batch(step, number)))
 
-        return self._timed(read_ahead(load, places, self.workers))
+        try:
+            yield from read_ahead(load, places, self.workers)
+        finally:
+            if isinstance(self.store, ShardCache):
+                self.store.stop_prefetching()
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Batch, list[Sample]]]:
         """The given batches of rows, in order, with their samples."""
@@ -78,7 +81,7 @@ class ShardStream:
             samples = self._read(rows)
             return self._collate(rows, samples), samples
 
-        return self._timed(read_ahead(load, iter(batches), self.workers))
+        return read_ahead(load, iter(batches), self.workers)
 
     def load(self, rows: np.ndarray) -> Batch:
         """Read, verify, decode and pad the clips of these rows."""
@@ -86,7 +89,18 @@ class ShardStream:
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
         self.stats.bytes += int(self.index.samples["bytes"][rows].sum())
-        return [read_sample(self.store, self.index, int(row)) for row in rows]
+        return [self._read_one(int(row)) for row in rows]
+
+    def _read_one(self, row: int) -> Sample:
+        """A verified sample. What spoilt in the cache or on the way is fetched once more before it is an error."""
+        try:
+            return read_sample(self.store, self.index, row)
+        except ShardError:
+            if isinstance(self.store, ShardCache):
+                self.store.drop(self.index.shards[self.index.samples["shard"][row]].name)
+            elif not self.store.remote:
+                raise
+            return read_sample(self.store, self.index, row)
 
     def _collate(self, rows: np.ndarray, samples: Sequence[Sample]) -> Batch:
         batch = collate(samples, self.index.samples["samples"][rows].tolist(), self.vocab, self.normalize)
@@ -100,16 +114,6 @@ class ShardStream:
             shards = self.index.samples["shard"][rows]
             _, first = np.unique(shards, return_index=True)
             self.store.prefetch([self.index.shards[shards[i]].name for i in np.sort(first)])
-
-    def _timed(self, items: Iterator["Item"]) -> Iterator["Item"]:
-        while True:
-            started = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            self.stats.wait_sec += time.perf_counter() - started
-            yield item
 
 
 Place = TypeVar("Place")

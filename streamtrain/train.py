@@ -7,18 +7,20 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex, read_index
 from sharding.store import open_store
 from streamtrain.augment import keyed_random, time_mask
-from streamtrain.checkpoint import RunState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from streamtrain.checkpoint import RunState, find_checkpoint, load_checkpoint, save_checkpoint
 from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
@@ -26,7 +28,7 @@ from streamtrain.export import save_best
 from streamtrain.model import CTCModel, ctc_sum, load_model
 from streamtrain.monitor import Monitor, StepRow
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
-from streamtrain.stream import ShardStream, open_for_reading
+from streamtrain.stream import ShardStream, StepBatch, open_for_reading
 from streamtrain.world import World
 
 log = logging.getLogger("streamtrain")
@@ -64,20 +66,24 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     plans = Plans(index, config)
     run = Path(config.train.run_dir)
     checkpoint = find_checkpoint(resume, run / "checkpoints")
-    if world.main and checkpoint is None:
-        _refuse_finished(run, resume)
-    _agree(world, config.hash, plans.epoch(0).hash)
+    _agree(world, json.dumps(config.decisive), plans.epoch(0).hash)
+    if world.main:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+        if resume == "none":
+            _start_over(run / "checkpoints")
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
     model = load_model(config.model).to(world.device)
     engine = _start_engine(model, config, world)
     source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
     stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
-    state = RunState(0, 0, 0, world.size, config.hash, index.digest, PLANNER_VERSION, None)
+    state = RunState(0, 0, 0, world.size, config.decisive, index.digest, PLANNER_VERSION, None)
     if checkpoint is not None:
         state = load_checkpoint(engine, checkpoint, state)
         log.info("resumed at step %d from %s", state.step, checkpoint)
-    trainer = Trainer(config, world, engine, model, stream, plans, run, state)
-    trainer.run()
+    if state.step == plans.total_steps:
+        log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
+    Trainer(config, world, engine, model, stream, plans, state).run()
 
 
 class Plans:
@@ -112,24 +118,24 @@ class Trainer:
         model: CTCModel,
         stream: ShardStream,
         plans: Plans,
-        run: Path,
         state: RunState,
     ) -> None:
         self.config, self.world, self.engine, self.model = config, world, engine, model
-        self.stream, self.plans, self.run_dir, self.state = stream, plans, run, state
+        self.stream, self.plans, self.state = stream, plans, state
+        self.run_dir = Path(config.train.run_dir)
         self.schedule = Schedule(
             _peak_rate(config), config.train.warmup_steps, plans.total_steps, config.train.schedule
         )
-        self.monitor = _open_monitor(run, config, plans.total_steps, state.step) if world.main else None
+        self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
-        """Train to the last step, then score the best model once more for the scorecard."""
+        """Train to the last step; evaluate and save on the way and at the end."""
         if self.state.step == 0:
             self._evaluate()
         while self.state.step < self.plans.total_steps:
             plan = self.plans.epoch(self.state.epoch)
-            for micro_batches in self._steps(plan):
-                row = self._step(plan, micro_batches)
+            for micro_batches, waited in self._steps(plan):
+                row = self._step(plan, micro_batches, waited)
                 last = self.state.step == self.plans.total_steps
                 if last or self.state.step % self.config.eval.every_steps == 0:
                     row = replace(row, cer=self._evaluate())
@@ -142,40 +148,34 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.close()
 
-    def _steps(self, plan: EpochPlan) -> Iterator[list[tuple[int, Batch]]]:
-        """The rest of the epoch: for each step this rank's `(number, batch)` pairs."""
-        per_rank = self.config.train.micro_batches_per_step // self.world.size
-        group: list[tuple[int, Batch]] = []
-        for item in self.stream.epoch(plan, self.state.step_in_epoch):
-            group.append((item.number, item.batch))
-            if len(group) == per_rank:
-                yield group
-                group = []
+    def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
+        """The rest of the epoch: this rank's micro-batches of each step, and the seconds it waited for them."""
+        batches = self.stream.epoch(plan, self.state.step_in_epoch)
+        per_rank = plan.micro_batches_per_step // self.world.size
+        started = time.perf_counter()
+        while micro_batches := list(islice(batches, per_rank)):
+            yield micro_batches, time.perf_counter() - started
+            started = time.perf_counter()
 
-    def _step(self, plan: EpochPlan, micro_batches: list[tuple[int, Batch]]) -> StepRow:
+    def _step(self, plan: EpochPlan, micro_batches: list[StepBatch], waited: float) -> StepRow:
         """One optimizer step. The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step."""
-        started, waited = time.perf_counter(), self.stream.stats.wait_sec
-        state, per_step = self.state, plan.micro_batches_per_step
-        symbols = max(int(plan.label_characters[state.step_in_epoch]), 1)
+        started = time.perf_counter()
+        state, here = self.state, self.state.step_in_epoch
+        symbols = max(int(plan.label_characters[here]), 1)
         rate = self.schedule.at(state.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         nats = 0.0
-        for number, batch in micro_batches:
-            summed = self._forward(batch.to(self.world.device), number)
+        for item in micro_batches:
+            summed = self._forward(item.batch.to(self.world.device), item.number)
             # The engine averages over ranks and over micro-batches: times M, divided by the step's symbols
-            self.engine.backward(summed * (per_step / symbols))
+            self.engine.backward(summed * (plan.micro_batches_per_step / symbols))
             self.engine.step()
             nats += float(summed.detach())
         loss = self.world.sum_float(nats) / symbols
         self._check(loss, micro_batches)
-        padded = int(plan.padded[state.step_in_epoch].sum())
-        bounds = plan.starts[[state.step_in_epoch * per_step, (state.step_in_epoch + 1) * per_step]]
-        true = int(plan.lengths[bounds[0] : bounds[1]].sum())
-        seconds = time.perf_counter() - started
-        waited_before = self._waited
-        self._waited = self.stream.stats.wait_sec
-        total = seconds + (waited - waited_before)  # the wait for this step's data came before it
+        seconds = waited + time.perf_counter() - started
+        true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
         self.state = _advance(state, plan)
         return StepRow(
             step=self.state.step,
@@ -183,13 +183,11 @@ class Trainer:
             loss=loss,
             lr=rate,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
-            audio_sec_per_sec=true / SAMPLE_RATE / total,
-            padding=1 - true / padded if padded else 0.0,
-            data_wait=(waited - waited_before) / total,
+            audio_sec_per_sec=true / SAMPLE_RATE / seconds,
+            padding=1 - true / max(padded, 1),
+            data_wait=waited / seconds,
             cer=None,
         )
-
-    _waited = 0.0
 
     def _forward(self, batch: Batch, number: int) -> torch.Tensor:
         """Summed CTC loss of a micro-batch. Dropout and masks depend on its place in the plan, not on the rank."""
@@ -205,9 +203,9 @@ class Trainer:
         log_probs = self.engine(batch.inputs, batch.input_lengths, mask)  # (B, T, V)
         return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
 
-    def _check(self, loss: float, micro_batches: list[tuple[int, Batch]]) -> None:
+    def _check(self, loss: float, micro_batches: list[StepBatch]) -> None:
         if not math.isfinite(loss):  # the sum is the same on all ranks, so all stop here together
-            keys = ", ".join(key for _, batch in micro_batches for key in batch.keys[:3])
+            keys = ", ".join(key for item in micro_batches for key in item.batch.keys[:3])
             raise TrainError(
                 f"step {self.state.step + 1}: the loss is {loss} (rank {self.world.rank} had {keys}, …)",
                 "lower the learning rate or lengthen train.warmup_steps, then resume from the last checkpoint",
@@ -222,7 +220,12 @@ class Trainer:
     def _evaluate(self) -> float:
         """Score the model as it is; keep it as `best/` where no score was better."""
         settings = self.config
-        evaluation = evaluate(self.model, self.stream, settings.eval.split, settings.data.batch_seconds, self.world)
+        split, clips = settings.eval.split, len(self.stream.index.split(settings.eval.split))
+        hidden = not self.world.main
+        with tqdm(
+            total=-(-clips // self.world.size), desc="evaluating", unit="clip", leave=False, disable=hidden
+        ) as bar:
+            evaluation = evaluate(self.model, self.stream, split, settings.data.batch_seconds, self.world, bar.update)
         cer = evaluation.total.cer
         if self.monitor is not None:
             self.monitor.evaluated(self.state.step, evaluation.total, evaluation.clips)
@@ -281,17 +284,11 @@ def _peak_rate(config: Config) -> float:
         raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
 
 
-def _open_monitor(run: Path, config: Config, total_steps: int, done_steps: int) -> Monitor:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
-    return Monitor(run, total_steps, done_steps)
-
-
-def _refuse_finished(run: Path, resume: str) -> None:
-    """Starting over must not silently overwrite a run that has checkpoints."""
-    if resume == "none" and list_checkpoints(run / "checkpoints"):
-        shutil.rmtree(run / "checkpoints")
-        log.info("--resume none: the checkpoints in %s were removed", run)
+def _start_over(folder: Path) -> None:
+    """`--resume none` was asked for in a run that has checkpoints."""
+    if folder.exists():
+        shutil.rmtree(folder)
+        log.info("--resume none: %s was removed", folder)
 
 
 def _agree(world: World, *hashes: str) -> None:

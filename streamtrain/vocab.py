@@ -48,11 +48,11 @@ def load_vocab(model: Path) -> Vocab:
     path = model / "vocab.json"
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tokens = tuple(sorted(ids, key=ids.__getitem__))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise StreamtrainError(
             f"{path}: no vocabulary ({error})", "give the folder of a trained model, such as RUN/best"
         ) from error
-    tokens = tuple(sorted(ids, key=ids.__getitem__))
     if [ids[token] for token in tokens] != list(range(len(tokens))) or not {BLANK, UNKNOWN, SPACE} <= set(tokens):
         raise StreamtrainError(f"{path}: ids must run from 0 and include {BLANK}, {UNKNOWN} and {SPACE}")
     return Vocab(tokens)
@@ -64,7 +64,8 @@ def save_vocab(vocab: Vocab, folder: Path, do_normalize: bool, attention_mask: b
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vocab.json"
-    path.write_text(json.dumps({token: i for i, token in enumerate(vocab.tokens)}, ensure_ascii=False, indent=1))
+    ids = {token: i for i, token in enumerate(vocab.tokens)}
+    path.write_text(json.dumps(ids, ensure_ascii=False, indent=1), encoding="utf-8")
     tokenizer = Wav2Vec2CTCTokenizer(
         str(path),
         bos_token=None,

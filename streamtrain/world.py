@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,5 +120,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     for name in ("DeepSpeed", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)

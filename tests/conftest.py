@@ -1,0 +1,47 @@
+"""What several tests need: the real command, and one small shard set that nobody changes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from corpus import make_corpus
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Shared machines stall now and then: a slow example is no bug. The same examples each time, so a red test stays red.
+settings.register_profile("streamtrain", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("streamtrain")
+
+
+def run_module(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m MODULE ARGUMENTS`. Whatever happens, a user never sees a traceback."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def run_sharding() -> Command:
+    """`run_sharding("build", folder, "--out", out)` runs the real command."""
+    return lambda *arguments: run_module("sharding", *arguments)
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpora") / "meadow")
+
+
+@pytest.fixture(scope="session")
+def small_shards(small_corpus: Path, run_sharding: Command) -> Path:
+    """A shard set of `small_corpus`; tests that damage it copy it first."""
+    out = small_corpus.parent / "shards"
+    done = run_sharding("build", small_corpus, "--out", out, "--num-buckets", 2, "--shard-mb", 0.1)
+    assert done.returncode == 0, done.stderr
+    return out

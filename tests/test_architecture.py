@@ -1,0 +1,71 @@
+"""Who may import whom, read from the sources: everything points down, and nothing in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("sharding", "streamtrain", "launch")
+SEEN_BY_STREAMTRAIN = {"format", "store", "ipa", "audio", "pauses", "split", "errors", "manifest"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules that a file imports, anywhere in it or only when it is itself imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))}
+GRAPH = {name: {other for other in imports_of(path) if other in MODULES} - {name} for name, path in MODULES.items()}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(GRAPH[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("sharding")])
+def test_sharding_knows_nothing_of_training_and_starts_without_torch(name: str) -> None:
+    assert not any(other.split(".")[0] in ("streamtrain", "launch") for other in imports_of(MODULES[name]))
+    assert not any(other.split(".")[0] in ("torch", "silero_vad") for other in imports_of(MODULES[name], True))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("streamtrain.")])
+def test_streamtrain_stands_on_the_lower_half_of_sharding(name: str) -> None:
+    below = {other.split(".")[1] for other in GRAPH[name] if other.startswith("sharding.")}
+    assert below <= SEEN_BY_STREAMTRAIN
+
+
+@pytest.mark.parametrize("name", ["plan", "model", "metrics"])
+def test_plan_model_and_metrics_know_nothing_of_each_other(name: str) -> None:
+    others = {f"streamtrain.{other}" for other in ("plan", "model", "metrics", "train", "evaluate")} - {
+        f"streamtrain.{name}"
+    }
+    direct = GRAPH[f"streamtrain.{name}"] - {"streamtrain.config"}
+    assert not others & direct
+
+
+def test_planning_and_scoring_start_without_torch() -> None:
+    for name in ("streamtrain.plan", "streamtrain.metrics", "streamtrain.score", "streamtrain.__main__"):
+        assert not any(other.split(".")[0] == "torch" for other in imports_of(MODULES[name], True)), name

@@ -1,0 +1,447 @@
+"""A clip's log-probabilities are Transformers' own, whatever its companions, and survive saving and export."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import AutoModelForCTC
+
+from sharding.audio import MIN_SAMPLES, SAMPLE_RATE, frame_count
+from sharding.ipa import SYMBOLS
+from streamtrain.augment import keyed_random, time_mask
+from streamtrain.collate import zero_mean_unit_variance
+from streamtrain.config import ModelConfig
+from streamtrain.decode import greedy, join_pieces
+from streamtrain.export import ExportError, export_model
+from streamtrain.model import CTCModel, ModelError, ctc_sum, load_model, load_trained, save_model
+from streamtrain.vocab import ipa_vocab
+
+torch.set_num_threads(1)  # networks this small only lose by sharing
+
+VOCAB = ipa_vocab()
+TINY: dict[str, Any] = {
+    "conv_dim": [32] * 7,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+LAYER_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2, group norm": ("Wav2Vec2", {}),
+    "wav2vec2, layer norm": ("Wav2Vec2", LAYER_NORM),
+    "HuBERT, group norm": ("Hubert", {}),
+    "HuBERT, layer norm": ("Hubert", LAYER_NORM),
+    "WavLM, group norm": ("WavLM", {}),
+    "WavLM, layer norm": ("WavLM", LAYER_NORM),
+}
+
+
+def make_network(family: str, head: str = "ForCTC") -> Any:
+    """A tiny network of a family with random weights, in evaluation."""
+    prefix, settings = FAMILIES[family]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{prefix}Config")(**TINY, **settings, vocab_size=len(VOCAB), pad_token_id=0)
+    return getattr(transformers, f"{prefix}{head}")(config).eval()
+
+
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(family: str) -> CTCModel:
+    return CTCModel(make_network(family), VOCAB, normalize=True).eval()
+
+
+def test_unpadded_it_equals_transformers_to_the_bit(family: str) -> None:
+    network = make_network(family)
+    names = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    for clips, samples in ((1, 12_345), (3, 20_000)):
+        inputs = torch.stack([noise(samples, seed) for seed in range(clips)])
+        with torch.inference_mode():
+            theirs = network(inputs).logits.log_softmax(-1)
+            model = CTCModel(network, VOCAB, normalize=True).eval()
+            ours = model(inputs, torch.full((clips,), samples))
+        assert torch.equal(ours, theirs)
+    assert {name: tuple(weight.shape) for name, weight in model.network.state_dict().items()} == names
+
+
+def test_companions_and_padding_change_nothing(model: CTCModel) -> None:
+    lengths = torch.tensor([7_000, MIN_SAMPLES, 31_999, 16_000])
+    clips = [noise(int(length), seed) for seed, length in enumerate(lengths)]
+    padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    garbage = torch.where(torch.arange(padded.shape[1]) < lengths[:, None], padded, 100 * noise(padded.shape[1]))
+    with torch.inference_mode():
+        together, beside_garbage = model(padded, lengths), model(garbage, lengths)
+        for row, clip in enumerate(clips):
+            alone = model(clip[None], lengths[row : row + 1])[0]  # (T, V)
+            assert torch.allclose(together[row, : len(alone)], alone, rtol=0, atol=1e-5)
+            assert torch.allclose(beside_garbage[row, : len(alone)], alone, rtol=0, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_padding_either(model: CTCModel) -> None:
+    clip, label = noise(9_000), torch.tensor([VOCAB.encode("kæt")])
+
+    def gradient(inputs: torch.Tensor, lengths: list[int], weights: list[float]) -> torch.Tensor:
+        model.zero_grad()
+        samples = torch.tensor(lengths)
+        log_probs = model(inputs, samples)
+        targets, target_lengths = label.expand(len(lengths), -1), torch.full((len(lengths),), 3)
+        frames = model.frame_counts(samples)
+        ctc_sum(log_probs, frames, targets, target_lengths, torch.tensor(weights), VOCAB.blank).backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+    alone = gradient(clip[None], [9_000], [1.0])
+    padded = torch.stack([F.pad(clip, (0, 11_000)), noise(20_000, 1)])
+    beside_another = gradient(padded, [9_000, 20_000], [1.0, 0.0])
+    assert torch.linalg.vector_norm(alone - beside_another) < 1e-4 * torch.linalg.vector_norm(alone)
+
+
+def test_a_hidden_frame_cannot_be_heard_and_its_mask_is_the_clips_own(model: CTCModel) -> None:
+    lengths = torch.tensor([8_000, 16_000])
+    frames = model.frame_counts(lengths).tolist()
+    clips = torch.stack([F.pad(noise(8_000), (0, 8_000)), noise(16_000, 1)])
+    mask = torch.zeros(2, frames[1], dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 20:40] = True
+    with torch.inference_mode():
+        masked, plain = model(clips, lengths, mask), model(clips, lengths)
+        alone = model(clips[:1, :8_000], lengths[:1], mask[:1, : frames[0]])[0]
+        everywhere = model(clips, lengths, torch.ones_like(mask))
+        other_sounds = model(clips.flip(1), lengths, torch.ones_like(mask))
+    assert torch.allclose(masked[0, : frames[0]], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(masked[0, : frames[0]], plain[0, : frames[0]], atol=1e-3)
+    assert torch.allclose(everywhere[0, : frames[0]], other_sounds[0, : frames[0]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [MIN_SAMPLES, MIN_SAMPLES + 1, 1_599, 16_000, 123_457])
+def test_frames_are_counted_as_the_planner_counts_them(samples: int) -> None:
+    model = CTCModel(make_network("wav2vec2, group norm"), VOCAB, normalize=True)
+    frames = frame_count(samples)
+    assert model.frame_counts(torch.tensor([samples])).tolist() == [frames]
+    assert model(noise(samples)[None], torch.tensor([samples])).shape == (1, frames, len(VOCAB))
+
+
+# --- loss and masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scores() -> torch.Tensor:
+    """Unnormalised scores (B, T, V) of four clips."""
+    return torch.randn(4, 30, len(VOCAB), generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+LABELS = ("kæt", "ʃi sɛz", "", "ʧu")
+FRAMES = torch.tensor([30, 22, 9, 17])
+
+
+def loss_of(scores: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(VOCAB.encode(label)).long() for label in LABELS], True)
+    lengths = torch.tensor([len(label) for label in LABELS])
+    return ctc_sum(scores.log_softmax(-1), FRAMES, targets, lengths, torch.tensor(weights), VOCAB.blank)
+
+
+def test_the_loss_is_the_sum_of_torchs_over_true_lengths(scores: torch.Tensor) -> None:
+    one_by_one = [
+        F.ctc_loss(
+            scores[row, :frames].log_softmax(-1), torch.tensor(VOCAB.encode(label)), frames, torch.tensor(len(label)),
+            blank=VOCAB.blank, reduction="sum",
+        )
+        for row, (label, frames) in enumerate(zip(LABELS, FRAMES, strict=True))
+    ]  # fmt: skip
+    assert loss_of(scores, [1, 1, 1, 1]).item() == pytest.approx(sum(one_by_one).item(), rel=1e-6)
+    assert loss_of(scores, [1, 0, 1, 0]).item() == pytest.approx((one_by_one[0] + one_by_one[2]).item(), rel=1e-6)
+
+
+def test_a_silent_row_adds_no_loss_and_gets_no_gradient(scores: torch.Tensor) -> None:
+    loss_of(scores, [1, 0, 1, 1]).backward()
+    assert scores.grad is not None
+    assert torch.equal(scores.grad[1], torch.zeros_like(scores.grad[1]))
+    for row, frames in enumerate(FRAMES.tolist()):
+        assert torch.equal(scores.grad[row, frames:], torch.zeros_like(scores.grad[row, frames:]))
+        assert row == 1 or scores.grad[row, :frames].abs().sum() > 0
+
+
+def test_a_silent_row_that_no_path_fits_does_no_harm(scores: torch.Tensor) -> None:
+    """Its loss alone would be infinite, and its gradient not a number."""
+    targets = torch.zeros(4, 40, dtype=torch.int64) + 5
+    lengths = torch.tensor([3, 40, 2, 1])
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    loss = ctc_sum(scores.log_softmax(-1), FRAMES, targets, lengths, weights, VOCAB.blank)
+    loss.backward()
+    assert scores.grad is not None
+    assert torch.isfinite(loss)
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_a_batch_of_one_silent_row_has_no_loss_and_touches_every_weight() -> None:
+    """Ranks without clips run it, so that all make equally many backwards."""
+    model = CTCModel(make_network("wav2vec2, group norm"), VOCAB, normalize=True)
+    samples = torch.tensor([4 * MIN_SAMPLES])
+    log_probs = model(torch.zeros(1, 4 * MIN_SAMPLES), samples)
+    empty, none = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
+    loss = ctc_sum(log_probs, model.frame_counts(samples), empty, none, torch.tensor([0.0]), VOCAB.blank)
+    loss.backward()
+    assert loss.item() == 0
+    head = model.network.lm_head.weight.grad
+    assert torch.equal(head, torch.zeros_like(head))
+
+
+def test_a_time_mask_depends_on_seed_epoch_and_clip_alone() -> None:
+    def mask(*key: object) -> list[bool]:
+        hidden: list[bool] = time_mask(200, 0.3, 10, keyed_random("mask", *key)).tolist()
+        return hidden
+
+    first = mask(0, 0, "clip-1")
+    np.random.seed(1)  # noqa: NPY002  # neither what others drew nor the process matters
+    torch.rand(9)
+    mask(0, 0, "clip-2")
+    assert mask(0, 0, "clip-1") == first
+    assert len({tuple(mask(*key)) for key in ((0, 0, "clip-1"), (1, 0, "clip-1"), (0, 1, "clip-1"), (0, 0, "b"))}) == 4
+
+
+@pytest.mark.parametrize("frames", [1, 9, 10, 11, 50, 400])
+def test_a_time_mask_hides_spans_up_to_its_share_and_never_a_whole_clip(frames: int) -> None:
+    masks = [time_mask(frames, 0.3, 10, keyed_random(number)) for number in range(300)]
+    shares = [float(mask.mean()) for mask in masks]
+    assert all(mask.shape == (frames,) for mask in masks)
+    assert max(shares) < 1
+    if frames <= 10:
+        assert max(shares) == 0
+    else:  # overlaps take a little of it away
+        assert 0.3 * 0.8 < sum(shares) / len(shares) < 0.3 * 1.05
+    assert not time_mask(frames, 0.0, 10, keyed_random(0)).any()
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_merges_repeats_drops_blanks_and_stops_at_the_clips_end() -> None:
+    k, t, space = VOCAB.encode("kt ")
+    blank = VOCAB.blank
+    path = torch.tensor([[k, k, blank, k, space, space, t, t], [blank] * 8, [t] * 8])
+    log_probs = torch.full((3, 8, len(VOCAB)), -9.0).scatter(2, path[..., None], -0.5)
+    said = greedy(log_probs, torch.tensor([8, 8, 3]), VOCAB)
+    assert [hypothesis.text for hypothesis in said] == ["kk t", "", "t"]
+    assert [hypothesis.confidence for hypothesis in said] == pytest.approx([np.exp(-0.5)] * 3)
+    assert greedy(log_probs[:1], torch.tensor([2]), VOCAB)[0].text == "k"
+
+
+def test_pieces_are_joined_with_single_spaces() -> None:
+    assert join_pieces(["kæt", "", "ʃi sɛz"]) == "kæt ʃi sɛz"
+    assert join_pieces([]) == ""
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A pretrained encoder as it lies on the hub: no head, nothing of ours."""
+    make_network("wav2vec2, group norm", "ForPreTraining").save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [("wav2vec2, layer norm", "ForPreTraining"), ("HuBERT, group norm", "Model"),
+                         ("WavLM, layer norm", "Model")],
+)  # fmt: skip
+def test_a_pretrained_encoder_gets_a_head_that_speaks_ipa_and_keeps_its_weights(
+    family: str, head: str, tmp_path: Path
+) -> None:
+    network = make_network(family, head)
+    network.save_pretrained(tmp_path)
+    model = load_model(ModelConfig(pretrained=str(tmp_path), dropout=0.25, freeze_cnn=True))
+    assert model.vocab == VOCAB
+    assert model.network.lm_head.out_features == len(VOCAB)
+    ours = getattr(model.network, model.network.base_model_prefix).state_dict()
+    theirs = getattr(network, network.base_model_prefix, network).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    config = model.network.config
+    assert {config.hidden_dropout, config.attention_dropout, config.final_dropout, config.feat_proj_dropout} == {0.25}
+    assert config.layerdrop == 0
+    frozen = [name for name, weight in model.network.named_parameters() if not weight.requires_grad]
+    assert frozen
+    assert all("feature_extractor" in name for name in frozen)
+
+
+def test_a_folder_that_speaks_letters_gets_a_new_vocabulary(encoder: Path) -> None:
+    """As facebook/wav2vec2-base does when it is downloaded whole: its vocab.json is English."""
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T"]
+    (encoder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    assert load_model(ModelConfig(pretrained=str(encoder))).vocab == VOCAB
+    tutorial = ["|", "a", "b", "[UNK]", "[PAD]"]
+    (encoder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(tutorial)}))
+    assert load_model(ModelConfig(pretrained=str(encoder))).vocab == VOCAB
+
+
+def test_layerdrop_is_switched_off_and_the_log_says_so(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "streamtrain"):
+        load_model(ModelConfig(pretrained=str(encoder)))
+    assert "LayerDrop" in caplog.text
+    assert "0.1 to 0" in caplog.text
+
+
+def test_an_unknown_name_offline_is_named_with_what_to_do(tmp_path: Path) -> None:
+    program = (
+        "from streamtrain.config import ModelConfig\nfrom streamtrain.model import ModelError, load_model\n"
+        "try:\n    load_model(ModelConfig(pretrained='nobody/no-such-model'))\n"
+        "except ModelError as error:\n    print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "model 'nobody/no-such-model' cannot be loaded: " in done.stdout
+    assert "hint: without a network, download it elsewhere and give its folder" in done.stdout
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def of_another_kind(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "sew"}))
+
+
+def without_a_kind(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [without_weights, cut_off, empty, of_another_kind, without_a_kind])
+def test_a_folder_that_holds_no_such_model_is_named(damage: Callable[[Path], None], encoder: Path) -> None:
+    damage(encoder)
+    with pytest.raises(ModelError) as refused:
+        load_model(ModelConfig(pretrained=str(encoder)))
+    assert f"model '{encoder}' cannot be loaded: " in str(refused.value)
+    assert "hint: the folder must hold config.json and model.safetensors, whole" in str(refused.value)
+
+
+def test_a_model_from_scratch_is_as_its_configuration_says() -> None:
+    model = load_model(ModelConfig(scratch=TINY, freeze_cnn=False, dropout=0.0))
+    assert model.network.config.num_hidden_layers == 2
+    assert all(weight.requires_grad for weight in model.network.parameters())
+    assert model.vocab == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hiden_size": 32}, "unknown key 'hiden_size'\nhint: did you mean 'hidden_size'?"),
+        ({"vocab_size": 3}, "'vocab_size' is not set here"),
+        ({"layerdrop": 0.1}, "'layerdrop' is not set here"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 63}, "num_heads|divisible"),
+        ({"conv_dim": [32]}, "convolutional layers is incorrect"),
+    ],
+)
+def test_a_mistake_in_a_model_from_scratch_is_told(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=rf"(?s)^\(?'?model\.scratch: .*({said})" if "hint" not in said else said):
+        load_model(ModelConfig(scratch=TINY | change))
+
+
+# --- saving and export ----------------------------------------------------------------------------------------------
+
+
+def talkative(family: str) -> CTCModel:
+    """A model whose head says something other than blank: another symbol every few frames."""
+    network = make_network(family)
+    with torch.no_grad():
+        network.lm_head.weight.mul_(6)
+        network.lm_head.bias.fill_(0.0)
+        network.lm_head.bias[VOCAB.blank] = 0.5
+        network.lm_head.bias[VOCAB.encode(" ")] = 1.5
+        network.lm_head.bias[len(SYMBOLS) + 2] = -50.0  # never [UNK], which the pipeline would spell out
+    return CTCModel(network, VOCAB, normalize=True).eval()
+
+
+def save(model: CTCModel, folder: Path) -> Path:
+    save_model(model, folder, {name: weight.contiguous() for name, weight in model.network.state_dict().items()})
+    return folder
+
+
+def restless_sound() -> np.ndarray:
+    """Three seconds whose loudness and colour change."""
+    random = np.random.default_rng(4)
+    sound = np.concatenate([np.cumsum(random.normal(0, 0.02, 4000)) * gain for gain in random.uniform(0.1, 1, 12)])
+    return np.clip(sound, -0.9, 0.9)
+
+
+def decode(model: CTCModel, waveform: np.ndarray) -> str:
+    inputs = torch.from_numpy(zero_mean_unit_variance(waveform))[None]
+    lengths = torch.tensor([inputs.shape[1]])
+    with torch.inference_mode():
+        return greedy(model(inputs, lengths), model.frame_counts(lengths), model.vocab)[0].text
+
+
+@pytest.mark.parametrize("family", ["wav2vec2, group norm", "wav2vec2, layer norm", "HuBERT, group norm"])
+def test_transformers_pipeline_says_what_we_say(family: str, tmp_path: Path) -> None:
+    model = talkative(family)
+    folder = save(model, tmp_path / "model")
+    soundfile.write(tmp_path / "clip.flac", restless_sound(), SAMPLE_RATE, subtype="PCM_16")
+    waveform: np.ndarray = soundfile.read(tmp_path / "clip.flac", dtype="float32")[0]
+    recogniser = transformers.pipeline("automatic-speech-recognition", model=str(folder))
+    theirs = recogniser({"raw": waveform, "sampling_rate": SAMPLE_RATE})["text"]  # a file's name would need ffmpeg
+    ours = decode(model, waveform)
+    assert len(ours.split()) > 3
+    assert " ".join(theirs.split()) == ours  # theirs keeps both of two spaces with a blank between them
+
+
+def test_what_was_saved_is_loaded_as_it_was(family: str, tmp_path: Path) -> None:
+    model = talkative(family)
+    original = {name: weight.clone() for name, weight in make_network(family).state_dict().items()}
+    folder = save(model, tmp_path / "model")
+    theirs, ours = AutoModelForCTC.from_pretrained(folder).eval(), load_trained(folder)
+    for network in (theirs, ours.network):
+        weights = network.state_dict()
+        assert {name: weight.shape for name, weight in weights.items()} == {
+            name: weight.shape for name, weight in original.items()
+        }
+        assert all(torch.equal(weights[name], weight) for name, weight in model.network.state_dict().items())
+    assert ours.vocab == model.vocab
+    assert ours.normalize is True
+    again = load_model(ModelConfig(pretrained=str(folder)))  # to train it further: its head is kept
+    assert torch.equal(again.network.lm_head.weight, model.network.lm_head.weight)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_whether_inputs_are_normalised_travels_with_the_model(normalize: bool, tmp_path: Path) -> None:
+    model = CTCModel(make_network("WavLM, group norm"), VOCAB, normalize=normalize)
+    assert load_trained(save(model, tmp_path / "model")).normalize is normalize
+
+
+def test_an_export_is_verified_against_transformers_and_never_overwrites(family: str, tmp_path: Path) -> None:
+    folder = save(talkative(family), tmp_path / "run" / "best")
+    assert export_model(folder, tmp_path / "out") <= 1e-5
+    assert "Not scored." in (tmp_path / "out" / "README.md").read_text("utf-8")
+    with pytest.raises(ExportError, match="is not empty"):
+        export_model(folder, tmp_path / "out")

@@ -1,0 +1,352 @@
+"""The epoch plan keeps its promises for every corpus, cap and world size."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from math import ceil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharding.audio import SAMPLE_RATE
+from sharding.buckets import bucket_of, fit_bins
+from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex
+from streamtrain.plan import (
+    BLOCK_STEPS,
+    EpochPlan,
+    PlanError,
+    PlanSettings,
+    cut,
+    numbers_of_rank,
+    plan_epoch,
+    plan_evaluation,
+    valid_world_sizes,
+)
+
+BYTES_PER_SECOND = 17_300  # of FLAC, as measured on the challenge's clips
+TENTH = SAMPLE_RATE // 10
+
+
+def make_index(
+    seconds: Sequence[float], shard_sec: float = 60.0, num_buckets: int = 3, valid: int = 0, unlabelled: int = 0
+) -> ShardIndex:
+    """An index as a build makes it, without the audio: train clips by bucket, then `valid` and `unlabelled` ones."""
+    lengths = np.round(np.asarray(seconds) * SAMPLE_RATE).astype(np.int64)
+    bins = fit_bins((lengths / SAMPLE_RATE).tolist(), num_buckets)
+    buckets = np.array([bucket_of(length / SAMPLE_RATE, bins) for length in lengths], int)
+    groups: list[tuple[str, int, list[int]]] = []
+    for bucket in np.unique(buckets).tolist():
+        ends = np.cumsum(lengths[buckets == bucket]) / SAMPLE_RATE
+        which = ((ends - 1e-6) // shard_sec).astype(int)
+        groups += [("train", bucket, lengths[buckets == bucket][which == i].tolist()) for i in np.unique(which)]
+    groups += [(split, 0, [SAMPLE_RATE] * count) for split, count in (("valid", valid), ("unlabelled", unlabelled))]
+    shards = []
+    table = np.zeros(sum(len(group) for _, _, group in groups), SAMPLE_DTYPE)
+    row = 0
+    for number, (split, bucket, group) in enumerate(groups):
+        rows = table[row : row + len(group)]
+        rows["shard"], rows["samples"] = number, group
+        rows["label_length"] = 1 + np.arange(row, row + len(group)) % 17
+        name = f"{split}/b{bucket:02d}-{number:05d}.tar"
+        size = round(sum(group) / SAMPLE_RATE * BYTES_PER_SECOND)
+        shards.append(ShardEntry(name, split, bucket, len(group), size, sum(group), "0" * 16))
+        row += len(group)
+    return ShardIndex(bins, {}, "", "", {}, tuple(shards), table)
+
+
+def batches_of(plan: EpochPlan, step: int) -> list[tuple[int, ...]]:
+    return [tuple(plan.micro_batch(step, number).tolist()) for number in range(plan.micro_batches_per_step)]
+
+
+durations = st.lists(st.integers(3, 80).map(lambda tenths: tenths / 10), min_size=1, max_size=200)
+plan_settings = st.builds(
+    PlanSettings,
+    batch_seconds=st.sampled_from([8.0, 12.3, 30.0, 160.0]),
+    micro_batches_per_step=st.integers(1, 9),
+    window_shards=st.integers(1, 5),
+    length_jitter=st.sampled_from([0.0, 0.02, 0.5]),
+    seed=st.integers(0, 2**31),
+)
+indices = st.builds(
+    make_index,
+    durations,
+    shard_sec=st.sampled_from([1.0, 10.0, 1000.0]),
+    num_buckets=st.integers(1, 6),
+    valid=st.integers(0, 3),
+    unlabelled=st.integers(0, 3),
+)
+epochs = st.integers(0, 5)
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_each_labelled_training_clip_comes_exactly_once(index: ShardIndex, wanted: PlanSettings, epoch: int) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    assert sorted(plan.rows.tolist()) == index.split("train").tolist()
+    seen = [row for step in range(plan.steps) for batch in batches_of(plan, step) for row in batch]
+    assert seen == plan.rows.tolist()
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_each_step_has_m_micro_batches_and_each_rank_equally_many(
+    index: ShardIndex, wanted: PlanSettings, epoch: int
+) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    per_step = wanted.micro_batches_per_step
+    assert len(plan.starts) == plan.steps * per_step + 1
+    assert plan.padded.shape == (plan.steps, per_step)
+    for size in valid_world_sizes(per_step):
+        assert {len(numbers_of_rank(rank, size, per_step)) for rank in range(size)} == {per_step // size}
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_a_micro_batch_is_empty_only_where_none_could_be_split(
+    index: ShardIndex, wanted: PlanSettings, epoch: int
+) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    sizes = np.diff(plan.starts)
+    assert (sizes == 0).sum() < wanted.micro_batches_per_step
+    assert sizes.min() > 0 or sizes.max() == 1
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_padded_seconds_never_exceed_the_cap(index: ShardIndex, wanted: PlanSettings, epoch: int) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    lengths = index.samples["samples"]
+    for step in range(plan.steps):
+        for number, batch in enumerate(batches_of(plan, step)):
+            padded = len(batch) * max((int(lengths[row]) for row in batch), default=0)
+            assert padded == plan.padded[step, number]
+            assert plan.true[step, number] == sum(int(lengths[row]) for row in batch)
+            assert padded <= wanted.batch_seconds * SAMPLE_RATE
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_label_characters_are_those_of_all_clips_of_the_step(
+    index: ShardIndex, wanted: PlanSettings, epoch: int
+) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    characters = index.samples["label_length"].tolist()
+    for step in range(plan.steps):
+        assert plan.label_characters[step] == sum(characters[row] for batch in batches_of(plan, step) for row in batch)
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_the_same_arguments_make_the_same_plan(index: ShardIndex, wanted: PlanSettings, epoch: int) -> None:
+    first, again = plan_epoch(index, wanted, epoch), plan_epoch(index, wanted, epoch)
+    assert first.hash == again.hash
+    assert np.array_equal(first.rows, again.rows)
+    assert np.array_equal(first.starts, again.starts)
+
+
+@settings(max_examples=300)
+@given(indices, plan_settings)
+def test_padding_and_idle_are_shares_and_one_rank_never_waits(index: ShardIndex, wanted: PlanSettings) -> None:
+    plan = plan_epoch(index, wanted, 0)
+    assert 0 <= plan.padding < 1
+    assert plan.rank_idle(1) == 0
+    assert all(0 <= plan.rank_idle(size) < 1 for size in valid_world_sizes(wanted.micro_batches_per_step))
+    assert plan.padding == pytest.approx(1 - plan.lengths.sum() / plan.padded.sum())
+
+
+@pytest.mark.parametrize("per_step", range(1, 25))
+def test_the_ranks_of_every_valid_world_size_share_a_step_between_them(per_step: int) -> None:
+    for size in range(-1, per_step + 3):
+        if size > 0 and per_step % size == 0:
+            shares = [numbers_of_rank(rank, size, per_step) for rank in range(size)]
+            assert sorted(number for share in shares for number in share) == list(range(per_step))
+        else:
+            with pytest.raises(PlanError) as refused:
+                numbers_of_rank(0, size, per_step)
+            named = str(refused.value).split("hint: run ")[1].split(" ranks")[0]
+            assert [int(number) for number in named.split(", ")] == valid_world_sizes(per_step)
+            assert f"{size} ranks cannot share {per_step} micro-batches" in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def meadow() -> ShardIndex:
+    random = np.random.default_rng(5)
+    return make_index(random.uniform(0.5, 6.0, 400).tolist(), shard_sec=40)
+
+
+def test_another_epoch_seed_or_micro_batch_count_makes_another_plan(meadow: ShardIndex) -> None:
+    wanted = PlanSettings(batch_seconds=20, micro_batches_per_step=4)
+    plans = [
+        plan_epoch(meadow, wanted, 0),
+        plan_epoch(meadow, wanted, 1),
+        plan_epoch(meadow, replace(wanted, seed=1), 0),
+        plan_epoch(meadow, replace(wanted, micro_batches_per_step=2), 0),
+        plan_epoch(meadow, replace(wanted, batch_seconds=21), 0),
+        plan_epoch(meadow, replace(wanted, length_jitter=0.02), 0),
+    ]
+    assert len({plan.hash for plan in plans}) == len(plans)
+
+
+def test_the_hash_tells_how_batches_are_grouped_into_steps(meadow: ShardIndex) -> None:
+    plan = plan_epoch(meadow, PlanSettings(batch_seconds=20, micro_batches_per_step=4), 0)
+    assert plan.hash != replace(plan, micro_batches_per_step=2).hash
+
+
+def test_a_clip_over_the_cap_is_named_with_its_shard(meadow: ShardIndex) -> None:
+    index = make_index([1.0, 2.0, 9.5], num_buckets=2)
+    with pytest.raises(PlanError) as refused:
+        plan_epoch(index, PlanSettings(batch_seconds=9, micro_batches_per_step=2), 0)
+    assert "train/b01-00001.tar (row 2 of the index) lasts 9.50 s, data.batch_seconds is 9" in str(refused.value)
+    assert plan_epoch(index, PlanSettings(batch_seconds=9.5, micro_batches_per_step=2), 0).steps == 2
+
+
+def test_a_shard_set_without_training_clips_is_refused() -> None:
+    with pytest.raises(PlanError, match="no labelled training clips"):
+        plan_epoch(make_index([], valid=3), PlanSettings(batch_seconds=9, micro_batches_per_step=2), 0)
+
+
+@pytest.mark.parametrize("clips", [1, 2, 7, 8, 9])
+def test_a_corpus_smaller_than_a_step_fills_it_with_single_clips(clips: int) -> None:
+    plan = plan_epoch(make_index([1.0] * clips), PlanSettings(batch_seconds=30, micro_batches_per_step=8), 0)
+    assert plan.steps == 1
+    assert sorted(np.diff(plan.starts).tolist(), reverse=True) == ([2] + [1] * 7 if clips == 9 else
+                                                                  [1] * clips + [0] * (8 - clips))  # fmt: skip
+
+
+@pytest.mark.parametrize("clips", range(762, 774, 3))
+def test_a_few_long_clips_left_over_at_the_end_leave_no_micro_batch_empty(clips: int) -> None:
+    """About 129 batches of six: what is over a block of 128 cannot fill a step of eight by itself."""
+    index = make_index([25.0] * clips, shard_sec=3700)
+    plan = plan_epoch(index, PlanSettings(batch_seconds=160, micro_batches_per_step=8), 0)
+    assert np.diff(plan.starts).min() > 0
+
+
+# --- on the shape of the challenge ----------------------------------------------------------------------------------
+
+
+def pasketti_seconds(clips: int) -> list[float]:
+    """Log-normal, median 1.15 s, sigma 1.03, clipped to 0.3 to 25 s: as the challenge's clips are distributed."""
+    seconds = np.random.default_rng(0).lognormal(np.log(1.15), 1.03, clips)
+    return np.clip(seconds, 0.3, 25.0).tolist()  # type: ignore[no-any-return]
+
+
+@cache
+def pasketti_index(shard_mb: float = 64) -> ShardIndex:
+    return make_index(pasketti_seconds(50_000), shard_mb * 2**20 / BYTES_PER_SECOND, num_buckets=8)
+
+
+REAL = PlanSettings(batch_seconds=160, micro_batches_per_step=8)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_on_the_real_shape_padding_is_under_one_percent_and_ranks_hardly_wait(epoch: int) -> None:
+    plan = plan_epoch(pasketti_index(), REAL, epoch)
+    assert sorted(plan.rows.tolist()) == list(range(50_000))
+    assert plan.padded.max() <= 160 * SAMPLE_RATE
+    assert plan.padding <= 0.01
+    assert plan.rank_idle(8) <= 0.02
+    assert plan.padded.mean() >= 0.95 * 160 * SAMPLE_RATE
+
+
+def pairs_that_meet_again(first: EpochPlan, second: EpochPlan) -> float:
+    """Of the pairs of clips in one micro-batch of the first plan, the share that the second brings together too."""
+    where = []
+    for plan in (first, second):
+        batch = np.empty(len(plan.rows), np.int64)
+        batch[plan.rows] = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))
+        where.append(batch)
+    _, together = np.unique(np.stack(where), axis=1, return_counts=True)
+    sizes = np.diff(first.starts)
+    return float((together * (together - 1)).sum() / (sizes * (sizes - 1)).sum())
+
+
+def test_most_clips_meet_other_companions_in_the_next_epoch() -> None:
+    plans = [plan_epoch(pasketti_index(), REAL, epoch) for epoch in (0, 1)]
+    varied = [plan_epoch(pasketti_index(), replace(REAL, length_jitter=0.05), epoch) for epoch in (0, 1)]
+    assert pairs_that_meet_again(plans[0], plans[0]) == 1
+    assert pairs_that_meet_again(*varied) < 0.15 < pairs_that_meet_again(*plans) <= 0.45
+
+
+def shards_in_use(index: ShardIndex, plan: EpochPlan, cap: float) -> dict[int, int]:
+    """Per bucket, the most shards that are begun and not finished at once, leftovers apart.
+
+    A window leaves over less than one micro-batch of its longest clips, which may wait for several windows; shards
+    that stay open for no more than that do not count.
+    """
+    bucket = np.array([shard.bucket for shard in index.shards])
+    step = np.repeat(np.arange(plan.steps), np.diff(plan.starts[:: plan.micro_batches_per_step]))
+    clips = np.zeros((len(index.shards), plan.steps), np.int64)
+    np.add.at(clips, (index.samples["shard"][plan.rows], step), 1)
+    read = clips.cumsum(axis=1)
+    unread = np.where(read > 0, read[:, -1:] - read, 0)  # (shards, steps) of the shards that are begun
+    most = {}
+    for b in np.unique(bucket).tolist():
+        counts = np.sort(unread[bucket == b], axis=0)
+        shortest = index.samples["samples"][np.isin(index.samples["shard"], np.flatnonzero(bucket == b))].min()
+        leftover = counts.cumsum(axis=0) <= cap * SAMPLE_RATE // shortest
+        most[b] = int(((counts > 0) & ~leftover).sum(axis=0).max())
+    return most
+
+
+@pytest.mark.parametrize("window_shards", [1, 2, 4])
+@pytest.mark.parametrize("shard_mb", [1, 16])
+def test_only_a_window_of_each_bucket_and_the_next_are_in_use_at_a_time(shard_mb: float, window_shards: int) -> None:
+    """Beyond that only what a block of steps spans, in which batches change places."""
+    index = pasketti_index(shard_mb)
+    settings = PlanSettings(batch_seconds=40, micro_batches_per_step=2, window_shards=window_shards)
+    used = shards_in_use(index, plan_epoch(index, settings, 0), settings.batch_seconds)
+    step_sec, shard_sec = 2 * settings.batch_seconds, shard_mb * 2**20 / BYTES_PER_SECOND
+    window = max(window_shards, ceil(2 * step_sec / shard_sec))  # never less than two steps' worth
+    seconds = {b: sum(shard.seconds for shard in index.shards if shard.bucket == b) for b in used}
+    for b, most in used.items():
+        block = ceil(BLOCK_STEPS * step_sec * seconds[b] / sum(seconds.values()) / shard_sec)
+        assert most <= 2 * window + block
+
+
+def test_the_buckets_run_out_together() -> None:
+    index = pasketti_index()
+    plan = plan_epoch(index, REAL, 0)
+    bucket = np.array([shard.bucket for shard in index.shards])[index.samples["shard"][plan.rows]]
+    half = plan.starts[plan.steps // 2 * REAL.micro_batches_per_step]
+    for b in np.unique(bucket).tolist():
+        seconds = np.where(bucket == b, plan.lengths, 0)
+        assert seconds[:half].sum() / seconds.sum() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.long
+def test_a_million_clips_are_planned_with_the_same_promises() -> None:
+    index = make_index(pasketti_seconds(1_000_000), 64 * 2**20 / BYTES_PER_SECOND, num_buckets=8)
+    plan = plan_epoch(index, REAL, 0)
+    assert np.array_equal(np.sort(plan.rows), np.arange(1_000_000))
+    assert plan.padded.max() <= 160 * SAMPLE_RATE
+    assert plan.padding <= 0.01
+    assert plan.rank_idle(8) <= 0.02
+
+
+# --- evaluation, and the cut ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(400, 400_000), max_size=80), st.sampled_from([0.01, 5.0, 30.0, 1000.0]))
+def test_evaluation_takes_each_clip_once_and_pads_beyond_the_cap_only_a_clip_alone(
+    lengths: list[int], batch_seconds: float
+) -> None:
+    batches = plan_evaluation(lengths, batch_seconds)
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(lengths)))
+    longest = [max(lengths[row] for row in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    for batch, length in zip(batches, longest, strict=True):
+        assert len(batch) == 1 or len(batch) * length <= batch_seconds * SAMPLE_RATE
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 300), st.integers(50, 300))
+def test_a_cut_is_made_only_where_one_clip_more_would_not_fit(lengths: list[int], cap: int, first_cap: int) -> None:
+    rows, values = np.arange(len(lengths)), np.array(lengths)
+    batches = list(cut(rows, values, cap, first_cap))
+    assert [row for batch in batches for row in batch] == rows.tolist()
+    for number, batch in enumerate(batches):
+        limit = cap if number else first_cap
+        assert len(batch) * values[batch].max() <= limit
+        one_more = values[batch[0] : batch[-1] + 2]
+        assert len(one_more) == len(batch) or len(one_more) * one_more.max() > limit

@@ -1,0 +1,170 @@
+"""Whatever sound comes in, 16 kHz mono comes out, of the right length; what is damaged is refused with a reason."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+from corpus import say
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.audio import SAMPLE_RATE, decode, encode, frame_count, probe
+from sharding.errors import AudioError
+
+SOUND = say("kæt sæt ɪt")
+
+
+def make_audio(kind: str, subtype: str | None = None, rate: int = SAMPLE_RATE, channels: int = 1) -> bytes:
+    """One second of the same tone in any format."""
+    time = np.arange(rate) / rate
+    tone = 0.5 * np.sin(2 * np.pi * 440 * time)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.repeat(tone[:, None], channels, axis=1), rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def flac_without_length() -> bytes:
+    """As an encoder writes it that sends to a pipe: no number of samples in the header, and no MD5."""
+    flac = bytearray(encode(SOUND))
+    flac[21] &= 0xF0
+    flac[22:42] = bytes(20)
+    return bytes(flac)
+
+
+FORMATS = {
+    "16 kHz FLAC": make_audio("FLAC", "PCM_16"),
+    "44.1 kHz stereo FLAC": make_audio("FLAC", "PCM_16", 44_100, 2),
+    "48 kHz 24-bit FLAC": make_audio("FLAC", "PCM_24", 48_000),
+    "8 kHz 8-bit FLAC": make_audio("FLAC", "PCM_S8", 8_000),
+    "8 kHz WAV": make_audio("WAV", "PCM_16", 8_000),
+    "six-channel WAV": make_audio("WAV", "PCM_16", 48_000, 6),
+    "16 kHz float WAV": make_audio("WAV", "FLOAT"),
+    "OGG": make_audio("OGG", "VORBIS", 44_100),
+    "MP3": make_audio("MP3", "MPEG_LAYER_III", 44_100),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_becomes_one_second_of_the_same_tone(name: str) -> None:
+    waveform, final = decode(FORMATS[name], prove=True)
+    assert final == (name == "16 kHz FLAC")
+    assert waveform.dtype == np.float32
+    assert len(waveform) == pytest.approx(SAMPLE_RATE, abs=16)  # 1 ms
+    spectrum = np.abs(np.fft.rfft(waveform))
+    assert spectrum.argmax() == pytest.approx(440, abs=2)
+    assert waveform[1000:-1000].std() == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_header_promises_what_the_samples_keep(name: str) -> None:
+    info = probe(io.BytesIO(FORMATS[name]))
+    waveform, final = decode(FORMATS[name])
+    assert info.samples == pytest.approx(len(waveform), abs=1)
+    assert info.passthrough == final
+
+
+def test_sixteen_bit_samples_survive_to_the_bit() -> None:
+    pcm = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    waveform, _ = decode(buffer.getvalue())
+    np.testing.assert_array_equal(soundfile.read(io.BytesIO(encode(waveform)), dtype="int16")[0], pcm)
+
+
+def test_samples_beyond_full_scale_are_clipped_not_wrapped() -> None:
+    loud = np.array([2.0, -2.0] * 400, np.float32)
+    pcm = soundfile.read(io.BytesIO(encode(loud)), dtype="int16")[0]
+    assert set(pcm.tolist()) == {32767, -32768}
+
+
+def test_a_flac_without_a_length_is_read_to_its_end_and_stored_anew() -> None:
+    flac = flac_without_length()
+    waveform, final = decode(flac, prove=True)
+    np.testing.assert_array_equal(waveform, decode(encode(SOUND))[0])
+    assert not final
+    assert probe(io.BytesIO(flac)).samples == len(waveform)
+
+
+def test_a_flac_behind_an_mp3_tag_is_read_and_stored_without_it() -> None:
+    waveform, final = decode(b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10) + encode(SOUND))
+    assert len(waveform) == len(SOUND)
+    assert not final
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "FLAC" in name])
+def test_any_flipped_byte_of_a_flac_frame_is_noticed(name: str) -> None:
+    rng = np.random.default_rng(0)
+    for position in rng.integers(100, len(FORMATS[name]), 20):
+        damaged = bytearray(FORMATS[name])
+        damaged[position] ^= int(rng.integers(1, 256))
+        with pytest.raises(AudioError):
+            decode(bytes(damaged), prove=True)
+
+
+@pytest.mark.parametrize("position", [21, 24, 25, 26, 41])  # depth and length, length, its MD5
+def test_a_flac_header_that_belies_its_samples_is_noticed(position: int) -> None:
+    flac = encode(SOUND)
+    for bit in range(8):
+        damaged = bytearray(flac)
+        damaged[position] ^= 1 << bit
+        with pytest.raises(AudioError):
+            decode(bytes(damaged), prove=True)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
+def test_audio_that_is_cut_off_is_refused(name: str, share: float) -> None:
+    audio = FORMATS[name]
+    with pytest.raises(AudioError):
+        decode(audio[: int(share * len(audio))], prove=True)
+
+
+@pytest.mark.parametrize("size", [0x7FFFFFFF, 0xFFFFFFFF])
+def test_a_wav_from_a_pipe_that_did_not_know_its_length_is_read(size: int) -> None:
+    wav = bytearray(FORMATS["8 kHz WAV"])
+    wav[40:44] = struct.pack("<I", size)
+    assert len(decode(bytes(wav), prove=True)[0]) == SAMPLE_RATE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
+def test_one_sample_that_is_no_number_is_refused(value: float, rate: int) -> None:
+    samples = np.zeros(rate, np.float32)
+    samples[rate // 2] = value
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        decode(buffer.getvalue())
+
+
+def test_a_header_that_promises_days_is_refused_before_memory_is_taken() -> None:
+    flac = bytearray(encode(SOUND))
+    flac[21] |= 0x0F
+    flac[22:26] = b"\xff" * 4  # 2^36 samples, 256 GiB once decoded
+    wav = bytearray(FORMATS["16 kHz float WAV"])
+    rate = wav.index(b"fmt ") + 12
+    wav[rate : rate + 4] = struct.pack("<I", 1)  # 1 Hz: resampling would make 16,000 times as much
+    for audio, reason in ((bytes(flac), "too long: 68719476735 samples"), (bytes(wav), "sample rate is 1 Hz")):
+        with pytest.raises(AudioError, match=reason):
+            decode(audio)
+        with pytest.raises(AudioError, match=reason):
+            probe(io.BytesIO(audio))
+
+
+def test_a_clip_without_a_single_frame_is_refused() -> None:
+    with pytest.raises(AudioError, match="shorter than one frame: 399 samples at 16 kHz, 400 needed"):
+        decode(encode(SOUND[:399]))
+    assert len(decode(encode(SOUND[:400]))[0]) == 400
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_audio_are_refused_not_crashed_on(data: bytes) -> None:
+    for head in (b"", b"fLaC", b"RIFF\x00\x01\x00\x00WAVE", b"OggS", b"ID3"):
+        with pytest.raises(AudioError):
+            decode(head + data, prove=True)
+
+
+def test_frames_are_those_of_the_convolutions() -> None:
+    assert [frame_count(samples) for samples in (0, 399, 400, 719, 720, 16_000)] == [0, 0, 1, 1, 2, 49]

@@ -1,0 +1,575 @@
+"""A build accounts for every clip, makes the same bytes each time, and keeps validation apart by child."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import zstandard
+from conftest import ROOT, Command
+from corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, say, write_manifest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.audio import encode, frame_count
+from sharding.build import choose_validation
+from sharding.format import Sample, read_index, read_keys, read_sample
+from sharding.ipa import ctc_frames_needed
+from sharding.manifest import Utterance
+from sharding.store import open_store
+
+TEXT = "kæt sæt"
+FLAC = encode(say(TEXT))
+HEADER_BYTES = 86  # of a FLAC as libsndfile writes it, before its first frame
+
+
+def read_ledger(out: Path) -> list[dict[str, Any]]:
+    lines = zstandard.ZstdDecompressor().decompress((out / "report/ledger.jsonl.zst").read_bytes())
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((out / "report/summary.json").read_bytes())
+    return summary
+
+
+def read_all(out: Path) -> dict[str, tuple[str, Sample]]:
+    """By key: the split that a sample lies in, and the sample."""
+    store = open_store(out)
+    index = read_index(store)
+    samples = [read_sample(store, index, row) for row in range(len(index.samples))]
+    splits = [index.shards[row["shard"]].split for row in index.samples]
+    assert [sample.key for sample in samples] == read_keys(store, index).tolist()
+    return {sample.key: (split, sample) for split, sample in zip(splits, samples, strict=True)}
+
+
+def digest_of(out: Path) -> dict[str, str]:
+    """Every file of a shard set but the report, with a digest of its bytes."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and "report" not in path.parts]
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_balanced(out: Path) -> None:
+    """Clips and seconds in = written + split + rejected, and the ledger and the shards hold the same keys."""
+    ledger, summary = read_ledger(out), read_summary(out)
+    assert summary["clips_in"] == len(ledger) == sum(fate["clips"] for fate in summary["fates"].values())
+    assert summary["seconds_in"] == pytest.approx(sum(fate["seconds"] for fate in summary["fates"].values()), abs=0.01)
+    assert summary["seconds_in"] == pytest.approx(sum(row["seconds"] for row in ledger), abs=0.01)
+    assert all((row["reason"] is not None) for row in ledger if row["fate"] == "rejected")
+    in_ledger = Counter(row["key"] for row in ledger if row["fate"] == "written")
+    in_ledger += Counter(piece["key"] for row in ledger for piece in row["pieces"])
+    store = open_store(out)
+    index = read_index(store)
+    assert in_ledger == Counter(read_keys(store, index).tolist())
+    stored = sum(shard.seconds for shard in index.shards)
+    kept = sum(row["seconds"] for row in ledger if row["fate"] != "rejected")
+    assert stored == pytest.approx(kept, abs=1e-4 * len(ledger))
+
+
+# --- clips that cannot be used ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A clip that must be refused, and why."""
+
+    reason: str
+    data: bytes | None = FLAC
+    suffix: str = ".flac"
+    text: str = TEXT
+    fields: dict[str, object] | None = None  # instead of the true ones
+    place: Callable[[Path], object] | None = None  # to do at the clip's path, once its row is written
+
+
+def write_audio(samples: np.ndarray, kind: str, subtype: str) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def flip(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 0x02]) + data[position + 1 :]
+
+
+def replace_by_link(target: Path) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    return replace
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+WAV = write_audio(say(TEXT), "WAV", "PCM_16")
+NAN = write_audio(np.where(np.arange(8000) == 4000, np.nan, say(TEXT)[:8000]), "WAV", "FLOAT")
+UNCHECKED: dict[str, object] = {"md5_hash": None, "filesize_bytes": None}
+
+BAD_CLIPS = {
+    "missing": Bad("audio file is missing", place=Path.unlink),
+    "parent-folder": Bad("leads outside its folder", fields={"audio_path": "../outside.flac"}),
+    "hidden-parent-folder": Bad("leads outside its folder", fields={"audio_path": "audio/../../outside.flac"}),
+    "absolute-path": Bad("leads outside its folder", fields={"audio_path": "/etc/passwd"}),
+    "windows-path": Bad("leads outside its folder", fields={"audio_path": "..\\outside.flac"}),
+    "link-outside": Bad("leads outside its folder", place=replace_by_link(Path("../../outside.flac"))),
+    "link-to-itself": Bad("cannot be read", place=replace_by_link(Path("link-to-itself.flac"))),
+    "folder": Bad("not a file", fields={"audio_path": "audio"}),
+    "pipe": Bad("not a file", place=replace_by_pipe),
+    "zero-byte": Bad("empty (0 bytes)", b""),
+    "zero-byte-unchecked": Bad("empty (0 bytes)", b"", fields=UNCHECKED),
+    "header-only": Bad("cut off", FLAC[:HEADER_BYTES]),
+    "truncated-flac": Bad("cut off", FLAC[: len(FLAC) // 2], fields=UNCHECKED),
+    "truncated-wav": Bad("cut off", WAV[: len(WAV) // 2], ".wav", fields=UNCHECKED),
+    "flipped-frame": Bad("cut off or damaged", flip(FLAC, len(FLAC) // 2), fields=UNCHECKED),
+    "flipped-length": Bad("md5 of the samples", flip(FLAC, 24), fields=UNCHECKED),
+    "flipped-under-md5": Bad(
+        "md5 is", flip(FLAC, 40), fields={"md5_hash": hashlib.md5(FLAC, usedforsecurity=False).hexdigest()}
+    ),
+    "wrong-md5": Bad("the manifest says " + "0" * 32, fields={"md5_hash": "0" * 32}),
+    "wrong-size": Bad(f"size is {len(FLAC)} bytes, the manifest says 7", fields={"filesize_bytes": 7}),
+    "nan": Bad("NaN or infinite", NAN, ".wav"),
+    "text-file": Bad("not readable as audio", b"no sound at all"),
+    "pickle": Bad("not readable as audio", pickle.dumps(np.zeros(3))),
+    "promises-days": Bad("too long", FLAC[:22] + b"\xff" * 4 + FLAC[26:], fields=UNCHECKED),
+    "too-short": Bad("shorter than one frame", encode(say("k")[:399]), text=""),
+    "silence-with-a-label": Bad("constant signal with a label", encode(np.zeros(16_000, np.float32))),
+    "offset-with-a-label": Bad("constant signal with a label", encode(np.full(16_000, 0.25, np.float32))),
+    "foreign-symbols": Bad("outside the alphabet: 'qX'", text="kæt qXq"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_build(tmp_path_factory: pytest.TempPathFactory, run_sharding: Command) -> tuple[Path, str]:
+    """A shard set of three good clips and all the bad ones, and what the command said."""
+    folder = make_corpus(tmp_path_factory.mktemp("bad") / "corpus", clips=3)
+    (folder.parent / "outside.flac").write_bytes(FLAC)
+    rows = read_manifest(folder)
+    for name, bad in BAD_CLIPS.items():
+        path = folder / f"audio/{name}{bad.suffix}"
+        path.write_bytes(bad.data or b"")
+        rows.append(describe(folder, f"audio/{name}{bad.suffix}", bad.text, **bad.fields or {}))
+        if bad.place:
+            bad.place(path)
+    write_manifest(folder, rows)
+    out = folder.parent / "shards"
+    done = run_sharding("build", folder, "--out", out, "--valid-fraction", 0, "--limit-sec", 1000)
+    assert done.returncode == 1
+    return out, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", BAD_CLIPS)
+def test_a_bad_clip_is_in_the_ledger_with_its_reason(name: str, bad_build: tuple[Path, str]) -> None:
+    row = next(row for row in read_ledger(bad_build[0]) if row["utterance_id"] == name)
+    assert row["fate"] == "rejected"
+    assert BAD_CLIPS[name].reason in row["reason"]
+    assert (row["key"], row["pieces"]) == (None, [])
+
+
+def test_bad_clips_do_not_keep_the_good_ones_from_being_published(bad_build: tuple[Path, str]) -> None:
+    out, _ = bad_build
+    assert_balanced(out)
+    assert sorted(read_all(out)) == [f"corpus-{number:04d}" for number in range(3)]
+    assert read_summary(out)["fates"]["rejected"]["clips"] == len(BAD_CLIPS)
+
+
+def test_too_many_bad_clips_make_the_command_fail_and_say_where_to_look(bad_build: tuple[Path, str]) -> None:
+    _, said = bad_build
+    share = len(BAD_CLIPS) / (len(BAD_CLIPS) + 3)
+    assert f"{share:.1%} of the clips were rejected, --max-rejected allows 1.0%" in said
+    assert "report/ledger.jsonl.zst has the reason for each" in said
+
+
+def test_max_rejected_is_the_share_that_is_forgiven(tmp_path: Path, run_sharding: Command) -> None:
+    folder = make_corpus(tmp_path / "corpus", clips=4)
+    (folder / read_manifest(folder)[0]["audio_path"]).write_bytes(b"")
+    for forgiven, code in ((0.24, 1), (0.25, 0), (0.24, 1)):  # the second and third find it built already
+        done = run_sharding("build", folder, "--out", tmp_path / "out", "--max-rejected", forgiven)
+        assert done.returncode == code
+        assert_balanced(tmp_path / "out")
+
+
+def test_a_corpus_of_bad_clips_alone_ends_in_an_empty_shard_set(tmp_path: Path, run_sharding: Command) -> None:
+    folder = make_corpus(tmp_path / "corpus", clips=3)
+    for path in (folder / "audio").iterdir():
+        path.write_bytes(b"")
+    assert run_sharding("build", folder, "--out", tmp_path / "out").returncode == 1
+    assert_balanced(tmp_path / "out")
+    assert run_sharding("verify", tmp_path / "out").returncode == 0
+    assert run_sharding("inspect", tmp_path / "out").returncode == 0
+
+
+def test_a_rejected_clip_never_hides_another_with_a_like_key(tmp_path: Path, run_sharding: Command) -> None:
+    """`a.b` is stored as `a%2Eb`, which may also be an id of its own."""
+    folder = make_corpus(tmp_path / "corpus", clips=4)
+    rows = read_manifest(folder)
+    for row, name in zip(rows, ["a.b", "a%2Eb", "a%252Eb", "a/b"], strict=True):
+        row["utterance_id"] = name
+    (folder / rows[1]["audio_path"]).unlink()
+    write_manifest(folder, rows)
+    run_sharding("build", folder, "--out", tmp_path / "out")
+    assert_balanced(tmp_path / "out")
+    assert {row["utterance_id"]: row["fate"] for row in read_ledger(tmp_path / "out")} == {
+        "a.b": "written", "a%2Eb": "rejected", "a%252Eb": "written", "a/b": "written"
+    }  # fmt: skip
+
+
+# --- what is in the shards --------------------------------------------------------------------------------------
+
+
+def test_every_clip_is_in_the_ledger_and_in_a_shard_with_its_text(small_corpus: Path, small_shards: Path) -> None:
+    assert_balanced(small_shards)
+    rows = {row["utterance_id"]: row for row in read_manifest(small_corpus)}
+    samples = [sample for _, sample in read_all(small_shards).values()]
+    assert {sample.utterance_id for sample in samples} == rows.keys()
+    for sample in samples:
+        row = rows[sample.utterance_id]
+        told = (sample.text, sample.child_id, sample.session_id, sample.age_bucket, sample.corpus)
+        assert told == (row["phonetic_text"], row["child_id"], row["session_id"], row["age_bucket"], "meadow")
+        assert sample.label_status == "labelled"
+
+
+def test_sixteen_bit_flac_is_passed_through_byte_for_byte(small_corpus: Path, small_shards: Path) -> None:
+    for _, sample in read_all(small_shards).values():
+        assert sample.audio == (small_corpus / f"audio/{sample.utterance_id}.flac").read_bytes()
+
+
+def test_other_formats_are_converted_and_their_duration_measured(tmp_path: Path, run_sharding: Command) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "audio").mkdir(parents=True)
+    formats = [
+        ("stereo.flac", 44_100, 2, "PCM_16"), ("deep.flac", 48_000, 1, "PCM_24"), ("phone.wav", 8_000, 1, "PCM_16"),
+        ("six.wav", 16_000, 6, "PCM_16"), ("vorbis.ogg", 22_050, 1, "VORBIS"),
+        ("layer.mp3", 32_000, 1, "MPEG_LAYER_III"),
+    ]  # fmt: skip
+    rows = []
+    for number, (name, rate, channels, subtype) in enumerate(formats):
+        sound = np.random.default_rng(number).normal(0, 0.1, (round(rate * (0.7 + 0.1 * number)), channels))
+        soundfile.write(folder / "audio" / name, sound, rate, subtype=subtype)
+        rows.append(describe(folder, f"audio/{name}", TEXT, audio_duration_sec=9.0 if name == "six.wav" else None))
+    write_manifest(folder, rows)
+    done = run_sharding("build", folder, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert "1 declared durations are off by more than 0.1 s" in done.stdout
+    ledger = {row["utterance_id"]: row for row in read_ledger(tmp_path / "out")}
+    for _, sample in read_all(tmp_path / "out").values():
+        info = soundfile.info(io.BytesIO(sample.audio))
+        number = [Path(name).stem for name, *_ in formats].index(sample.utterance_id)
+        assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", 16_000, 1)
+        assert info.duration == pytest.approx(0.7 + 0.1 * number, abs=0.001)
+        assert ledger[sample.utterance_id]["seconds"] == pytest.approx(info.duration, abs=0.0001)
+
+
+def test_a_label_that_ctc_cannot_emit_is_kept_beside_its_audio(tmp_path: Path, run_sharding: Command) -> None:
+    """400 + 320 n samples have n + 1 frames; "kkk" needs five: three symbols, two blanks."""
+    folder = tmp_path / "corpus"
+    (folder / "audio").mkdir(parents=True)
+    rows = []
+    for frames in (4, 5):
+        (folder / f"audio/f{frames}.flac").write_bytes(encode(say("kkkk")[: 400 + 320 * (frames - 1)]))
+        assert frame_count(400 + 320 * (frames - 1)) == frames
+        rows.append(describe(folder, f"audio/f{frames}.flac", "kkk"))
+    assert ctc_frames_needed("kkk") == 5
+    write_manifest(folder, rows)
+    for fraction, tight in ((0.0, ("unlabelled", "", "unlabelled", "kkk")), (1.0, ("valid", "kkk", "labelled", None))):
+        out = tmp_path / f"out-{fraction}"
+        assert run_sharding("build", folder, "--out", out, "--valid-fraction", fraction).returncode == 0
+        stored = {
+            key: (split, sample.text, sample.label_status, sample.parent_text)
+            for key, (split, sample) in read_all(out).items()
+        }
+        assert stored == {"f4": tight, "f5": ("valid" if fraction else "train", "kkk", "labelled", None)}
+        assert_balanced(out)
+
+
+# --- the same bytes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed_sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two corpora with everything that takes a path of its own: short, long, resampled and refused clips."""
+    folder = tmp_path_factory.mktemp("mixed")
+    sources = [make_corpus(folder / "east", clips=70, long_clips=1), make_corpus(folder / "west", clips=5, seed=1)]
+    rows = read_manifest(sources[1])
+    (sources[1] / "audio/high.wav").write_bytes(b"")
+    soundfile.write(sources[1] / "audio/high.wav", np.random.default_rng(0).normal(0, 0.1, 20_000), 22_050)
+    (sources[1] / "audio/broken.flac").write_bytes(FLAC[:200])
+    rows += [describe(sources[1], f"audio/{name}", TEXT) for name in ("high.wav", "broken.flac")]
+    write_manifest(sources[1], rows)
+    return sources
+
+
+@pytest.fixture(scope="module")
+def mixed_build(mixed_sources: list[Path], run_sharding: Command) -> Path:
+    out = mixed_sources[0].parent / "shards"
+    done = run_sharding("build", *mixed_sources, "--out", out, *SMALL_SHARDS, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+SMALL_SHARDS = ("--shard-mb", 0.2, "--max-rejected", 1)
+
+
+def test_workers_order_of_sources_and_place_do_not_change_a_byte(
+    mixed_sources: list[Path], mixed_build: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    sources = [(moved / source.name) for source in reversed(mixed_sources)]
+    for source in mixed_sources:
+        os.symlink(source, moved / source.name)
+    done = run_sharding("build", *sources, "--out", tmp_path / "out", *SMALL_SHARDS, "--workers", 2)
+    assert done.returncode == 0
+    assert digest_of(tmp_path / "out") == digest_of(mixed_build)
+    assert len(read_index(open_store(mixed_build)).shards) > 10
+    assert read_ledger(tmp_path / "out") == read_ledger(mixed_build)
+    assert_balanced(mixed_build)
+
+
+@pytest.mark.parametrize("after_sec", [0.5, 1.2])
+def test_a_killed_build_run_again_ends_in_the_same_bytes_and_leaves_nothing(
+    after_sec: float, mixed_sources: list[Path], mixed_build: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    arguments = ["build", *mixed_sources, "--out", tmp_path / "out", *SMALL_SHARDS]
+    command = [sys.executable, "-m", "sharding", *map(str, arguments)]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    time.sleep(after_sec)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert run_sharding(*arguments).returncode == 0
+    assert digest_of(tmp_path / "out") == digest_of(mixed_build)
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_an_interrupted_build_stops_without_a_traceback(mixed_sources: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sharding", "build", *map(str, mixed_sources), "--out", str(tmp_path / "out")]
+    build = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert build.stderr
+    said = build.stderr.read(len("examining"))  # the first bar: its workers are just starting
+    os.killpg(build.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    said += build.stderr.read()
+    assert build.wait() == 130
+    assert "stopped" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_a_zip_makes_the_same_shards_as_its_folder(
+    mixed_sources: list[Path], run_sharding: Command, tmp_path: Path
+) -> None:
+    source = mixed_sources[1]
+    zipped = tmp_path / "zipped" / source.name
+    zipped.mkdir(parents=True)
+    (zipped / MANIFEST).write_bytes((source / MANIFEST).read_bytes())
+    with zipfile.ZipFile(zipped / "audio.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((source / "audio").iterdir()):
+            archive.write(path, f"audio/{path.name}")
+    for folder, out in ((source, "folder"), (zipped, "zip")):
+        assert run_sharding("build", folder, "--out", tmp_path / out, *SMALL_SHARDS).returncode == 0
+    assert digest_of(tmp_path / "zip") == digest_of(tmp_path / "folder")
+    assert read_ledger(tmp_path / "zip") == read_ledger(tmp_path / "folder")
+
+
+def test_a_hostile_zip_does_no_harm(run_sharding: Command, tmp_path: Path) -> None:
+    """A bomb, a member outside, a member whose bytes are damaged, an encrypted one: refused, each with its reason."""
+    folder = make_corpus(tmp_path / "corpus", clips=2)
+    rows = read_manifest(folder)
+    names = {"good": rows[0]["audio_path"], "damaged": rows[1]["audio_path"]}
+    with zipfile.ZipFile(folder / "audio.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names.values():
+            archive.write(folder / name, name)
+            (folder / name).unlink()
+        archive.writestr("audio/bomb.flac", bytes(2**26 + 1))
+        archive.writestr("audio/locked.flac", FLAC)
+        archive.writestr("../outside.flac", FLAC)
+        offset = archive.getinfo(names["damaged"]).header_offset
+    (folder / "audio").rmdir()
+    zipped = bytearray((folder / "audio.zip").read_bytes())
+    zipped[offset + 300] ^= 0xFF
+    directory = zipped.index(b"audio/locked.flac", zipped.index(b"PK\x01\x02")) - 46
+    zipped[directory + 8] |= 1  # the flag of an encrypted member
+    (folder / "audio.zip").write_bytes(zipped)
+    blank = rows[0] | UNCHECKED
+    rows += [
+        blank | {"utterance_id": "bomb", "audio_path": "audio/bomb.flac"},
+        blank | {"utterance_id": "locked", "audio_path": "audio/locked.flac"},
+        blank | {"utterance_id": "outside", "audio_path": "../outside.flac"},
+        blank | {"utterance_id": "missing", "audio_path": "audio/missing.flac"},
+        blank | {"utterance_id": "wrong-size", "filesize_bytes": 12},
+    ]
+    write_manifest(folder, rows)
+    run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 0)
+    assert_balanced(tmp_path / "out")
+    reasons = {row["utterance_id"]: row["reason"] for row in read_ledger(tmp_path / "out")}
+    assert reasons.pop("corpus-0000") is None
+    assert "cannot be read" in reasons["corpus-0001"]
+    assert "would unpack to 67108865" in reasons["bomb"]
+    assert "encrypted" in reasons["locked"]
+    assert "leads outside" in reasons["outside"]
+    assert "missing" in reasons["missing"]
+    assert "the manifest says 12" in reasons["wrong-size"]
+    assert not (tmp_path / "outside.flac").exists()
+
+
+# --- OUT --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_build_again_has_nothing_to_do(small_corpus: Path, small_shards: Path, run_sharding: Command) -> None:
+    before = digest_of(small_shards)
+    done = run_sharding("build", small_corpus, "--out", small_shards, "--num-buckets", 2, "--shard-mb", 0.1)
+    assert done.returncode == 0
+    assert "was built before" in done.stdout
+    assert digest_of(small_shards) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["--num-buckets", 3, "--shard-mb", 0.1], "num_buckets 2 there, 3 asked"),
+        (["--num-buckets", 2, "--shard-mb", 0.1, "--limit-sec", 20], "limit_sec 25.0 there, 20.0 asked"),
+    ],
+)
+def test_an_out_that_was_built_otherwise_is_left_alone(
+    arguments: list[object], difference: str, small_corpus: Path, small_shards: Path, run_sharding: Command
+) -> None:
+    before = digest_of(small_shards)
+    done = run_sharding("build", small_corpus, "--out", small_shards, *arguments)
+    assert done.returncode == 1
+    assert f"{small_shards}: holds a shard set built otherwise: {difference}" in done.stderr
+    assert "hint: choose another --out" in done.stderr
+    assert digest_of(small_shards) == before
+
+
+def test_an_out_built_from_other_sources_is_left_alone(
+    small_shards: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    other = make_corpus(tmp_path / "other", clips=2)
+    done = run_sharding("build", other, "--out", small_shards, "--num-buckets", 2, "--shard-mb", 0.1)
+    assert done.returncode == 1
+    assert "other sources, or sources that have changed" in done.stderr
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/nothing"])
+def test_an_out_that_cannot_be_written_is_named(
+    out: str, small_corpus: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = run_sharding("build", small_corpus, "--out", tmp_path / out)
+    assert done.returncode == 1
+    assert str(tmp_path / out) in done.stderr
+    assert "hint: choose an --out that can be written" in done.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--limit-sec", "0"], ["--limit-sec", "nan"], ["--limit-sec", "long"], ["--shard-mb", "0"],
+        ["--shard-mb", "inf"], ["--num-buckets", "0"], ["--num-buckets", "101"], ["--valid-fraction", "1.5"],
+        ["--max-rejected", "-1"], ["--workers", "0"], ["--workers", "two"], ["--worker", "1", "--no-such-flag"],
+    ],
+)  # fmt: skip
+def test_a_setting_that_makes_no_sense_is_refused_at_once(
+    arguments: list[str], small_corpus: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    done = run_sharding("build", small_corpus, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert arguments[-1] in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_shows_the_summary_and_says_when_it_is_damaged(
+    small_shards: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    assert "12 clips in" in run_sharding("inspect", small_shards).stdout
+    assert json.loads(run_sharding("inspect", small_shards, "--json").stdout)["clips_in"] == 12
+    (tmp_path / "empty").mkdir()
+    done = run_sharding("inspect", tmp_path / "empty")
+    assert done.returncode == 1
+    assert f"{tmp_path / 'empty' / 'index.json'}: there is no shard set here" in done.stderr
+
+
+# --- validation -------------------------------------------------------------------------------------------------
+
+ids = st.sets(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6), min_size=1)
+
+
+def utterance(child_id: str, session_id: str = "", utterance_id: str = "u") -> Utterance:
+    return Utterance(utterance_id, child_id, session_id, "corpus", "a.flac", ".", 1.0, "", "", None, "", "here:1")
+
+
+@given(ids, ids, st.floats(0.01, 1))
+def test_a_child_stays_on_its_side_when_data_is_added(children: set[str], more: set[str], fraction: float) -> None:
+    before = choose_validation(map(utterance, children), fraction)
+    after = choose_validation(map(utterance, children | more), fraction)
+    chosen_by_fraction = len(before) > 1 or bool(before & after)  # not the one that stood in for nobody
+    if chosen_by_fraction:
+        assert after & children == before
+    assert choose_validation([utterance(child) for child in sorted(children)], fraction) == before
+
+
+@given(ids)
+def test_somebody_is_always_in_validation_unless_nobody_is_wanted(children: set[str]) -> None:
+    utterances = [utterance(child) for child in children]
+    assert len(choose_validation(utterances, 1e-9)) == 1
+    assert choose_validation(utterances, 1.0) == children
+    assert choose_validation(utterances, 0.0) == frozenset()
+
+
+def test_no_child_is_on_both_sides(tmp_path: Path, run_sharding: Command) -> None:
+    folder = make_corpus(tmp_path / "corpus", clips=40, children=20, seconds=(0.3, 0.6))
+    done = run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 0.3)
+    samples = read_all(tmp_path / "out").values()
+    sides = {split: {sample.child_id for part, sample in samples if part == split} for split in ("train", "valid")}
+    assert not sides["train"] & sides["valid"]
+    assert len(sides["train"] | sides["valid"]) == 20
+    assert 1 <= len(sides["valid"]) <= 12
+    assert read_index(open_store(tmp_path / "out")).notes["validation"]["disjoint_by_speaker"]
+    assert "not disjoint" not in done.stdout
+
+
+def test_validation_is_never_filtered_by_label(tmp_path: Path, run_sharding: Command) -> None:
+    """Foreign symbols and labels without sound count against a model; only what does not decode is left out."""
+    folder = make_corpus(tmp_path / "corpus", clips=2)
+    (folder / "audio/silent.flac").write_bytes(encode(np.zeros(16_000, np.float32)))
+    (folder / "audio/broken.flac").write_bytes(FLAC[:300])
+    rows = read_manifest(folder)
+    rows[0]["phonetic_text"] = "kæt qX"
+    rows += [describe(folder, f"audio/{name}.flac", TEXT) for name in ("silent", "broken")]
+    write_manifest(folder, rows)
+    run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 1)
+    texts = {key: (split, sample.text) for key, (split, sample) in read_all(tmp_path / "out").items()}
+    assert texts["corpus-0000"] == ("valid", "kæt qX")
+    assert texts["silent"] == ("valid", TEXT)
+    notes = read_index(open_store(tmp_path / "out")).notes["validation"]
+    assert (notes["clips"], notes["rejected"]) == (4, 1)
+
+
+def test_without_child_ids_the_summary_says_that_validation_is_not_disjoint(
+    tmp_path: Path, run_sharding: Command
+) -> None:
+    folder = make_corpus(tmp_path / "corpus", clips=8)
+    write_manifest(folder, [{name: row[name] for name in row if name != "child_id"} for row in read_manifest(folder)])
+    done = run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 0.5)
+    assert done.returncode == 0
+    assert "validation is not disjoint by speaker" in done.stdout
+    assert not read_index(open_store(tmp_path / "out")).notes["validation"]["disjoint_by_speaker"]
+    samples = read_all(tmp_path / "out").values()
+    sides = {split: {sample.session_id for part, sample in samples if part == split} for split in ("train", "valid")}
+    assert not sides["train"] & sides["valid"]

@@ -1,0 +1,63 @@
+"""The demo corpus is a corpus like any other, with one file that is only a header."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from corpus import read_manifest
+from test_sharding_build import assert_balanced, read_all, read_ledger
+
+pytest.importorskip("espeakng_loader")
+
+
+@pytest.fixture(scope="module")
+def demo_corpus(tmp_path_factory: pytest.TempPathFactory, run_sharding: Command) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "raw"
+    done = run_sharding("demo-corpus", folder, "--minutes", 1, "--children", 4)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_only_its_header_only_file_is_rejected_and_validation_has_a_child(
+    demo_corpus: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    sources = [demo_corpus / "hillside", demo_corpus / "riverside"]
+    done = run_sharding("build", *sources, "--out", tmp_path / "out", "--max-rejected", 0.2)
+    assert done.returncode == 0
+    assert_balanced(tmp_path / "out")
+    rejected = [row for row in read_ledger(tmp_path / "out") if row["fate"] == "rejected"]
+    assert [row["reason"].split(":")[0] for row in rejected] == ["cut off or damaged"]
+    samples = read_all(tmp_path / "out").values()
+    children = {split: {sample.child_id for part, sample in samples if part == split} for split in ("train", "valid")}
+    assert len(children["train"]) == 3
+    assert len(children["valid"]) == 1
+    assert any(sample.label_status == "reference" for split, sample in samples if split == "valid")
+
+
+def test_its_rows_are_true_and_the_same_seed_speaks_the_same(
+    demo_corpus: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    run_sharding("demo-corpus", tmp_path, "--minutes", 1, "--children", 4)
+    for corpus in ("hillside", "riverside"):
+        rows = read_manifest(demo_corpus / corpus)
+        assert rows == read_manifest(tmp_path / corpus)
+        for row in rows:
+            data = (demo_corpus / corpus / row["audio_path"]).read_bytes()
+            assert row["md5_hash"] == hashlib.md5(data, usedforsecurity=False).hexdigest()
+            assert row["filesize_bytes"] == len(data)
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--children", "1"], ["--seed", "-1"], ["--minutes", "nan"]])
+def test_a_size_that_makes_no_sense_is_refused(arguments: list[str], run_sharding: Command, tmp_path: Path) -> None:
+    done = run_sharding("demo-corpus", tmp_path / "raw", *arguments)
+    assert done.returncode == 2
+    assert "is expected" in done.stderr
+    assert not (tmp_path / "raw").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(run_sharding: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = run_sharding("demo-corpus", tmp_path / "file")
+    assert done.returncode == 1
+    assert str(tmp_path / "file") in done.stderr

@@ -1,0 +1,66 @@
+"""The normal form is the official scorer's."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.ipa import SYMBOLS, ctc_frames_needed, foreign_symbols, normalize_ipa
+
+VECTORS = Path(__file__).parents[2] / "shared" / "scoring_vectors.jsonl"
+
+
+@pytest.mark.skipif(not VECTORS.exists(), reason="the official scorer's answers are not part of the repository")
+def test_every_answer_of_the_official_scorer_is_reproduced() -> None:
+    rows = [json.loads(line) for line in VECTORS.read_text("utf-8").splitlines()]
+    rows = [row for row in rows if row["kind"] == "normalize_ipa"]
+    assert len(rows) > 100
+    assert [normalize_ipa(row["text"]) for row in rows] == [row["expected"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        (" \t\n ", ""),
+        ("  hɛ\u00a0 loʊ\t", "hɛ loʊ"),
+        ("ˈbʌˌtɚ", "bʌtɚ"),
+        ("t͡ʃɪn", "ʧɪn"),
+        ("tʃɪn", "ʧɪn"),
+        ("d͜ʒæm dʒæm", "ʤæm ʤæm"),
+        ("wɛ̃t", "wɛt"),
+        ("wẽt wõt wũt wĩt", "wet wot wut wit"),
+        ("e\u0303", "e"),  # composed or not, the same
+        ("stɑp! (wɛɪt), \"noʊ\"...", "stɑp wɛɪt noʊ"),
+        ("ʤ", "ʤ"),
+    ],
+)  # fmt: skip
+def test_stress_ties_nasality_punctuation_and_spacing_go(text: str, expected: str) -> None:
+    assert normalize_ipa(text) == expected
+
+
+@given(st.text(st.sampled_from(SYMBOLS + "  ˈˌ͜͡.,\u0303ãñẽ\t"), max_size=20))
+def test_the_normal_form_has_single_spaces_and_is_its_own(text: str) -> None:
+    once = normalize_ipa(text)
+    assert once == " ".join(once.split())
+    assert normalize_ipa(once) == once
+
+
+@given(st.text(st.sampled_from(SYMBOLS + " ")))
+def test_the_alphabet_survives_and_is_never_foreign(text: str) -> None:
+    assert foreign_symbols(normalize_ipa(text)) == ""
+
+
+def test_foreign_symbols_are_named_once_in_order() -> None:
+    assert foreign_symbols("kqt qXa") == "qXa"
+
+
+@given(st.text(st.sampled_from("ab "), min_size=1, max_size=8))
+def test_ctc_needs_a_frame_per_symbol_and_a_blank_between_equal_ones(text: str) -> None:
+    path = text[0]
+    for before, here in itertools.pairwise(text):
+        path += ("_" if before == here else "") + here
+    assert ctc_frames_needed(text) == len(path)
