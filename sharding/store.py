@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Protocol
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import ObjectStore, from_url
 
 from sharding.errors import StoreError
 
 
 class Store(Protocol):
-    """Names are relative, with forward slashes. Every verb raises StoreError, with the name, when bytes do not come."""
+    """Names are relative, with forward slashes. Every verb raises StoreError, with the name, when bytes do not come.
+
+    Of a range only what lies within the object is read, so that a shard cut short fails its checksum.
+    """
 
     url: str
     remote: bool
@@ -81,7 +84,7 @@ class BucketStore:
     remote = True
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = url.rstrip("/")
         options: dict[str, bool] = {}
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
@@ -89,27 +92,27 @@ class BucketStore:
         try:
             self._store: ObjectStore = from_url(url, client_options=options)  # type: ignore[call-overload]
         except (BaseError, ValueError) as error:
-            raise StoreError(
-                f"{url}: {error}", "is the URL s3://bucket/prefix, and are the credentials set?"
-            ) from error
+            raise StoreError(f"{url}: {_first_line(error)}", "a bucket's URL is s3://bucket/prefix") from error
 
     def read(self, name: str) -> bytes:
         try:
             return bytes(obstore.get(self._store, name).bytes())
         except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}/{name}: {_first_line(error)}") from error
+            raise self._explain(name, error) from error
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         try:
             return bytes(obstore.get_range(self._store, name, start=offset, length=length))
         except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}/{name}: {_first_line(error)}") from error
+            if "416 Range Not Satisfiable" in str(error):
+                return b""  # beyond the end, as of a file; checksums tell
+            raise self._explain(name, error) from error
 
     def write(self, name: str, data: bytes) -> None:
         try:
             obstore.put(self._store, name, data)
         except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}/{name}: {_first_line(error)}") from error
+            raise self._explain(name, error) from error
 
     def exists(self, name: str) -> bool:
         try:
@@ -117,10 +120,22 @@ class BucketStore:
         except FileNotFoundError:
             return False
         except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}/{name}: {_first_line(error)}") from error
+            raise self._explain(name, error) from error
         return True
+
+    def _explain(self, name: str, error: BaseException) -> StoreError:
+        where = f"{self.url}/{name}"
+        if isinstance(error, FileNotFoundError):
+            return StoreError(f"{where}: there is no such object")
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or ASKED_FOR_CREDENTIALS in str(error):
+            hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud, set and right for it?"
+            return StoreError(f"{where}: access denied", hint)
+        return StoreError(f"{where}: {_first_line(error)}")
+
+
+ASKED_FOR_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
 
 
 def _first_line(error: BaseException) -> str:
-    """obstore appends a debug dump of the whole error chain; the first line says what happened."""
-    return str(error).split("\n", 1)[0]
+    """obstore appends the server's XML and a debug dump of the whole error chain; before them stands what happened."""
+    return str(error).split("\n", 1)[0].split(": <?xml", 1)[0]

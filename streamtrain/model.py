@@ -144,7 +144,7 @@ def load_model(config: ModelConfig) -> CTCModel:
         network = _from_pretrained(str(config.pretrained), settings | _ctc_settings(vocab))
     if config.freeze_cnn:
         network.freeze_feature_encoder()
-    return CTCModel(network, vocab, normalize=_normalizes(config.pretrained))
+    return CTCModel(network, vocab, normalize=_normalizes(config.pretrained)).train()  # from_pretrained gives eval mode
 
 
 def load_trained(folder: str | Path) -> CTCModel:

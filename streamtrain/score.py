@@ -49,18 +49,22 @@ def render(result: dict[str, Any]) -> str:
 def _read(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    name, text = row["utterance_id"], row["phonetic_text"]
-                    if name in texts:
-                        raise ScoreError(f"{path}:{number}: utterance_id {name!r} comes twice")
-                    texts[name] = text or ""
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ScoreError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ScoreError(
-            f"{path}:{number}: not a row with utterance_id and phonetic_text ({error})", "one JSON object per line"
-        ) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["utterance_id"], row["phonetic_text"]
+            if not isinstance(name, str) or not isinstance(text, str | None):
+                raise TypeError("they are not text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ScoreError(
+                f"{path}:{number}: not a row with utterance_id and phonetic_text ({error})", "one JSON object per line"
+            ) from error
+        if name in texts:
+            raise ScoreError(f"{path}:{number}: utterance_id {name!r} comes twice")
+        texts[name] = text or ""
     return texts

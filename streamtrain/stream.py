@@ -88,7 +88,8 @@ class ShardStream:
         return self._collate(rows, self._read(rows))
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
-        self.stats.bytes += int(self.index.samples["bytes"][rows].sum())
+        size = int(self.index.samples["bytes"][rows].sum())
+        self.stats.bytes += size
         return [self._read_one(int(row)) for row in rows]
 
     def _read_one(self, row: int) -> Sample:

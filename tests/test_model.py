@@ -210,7 +210,7 @@ def test_a_time_mask_depends_on_seed_epoch_and_clip_alone() -> None:
         return hidden
 
     first = mask(0, 0, "clip-1")
-    np.random.seed(1)  # noqa: NPY002  # neither what others drew nor the process matters
+    np.random.seed(1)  # neither what others drew nor the process matters
     torch.rand(9)
     mask(0, 0, "clip-2")
     assert mask(0, 0, "clip-1") == first

