@@ -107,7 +107,7 @@ def _read_whole(file: soundfile.SoundFile) -> Waveform:
     try:
         waveform: Waveform = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(f"cut off or damaged: {_last_words(error)}") from error
+        raise AudioError(f"cut off or damaged: none or not all of {file.frames} samples decode") from error
     if len(waveform) < file.frames:
         raise AudioError(f"cut off: {len(waveform)} of {file.frames} samples decode")
     return waveform

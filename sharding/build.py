@@ -4,25 +4,19 @@ What goes where is planned from headers alone, so the same input and settings ma
 of workers; each clip is then decoded once, by the worker that writes it.
 """
 
-import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from sharding import report
 from sharding.audio import SAMPLE_RATE, AudioInfo, decode, encode, frame_count, is_constant, probe
@@ -45,6 +39,7 @@ from sharding.ipa import ctc_frames_needed, foreign_symbols, normalize_ipa
 from sharding.manifest import Source, Utterance, open_audio, read_audio, read_sources
 from sharding.split import Segment, split_recording
 from sharding.store import FolderStore, Store, open_store
+from sharding.workers import Workers, count_one
 
 FLAC_RATIO = 0.54  # of 16-bit PCM: what speech compresses to, for planning the size of shards
 CHUNK = 64  # clips per examination task
@@ -174,7 +169,7 @@ def available_cores() -> int:
 # --- the four steps ---------------------------------------------------------------------------------------------
 
 
-def _examine(corpora: Sequence[Source], settings: BuildSettings, pool: "Workers", ledger: report.Ledger) -> list[Clip]:
+def _examine(corpora: Sequence[Source], settings: BuildSettings, pool: Workers, ledger: report.Ledger) -> list[Clip]:
     """Read every header and check every label; what is refused goes to the ledger."""
     utterances = sorted((u for source in corpora for u in source.utterances), key=lambda u: u.utterance_id)
     validation = choose_validation(utterances, settings.valid_fraction)
@@ -195,7 +190,7 @@ def _examine(corpora: Sequence[Source], settings: BuildSettings, pool: "Workers"
 
 
 def _members(
-    clips: Sequence[Clip], settings: BuildSettings, scratch: Path, pool: "Workers", ledger: report.Ledger
+    clips: Sequence[Clip], settings: BuildSettings, scratch: Path, pool: Workers, ledger: report.Ledger
 ) -> list[Member]:
     """Every clip becomes one sample, or, over the limit, one for each of its pieces."""
     limit = round(settings.limit_sec * SAMPLE_RATE)
@@ -271,7 +266,7 @@ def _template(utterance: Utterance) -> Sample:
     )
 
 
-def _write(jobs: Sequence[ShardJob], store: Store, pool: "Workers", ledger: report.Ledger) -> list[Shard]:
+def _write(jobs: Sequence[ShardJob], store: Store, pool: Workers, ledger: report.Ledger) -> list[Shard]:
     """Write every shard, largest first so that no worker is left alone at the end; the order returned is the plan's."""
     order = sorted(range(len(jobs)), key=lambda i: -sum(member.samples for member in jobs[i].members))
     total = sum(len(job.members) for job in jobs)
@@ -297,7 +292,7 @@ def _probe_chunk(utterances: Sequence[Utterance]) -> list[AudioInfo | str]:
 
 
 def _probe_one(utterance: Utterance) -> AudioInfo | str:
-    _count_one()
+    count_one()
     try:
         with open_audio(utterance) as file:
             size = file.seek(0, os.SEEK_END)
@@ -323,7 +318,7 @@ def _read_checked(utterance: Utterance) -> bytes:
 def _cut(job: tuple[Utterance, str, float, str]) -> list[Segment] | str:
     """Split one long recording and leave its pieces as FLAC files in the scratch folder."""
     utterance, text, limit_sec, scratch = job
-    _count_one()
+    count_one()
     try:
         waveform, _ = decode(_read_checked(utterance), prove=True)
     except AudioError as error:
@@ -340,7 +335,7 @@ def _make_shard(job: tuple[ShardJob, str]) -> ShardResult:
     shard_job, url = job
     contents, refused = [], {}
     for member in shard_job.members:
-        _count_one()
+        count_one()
         try:
             contents.append(_fill(member))
         except AudioError as error:
@@ -358,76 +353,6 @@ def _fill(member: Member) -> tuple[Sample, int]:
     if member.split == "train" and member.sample.text and is_constant(waveform):
         raise AudioError("constant signal with a label")
     return replace(member.sample, audio=data if final else encode(waveform)), len(waveform)
-
-
-# --- processes --------------------------------------------------------------------------------------------------
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-_done: Any = None  # clips finished by all workers, shared with the parent's progress bar
-
-
-def _start_worker(counter: Any) -> None:
-    global _done
-    _done = counter
-    _die_with_parent()
-
-
-def _count_one() -> None:
-    with _done.get_lock():
-        _done.value += 1
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process with the one that started it, so that a killed build leaves nobody behind."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Workers:
-    """Processes that share a progress bar. Spawned rather than forked: the parent may hold threads."""
-
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.count = count
-        self._counter = context.Value("q", 0)
-        self._pool = ProcessPoolExecutor(count, context, _start_worker, (self._counter,))
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job], clips: int, label: str) -> list[Result]:
-        """Run every job; results in the order of the jobs. A worker's exception is raised here."""
-        if not jobs:
-            return []
-        self._counter.value = 0
-        try:
-            with _interrupts_ignored():  # by the workers that start here: Ctrl-C reaches all, the parent alone answers
-                futures = [self._pool.submit(function, job) for job in jobs]
-            pending = set(futures)
-            with tqdm(total=clips, desc=f"{label:>10}", unit="clip", smoothing=0.05) as bar:
-                while pending:
-                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                    bar.update(min(self._counter.value, clips) - bar.n)
-                    for future in done:
-                        future.result()  # raises at once what a worker raised
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise StreamtrainError(
-                f"a worker process died while {label}", "out of memory? try fewer: --workers 1"
-            ) from error
 
 
 # --- what was there before --------------------------------------------------------------------------------------

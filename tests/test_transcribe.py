@@ -1,0 +1,166 @@
+"""Audio in, a row of text for each file out, whatever the files are and however they are batched."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import run_module
+from corpus import recite
+from test_model import decode, save, talkative
+
+from sharding.audio import SAMPLE_RATE, encode
+from sharding.audio import decode as decode_audio
+from sharding.errors import StreamtrainError
+from sharding.split import split_recording
+from streamtrain.decode import join_pieces
+from streamtrain.model import CTCModel, load_trained
+from streamtrain.transcribe import LIMIT_SEC, transcribe
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model, as far as anyone can tell: it says something."""
+    return save(talkative("wav2vec2, group norm"), tmp_path_factory.mktemp("run") / "best")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> CTCModel:
+    return load_trained(folder)
+
+
+def sound(seconds: float, seed: int) -> np.ndarray:
+    """A glissando whose loudness changes."""
+    random = np.random.default_rng(seed)
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    tone = np.sin(2 * np.pi * (200 + 300 * time * random.uniform(0.5, 2)) * time) * (1 + np.sin(7 * time)) / 3
+    return (tone + random.normal(0, 0.02, len(time))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve clips of 0.3 to 6 s, one of them two folders down."""
+    root = tmp_path_factory.mktemp("clips")
+    (root / "more" / "still").mkdir(parents=True)
+    for number, seconds in enumerate(np.random.default_rng(0).uniform(0.3, 6, 12)):
+        place = root / "more" / "still" if number == 7 else root
+        (place / f"clip-{number:02d}.flac").write_bytes(encode(sound(seconds, number)))
+    (root / "notes.txt").write_text("no audio")
+    return root
+
+
+def rows_of(folder: Path, sources: list[Path], out: Path, batch_seconds: float = 30.0) -> list[Row]:
+    transcribe(folder, [str(source) for source in sources], out, batch_seconds)
+    return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+
+
+def test_every_file_of_a_folder_gets_the_text_it_has_alone(
+    folder: Path, model: CTCModel, clips: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(folder, [clips], tmp_path / "deep" / "out.jsonl")
+    assert [row["audio_path"] for row in rows] == sorted(str(path) for path in clips.rglob("*.flac"))
+    for row in rows:
+        waveform: np.ndarray = soundfile.read(row["audio_path"], dtype="float32")[0]
+        assert row["phonetic_text"] == decode(model, waveform)
+        assert row["error"] is None
+        assert 0 < row["confidence"] <= 1
+    assert len({row["phonetic_text"] for row in rows}) > 6
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("batch_seconds", [0.1, 3.0, 11.0, 1000.0])
+def test_texts_do_not_depend_on_how_files_are_batched(
+    batch_seconds: float, folder: Path, clips: Path, tmp_path: Path
+) -> None:
+    usual = rows_of(folder, [clips], tmp_path / "usual.jsonl")
+    other = rows_of(folder, [clips], tmp_path / "other.jsonl", batch_seconds)
+    assert [row["phonetic_text"] for row in other] == [row["phonetic_text"] for row in usual]
+    assert [row["confidence"] for row in other] == pytest.approx([row["confidence"] for row in usual], abs=2e-4)
+
+
+def test_files_and_folders_are_taken_as_they_were_named(folder: Path, clips: Path, tmp_path: Path) -> None:
+    sources = [clips / "clip-03.flac", clips / "more", clips / "clip-01.flac"]
+    rows = rows_of(folder, sources, tmp_path / "out.jsonl")
+    assert [Path(row["audio_path"]).name for row in rows] == ["clip-03.flac", "clip-07.flac", "clip-01.flac"]
+
+
+def test_another_rate_or_two_channels_are_brought_to_16_khz_mono(folder: Path, model: CTCModel, tmp_path: Path) -> None:
+    stereo = np.stack([sound(3, 1), 0.5 * sound(3, 2)], axis=1)
+    soundfile.write(tmp_path / "stereo.wav", stereo, 44_100, subtype="PCM_24")
+    waveform, _ = decode_audio((tmp_path / "stereo.wav").read_bytes())
+    (row,) = rows_of(folder, [tmp_path / "stereo.wav"], tmp_path / "out.jsonl")
+    assert row["phonetic_text"] == decode(model, waveform)
+
+
+def test_a_file_that_cannot_be_read_gets_a_row_with_its_error(folder: Path, clips: Path, tmp_path: Path) -> None:
+    good = (clips / "clip-00.flac").read_bytes()
+    damaged = {
+        "a.flac": b"not audio",
+        "b.flac": b"",
+        "c.flac": good[: len(good) // 2],
+        "d.flac": encode(np.zeros(399, np.float32)),
+        "z.flac": good,
+    }
+    for name, data in damaged.items():
+        (tmp_path / name).write_bytes(data)
+    rows = rows_of(folder, [tmp_path], tmp_path / "out.jsonl")
+    assert [Path(row["audio_path"]).name for row in rows] == list(damaged)
+    for row in rows[:-1]:
+        assert row["error"]
+        assert (row["phonetic_text"], row["confidence"]) == ("", 0.0)
+    assert "shorter than one frame" in rows[3]["error"]
+    assert rows[-1]["error"] is None
+    assert rows[-1]["phonetic_text"]
+
+
+def test_a_long_recording_is_decoded_in_pieces_cut_at_pauses(folder: Path, model: CTCModel, tmp_path: Path) -> None:
+    phrases = ["kætsæt ðɪʃu mowɛs " * 2] * 8
+    long = recite(phrases, 0, np.random.default_rng(3))
+    assert 26 < len(long) / SAMPLE_RATE < 60
+    (tmp_path / "long.flac").write_bytes(encode(long))
+    (tmp_path / "short.flac").write_bytes(encode(long[: 3 * SAMPLE_RATE]))
+    rows = rows_of(folder, [tmp_path], tmp_path / "out.jsonl")
+    waveform, _ = decode_audio((tmp_path / "long.flac").read_bytes())
+    ends = np.cumsum([0] + [segment.samples for segment in split_recording("", waveform, "", LIMIT_SEC)])
+    assert len(ends) > 2
+    assert ends[-1] == len(waveform)
+    assert np.diff(ends).max() <= LIMIT_SEC * SAMPLE_RATE
+    pieces = [decode(model, waveform[start:end]) for start, end in pairwise(ends)]
+    assert rows[0]["phonetic_text"] == join_pieces(pieces)
+    assert 0 < rows[0]["confidence"] <= 1
+    assert rows[1]["error"] is None
+
+
+def test_what_cannot_be_transcribed_is_told_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "clip.flac").write_bytes(encode(sound(1, 0)))
+    for source, said in ((tmp_path / "none", "there is no such file or folder"), (tmp_path / "empty", "no audio in")):
+        with pytest.raises(StreamtrainError, match=f"{said}"):
+            transcribe(folder, [str(source)], tmp_path / "out.jsonl")
+    with pytest.raises(StreamtrainError, match=r"vocab\.json: no vocabulary[^\n]*\nhint: .*RUN/best"):
+        transcribe(tmp_path / "empty", [str(tmp_path / "clip.flac")], tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("*out.jsonl*"))
+
+
+def test_the_command_says_how_many_failed_and_exits_so(folder: Path, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    sources = [clips / "clip-02.flac", tmp_path / "bad.wav"]
+    done = run_module("streamtrain", "transcribe", folder, *sources, "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 1
+    assert f"{tmp_path / 'out.jsonl'}: 1 files transcribed, 1 failed" in done.stdout
+    assert [json.loads(line)["error"] is None for line in (tmp_path / "out.jsonl").open()] == [True, False]
+
+
+def test_a_model_that_hears_nothing_says_nothing(model: CTCModel, tmp_path: Path) -> None:
+    mute = CTCModel(talkative("wav2vec2, group norm").network, model.vocab, normalize=True)
+    with torch.no_grad():
+        mute.network.lm_head.bias[model.vocab.blank] = 99
+    (tmp_path / "clip.flac").write_bytes(encode(sound(1, 0)))
+    (row,) = rows_of(save(mute, tmp_path / "mute"), [tmp_path / "clip.flac"], tmp_path / "out.jsonl")
+    assert (row["phonetic_text"], row["error"]) == ("", None)
