@@ -65,8 +65,9 @@ class Sample:
 
     @property
     def recording_id(self) -> str:
-        """What is scored as one: the clip itself, or the recording that the piece belongs to."""
-        return self.parent_id or self.utterance_id
+        """What is scored as one: the sample itself, or the recording whose whole label the pieces share."""
+        shared = self.label_status == "reference" and self.parent_id is not None
+        return str(self.parent_id) if shared else self.utterance_id
 
 
 @dataclass(frozen=True, slots=True)

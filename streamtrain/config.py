@@ -54,7 +54,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(500, ge=0)
     checkpoint_every: PositiveInt = 500  # steps
     keep_checkpoints: PositiveInt = 2
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class EvalConfig(Section):

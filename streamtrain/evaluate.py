@@ -126,15 +126,15 @@ def evaluate_model(
 
 
 def _piece(sample: Sample, text: str, confidence: float, seconds: float) -> Piece:
-    reference = sample.text if sample.parent_id is None else (sample.parent_text or "")
+    shared = sample.recording_id != sample.utterance_id
     return Piece(
         sample.recording_id,
-        sample.piece,
+        sample.piece if shared else 0,
         sample.child_id,
         sample.corpus,
         sample.age_bucket,
         seconds,
-        reference,
+        (sample.parent_text or "") if shared else sample.text,
         text,
         confidence,
     )

@@ -40,8 +40,8 @@ def export_model(source: Path, out: Path) -> float:
     """
     from transformers import AutoModelForCTC
 
-    if out.exists() and any(out.iterdir()):
-        raise ExportError(f"{out}: is not empty", "choose another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out}: is not an empty folder", "choose another one")
     model = load_trained(source)
     save_model(model, out, {name: value.contiguous() for name, value in model.network.state_dict().items()})
     scorecard = source.parent / "scorecard.json"

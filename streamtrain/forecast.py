@@ -9,22 +9,27 @@ from typing import Any
 import numpy as np
 
 from sharding.audio import SAMPLE_RATE
+from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_keys
 from sharding.store import open_store
 from streamtrain.config import load_config
-from streamtrain.plan import EpochPlan, check_world_size, plan_epoch, valid_world_sizes
+from streamtrain.plan import EpochPlan, PlanError, check_world_size, plan_epoch, valid_world_sizes
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
+    shards: str
     plan: EpochPlan
     summary: dict[str, Any]
 
 
 def forecast(shards: str | None, config: str, overrides: Sequence[str], world_size: int, epoch: int = 0) -> Forecast:
     """Plan one epoch of the configured run. Raises StreamtrainError where it cannot be run so."""
+    if epoch < 0:
+        raise PlanError(f"epoch {epoch}: epochs are counted from 0")
     settings = load_config(config, overrides)
-    index = read_index(open_store(shards or settings.data.shards))
+    shards = shards or settings.data.shards
+    index = read_index(open_store(shards))
     per_step = settings.train.micro_batches_per_step
     check_world_size(world_size, per_step)
     plan = plan_epoch(index, settings.plan, epoch)
@@ -44,7 +49,7 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], world_si
         "bytes_per_epoch": int(sum(index.shards[shard].bytes for shard in used)),
         "world_sizes": valid_world_sizes(per_step),
     }
-    return Forecast(plan, summary)
+    return Forecast(shards, plan, summary)
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -63,16 +68,19 @@ def render(summary: dict[str, Any]) -> str:
 
 def write_keys(shards: str | None, prediction: Forecast, world_size: int, out: Path) -> None:
     """JSONL, a row per micro-batch: its step, its number, the rank that computes it, its keys."""
-    store = open_store(shards or "")
+    store = open_store(shards or prediction.shards)
     keys = read_keys(store, read_index(store))
     plan = prediction.plan
-    with open(out, "w", encoding="utf-8") as lines:
-        for step in range(plan.steps):
-            for number in range(plan.micro_batches_per_step):
-                row = {
-                    "step": step,
-                    "micro_batch": number,
-                    "rank": number % world_size,
-                    "keys": keys[plan.micro_batch(step, number)].tolist(),
-                }
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    try:
+        with open(out, "w", encoding="utf-8") as lines:
+            for step in range(plan.steps):
+                for number in range(plan.micro_batches_per_step):
+                    row = {
+                        "step": step,
+                        "micro_batch": number,
+                        "rank": number % world_size,
+                        "keys": keys[plan.micro_batch(step, number)].tolist(),
+                    }
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise StreamtrainError(f"{out}: {error.strerror}") from error

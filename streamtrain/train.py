@@ -67,13 +67,11 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     run = Path(config.train.run_dir)
     checkpoint = find_checkpoint(resume, run / "checkpoints")
     _agree(world, json.dumps(config.decisive), plans.epoch(0).hash)
-    if world.main:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
-        if resume == "none":
-            _start_over(run / "checkpoints")
+    if world.main and resume == "none":
+        _start_over(run / "checkpoints")
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
     model = load_model(config.model).to(world.device)
+    log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
     engine = _start_engine(model, config, world)
     source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
     stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
@@ -83,6 +81,9 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
         log.info("resumed at step %d from %s", state.step, checkpoint)
     if state.step == plans.total_steps:
         log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
+    if world.main:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
     Trainer(config, world, engine, model, stream, plans, state).run()
 
 
@@ -126,6 +127,7 @@ class Trainer:
         self.schedule = Schedule(
             _peak_rate(config), config.train.warmup_steps, plans.total_steps, config.train.schedule
         )
+        self._failed_before = 0
         self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
@@ -210,8 +212,10 @@ class Trainer:
                 f"step {self.state.step + 1}: the loss is {loss} (rank {self.world.rank} had {keys}, …)",
                 "lower the learning rate or lengthen train.warmup_steps, then resume from the last checkpoint",
             )
-        failed = self.stream.stats.failed
-        if failed and len(failed) > MAX_FAILED * len(self.stream.index.samples) + 1:
+        for key in (failed := self.stream.stats.failed)[self._failed_before :]:
+            log.warning("%s does not decode as planned: trained as silence, without its label", key)
+        self._failed_before = len(failed)
+        if len(failed) > MAX_FAILED * len(self.stream.index.samples) + 1:
             raise TrainError(
                 f"{len(failed)} clips do not decode though their checksums are right, the last {failed[-1]}",
                 "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`",

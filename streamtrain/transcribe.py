@@ -30,7 +30,13 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seco
     model = load_trained(model_folder).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     partial = out.with_name(f".{out.name}.part")
     failed = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise StreamtrainError(f"{out}: is a folder", "name a file that can be written")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as error:
+        raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
     with open(partial, "w", encoding="utf-8") as lines, tqdm(total=len(files), unit="file", desc="transcribing") as bar:
         for start in range(0, len(files), CHUNK_FILES):
             chunk = files[start : start + CHUNK_FILES]

@@ -1,18 +1,23 @@
 """The epoch plan keeps its promises for every corpus, cap and world size."""
 
+import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.audio import SAMPLE_RATE
 from sharding.buckets import bucket_of, fit_bins
-from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex
+from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex, read_index, read_keys
+from sharding.store import open_store
 from streamtrain.plan import (
     BLOCK_STEPS,
     EpochPlan,
@@ -323,6 +328,50 @@ def test_a_million_clips_are_planned_with_the_same_promises() -> None:
     assert plan.padded.max() <= 160 * SAMPLE_RATE
     assert plan.padding <= 0.01
     assert plan.rank_idle(8) <= 0.02
+
+
+# --- the forecast ---------------------------------------------------------------------------------------------------
+
+
+def forecast(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return run_module("streamtrain", "plan", *arguments, "--config", ROOT / "configs" / "demo.json")
+
+
+def test_the_forecast_tells_what_the_plan_does_and_lists_every_clip_once(small_shards: Path, tmp_path: Path) -> None:
+    settings = ["--set", f"data.shards={small_shards}", "data.batch_seconds=5"]  # no shard set named beside them
+    done = forecast("--json", "--world-size", 2, "--keys", tmp_path / "keys.jsonl", *settings)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    store = open_store(small_shards)
+    index = read_index(store)
+    plan = plan_epoch(index, PlanSettings(batch_seconds=5, micro_batches_per_step=2), 0)
+    assert (told["steps_per_epoch"], told["clips"]) == (plan.steps, len(plan.rows))
+    assert told["padding"] == pytest.approx(plan.padding)
+    assert told["rank_idle"] == pytest.approx(plan.rank_idle(2))
+    assert told["over_cap"] == 0
+    assert told["world_sizes"] == [1, 2]
+    rows = [json.loads(line) for line in (tmp_path / "keys.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["step"], row["micro_batch"], row["rank"]) for row in rows] == [
+        (step, number, number) for step in range(plan.steps) for number in range(2)
+    ]
+    assert [key for row in rows for key in row["keys"]] == read_keys(store, index)[plan.rows].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--world-size", 3], "PlanError: 3 ranks cannot share 2 micro-batches per step evenly"),
+        (["--world-size", 0], "hint: run 1, 2 ranks"),
+        (["--epoch", -1], "PlanError: epoch -1: epochs are counted from 0"),
+        (["--keys", "/no/such/folder/keys.jsonl"], "/no/such/folder/keys.jsonl: No such file"),
+    ],
+)
+def test_a_run_that_cannot_be_is_told_without_a_traceback(
+    arguments: list[object], said: str, small_shards: Path
+) -> None:
+    done = forecast(small_shards, *arguments)
+    assert done.returncode == 1
+    assert said in done.stderr
 
 
 # --- evaluation, and the cut ----------------------------------------------------------------------------------------

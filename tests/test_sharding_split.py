@@ -143,7 +143,7 @@ def test_a_training_piece_without_a_sure_label_keeps_the_whole_text_beside_it(
     texts = {row["utterance_id"]: row["phonetic_text"] for row in read_manifest(long_corpus)}
     unsure = [sample for sample in long_samples if sample.label_status == "unlabelled"]
     assert unsure
-    assert all((piece.text, piece.parent_text) == ("", texts[piece.recording_id]) for piece in unsure)
+    assert all((piece.text, piece.parent_text) == ("", texts[piece.parent_id]) for piece in unsure)
 
 
 def test_the_split_command_shows_every_piece(long_corpus: Path, run_sharding: Command) -> None:
