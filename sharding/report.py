@@ -198,6 +198,8 @@ def _plot_durations(index: ShardIndex) -> bytes:
     for edge in index.duration_bins:
         axes.axvline(edge, color="black", alpha=0.25, linewidth=0.7)
     axes.set(xscale="log", yscale="log", xlabel="duration, s (lines: bucket edges)", ylabel="clips")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

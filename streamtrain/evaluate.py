@@ -1,5 +1,6 @@
 """One exact corpus CER: every clip of a split once, whatever the number of ranks, and the scorecard made of it."""
 
+import bisect
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -192,7 +193,7 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
     total, clips = evaluation.total, evaluation.clips
     by_child = _group(clips, lambda clip: clip.child_id or clip.utterance_id)
     by_corpus = _group(clips, lambda clip: clip.corpus)
-    low, high = bootstrap_interval(by_child)
+    low, high = bootstrap_interval({child: _total(theirs) for child, theirs in by_child.items()})
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
     return context | {
         "cer": total.cer,
@@ -209,7 +210,7 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
         "groups": {
             "corpus": _rows(by_corpus),
             "age_bucket": _rows(_group(clips, lambda clip: clip.age_bucket or "unknown")),
-            "duration": _rows(_group(clips, _duration_group)),
+            "duration": _rows(_duration_groups(clips)),
         },
         "confusions": _confusions(clips),
         "worst": [{**asdict(clip), "counts": asdict(clip.counts)} for clip in worst],
@@ -245,43 +246,35 @@ def render(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _group(clips: Iterable[ClipScore], key: Callable[[ClipScore], str]) -> dict[str, EditCounts]:
-    groups: dict[str, EditCounts] = defaultdict(EditCounts)
+def _group(clips: Iterable[ClipScore], key: Callable[[ClipScore], str]) -> dict[str, list[ClipScore]]:
+    groups: dict[str, list[ClipScore]] = defaultdict(list)
     for clip in clips:
-        groups[key(clip)] += clip.counts
-    sizes = Counter(key(clip) for clip in clips)
-    return _Groups(groups, sizes)
+        groups[key(clip)].append(clip)
+    return dict(sorted(groups.items()))
 
 
-class _Groups(dict[str, EditCounts]):
-    """Counts by name, with the number of clips behind each."""
-
-    def __init__(self, groups: dict[str, EditCounts], sizes: Counter[str]) -> None:
-        super().__init__(sorted(groups.items()))
-        self.sizes = sizes
+def _total(clips: Iterable[ClipScore]) -> EditCounts:
+    return sum((clip.counts for clip in clips), EditCounts())
 
 
-def _rows(groups: dict[str, EditCounts]) -> list[dict[str, Any]]:
-    sizes = getattr(groups, "sizes", {})
+def _rows(groups: dict[str, list[ClipScore]]) -> list[dict[str, Any]]:
     return [
-        {
-            "name": name,
-            "cer": counts.cer,
-            "edits": counts.edits,
-            "reference_length": counts.reference_length,
-            "clips": sizes[name],
-        }
-        for name, counts in groups.items()
-    ]
+        {"name": name, "cer": counts.cer, "edits": counts.edits, "reference_length": counts.reference_length,
+         "clips": len(clips)}
+        for name, clips in groups.items()
+        for counts in [_total(clips)]
+    ]  # fmt: skip
 
 
-def _macro(groups: dict[str, EditCounts]) -> float:
-    return sum(counts.cer for counts in groups.values()) / len(groups)
+def _macro(groups: dict[str, list[ClipScore]]) -> float:
+    return sum(_total(clips).cer for clips in groups.values()) / len(groups)
 
 
-def _duration_group(clip: ClipScore) -> str:
-    edge = next((edge for edge in DURATION_EDGES if clip.seconds <= edge), None)
-    return f"≤ {edge:g} s" if edge is not None else f"> {DURATION_EDGES[-1]:g} s"
+def _duration_groups(clips: Iterable[ClipScore]) -> dict[str, list[ClipScore]]:
+    """Clips by the first edge that they do not exceed, shortest first."""
+    names = [*(f"≤ {edge:g} s" for edge in DURATION_EDGES), f"> {DURATION_EDGES[-1]:g} s"]
+    groups = _group(clips, lambda clip: names[bisect.bisect_left(DURATION_EDGES, clip.seconds)])
+    return {name: groups[name] for name in names if name in groups}
 
 
 def _confusions(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
