@@ -167,9 +167,9 @@ def derive_id(prefix: str, *parts: object) -> str:
 
 
 def plan_long_recordings(minutes: float, children: int) -> list[tuple[int, float]]:
-    """(child, seconds to reach) of each long recording, spread evenly; the first is a validation child's."""
+    """(child, seconds to reach) of each long recording: every fifth child; the first is a validation child's."""
     count = max(2, round(minutes / MINUTES_PER_LONG))
-    return [((1 + k * children // count) % children, SHORTEST_LONG_SEC + 3.0 * (k % 9)) for k in range(count)]
+    return [((1 + 5 * k) % children, SHORTEST_LONG_SEC + 3.0 * (k % 9)) for k in range(count)]
 
 
 class Espeak:
