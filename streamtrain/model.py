@@ -6,7 +6,6 @@ Weights keep their names and values, so what is trained here loads in Transforme
 """
 
 import difflib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import nn
 from sharding.errors import StreamtrainError
 from streamtrain.config import ModelConfig
 from streamtrain.vocab import Vocab, ipa_vocab, load_vocab
-
-log = logging.getLogger("streamtrain")
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
@@ -202,11 +199,9 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCTC
 
     try:
-        original = AutoConfig.from_pretrained(name)
-        if original.model_type not in FAMILIES:
-            raise ValueError(f"its type is {original.model_type!r}, not one of {', '.join(FAMILIES)}")
-        if settings and original.layerdrop:
-            log.info("LayerDrop of %s is set from %g to 0: ranks would drop different layers", name, original.layerdrop)
+        family = AutoConfig.from_pretrained(name).model_type
+        if family not in FAMILIES:
+            raise ValueError(f"its type is {family!r}, not one of {', '.join(FAMILIES)}")
         return AutoModelForCTC.from_pretrained(
             name, dtype=torch.float32, ignore_mismatched_sizes=bool(settings), **settings
         )

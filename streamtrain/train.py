@@ -69,6 +69,7 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     _agree(world, json.dumps(config.decisive), plans.epoch(0).hash)
     if world.main and resume == "none":
         _start_over(run / "checkpoints")
+    log.info("model: %s", config.model.pretrained or "from scratch")  # a hub that cannot be reached takes half a minute
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
     model = load_model(config.model).to(world.device)
     log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")

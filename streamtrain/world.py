@@ -92,6 +92,10 @@ def running() -> Iterator[World]:
         print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
+    except KeyboardInterrupt:
+        if world.main:
+            print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)
     world.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -124,5 +128,5 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    for name in ("DeepSpeed", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("DeepSpeed", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

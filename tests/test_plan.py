@@ -65,7 +65,8 @@ def batches_of(plan: EpochPlan, step: int) -> list[tuple[int, ...]]:
     return [tuple(plan.micro_batch(step, number).tolist()) for number in range(plan.micro_batches_per_step)]
 
 
-durations = st.lists(st.integers(3, 80).map(lambda tenths: tenths / 10), min_size=1, max_size=200)
+lengths = st.one_of(st.integers(3, 80).map(lambda tenths: tenths * TENTH), st.integers(400, 8 * SAMPLE_RATE))
+durations = st.lists(lengths.map(lambda samples: samples / SAMPLE_RATE), min_size=1, max_size=200)
 plan_settings = st.builds(
     PlanSettings,
     batch_seconds=st.sampled_from([8.0, 12.3, 30.0, 160.0]),

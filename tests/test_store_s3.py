@@ -276,7 +276,9 @@ def test_a_shard_that_spoils_in_the_cache_is_noticed_and_fetched_again(
         assert f"{path}: spoilt in the cache, fetched again" in caplog.text
 
 
-def test_two_shard_sets_share_a_cache_folder_without_mixing(url: str, tmp_path: Path) -> None:
+def test_two_shard_sets_share_a_cache_folder_without_mixing(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Their shards have the same names."""
     sets = []
     for seed in (1, 2):
@@ -288,6 +290,7 @@ def test_two_shard_sets_share_a_cache_folder_without_mixing(url: str, tmp_path: 
         for folder, store in sets:
             assert stream_all(cached(store, tmp_path / "cache", limit), folder) == training_keys(folder)
             assert sum(path.stat().st_size for path in files(tmp_path / "cache")) <= limit
+    assert "spoilt" not in caplog.text
 
 
 def test_what_a_killed_fetch_left_behind_is_cleared_away(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
