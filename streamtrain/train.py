@@ -66,7 +66,7 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     plans = Plans(index, config)
     run = Path(config.train.run_dir)
     checkpoint = find_checkpoint(resume, run / "checkpoints")
-    _agree(world, json.dumps(config.decisive), plans.epoch(0).hash)
+    _agree(world, json.dumps(config.decisive), index.digest, plans.epoch(0).hash)
     if world.main and resume == "none":
         _start_over(run / "checkpoints")
     log.info("model: %s", config.model.pretrained or "from scratch")  # a hub that cannot be reached takes half a minute
@@ -302,6 +302,6 @@ def _agree(world: World, *hashes: str) -> None:
     odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if odd:
         raise TrainError(
-            f"ranks {odd} have another configuration or epoch plan than rank 0",
+            f"ranks {odd} have another configuration, shard set or epoch plan than rank 0",
             "do all machines see the same configuration file, the same shard set and the same version of streamtrain?",
         )
