@@ -74,7 +74,7 @@ def evaluate(
     split: str,
     batch_seconds: float,
     world: World,
-    progress: Callable[[int], object] = lambda clips: None,
+    keep_bar: bool = False,
 ) -> Evaluation:
     """Decode every clip of a split once and add up its edits; the same counts at any world size.
 
@@ -93,7 +93,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     pieces: list[Piece] = []
-    with torch.inference_mode():
+    bar = tqdm(total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=not world.main)
+    with torch.inference_mode(), bar:
         for batch, samples in stream.batches(mine):
             on_device = batch.to(world.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
@@ -103,7 +104,7 @@ def evaluate(
                 _piece(sample, hypothesis.text, hypothesis.confidence, length)
                 for sample, hypothesis, length in zip(samples, hypotheses, seconds, strict=False)
             ]
-            progress(len(samples))
+            bar.update(len(samples))
     model.train(was_training)
     return _score(pieces, stream.index, len(rows), world)
 
@@ -116,9 +117,7 @@ def evaluate_model(
     index = read_index(store)
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
-    share = -(-len(index.split(split)) // world.size)
-    with tqdm(total=share, desc="evaluating", unit="clip", disable=not world.main) as bar:
-        evaluation = evaluate(model, stream, split, batch_seconds, world, bar.update)
+    evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True)
     card = scorecard(evaluation, index.notes, model=model_folder, shards=shards, split=split)
     if world.main:
         write_scorecard(card, evaluation.clips, out)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
 from streamtrain.evaluate import ClipScore
-from streamtrain.evaluate import render as render_scorecard
 from streamtrain.metrics import EditCounts
 
 SAMPLES_SHOWN = 8
@@ -147,10 +146,10 @@ def render_run(run_dir: Path) -> str:
         f"    {clip['utterance_id']}\n      said   {clip['reference']}\n      heard  {clip['hypothesis']}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
     )
+    low, high = card["cer_interval_95"]
     return f"""
-{render_scorecard(card)}
-
-  CER before training {first}, after {card["cer"]:.3f}
+  CER {card["cer"]:.4f}, 95 % interval {low:.4f} – {high:.4f}; before training {first}
+  ({card["clips"]:,} clips of {card["children"]:,} children, split {card["split"]})
 
   A few transcriptions
 {shown}

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
@@ -225,12 +224,8 @@ class Trainer:
     def _evaluate(self) -> float:
         """Score the model as it is; keep it as `best/` where no score was better."""
         settings = self.config
-        split, clips = settings.eval.split, len(self.stream.index.split(settings.eval.split))
-        hidden = not self.world.main
-        with tqdm(
-            total=-(-clips // self.world.size), desc="evaluating", unit="clip", leave=False, disable=hidden
-        ) as bar:
-            evaluation = evaluate(self.model, self.stream, split, settings.data.batch_seconds, self.world, bar.update)
+        batch_seconds = settings.data.batch_seconds
+        evaluation = evaluate(self.model, self.stream, settings.eval.split, batch_seconds, self.world)
         cer = evaluation.total.cer
         if self.monitor is not None:
             self.monitor.evaluated(self.state.step, evaluation.total, evaluation.clips)

@@ -52,11 +52,13 @@ def run(command: list[object], expect: int | None = 0) -> subprocess.CompletedPr
     return done
 
 
-def training(work: Path, name: str, *settings: str, ranks: int = 2, resume: str = "auto") -> list[object]:
+def training(
+    work: Path, name: str, *settings: str, ranks: int = 2, resume: str = "auto", config: str = "zero2"
+) -> list[object]:
     """The literal command of the README, made tiny."""
     return [
         "deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), "launch/train.py",
-        "--config", "configs/zero2.json", "--resume", resume, "--set",
+        "--config", f"configs/{config}.json", "--resume", resume, "--set",
         f"data.shards={work / 'shards'}", f"model.pretrained={work / 'model'}", f"train.run_dir={work / name}",
         "data.batch_seconds=4", "train.micro_batches_per_step=4", "train.warmup_steps=2",
         "deepspeed.optimizer.params.lr=1e-3", *settings,
@@ -129,6 +131,16 @@ def test_one_and_two_ranks_compute_the_same_losses_and_the_same_score(work: Path
     assert len(set(one)) == 6
     counts = [[card[name] for name in ("cer", "edits", "reference_length", "clips")] for card in cards]
     assert counts[0] == counts[1]
+
+
+def test_every_zero_stage_computes_the_same_losses(work: Path) -> None:
+    found = []
+    for config in ("zero1", "zero2", "zero3"):
+        run(training(work, config, *EXACT, "train.max_steps=3", config=config))
+        found.append([float(loss) for loss in losses(work / config)])
+        assert (work / config / "best" / "model.safetensors").stat().st_size > 50_000  # gathered under ZeRO-3 too
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[2] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_the_score_counts_every_validation_recording_once_at_any_world_size(work: Path) -> None:
