@@ -25,6 +25,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
+# Two CPU ranks everywhere, also where there is one GPU
+demo test test-all: export DS_ACCELERATOR := cpu
+
 demo: setup
 	python -m sharding demo-corpus data/demo/raw
 	python -m sharding build data/demo/raw/* --out data/demo/shards

@@ -7,6 +7,7 @@ of workers; each clip is then decoded once, by the worker that writes it.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ from sharding.format import (
     write_shard,
 )
 from sharding.ipa import ctc_frames_needed, foreign_symbols, normalize_ipa
-from sharding.manifest import Source, Utterance, open_audio, read_audio, read_sources
+from sharding.manifest import Source, Utterance, open_audio, read_audio, read_sources, size_of
 from sharding.split import Segment, split_recording
 from sharding.store import FolderStore, Store, open_store
 from sharding.workers import Workers, count_one
@@ -110,8 +111,7 @@ def build(sources: Sequence[Path], out: str, settings: BuildSettings, workers: i
     sources_hash = _hash_sources(corpora)
     if store.exists(INDEX_NAME):
         return _built_before(store, settings, sources_hash)
-    if isinstance(store, FolderStore):
-        _clear_unfinished(store.folder)
+    _clear_unfinished(store)
     ledger = report.Ledger()
     with Workers(workers or available_cores()) as pool, _scratch_folder(store) as scratch:
         clips = _examine(corpora, settings, pool, ledger)
@@ -153,8 +153,8 @@ def choose_validation(utterances: Iterable[Utterance], fraction: float) -> froze
     speakers = {speaker_of(utterance) for utterance in utterances}
     if not speakers or fraction <= 0:
         return frozenset()
-    chosen = frozenset(speaker for speaker in speakers if _unit_hash(speaker) < fraction)
-    return chosen or frozenset([min(speakers, key=_unit_hash)])
+    chosen = frozenset(speaker for speaker in speakers if unit_hash(speaker) < fraction)
+    return chosen or frozenset([min(speakers, key=unit_hash)])
 
 
 def speaker_of(utterance: Utterance) -> str:
@@ -211,7 +211,7 @@ def _members(
 
 
 def _whole_member(clip: Clip) -> Member:
-    fits = clip.split == "valid" or frame_count(clip.info.samples) >= ctc_frames_needed(clip.text)
+    fits = clip.split == "valid" or (clip.text and frame_count(clip.info.samples) >= ctc_frames_needed(clip.text))
     sample = replace(
         _template(clip.utterance),
         text=clip.text if fits else "",
@@ -374,14 +374,16 @@ def _built_before(store: Store, settings: BuildSettings, sources_hash: str) -> B
     return Built(index, report.read_summary(store), fresh=False)
 
 
-def _clear_unfinished(folder: Path) -> None:
+LEFT_BEHIND = re.compile(rf"(({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part)")
+
+
+def _clear_unfinished(store: Store) -> None:
     """Remove what a build that never published its index left behind: its shards and partial files, nothing else."""
-    shards = [f"{split}/{name}" for split in SPLITS for name in ("b??-?????.tar", "b??-?????.idx.zst", ".*.part")]
-    for pattern in (*shards, "report/.*.part", ".*.part"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    for path in folder.glob(".pieces-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for name in [name for name in store.names() if LEFT_BEHIND.fullmatch(name)]:
+        store.delete(name)
+    if isinstance(store, FolderStore):
+        for path in store.folder.glob(".pieces-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -398,14 +400,27 @@ def _scratch_folder(store: Store) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _unit_hash(text: str) -> float:
+def unit_hash(text: str) -> float:
+    """SHA-256 of a text as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _hash_sources(corpora: Sequence[Source]) -> str:
     """What the sources say, whatever their order and wherever they lie."""
     rows = sorted(
-        repr((u.utterance_id, u.child_id, u.session_id, u.corpus, u.age_bucket, u.md5_hash, u.filesize_bytes, u.text))
+        repr(
+            (
+                u.utterance_id,
+                u.child_id,
+                u.session_id,
+                u.corpus,
+                u.age_bucket,
+                u.md5_hash,
+                size_of(u),
+                u.text,
+                u.audio_path,
+            )
+        )
         for source in corpora
         for u in source.utterances
     )

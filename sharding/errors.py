@@ -27,3 +27,7 @@ class ShardError(StreamtrainError):
 
 class StoreError(StreamtrainError):
     """Bytes that could not be read from or written to where they live."""
+
+
+class MissingError(StoreError):
+    """There is nothing under that name."""

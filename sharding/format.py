@@ -20,8 +20,8 @@ import xxhash
 import zstandard
 
 from sharding.audio import SAMPLE_RATE
-from sharding.errors import ShardError, StoreError
-from sharding.store import Store
+from sharding.errors import MissingError, ShardError
+from sharding.store import Reader, Store
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -193,7 +193,7 @@ def write_shard(store: Store, name: str, bucket: int, contents: Sequence[tuple[S
     return Shard(replace(entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)), keys, table)
 
 
-def read_shard_index(store: Store, name: str) -> Shard:
+def read_shard_index(store: Reader, name: str) -> Shard:
     """Read `<shard>.idx.zst`. Raises ShardError where it is damaged, StoreError where it is missing."""
     data = store.read(_idx_name(name))
     try:
@@ -207,13 +207,13 @@ def read_shard_index(store: Store, name: str) -> Shard:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
 
 
-def read_keys(store: Store, index: ShardIndex) -> npt.NDArray[np.object_]:
+def read_keys(store: Reader, index: ShardIndex) -> npt.NDArray[np.object_]:
     """The key of every row of `index.samples`, shape (N,)."""
     keys = [key for shard in index.shards for key in _read_listed(store, shard).keys]
     return np.array(keys, object)
 
 
-def _read_listed(store: Store, shard: ShardEntry) -> Shard:
+def _read_listed(store: Reader, shard: ShardEntry) -> Shard:
     """A shard's `.idx.zst`, held against its row in index.json."""
     listed = read_shard_index(store, shard.name)
     if listed.entry != shard:
@@ -221,12 +221,7 @@ def _read_listed(store: Store, shard: ShardEntry) -> Shard:
     return listed
 
 
-def read_samples(store: Store, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
-    """Read and verify single samples by row number. Raises ShardError where a checksum differs."""
-    return [read_sample(store, index, row) for row in rows]
-
-
-def read_sample(store: Store, index: ShardIndex, row: int) -> Sample:
+def read_sample(store: Reader, index: ShardIndex, row: int) -> Sample:
     """Read one sample by its byte range and check it against the index."""
     column = index.samples[row]
     shard = index.shards[column["shard"]]
@@ -241,7 +236,7 @@ def read_sample(store: Store, index: ShardIndex, row: int) -> Sample:
     return sample_from_bytes(raw)
 
 
-def check_shard(store: Store, shard: ShardEntry) -> list[Sample]:
+def check_shard(store: Reader, shard: ShardEntry) -> list[Sample]:
     """Read a whole shard, check every promise its index entry makes, and return its samples."""
     data = store.read(shard.name)
     where = f"{store.url}/{shard.name}"
@@ -286,12 +281,12 @@ def write_index(store: Store, index: ShardIndex) -> ShardIndex:
     return replace(index, digest=digest)
 
 
-def read_index(store: Store) -> ShardIndex:
+def read_index(store: Reader) -> ShardIndex:
     """Read `index.json` and the sample columns. Raises ShardError that names the file where either is damaged."""
     where = f"{store.url}/{INDEX_NAME}"
     try:
         text = store.read(INDEX_NAME)
-    except StoreError as error:
+    except MissingError as error:
         raise ShardError(
             f"{where}: there is no shard set here ({error.message})",
             f"build one with `python -m sharding build SOURCE --out {store.url}`",

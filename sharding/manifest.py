@@ -99,6 +99,17 @@ def read_audio(utterance: Utterance) -> bytes:
     return data
 
 
+def size_of(utterance: Utterance) -> int | None:
+    """Bytes of a clip: as declared, else as found, or None where there is no such file."""
+    if utterance.filesize_bytes is not None:
+        return utterance.filesize_bytes
+    try:
+        with open_audio(utterance) as file:
+            return file.seek(0, 2)
+    except AudioError:
+        return None
+
+
 @contextmanager
 def open_audio(utterance: Utterance) -> Iterator[IO[bytes]]:
     """The clip as a seekable file, in its folder or in its zip; AudioError where it must not or cannot be read.

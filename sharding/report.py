@@ -15,7 +15,7 @@ from sharding.errors import ShardError
 from sharding.format import SPLITS, Sample, Shard, ShardIndex, escape_key
 from sharding.manifest import Source, Utterance
 from sharding.split import Segment
-from sharding.store import Store
+from sharding.store import Reader, Store
 
 LEDGER_NAME = "report/ledger.jsonl.zst"
 SUMMARY_NAME = "report/summary.json"
@@ -34,7 +34,8 @@ class Ledger:
     def write(self, utterance: Utterance, split: str, sample: Sample, samples: int) -> None:
         self._add(utterance, split, "written", samples / SAMPLE_RATE, key=sample.key)
         if sample.label_status == "unlabelled":
-            self._rows[sample.key]["reason"] = "label needs more frames than the clip has: kept without it"
+            few = "label needs more frames than the clip has: kept without it"
+            self._rows[sample.key]["reason"] = few if sample.parent_text else "no label: kept, not trained on"
 
     def split(self, utterance: Utterance, split: str, samples: Sequence[Sample], segments: Sequence[Segment]) -> None:
         pieces = [
@@ -111,7 +112,7 @@ def publish(store: Store, ledger: Ledger, index: ShardIndex, corpora: Sequence[S
     return summary
 
 
-def read_summary(store: Store) -> dict[str, Any]:
+def read_summary(store: Reader) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(store.read(SUMMARY_NAME))
     except ValueError as error:
@@ -133,7 +134,7 @@ def summarize(rows: Sequence[dict[str, Any]], index: ShardIndex, corpora: Sequen
         "rejected": [
             {name: row[name] for name in ("source", "utterance_id", "reason")} for row in fates["rejected"][:10]
         ],
-        "corpora": {source.corpus: len(source.utterances) for source in corpora},
+        "corpora": dict(Counter(utterance.corpus for source in corpora for utterance in source.utterances)),
         "orphan_audio": sum(source.orphans for source in corpora),
         "ignored_fields": sorted({field for source in corpora for field in source.ignored_fields}),
         "duration_bins": list(index.duration_bins),
@@ -163,6 +164,8 @@ def render(summary: dict[str, Any]) -> str:
         lines.append(
             f"{count:,} declared durations are off by more than {DECLARED_OFF_SEC} s; the measured ones are used"
         )
+    if not summary["splits"]["train"]["samples"]:
+        lines.append("there is nothing to train on: every labelled clip is a validation child's, or none is labelled")
     if not notes["validation"]["disjoint_by_speaker"]:
         lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Where bytes live: a local folder or an object store, behind the same few verbs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -8,10 +9,10 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import ObjectStore, from_url
 
-from sharding.errors import StoreError
+from sharding.errors import MissingError, StoreError
 
 
-class Store(Protocol):
+class Reader(Protocol):
     """Names are relative, with forward slashes. Every verb raises StoreError, with the name, when bytes do not come.
 
     Of a range only what lies within the object is read, so that a shard cut short fails its checksum.
@@ -22,8 +23,15 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes: ...
     def read_range(self, name: str, offset: int, length: int) -> bytes: ...
+
+
+class Store(Reader, Protocol):
+    """A `Reader` that can be written to."""
+
     def write(self, name: str, data: bytes) -> None: ...
     def exists(self, name: str) -> bool: ...
+    def names(self) -> Iterator[str]: ...
+    def delete(self, name: str) -> None: ...
 
 
 def open_store(location: str | Path) -> Store:
@@ -50,6 +58,8 @@ class FolderStore:
     def read(self, name: str) -> bytes:
         try:
             return (self.folder / name).read_bytes()
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.folder / name}: {error.strerror}") from error
         except OSError as error:
             raise StoreError(f"{self.folder / name}: {error.strerror}") from error
 
@@ -76,6 +86,12 @@ class FolderStore:
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).exists()
+
+    def names(self) -> Iterator[str]:
+        return (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
 
 
 class BucketStore:
@@ -123,10 +139,23 @@ class BucketStore:
             raise self._explain(name, error) from error
         return True
 
+    def names(self) -> Iterator[str]:
+        try:
+            for batch in obstore.list(self._store):
+                yield from (entry["path"] for entry in batch)
+        except (BaseError, OSError) as error:
+            raise self._explain("", error) from error
+
+    def delete(self, name: str) -> None:
+        try:
+            obstore.delete(self._store, name)
+        except (BaseError, OSError) as error:
+            raise self._explain(name, error) from error
+
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
         if isinstance(error, FileNotFoundError):
-            return StoreError(f"{where}: there is no such object")
+            return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or ASKED_FOR_CREDENTIALS in str(error):
             hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud, set and right for it?"
             return StoreError(f"{where}: access denied", hint)

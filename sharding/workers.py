@@ -21,7 +21,7 @@ _done: Any = None  # clips finished by all workers, shared with the parent's pro
 def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
-    _die_with_parent()
+    die_with_parent()
 
 
 def count_one() -> None:
@@ -30,7 +30,7 @@ def count_one() -> None:
         _done.value += 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to end this process with the one that started it, so that a killed build leaves nobody behind."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StreamtrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -29,7 +32,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     prediction = forecast(options.shards, options.config, options.set, options.world_size, options.epoch)
     if options.keys:
-        write_keys(options.shards, prediction, options.world_size, Path(options.keys))
+        write_keys(prediction, options.world_size, Path(options.keys))
     print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary))
     return 0
 

@@ -11,7 +11,7 @@ def keyed_random(*key: object) -> np.random.Generator:
 
 
 def time_mask(frames: int, share: float, length: int, random: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Frames to hide from the encoder, shape (frames,): spans of `length` frames whose starts cover `share` of all.
+    """Frames to hide from the encoder, shape (frames,): spans of `length` frames that cover about `share` of all.
 
     SpecAugment in time as wav2vec2 does it (Baevski et al. 2020, arXiv 2006.11477): spans may overlap.
     """

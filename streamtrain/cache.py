@@ -15,7 +15,7 @@ import xxhash
 
 from sharding.errors import ShardError, StoreError
 from sharding.format import ShardEntry, ShardIndex
-from sharding.store import Store
+from sharding.store import Reader
 
 log = logging.getLogger("streamtrain")
 
@@ -26,7 +26,7 @@ WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished wr
 
 
 class ShardCache:
-    """A `Store` of whole shards in a local folder that all ranks of a node share, and other runs too.
+    """A `Reader` of whole shards in a local folder that all ranks of a node share, and other runs too.
 
     A shard is fetched by whichever rank asks first (a file lock keeps the others waiting), checked against the index,
     and renamed into place. Above `limit_bytes` the shards that nobody asked for longest are removed.
@@ -34,7 +34,7 @@ class ShardCache:
 
     remote = False
 
-    def __init__(self, store: Store, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
+    def __init__(self, store: Reader, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
         self.url = store.url
         self._store = store
         self._entries = {shard.name: shard for shard in index.shards}
@@ -79,12 +79,6 @@ class ShardCache:
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         with self._open(name) as file:
             return os.pread(file.fileno(), length, offset)
-
-    def write(self, name: str, data: bytes) -> None:
-        raise StoreError(f"{name}: the cache is for reading")
-
-    def exists(self, name: str) -> bool:
-        return self._store.exists(name)
 
     def drop(self, name: str) -> None:
         """Remove a shard whose bytes have spoilt on this disk, so that it is fetched again."""

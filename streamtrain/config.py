@@ -88,11 +88,24 @@ class Config(Section):
         return self.model_dump(exclude={"data": elsewhere, "train": rhythm, "eval": True})
 
 
+# What the engine reads at the top of its section; anything else it would ignore without a word.
+_TOP_LEVEL = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
+    compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather
+    disable_python_gc dump_state eigenvalue elasticity flops_profiler fp16 gradient_clipping
+    gradient_predivide_factor graph_harvesting load_universal memory_breakdown monitor_config nebula optimizer
+    prescale_gradients progressive_layer_drop sparse_attention sparse_gradients steps_per_print tensorboard
+    timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
+"""
+DEEPSPEED_KEYS = frozenset(_TOP_LEVEL.split())
 OURS = {
     "train_batch_size": "data.batch_seconds and train.micro_batches_per_step",
     "train_micro_batch_size_per_gpu": "data.batch_seconds",
     "gradient_accumulation_steps": "train.micro_batches_per_step",
     "scheduler": "train.schedule and train.warmup_steps",
+    "gradient_allreduce_op": "the loss, which is summed over ranks and divided by the labels of the step",
+    "managed_gradient_accumulation": "train.micro_batches_per_step",
 }
 
 
@@ -115,6 +128,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for key, instead in OURS.items():
         if key in config.deepspeed:
             raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {instead}")
+    for key in config.deepspeed.keys() - DEEPSPEED_KEYS:  # the engine would ignore it
+        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.5)
+        hint = f"did you mean 'deepspeed.{near[0]}'?" if near else None
+        raise ConfigError(f"{path}: unknown key 'deepspeed.{key}'", hint)
     return config
 
 

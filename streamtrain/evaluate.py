@@ -18,7 +18,7 @@ from sharding.errors import StreamtrainError
 from sharding.format import Sample, ShardIndex, read_index
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
-from streamtrain.decode import greedy, join_pieces
+from streamtrain.decode import Hypothesis, greedy, join_pieces
 from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
@@ -37,9 +37,11 @@ class Piece:
     recording_id: str
     piece: int
     child_id: str
+    session_id: str
     corpus: str
     age_bucket: str
     seconds: float
+    decoded: bool  # whether its audio could be
     reference: str  # of the whole recording where this is its first piece, else empty
     hypothesis: str
     confidence: float
@@ -51,13 +53,20 @@ class ClipScore:
 
     utterance_id: str
     child_id: str
+    session_id: str
     corpus: str
     age_bucket: str
     seconds: float
+    decoded: bool
     reference: str
     hypothesis: str
     confidence: float
     counts: EditCounts
+
+    @property
+    def speaker(self) -> str:
+        """As far as the shard set tells: the child, else the session, else the clip itself."""
+        return self.child_id or self.session_id or self.utterance_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +103,14 @@ def evaluate(
     model.eval()
     pieces: list[Piece] = []
     bar = tqdm(total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=not world.main)
-    with torch.inference_mode(), bar:
+    with torch.no_grad(), bar:  # inference mode would leave ZeRO-3 tensors that cannot be trained on
         for batch, samples in stream.batches(mine):
             on_device = batch.to(world.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
             hypotheses = greedy(log_probs, model.frame_counts(batch.input_lengths), model.vocab)
             seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
             pieces += [
-                _piece(sample, hypothesis.text, hypothesis.confidence, length)
+                _piece(sample, hypothesis, length, sample.key not in batch.failed)
                 for sample, hypothesis, length in zip(samples, hypotheses, seconds, strict=False)
             ]
             bar.update(len(samples))
@@ -115,6 +124,7 @@ def evaluate_model(
     """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out` and prints it."""
     store = open_store(shards)
     index = read_index(store)
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True)
@@ -125,18 +135,20 @@ def evaluate_model(
     return card
 
 
-def _piece(sample: Sample, text: str, confidence: float, seconds: float) -> Piece:
+def _piece(sample: Sample, hypothesis: Hypothesis, seconds: float, decoded: bool) -> Piece:
     shared = sample.recording_id != sample.utterance_id
     return Piece(
         sample.recording_id,
         sample.piece if shared else 0,
         sample.child_id,
+        sample.session_id,
         sample.corpus,
         sample.age_bucket,
         seconds,
+        decoded,
         (sample.parent_text or "") if shared else sample.text,
-        text,
-        confidence,
+        hypothesis.text,
+        hypothesis.confidence,
     )
 
 
@@ -170,6 +182,8 @@ def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts) -> ClipScore:
     return ClipScore(
         utterance_id=name,
         child_id=first.child_id,
+        session_id=first.session_id,
+        decoded=all(piece.decoded for piece in ordered),
         corpus=first.corpus,
         age_bucket=first.age_bucket,
         seconds=round(sum(piece.seconds for piece in ordered), 3),
@@ -190,13 +204,12 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
     `notes` are the shard set's, on how validation was chosen and what it lost.
     """
     total, clips = evaluation.total, evaluation.clips
-    by_child = _group(clips, lambda clip: clip.child_id or clip.utterance_id)
+    by_child = _group(clips, lambda clip: clip.speaker)
     by_corpus = _group(clips, lambda clip: clip.corpus)
-    low, high = bootstrap_interval({child: _total(theirs) for child, theirs in by_child.items()})
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
     return context | {
         "cer": total.cer,
-        "cer_interval_95": [low, high],
+        "cer_interval_95": bootstrap_interval({child: _total(theirs) for child, theirs in by_child.items()}),
         "edits": total.edits,
         "reference_length": total.reference_length,
         "clips": len(clips),
@@ -213,6 +226,7 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
         },
         "confusions": _confusions(clips),
         "worst": [{**asdict(clip), "counts": asdict(clip.counts)} for clip in worst],
+        "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
         "validation": notes.get("validation", {}),
     }
 
@@ -228,21 +242,27 @@ def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Pa
 
 def render(card: dict[str, Any]) -> str:
     """The scorecard as a person reads it in a terminal."""
-    low, high = card["cer_interval_95"]
     lines = [
-        f"CER {card['cer']:.4f}  (95 % interval {low:.4f} – {high:.4f}, by child)   "
+        f"CER {card['cer']:.4f}  ({render_interval(card)})   "
         f"{card['edits']:,} edits ÷ {card['reference_length']:,} symbols, {card['clips']:,} clips",
         f"{card['substitutions']:,} substitutions, {card['deletions']:,} deletions, {card['insertions']:,} insertions"
         f"   macro CER: by child {card['macro_cer_by_child']:.4f}, by corpus {card['macro_cer_by_corpus']:.4f}",
     ]
     for title, group in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in group))
+    if card["undecodable"]:
+        lines.append(f"{len(card['undecodable'])} clips did not decode and were scored as silence: see scorecard.json")
     lost = card["validation"].get("rejected", 0)
     if lost:
         lines.append(f"{lost} validation clips were rejected at the build and are not in this score")
     if not card["validation"].get("disjoint_by_speaker", True):
         lines.append("validation is not disjoint by speaker: this score flatters the model")
     return "\n".join(lines)
+
+
+def render_interval(card: dict[str, Any]) -> str:
+    interval = card["cer_interval_95"]
+    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f}, by child" if interval else "one child: no interval"
 
 
 def _group(clips: Iterable[ClipScore], key: Callable[[ClipScore], str]) -> dict[str, list[ClipScore]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sharding.errors import StreamtrainError
+from streamtrain.evaluate import render_interval
 from streamtrain.model import CTCModel, load_trained, save_model
 from streamtrain.world import World
 
@@ -63,7 +64,7 @@ def export_model(source: Path, out: Path) -> float:
 def _model_card(source: Path, scorecard: Path) -> str:
     card = json.loads(scorecard.read_text(encoding="utf-8")) if scorecard.is_file() else None
     score = (
-        f"CER {card['cer']:.4f} (95 % interval {card['cer_interval_95'][0]:.4f} – {card['cer_interval_95'][1]:.4f}) on "
+        f"CER {card['cer']:.4f} ({render_interval(card)}) on "
         f"{card['clips']:,} clips of {card['children']} children of split `{card['split']}`."
         if card
         else "Not scored."

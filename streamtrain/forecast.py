@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from sharding.audio import SAMPLE_RATE
-from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_keys
 from sharding.store import open_store
 from streamtrain.config import load_config
-from streamtrain.plan import EpochPlan, PlanError, check_world_size, plan_epoch, valid_world_sizes
+from streamtrain.plan import EpochPlan, PlanError, check_world_size, numbers_of_rank, plan_epoch, valid_world_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,21 +65,15 @@ def render(summary: dict[str, Any]) -> str:
     )
 
 
-def write_keys(shards: str | None, prediction: Forecast, world_size: int, out: Path) -> None:
+def write_keys(prediction: Forecast, world_size: int, out: Path) -> None:
     """JSONL, a row per micro-batch: its step, its number, the rank that computes it, its keys."""
-    store = open_store(shards or prediction.shards)
+    store = open_store(prediction.shards)
     keys = read_keys(store, read_index(store))
     plan = prediction.plan
-    try:
-        with open(out, "w", encoding="utf-8") as lines:
-            for step in range(plan.steps):
-                for number in range(plan.micro_batches_per_step):
-                    row = {
-                        "step": step,
-                        "micro_batch": number,
-                        "rank": number % world_size,
-                        "keys": keys[plan.micro_batch(step, number)].tolist(),
-                    }
+    with open(out, "w", encoding="utf-8") as lines:
+        for step in range(plan.steps):
+            for rank in range(world_size):
+                for number in numbers_of_rank(rank, world_size, plan.micro_batches_per_step):
+                    chosen = keys[plan.micro_batch(step, number)].tolist()
+                    row = {"step": step, "micro_batch": number, "rank": rank, "keys": chosen}
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise StreamtrainError(f"{out}: {error.strerror}") from error

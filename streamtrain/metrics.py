@@ -45,12 +45,15 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCoun
 
 def bootstrap_interval(
     groups: Mapping[str, EditCounts], draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the pooled CER under resampling of whole groups (children), as clips of one correlate."""
+) -> tuple[float, float] | None:
+    """Percentile interval of the pooled CER under resampling of whole groups (children), as clips of one correlate.
+
+    None where there are fewer than two groups: one child says nothing of how children differ.
+    """
     edits = np.array([counts.edits for counts in groups.values()])
     lengths = np.array([counts.reference_length for counts in groups.values()])
-    if lengths.sum() == 0:
-        return (0.0, 0.0)
+    if len(groups) < 2:
+        return None
     chosen = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
     cers = edits[chosen].sum(axis=1) / np.maximum(lengths[chosen].sum(axis=1), 1)
     low, high = np.quantile(cers, [(1 - level) / 2, (1 + level) / 2])

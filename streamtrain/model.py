@@ -132,6 +132,7 @@ def load_model(config: ModelConfig) -> CTCModel:
     A model that was trained here keeps its vocabulary and its head; one that speaks letters gets new ones.
     """
     settings: dict[str, Any] = dict.fromkeys(ACTIVE_DROPOUTS, config.dropout)
+    # A share above 0 makes Transformers create the embedding of masked frames; the masks themselves are ours
     settings |= {"layerdrop": 0.0, "apply_spec_augment": False, "mask_feature_prob": 0.0, "mask_time_prob": 0.05}
     if config.scratch is not None:
         vocab = ipa_vocab()
@@ -141,7 +142,7 @@ def load_model(config: ModelConfig) -> CTCModel:
         network = _from_pretrained(str(config.pretrained), settings | _ctc_settings(vocab))
     if config.freeze_cnn:
         network.freeze_feature_encoder()
-    return CTCModel(network, vocab, normalize=_normalizes(config.pretrained)).train()  # from_pretrained gives eval mode
+    return CTCModel(network, vocab, normalize=_normalizes(config.pretrained)).train()
 
 
 def load_trained(folder: str | Path) -> CTCModel:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import time
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
-from streamtrain.evaluate import ClipScore
+from streamtrain.evaluate import ClipScore, render_interval
 from streamtrain.metrics import EditCounts
 
 SAMPLES_SHOWN = 8
@@ -47,7 +47,6 @@ class Monitor:
             (run_dir / "samples.txt").unlink(missing_ok=True)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
         self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
-        self.started = time.monotonic()
 
     def step(self, row: StepRow) -> None:
         self.rows.append(row)
@@ -58,6 +57,7 @@ class Monitor:
                 self._board.add_scalar(f"train/{name}", value, row.step)
         if row.cer is not None:
             self._board.add_scalar("valid/cer", row.cer, row.step)
+            plot_curves(self.rows, self._folder / "curves.png")
         self._bar.set_postfix_str(f"loss {row.loss:.3f}, {row.audio_sec_per_sec:.0f} audio-s/s", refresh=False)
         self._bar.update()
 
@@ -74,14 +74,14 @@ class Monitor:
     def close(self) -> None:
         self._bar.close()
         self._board.close()
-        if self.rows:
-            plot_curves(self.rows, self._folder / "curves.png")
 
     def _rewrite(self) -> None:
-        with open(self._log, "w", newline="") as file:
+        partial = self._log.with_name(".log.csv.part")
+        with open(partial, "w", newline="") as file:
             writer = _writer(file)
             writer.writerow([field.name for field in fields(StepRow)])
             writer.writerows(_cells(row) for row in self.rows)
+        os.replace(partial, self._log)
 
 
 def read_log(path: Path) -> list[StepRow]:
@@ -90,9 +90,7 @@ def read_log(path: Path) -> list[StepRow]:
         return []
     rows = []
     with open(path, newline="") as file:
-        for cells in csv.DictReader(file):
-            if None in cells.values() or None in cells:
-                break
+        for cells in csv.DictReader(line for line in file if line.endswith("\n")):
             values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
             rows.append(StepRow(**values | {"step": int(cells["step"]), "epoch": int(cells["epoch"])}))
     return rows
@@ -146,9 +144,8 @@ def render_run(run_dir: Path) -> str:
         f"    {clip['utterance_id']}\n      said   {clip['reference']}\n      heard  {clip['hypothesis']}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
     )
-    low, high = card["cer_interval_95"]
     return f"""
-  CER {card["cer"]:.4f}, 95 % interval {low:.4f} – {high:.4f}; before training {first}
+  CER {card["cer"]:.4f}, {render_interval(card)}; before training {first}
   ({card["clips"]:,} clips of {card["children"]:,} children, split {card["split"]})
 
   A few transcriptions

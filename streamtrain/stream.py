@@ -7,7 +7,7 @@ to start, to hang or to leave shared memory behind.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ import numpy as np
 
 from sharding.errors import ShardError
 from sharding.format import Sample, ShardIndex, read_sample
-from sharding.store import Store
+from sharding.store import Reader
 from streamtrain.cache import ShardCache
 from streamtrain.collate import Batch, collate
 from streamtrain.plan import EpochPlan, numbers_of_rank
@@ -25,14 +25,6 @@ from streamtrain.world import World
 
 BATCHES_AHEAD = 4  # per worker thread
 STEPS_AHEAD = 32  # shards of these steps are fetched from a bucket before they are needed
-
-
-@dataclass
-class StreamStats:
-    """What a rank has read."""
-
-    bytes: int = 0
-    failed: list[str] = field(default_factory=list)  # keys of clips that did not decode
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class ShardStream:
     """The batches of one rank."""
 
     def __init__(
-        self, index: ShardIndex, store: Store, vocab: Vocab, normalize: bool, world: World, workers: int = 2
+        self, index: ShardIndex, store: Reader, vocab: Vocab, normalize: bool, world: World, workers: int = 2
     ) -> None:
         self.index = index
         self.store = store
@@ -56,7 +48,6 @@ class ShardStream:
         self.normalize = normalize
         self.world = world
         self.workers = workers
-        self.stats = StreamStats()
 
     def epoch(self, plan: EpochPlan, first_step: int = 0) -> Iterator[StepBatch]:
         """This rank's micro-batches of every step from `first_step` on: M ÷ world size for each."""
@@ -88,8 +79,6 @@ class ShardStream:
         return self._collate(rows, self._read(rows))
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
-        size = int(self.index.samples["bytes"][rows].sum())
-        self.stats.bytes += size
         return [self._read_one(int(row)) for row in rows]
 
     def _read_one(self, row: int) -> Sample:
@@ -104,9 +93,7 @@ class ShardStream:
             return read_sample(self.store, self.index, row)
 
     def _collate(self, rows: np.ndarray, samples: Sequence[Sample]) -> Batch:
-        batch = collate(samples, self.index.samples["samples"][rows].tolist(), self.vocab, self.normalize)
-        self.stats.failed += batch.failed
-        return batch
+        return collate(samples, self.index.samples["samples"][rows].tolist(), self.vocab, self.normalize)
 
     def _announce(self, plan: EpochPlan, step: int) -> None:
         if isinstance(self.store, ShardCache):
@@ -136,7 +123,7 @@ def read_ahead(load: Callable[[Place], Item], places: Iterator[Place], workers: 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def open_for_reading(index: ShardIndex, store: Store, cache_dir: str | None, cache_gb: float) -> Store:
+def open_for_reading(index: ShardIndex, store: Reader, cache_dir: str | None, cache_gb: float) -> Reader:
     """The store itself, or, for a bucket with a cache folder, a cache in front of it."""
     if store.remote and cache_dir is not None:
         return ShardCache(store, index, Path(cache_dir), round(cache_gb * 2**30))

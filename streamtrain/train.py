@@ -1,11 +1,13 @@
 """One readable loop: plan, stream, step, evaluate, save. Every number that decides a step is known before it."""
 
+import fcntl
 import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,6 +34,7 @@ from streamtrain.world import World
 
 log = logging.getLogger("streamtrain")
 
+LOCK_TRIES = 5  # a second apart
 MAX_FAILED = 0.001  # share of clips that may fail to decode though their bytes are right: above it, something is wrong
 
 
@@ -65,9 +68,8 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     plans = Plans(index, config)
     run = Path(config.train.run_dir)
     checkpoint = find_checkpoint(resume, run / "checkpoints")
-    _agree(world, json.dumps(config.decisive), index.digest, plans.epoch(0).hash)
-    if world.main and resume == "none":
-        _start_over(run / "checkpoints")
+    _agree(world, json.dumps(config.decisive), index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
+    _check_run(run, index, config, checkpoint, resume)
     log.info("model: %s", config.model.pretrained or "from scratch")  # a hub that cannot be reached takes half a minute
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
     model = load_model(config.model).to(world.device)
@@ -76,15 +78,19 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
     stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
     state = RunState(0, 0, 0, world.size, config.decisive, index.digest, PLANNER_VERSION, None)
-    if checkpoint is not None:
-        state = load_checkpoint(engine, checkpoint, state)
-        log.info("resumed at step %d from %s", state.step, checkpoint)
-    if state.step == plans.total_steps:
-        log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
-    if world.main:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
-    Trainer(config, world, engine, model, stream, plans, state).run()
+    with _only_run_in(run, world):
+        if checkpoint is not None:
+            state = load_checkpoint(engine, checkpoint, state)
+            log.info("resumed at step %d from %s", state.step, checkpoint)
+        if not world.gather((run / "best").is_dir())[0]:
+            state = replace(state, best_cer=None)  # resumed into a new run folder: its first score is its best
+        if state.step == plans.total_steps:
+            log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
+        if world.main:
+            if resume == "none":
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+        Trainer(config, world, engine, model, stream, plans, state).run()
 
 
 class Plans:
@@ -127,7 +133,7 @@ class Trainer:
         self.schedule = Schedule(
             _peak_rate(config), config.train.warmup_steps, plans.total_steps, config.train.schedule
         )
-        self._failed_before = 0
+        self._failed: set[str] = set()  # clips of this rank that did not decode
         self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
@@ -212,12 +218,12 @@ class Trainer:
                 f"step {self.state.step + 1}: the loss is {loss} (rank {self.world.rank} had {keys}, …)",
                 "lower the learning rate or lengthen train.warmup_steps, then resume from the last checkpoint",
             )
-        for key in (failed := self.stream.stats.failed)[self._failed_before :]:
+        for key in (key for item in micro_batches for key in item.batch.failed if key not in self._failed):
             log.warning("%s does not decode as planned: trained as silence, without its label", key)
-        self._failed_before = len(failed)
-        if len(failed) > MAX_FAILED * len(self.stream.index.samples) + 1:
+            self._failed.add(key)
+        if len(self._failed) > MAX_FAILED * len(self.stream.index.samples) + 1:
             raise TrainError(
-                f"{len(failed)} clips do not decode though their checksums are right, the last {failed[-1]}",
+                f"{len(self._failed)} clips do not decode though their checksums hold, such as {min(self._failed)}",
                 "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`",
             )
 
@@ -273,7 +279,12 @@ def _start_engine(model: CTCModel, config: Config, world: World) -> Any:
         optimizer["torch_adam"] = True
         log.info("on CPU the plain Adam of torch replaces the fused one, which would need a compiler")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+    except (ValueError, TypeError, AssertionError) as error:  # what it raises for a setting it does not take
+        raise ConfigError(
+            f"DeepSpeed does not take the section 'deepspeed': {error}", "see configs/zero2.json"
+        ) from error
     return engine
 
 
@@ -284,11 +295,39 @@ def _peak_rate(config: Config) -> float:
         raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
 
 
-def _start_over(folder: Path) -> None:
-    """`--resume none` was asked for in a run that has checkpoints."""
-    if folder.exists():
-        shutil.rmtree(folder)
-        log.info("--resume none: %s was removed", folder)
+def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Path | None, resume: str) -> None:
+    """What would fail only after minutes, or cost an earlier result, is refused before the model is loaded."""
+    if len(index.split(config.eval.split)) == 0:
+        raise TrainError(
+            f"the shard set has no clips in split {config.eval.split!r} to evaluate on",
+            "build it from at least two children, with --valid-fraction above 0",
+        )
+    if checkpoint is None and resume == "auto" and (run / "best").exists():
+        raise TrainError(
+            f"{run}: holds a model in best/, but no checkpoint to go on from",
+            "name another train.run_dir, or start over with --resume none",
+        )
+
+
+@contextmanager
+def _only_run_in(run: Path, world: World) -> Iterator[None]:
+    """Hold the run folder, so that no second run writes into it. The kernel lets go when the process ends."""
+    if not world.main:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a") as file:
+        for attempt in range(LOCK_TRIES):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if attempt == LOCK_TRIES - 1:
+                    raise TrainError(
+                        f"{run}: another run is writing here", "wait for it, stop it, or name another train.run_dir"
+                    ) from error
+                time.sleep(1)  # ranks that were just killed need a moment to go
+        yield
 
 
 def _agree(world: World, *hashes: str) -> None:
@@ -297,6 +336,6 @@ def _agree(world: World, *hashes: str) -> None:
     odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if odd:
         raise TrainError(
-            f"ranks {odd} have another configuration, shard set or epoch plan than rank 0",
-            "do all machines see the same configuration file, the same shard set and the same version of streamtrain?",
+            f"ranks {odd} have another configuration, shard set, epoch plan or checkpoint than rank 0",
+            "do all machines see the same configuration, shards and run folder, and the same version of streamtrain?",
         )

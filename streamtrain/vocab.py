@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.ipa import SYMBOLS
 
@@ -76,6 +77,6 @@ def save_vocab(vocab: Vocab, folder: Path, do_normalize: bool, attention_mask: b
         clean_up_tokenization_spaces=False,
     )
     extractor = Wav2Vec2FeatureExtractor(
-        sampling_rate=16_000, do_normalize=do_normalize, return_attention_mask=attention_mask
+        sampling_rate=SAMPLE_RATE, do_normalize=do_normalize, return_attention_mask=attention_mask
     )
     Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)

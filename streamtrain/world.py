@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 
 from sharding.errors import StreamtrainError
+from sharding.workers import die_with_parent
 from streamtrain.metrics import EditCounts
 
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
@@ -35,7 +36,7 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
 
     def sum(self, counts: EditCounts) -> EditCounts:
         """The counts of all ranks together: one reduction of four int64."""
@@ -65,11 +66,16 @@ class World:
 
 
 def world_from_environment() -> World:
-    """What the launcher says of this process; one rank where there is no launcher."""
-    number = {name: int(os.environ.get(name, default)) for name, default in
-              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 0))}  # fmt: skip
-    local_size = number["LOCAL_WORLD_SIZE"] or number["WORLD_SIZE"]
-    return World(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], local_size)
+    """What the launcher (deepspeed or torchrun) says of this process; one rank where there is none."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, *local_sizes = (int(os.environ.get(name, 0)) for name in names)
+    size = max(size, 1)
+    return World(rank, size, local_rank, max(local_sizes) or size)
+
+
+def on_gpu() -> bool:
+    """Whether ranks compute on GPUs: where there are some, unless DS_ACCELERATOR=cpu says otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 @contextmanager
@@ -79,13 +85,14 @@ def running() -> Iterator[World]:
     Works under the `deepspeed` launcher, under torchrun, and as a plain process of one rank; on GPUs with NCCL, on CPUs
     with gloo and nothing compiled.
     """
+    die_with_parent()  # the launcher: ranks that outlive it would train on beside the next run
     world = world_from_environment()
     _quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO if world.main else logging.WARNING, force=True)
     try:
         _start_process_group(world)
         yield world
-    except StreamtrainError as error:
+    except (StreamtrainError, OSError) as error:
         if not world.main:
             time.sleep(LET_RANK_0_SPEAK_SEC)
         prefix = "" if world.main else f"rank {world.rank}: "
@@ -102,7 +109,7 @@ def running() -> Iterator[World]:
 
 
 def _start_process_group(world: World) -> None:
-    if not torch.cuda.is_available():
+    if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # oneDNN keeps a kernel with its memory for every shape it meets, and each batch has a shape of its own:
         # 1.9 GB a rank after 600 steps of the demo at the default of 1,024
@@ -119,7 +126,7 @@ def _start_process_group(world: World) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and needs a compiler
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", verbose=False)
 
 
 def _quiet_libraries() -> None:

@@ -14,7 +14,7 @@ from seaweed import Seaweed, find_weed, running_seaweed
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
-# Shared machines stall now and then: a slow example is no bug. The same examples each time, so a red test stays red.
+# A slow example is no bug. The same examples each time, so a red test stays red.
 settings.register_profile("streamtrain", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("streamtrain")
 

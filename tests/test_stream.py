@@ -140,8 +140,6 @@ def test_batches_come_in_the_plans_order(meadow: Path) -> None:
     keys = read_keys(store, read_index(store))
     for item in items:
         assert list(item.batch.keys) == keys[plan.micro_batch(item.step, item.number)].tolist()
-    read = np.concatenate([plan.micro_batch(item.step, item.number) for item in items])
-    assert stream.stats.bytes == stream.index.samples["bytes"][read].sum()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 4), (8, 2)])
@@ -178,7 +176,6 @@ def test_a_batch_holds_each_clip_normalised_padded_and_labelled(meadow: Path) ->
         assert not batch.inputs[row, length:].any()
         assert VOCAB.decode(batch.targets[row, : batch.target_lengths[row]].tolist()) == sample.text
     assert batch.weights.tolist() == [1.0] * len(rows)
-    assert stream.stats.bytes == stream.index.samples["bytes"][rows].sum()
 
 
 # --- what is wrong with the bytes -----------------------------------------------------------------------------------
@@ -195,7 +192,6 @@ def test_a_clip_that_does_not_decode_is_a_silent_row_of_its_planned_length(audio
     plan = plan_of(tmp_path)
     items = list(stream.epoch(plan))
     assert keys_of(items) == training_keys(tmp_path)
-    assert stream.stats.failed == ["clip-0-005"]
     (batch,) = [item.batch for item in items if "clip-0-005" in item.batch.keys]
     row = batch.keys.index("clip-0-005")
     assert batch.failed == ("clip-0-005",)
