@@ -268,7 +268,7 @@ def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path) -> No
         (["data.batch_second=4"], 1, "did you mean 'data.batch_seconds'?"),
         (["data.shards=nowhere"], 1, "there is no shard set here"),
         (["data.batch_seconds=0.5"], 1, "raise data.batch_seconds"),
-        (["model.pretrained=facebook/wav2vec2-base"], 1, "facebook/wav2vec2-base"),
+        (["model.pretrained=facebook/wav2vec2-base"], 1, "model 'facebook/wav2vec2-base' cannot be loaded"),
         (["deepspeed.gradient_accumulation_steps=2"], 1, "train.micro_batches_per_step"),
         (["deepspeed.gradient_cliping=1"], 1, "did you mean 'deepspeed.gradient_clipping'?"),
         (["deepspeed.zero_optimization.stage=7"], 1, "DeepSpeed does not take the section 'deepspeed'"),
