@@ -131,6 +131,7 @@ def summarize(rows: Sequence[dict[str, Any]], index: ShardIndex, corpora: Sequen
             for fate, group in fates.items()
         },
         "reasons": dict(Counter(row["reason"] for row in fates["rejected"]).most_common()),
+        "unlabelled_reasons": dict(Counter(row["reason"] for row in fates["written"] if row["reason"]).most_common()),
         "rejected": [
             {name: row[name] for name in ("source", "utterance_id", "reason")} for row in fates["rejected"][:10]
         ],
@@ -156,7 +157,8 @@ def render(summary: dict[str, Any]) -> str:
             f"{split:>12} {row['samples']:9,} {row['hours']:8.2f} {row['shards']:7,} {row['mb']:8.1f}"
             f" {row['bucket_padding']:18.1%}"
         )
-    lines += [f"{count:6,} × {reason}" for reason, count in summary["reasons"].items()]
+    lines += [f"{count:6,} rejected: {reason}" for reason, count in summary["reasons"].items()]
+    lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
     if summary["orphan_audio"]:
         lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error)")
     if summary["declared_off"]:

@@ -37,7 +37,8 @@ def save_checkpoint(engine: Any, state: RunState, folder: Path, world: World, ke
     name = f"step-{state.step:07d}"
     partial, final = folder / f".{name}.part", folder / name
     if world.main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_behind in folder.glob(".step-*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
     engine.save_checkpoint(str(partial), tag="engine", client_state={}, save_latest=False)
@@ -47,11 +48,12 @@ def save_checkpoint(engine: Any, state: RunState, folder: Path, world: World, ke
         for path in partial.rglob("*"):
             if path.is_file():
                 _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         os.replace(partial, final)
         _sync(folder)
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     world.barrier()
     return final
 
@@ -110,6 +112,13 @@ def _differences(saved: dict[str, Any], here: dict[str, Any], keys: Iterable[str
         elif was != now:
             differ.append(f"{path.removeprefix('config.')}{key} was {was}, is {now}")
     return differ
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight first: one that is half removed must not look whole."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
