@@ -22,17 +22,21 @@ import xxhash
 from sharding import report
 from sharding.audio import SAMPLE_RATE, AudioInfo, decode, encode, frame_count, is_constant, probe
 from sharding.buckets import bucket_of, fit_bins
-from sharding.errors import AudioError, ShardError, StreamtrainError
+from sharding.errors import AudioError, ShardError, StoreError, StreamtrainError
 from sharding.format import (
+    FORMAT_VERSION,
     INDEX_NAME,
     SPLITS,
     Sample,
     Shard,
     ShardIndex,
+    check_shard,
     escape_key,
     join_samples,
     piece_key,
     read_index,
+    read_shard_index,
+    remove_shard,
     write_index,
     write_shard,
 )
@@ -40,7 +44,7 @@ from sharding.ipa import ctc_frames_needed, foreign_symbols, normalize_ipa
 from sharding.manifest import Source, Utterance, open_audio, read_audio, read_sources, size_of
 from sharding.split import Segment, split_recording
 from sharding.store import FolderStore, Store, open_store
-from sharding.workers import Workers, count_one
+from sharding.workers import Workers, count_done
 
 FLAC_RATIO = 0.54  # of 16-bit PCM: what speech compresses to, for planning the size of shards
 CHUNK = 64  # clips per examination task
@@ -78,6 +82,7 @@ class Member:
     split: str
     samples: int  # planned length at 16 kHz
     bytes: int  # estimate
+    origin: tuple[str | int | None, ...]  # path, md5 and size of the clip, wherever its corpus lies
     utterance: Utterance | None  # the clip to read, or
     scratch: str | None  # the FLAC file of a piece that was cut before
 
@@ -87,6 +92,12 @@ class ShardJob:
     name: str
     bucket: int
     members: tuple[Member, ...]
+
+    @property
+    def made_of(self) -> str:
+        """Digest of all that decides the shard's bytes: the samples, and the clips they come from."""
+        parts = [repr((member.sample, member.split, member.samples, member.origin)) for member in self.members]
+        return hashlib.sha256("\n".join([str(FORMAT_VERSION), *parts]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,13 +122,13 @@ def build(sources: Sequence[Path], out: str, settings: BuildSettings, workers: i
     sources_hash = _hash_sources(corpora)
     if store.exists(INDEX_NAME):
         return _built_before(store, settings, sources_hash)
-    _clear_unfinished(store)
     ledger = report.Ledger()
     with Workers(workers or available_cores()) as pool, _scratch_folder(store) as scratch:
         clips = _examine(corpora, settings, pool, ledger)
         members = _members(clips, settings, scratch, pool, ledger)
         bins = fit_bins([member.samples / SAMPLE_RATE for member in members], settings.num_buckets)
         jobs = plan_shards(members, bins, round(settings.shard_mb * 2**20))
+        _clear_unfinished(store, jobs)
         shards = _write(jobs, store, pool, ledger)
     notes = ledger.notes(by_child=all(clip.utterance.child_id for clip in clips))
     entries, samples = tuple(shard.entry for shard in shards), join_samples(shards)
@@ -224,6 +235,7 @@ def _whole_member(clip: Clip) -> Member:
         clip.split if fits else "unlabelled",
         clip.info.samples,
         size or _flac_bytes(clip.info.samples),
+        _origin(clip.utterance),
         clip.utterance,
         None,
     )
@@ -249,7 +261,12 @@ def _piece_member(clip: Clip, segments: Sequence[Segment], piece: int, scratch: 
         end_sec=segment.end_sec,
     )
     split = "unlabelled" if status == "unlabelled" else clip.split
-    return Member(sample, split, segment.samples, _flac_bytes(segment.samples), None, str(scratch / f"{key}.flac"))
+    flac = str(scratch / f"{key}.flac")
+    return Member(sample, split, segment.samples, _flac_bytes(segment.samples), _origin(clip.utterance), None, flac)
+
+
+def _origin(utterance: Utterance) -> tuple[str | int | None, ...]:
+    return (utterance.audio_path, utterance.md5_hash, size_of(utterance))
 
 
 def _template(utterance: Utterance) -> Sample:
@@ -292,7 +309,7 @@ def _probe_chunk(utterances: Sequence[Utterance]) -> list[AudioInfo | str]:
 
 
 def _probe_one(utterance: Utterance) -> AudioInfo | str:
-    count_one()
+    count_done()
     try:
         with open_audio(utterance) as file:
             size = file.seek(0, os.SEEK_END)
@@ -318,7 +335,7 @@ def _read_checked(utterance: Utterance) -> bytes:
 def _cut(job: tuple[Utterance, str, float, str]) -> list[Segment] | str:
     """Split one long recording and leave its pieces as FLAC files in the scratch folder."""
     utterance, text, limit_sec, scratch = job
-    count_one()
+    count_done()
     try:
         waveform, _ = decode(_read_checked(utterance), prove=True)
     except AudioError as error:
@@ -333,15 +350,34 @@ def _cut(job: tuple[Utterance, str, float, str]) -> list[Segment] | str:
 
 def _make_shard(job: tuple[ShardJob, str]) -> ShardResult:
     shard_job, url = job
+    store, made_of = open_store(url), shard_job.made_of
+    finished = _finished(store, shard_job.name, made_of)
+    if finished is not None:
+        count_done(len(shard_job.members))
+        return ShardResult(finished, dict(finished.refused))
+    remove_shard(store, shard_job.name)
     contents, refused = [], {}
     for member in shard_job.members:
-        count_one()
+        count_done()
         try:
             contents.append(_fill(member))
         except AudioError as error:
             refused[member.sample.key] = error.message
-    shard = write_shard(open_store(url), shard_job.name, shard_job.bucket, contents) if contents else None
-    return ShardResult(shard, refused)
+    if not contents:
+        return ShardResult(None, refused)
+    return ShardResult(write_shard(store, shard_job.name, shard_job.bucket, contents, made_of, refused), refused)
+
+
+def _finished(store: Store, name: str, made_of: str) -> Shard | None:
+    """A shard as an earlier, interrupted build left it, where it is whole and was made of the same."""
+    try:
+        shard = read_shard_index(store, name)
+        if shard.made_of != made_of:
+            return None
+        check_shard(store, shard.entry)
+    except (ShardError, StoreError):
+        return None
+    return shard
 
 
 def _fill(member: Member) -> tuple[Sample, int]:
@@ -377,13 +413,12 @@ def _built_before(store: Store, settings: BuildSettings, sources_hash: str) -> B
 LEFT_BEHIND = re.compile(rf"(({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part)")
 
 
-def _clear_unfinished(store: Store) -> None:
-    """Remove what a build that never published its index left behind: its shards and partial files, nothing else."""
-    for name in [name for name in store.names() if LEFT_BEHIND.fullmatch(name)]:
-        store.delete(name)
-    if isinstance(store, FolderStore):
-        for path in store.folder.glob(".pieces-*"):
-            shutil.rmtree(path, ignore_errors=True)
+def _clear_unfinished(store: Store, jobs: Sequence[ShardJob]) -> None:
+    """Remove what a build that never published its index left behind: partial files, and shards of another plan."""
+    planned = {job.name.removesuffix(".tar") for job in jobs}
+    for name in list(store.names()):
+        if LEFT_BEHIND.fullmatch(name) and name.removesuffix(".tar").removesuffix(".idx.zst") not in planned:
+            store.delete(name)
 
 
 @contextmanager
@@ -393,6 +428,8 @@ def _scratch_folder(store: Store) -> Iterator[Path]:
     try:
         if beside is not None:
             beside.mkdir(parents=True, exist_ok=True)
+            for left_behind in beside.glob(".pieces-*"):
+                shutil.rmtree(left_behind, ignore_errors=True)
         scratch = tempfile.TemporaryDirectory(prefix=".pieces-", dir=beside)
     except OSError as error:
         raise StreamtrainError(f"{store.url}: {error.strerror}", "choose an --out that can be written") from error

@@ -8,8 +8,8 @@ no owner, so that the same samples always make the same bytes. Beside it stands 
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -164,9 +164,18 @@ class Shard:
     entry: ShardEntry
     keys: tuple[str, ...]
     samples: SampleTable  # its column `shard` is 0 until the index numbers the shards
+    made_of: str = ""  # digest of all it was made of, by which an interrupted build knows its own
+    refused: Mapping[str, str] = field(default_factory=dict)  # key → reason, of clips that were to be in it
 
 
-def write_shard(store: Store, name: str, bucket: int, contents: Sequence[tuple[Sample, int]]) -> Shard:
+def write_shard(
+    store: Store,
+    name: str,
+    bucket: int,
+    contents: Sequence[tuple[Sample, int]],
+    made_of: str = "",
+    refused: Mapping[str, str] | None = None,
+) -> Shard:
     """Write `(sample, length at 16 kHz)` pairs as one tar, then its `.idx.zst`, which marks the tar as whole."""
     blob = bytearray()
     table = np.zeros(len(contents), SAMPLE_DTYPE)
@@ -186,11 +195,17 @@ def write_shard(store: Store, name: str, bucket: int, contents: Sequence[tuple[S
         samples=int(table["samples"].sum()),
         checksum=xxhash.xxh3_64_hexdigest(data),
     )
-    keys = tuple(sample.key for sample, _ in contents)
-    idx = _compress(_idx_document(entry, keys, table))
+    shard = Shard(entry, tuple(sample.key for sample, _ in contents), table, made_of, refused or {})
+    idx = _compress(_idx_document(shard))
     store.write(name, data)
     store.write(_idx_name(name), idx)
-    return Shard(replace(entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)), keys, table)
+    return replace(shard, entry=replace(entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)))
+
+
+def remove_shard(store: Store, name: str) -> None:
+    """Remove a tar and its index, if they are there: the index first, as it says that the tar is whole."""
+    store.delete(_idx_name(name))
+    store.delete(name)
 
 
 def read_shard_index(store: Reader, name: str) -> Shard:
@@ -202,7 +217,7 @@ def read_shard_index(store: Reader, name: str) -> Shard:
         for column, values in document["columns"].items():
             table[column] = np.array(values, SAMPLE_DTYPE[column])
         entry = ShardEntry(**document["shard"] | {"idx_checksum": xxhash.xxh3_64_hexdigest(data)})
-        return Shard(entry, tuple(document["keys"]), table)
+        return Shard(entry, tuple(document["keys"]), table, document["made_of"], document["refused"])
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError, zstandard.ZstdError) as error:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
 
@@ -340,9 +355,14 @@ def _idx_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".idx.zst"
 
 
-def _idx_document(entry: ShardEntry, keys: Sequence[str], table: SampleTable) -> bytes:
-    columns = {name: table[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"}
-    document = {"shard": asdict(entry), "keys": keys, "columns": columns}
+def _idx_document(shard: Shard) -> bytes:
+    document = {
+        "shard": asdict(shard.entry),
+        "made_of": shard.made_of,
+        "refused": shard.refused,
+        "keys": shard.keys,
+        "columns": {name: shard.samples[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"},
+    }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -356,7 +376,7 @@ def _digest(undigested: bytes) -> str:
 
 
 def _compress(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor(level=9).compress(data)
+    return zstandard.ZstdCompressor(level=9, write_checksum=True).compress(data)
 
 
 def _decompress(data: bytes) -> bytes:

@@ -149,6 +149,8 @@ class BucketStore:
     def delete(self, name: str) -> None:
         try:
             obstore.delete(self._store, name)
+        except FileNotFoundError:
+            return
         except (BaseError, OSError) as error:
             raise self._explain(name, error) from error
 

@@ -24,10 +24,10 @@ def _start_worker(counter: Any) -> None:
     die_with_parent()
 
 
-def count_one() -> None:
-    """Called by a worker for each clip it has done with."""
+def count_done(clips: int = 1) -> None:
+    """Called by a worker for the clips it has done with."""
     with _done.get_lock():
-        _done.value += 1
+        _done.value += clips
 
 
 def die_with_parent() -> None:

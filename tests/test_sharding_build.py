@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,6 +356,36 @@ def test_a_killed_build_run_again_ends_in_the_same_bytes_and_leaves_nothing(
     assert run_sharding(*arguments).returncode == 0
     assert digest_of(tmp_path / "out") == digest_of(mixed_build)
     assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_a_build_that_lost_its_index_keeps_every_whole_shard_and_makes_the_others_again(
+    mixed_sources: list[Path], mixed_build: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    out = shutil.copytree(mixed_build, tmp_path / "out")
+    (out / "index.json").unlink()
+    tars = sorted(out.rglob("*.tar"))
+    damaged, unmarked, *whole = tars
+    damaged.write_bytes(damaged.read_bytes()[:-600])
+    unmarked.with_suffix(".idx.zst").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tars}
+    assert run_sharding("build", *mixed_sources, "--out", out, *SMALL_SHARDS).returncode == 0
+    assert digest_of(out) == digest_of(mixed_build)
+    assert read_ledger(out) == read_ledger(mixed_build)
+    after = {path: path.stat().st_mtime_ns for path in tars}
+    assert all(after[path] == before[path] for path in whole)
+    assert after[damaged] != before[damaged]
+    assert after[unmarked] != before[unmarked]
+
+
+def test_an_unfinished_build_with_other_settings_leaves_no_shard_behind(
+    mixed_sources: list[Path], mixed_build: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    out = shutil.copytree(mixed_build, tmp_path / "out")
+    (out / "index.json").unlink()
+    assert run_sharding("build", *mixed_sources, "--out", out, "--num-buckets", 2, "--max-rejected", 1).returncode == 0
+    index = read_index(open_store(out))
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.tar")} == {shard.name for shard in index.shards}
+    assert run_sharding("verify", out, "--decode").returncode == 0
 
 
 def test_an_interrupted_build_stops_without_a_traceback(mixed_sources: list[Path], tmp_path: Path) -> None:
