@@ -131,6 +131,9 @@ def summarize(rows: Sequence[dict[str, Any]], index: ShardIndex, corpora: Sequen
             for fate, group in fates.items()
         },
         "reasons": dict(Counter(row["reason"] for row in fates["rejected"]).most_common()),
+        "unlabelled_pieces": sum(
+            piece["label_status"] == "unlabelled" for row in fates["split"] for piece in row["pieces"]
+        ),
         "unlabelled_reasons": dict(Counter(row["reason"] for row in fates["written"] if row["reason"]).most_common()),
         "rejected": [
             {name: row[name] for name in ("source", "utterance_id", "reason")} for row in fates["rejected"][:10]
@@ -159,6 +162,11 @@ def render(summary: dict[str, Any]) -> str:
         )
     lines += [f"{count:6,} rejected: {reason}" for reason, count in summary["reasons"].items()]
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
+    if summary["unlabelled_pieces"]:
+        lines.append(
+            f"{summary['unlabelled_pieces']:6,} unlabelled: pieces of long recordings; which words they hold is not "
+            "certain, so they are kept and not trained on"
+        )
     if summary["orphan_audio"]:
         lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error)")
     if summary["declared_off"]:
@@ -205,7 +213,8 @@ def _plot_durations(index: ShardIndex) -> bytes:
     axes.set(xscale="log", yscale="log", xlabel="duration, s (lines: bucket edges)", ylabel="clips")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend(frameon=False)
+    if len(index.samples):
+        axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

@@ -98,7 +98,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / STATE_NAME).is_file())
 
 
-_OTHERWISE = "resume another one with --resume PATH, start over with --resume none, or use another train.run_dir"
+_OTHERWISE = (
+    "undo the change, resume another checkpoint with --resume PATH, or start over with --resume none; "
+    "another train.run_dir with model.pretrained=RUN/best starts from this run's weights"
+)
 _MUST_AGREE = ("world_size", "config", "index_digest", "planner_version")
 
 

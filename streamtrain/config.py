@@ -138,7 +138,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _set(document: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
-        raise ConfigError(f"--set {override}: section.key=value is expected")
+        raise ConfigError(f"--set {override}: section.key=value is expected", "what is no setting stands before --set")
     *path, last = name.split(".")
     node = document
     for key in path:

@@ -262,7 +262,9 @@ def render(card: dict[str, Any]) -> str:
 
 def render_interval(card: dict[str, Any]) -> str:
     interval = card["cer_interval_95"]
-    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f}, by child" if interval else "one child: no interval"
+    if not interval:
+        return "one child: no interval"
+    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f} over {card['children']} children"
 
 
 def _group(clips: Iterable[ClipScore], key: Callable[[ClipScore], str]) -> dict[str, list[ClipScore]]:

@@ -6,6 +6,7 @@ Weights keep their names and values, so what is trained here loads in Transforme
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,9 @@ def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) 
 
     model.network.save_pretrained(folder, state_dict=weights)
     save_vocab(model.vocab, folder, model.normalize, attention_mask=not model._group_norm)
+    os.umask(umask := os.umask(0))
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)  # safetensors writes for its owner alone
 
 
 def _ctc_settings(vocab: Vocab) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
     evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
     if evaluated:
         cer.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
-        cer.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(-8, 8), ha="right")
+        cer.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(0, 8), ha="center")
     cer.set(title="validation CER", ylim=(0, None))
     rate.plot(steps, [row.lr for row in rows], color="#5b8c5a")
     rate.set(title="learning rate", xlabel="step")
@@ -146,7 +146,7 @@ def render_run(run_dir: Path) -> str:
     )
     return f"""
   CER {card["cer"]:.4f}, {render_interval(card)}; before training {first}
-  ({card["clips"]:,} clips of {card["children"]:,} children, split {card["split"]})
+  ({card["clips"]:,} clips of split {card["split"]})
 
   A few transcriptions
 {shown}
@@ -156,7 +156,7 @@ def render_run(run_dir: Path) -> str:
   Scorecard    {run_dir / "scorecard.json"}
   Model        {run_dir / "best"}      (Transformers: AutoModelForCTC.from_pretrained, or pipeline)
 
-  Next, with a corpus of your own
+  Next, with a corpus of your own (after `source .venv/bin/activate`)
     python -m streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
     python -m sharding build data/raw/* --out data/shards
     deepspeed launch/train.py --config configs/zero2.json

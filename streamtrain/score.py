@@ -57,6 +57,8 @@ def _read(path: Path) -> dict[str, str]:
             continue
         try:
             row = json.loads(line)
+            if missing := [field for field in ("utterance_id", "phonetic_text") if field not in row]:
+                raise ScoreError(f"{path}:{number}: field {missing[0]!r} is missing; the row has: {', '.join(row)}")
             name, text = row["utterance_id"], row["phonetic_text"]
             if not isinstance(name, str) or not isinstance(text, str | None):
                 raise TypeError("they are not text")
@@ -67,4 +69,8 @@ def _read(path: Path) -> dict[str, str]:
         if name in texts:
             raise ScoreError(f"{path}:{number}: utterance_id {name!r} comes twice")
         texts[name] = text or ""
+    if not texts:
+        raise ScoreError(
+            f"{path}: the file has no rows", "one JSON object with utterance_id and phonetic_text per line"
+        )
     return texts

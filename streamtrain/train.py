@@ -69,16 +69,16 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     run = Path(config.train.run_dir)
     checkpoint = find_checkpoint(resume, run / "checkpoints")
     _agree(world, json.dumps(config.decisive), index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
-    _check_run(run, index, config, checkpoint, resume)
-    log.info("model: %s", config.model.pretrained or "from scratch")  # a hub that cannot be reached takes half a minute
-    torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
-    model = load_model(config.model).to(world.device)
-    log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
-    engine = _start_engine(model, config, world)
-    source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
-    stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
-    state = RunState(0, 0, 0, world.size, config.decisive, index.digest, PLANNER_VERSION, None)
     with _only_run_in(run, world):
+        _check_run(run, index, config, checkpoint, resume)
+        log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
+        torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
+        model = load_model(config.model).to(world.device)
+        log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
+        engine = _start_engine(model, config, world)
+        source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
+        stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
+        state = RunState(0, 0, 0, world.size, config.decisive, index.digest, PLANNER_VERSION, None)
         if checkpoint is not None:
             state = load_checkpoint(engine, checkpoint, state)
             log.info("resumed at step %d from %s", state.step, checkpoint)
@@ -139,6 +139,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step; evaluate and save on the way and at the end."""
         if self.state.step == 0:
+            self._save()  # before any result: from now on the same command always has a place to go on from
             self._evaluate()
         while self.state.step < self.plans.total_steps:
             plan = self.plans.epoch(self.state.epoch)

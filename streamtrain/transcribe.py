@@ -22,7 +22,9 @@ CHUNK_FILES = 256  # files held in memory at a time
 
 
 def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seconds: float = 30.0) -> int:
-    """Write a JSONL row per audio file: `audio_path, phonetic_text, confidence, error`. Returns how many failed.
+    """Write a JSONL row per audio file; returns how many failed.
+
+    Its fields: `utterance_id` (the file's stem), `audio_path`, `phonetic_text`, `confidence`, `error`.
 
     A file that cannot be read gets a row with its error. The texts do not depend on `batch_seconds`.
     """
@@ -41,7 +43,7 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seco
         for start in range(0, len(files), CHUNK_FILES):
             chunk = files[start : start + CHUNK_FILES]
             for path, result in zip(chunk, _transcribe_chunk(model, chunk, batch_seconds), strict=True):
-                row: dict[str, object] = {"audio_path": str(path)}
+                row: dict[str, object] = {"utterance_id": path.stem, "audio_path": str(path)}
                 if isinstance(result, str):
                     row |= {"phonetic_text": "", "confidence": 0.0, "error": result}
                     failed += 1

@@ -126,7 +126,13 @@ def _start_process_group(world: World) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and needs a compiler
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        raise StreamtrainError(
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            "is another run using that port? give this one its own: deepspeed --master_port 29501 …",
+        ) from error
 
 
 def _quiet_libraries() -> None:

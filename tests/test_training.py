@@ -235,6 +235,13 @@ def test_a_model_is_not_overwritten_by_a_run_that_lost_its_checkpoints(work: Pat
     assert (work / "lost" / "best" / "model.safetensors").read_bytes() == before
 
 
+def test_a_run_killed_before_its_first_step_goes_on_with_the_same_command(work: Path) -> None:
+    settings = ("train.max_steps=2", "eval.every_steps=1")
+    kill_after_a_checkpoint(training(work, "early", *settings), work / "early")
+    run(training(work, "early", *settings))
+    assert len(losses(work / "early")) == 2
+
+
 def test_a_second_run_in_the_same_folder_is_refused(work: Path) -> None:
     (work / "held").mkdir()
     with open(work / "held" / ".lock", "a") as file:
@@ -249,6 +256,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(work: Path) -> None:
     assert "CheckpointError" in done.stderr
     assert "train.seed was 0, is 7" in done.stderr
     assert "--resume none" in done.stderr
+    assert "RUN/best" in done.stderr
     assert "Traceback" not in done.stderr
     other = training(work, "second", "train.max_steps=1", resume=str(work / "nothing"))
     assert "not a checkpoint" in run(other, expect=1).stderr
@@ -272,6 +280,7 @@ def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path) -> No
         (["deepspeed.gradient_accumulation_steps=2"], 1, "train.micro_batches_per_step"),
         (["deepspeed.gradient_cliping=1"], 1, "did you mean 'deepspeed.gradient_clipping'?"),
         (["deepspeed.zero_optimization.stage=7"], 1, "DeepSpeed does not take the section 'deepspeed'"),
+        (["train.max_steps"], 1, "before --set"),
         ([], 3, "run 1, 2, 4 ranks"),
     ],
 )
