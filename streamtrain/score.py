@@ -18,6 +18,8 @@ class ScoreError(StreamtrainError):
 def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
     """Corpus-level CER over the ids of `actual`. Raises ScoreError where ids are missing, surplus or double."""
     hypotheses, references = _read(predicted), _read(actual)
+    if not references:
+        raise ScoreError(f"{actual}: the file has no rows", "it holds the labels: utterance_id and phonetic_text")
     for what, ids in (
         ("has no row for", references.keys() - hypotheses.keys()),
         ("has surplus", hypotheses.keys() - references.keys()),
@@ -55,22 +57,17 @@ def _read(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}:{number}: not a row with utterance_id and phonetic_text"
         try:
             row = json.loads(line)
-            if missing := [field for field in ("utterance_id", "phonetic_text") if field not in row]:
-                raise ScoreError(f"{path}:{number}: field {missing[0]!r} is missing; the row has: {', '.join(row)}")
             name, text = row["utterance_id"], row["phonetic_text"]
             if not isinstance(name, str) or not isinstance(text, str | None):
                 raise TypeError("they are not text")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ScoreError(
-                f"{path}:{number}: not a row with utterance_id and phonetic_text ({error})", "one JSON object per line"
-            ) from error
+        except KeyError as error:
+            raise ScoreError(f"{where}: it has {', '.join(row)}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ScoreError(f"{where} ({error})", "one JSON object per line") from error
         if name in texts:
             raise ScoreError(f"{path}:{number}: utterance_id {name!r} comes twice")
         texts[name] = text or ""
-    if not texts:
-        raise ScoreError(
-            f"{path}: the file has no rows", "one JSON object with utterance_id and phonetic_text per line"
-        )
     return texts

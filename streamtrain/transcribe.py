@@ -16,6 +16,7 @@ from streamtrain.collate import pad, zero_mean_unit_variance
 from streamtrain.decode import Hypothesis, greedy, join_pieces
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
+from streamtrain.world import World
 
 LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
 CHUNK_FILES = 256  # files held in memory at a time
@@ -29,7 +30,7 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seco
     A file that cannot be read gets a row with its error. The texts do not depend on `batch_seconds`.
     """
     files = find_audio(sources)
-    model = load_trained(model_folder).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_trained(model_folder).to(World().device)
     partial = out.with_name(f".{out.name}.part")
     failed = 0
     if out.is_dir():
