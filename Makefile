@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What every recipe prints before it runs it is an ordinary command: copy it, change it, run it yourself.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-all check clean
+.PHONY: help setup demo test test-all check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,7 +13,8 @@ help:
 	@echo "make demo      synthetic speech → shards → two-rank training → CER, in under ten minutes on two cores"
 	@echo "make test      the tests; make test-all also runs the long ones"
 	@echo "make check     ruff, mypy --strict, no import cycles"
-	@echo "make clean     removes .venv and data/demo"
+	@echo "make bench     the sharder beside a bare loop and beside lhotse, and its memory at a million clips: half an hour"
+	@echo "make clean     removes .venv, data/demo and data/bench"
 
 setup: $(VENV)/.installed
 
@@ -47,5 +48,12 @@ check: setup
 	mypy
 	python -m pytest -q tests/test_architecture.py
 
+bench: $(VENV)/.installed-bench
+	python -m tests.bench_sharding
+
+$(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) data/demo
+	rm -rf $(VENV) data/demo data/bench

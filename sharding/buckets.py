@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 RESOLUTION_SEC = 0.1
 
 
-def fit_bins(seconds: Sequence[float], num_buckets: int) -> tuple[float, ...]:
+def fit_bins(seconds: npt.ArrayLike, num_buckets: int) -> tuple[float, ...]:
     """Upper edges, in seconds, of at most `num_buckets` bins that minimise the padding of clips to their bin's edge.
 
     The optimum over a histogram of 0.1 s cells, by dynamic programming; O(buckets × cells²). Empty cells between
     the clips never become an edge, so fewer, better bins come back where the corpus has few distinct lengths.
     """
-    if not seconds:
+    cells = np.maximum(np.ceil(np.asarray(seconds, float) / RESOLUTION_SEC - 1e-9).astype(np.int64), 1)
+    if not len(cells):
         return (RESOLUTION_SEC,)
-    cells = np.maximum(np.ceil(np.asarray(seconds) / RESOLUTION_SEC - 1e-9).astype(np.int64), 1)
     edges, counts = np.unique(cells, return_counts=True)  # (C,) ascending
     clips_before = np.concatenate([[0], np.cumsum(counts)])
     # cost[j] after k bins: padded area, in clips × cells, of the first j distinct lengths
@@ -37,6 +38,6 @@ def fit_bins(seconds: Sequence[float], num_buckets: int) -> tuple[float, ...]:
     return tuple(reversed(bins))
 
 
-def bucket_of(seconds: float, bins: Sequence[float]) -> int:
-    """The first bin whose upper edge is not exceeded; what is longer than all goes to the last."""
-    return min(int(np.searchsorted(bins, seconds - 1e-9)), len(bins) - 1)
+def bucket_of(seconds: npt.ArrayLike, bins: Sequence[float]) -> npt.NDArray[np.int64]:
+    """The first bin whose upper edge is not exceeded; what is longer than all goes to the last. Same shape as given."""
+    return np.minimum(np.searchsorted(bins, np.asarray(seconds, float) - 1e-9), len(bins) - 1)

@@ -10,44 +10,47 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from sharding import report
-from sharding.audio import SAMPLE_RATE, AudioInfo, decode, encode, frame_count, is_constant, probe
-from sharding.buckets import bucket_of, fit_bins
-from sharding.errors import AudioError, ShardError, StoreError, StreamtrainError
+from sharding.assign import (
+    Mask,
+    MemberTable,
+    PlannedShard,
+    Segments,
+    assign_shards,
+    choose_stand_in,
+    is_validation,
+    list_members,
+)
+from sharding.audio import SAMPLE_RATE
+from sharding.buckets import fit_bins
+from sharding.cluster import ClusterWorkers
+from sharding.errors import ShardError
+from sharding.examine import Examined, examine, find_orphans, hash_pair, hash_sources
+from sharding.fill import CutJob, Member, Piece, Row, ShardJob, ShardResult, Where, cut, make_shard
 from sharding.format import (
-    FORMAT_VERSION,
     INDEX_NAME,
     SPLITS,
-    Sample,
-    Shard,
     ShardIndex,
-    check_shard,
     escape_key,
     join_samples,
-    piece_key,
+    keep_old_index,
     read_index,
-    read_shard_index,
-    remove_shard,
+    read_keys,
+    whole_key,
     write_index,
-    write_shard,
 )
-from sharding.ipa import ctc_frames_needed, foreign_symbols, normalize_ipa
-from sharding.manifest import Source, Utterance, open_audio, read_audio, read_sources, size_of
-from sharding.split import Segment, split_recording
-from sharding.store import FolderStore, Store, open_store
-from sharding.workers import Workers, count_done
-
-FLAC_RATIO = 0.54  # of 16-bit PCM: what speech compresses to, for planning the size of shards
-CHUNK = 64  # clips per examination task
+from sharding.lock import sole_build
+from sharding.manifest import Reading, Source, read_sources
+from sharding.store import BucketStore, FolderStore, Store, open_store
+from sharding.workers import Workers, available_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,9 @@ class BuildSettings:
     valid_fraction: float = 0.1
     num_buckets: int = 8
     shard_mb: float = 64.0
+    min_shards: int = 1
+    track: str = "phonetic"
+    group_by: str = ""
 
     @property
     def hash(self) -> str:
@@ -65,45 +71,14 @@ class BuildSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """An utterance that is still in the running."""
+class HowToRun:
+    """What does not change a byte of the shards."""
 
-    utterance: Utterance
-    text: str  # normalised
-    split: str  # train | valid
-    info: AudioInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One sample to be: everything but its audio, and where that comes from."""
-
-    sample: Sample  # its audio is empty until a worker fills it
-    split: str
-    samples: int  # planned length at 16 kHz
-    bytes: int  # estimate
-    origin: tuple[str | int | None, ...]  # path, md5 and size of the clip, wherever its corpus lies
-    utterance: Utterance | None  # the clip to read, or
-    scratch: str | None  # the FLAC file of a piece that was cut before
-
-
-@dataclass(frozen=True, slots=True)
-class ShardJob:
-    name: str
-    bucket: int
-    members: tuple[Member, ...]
-
-    @property
-    def made_of(self) -> str:
-        """Digest of all that decides the shard's bytes: the samples, and the clips they come from."""
-        parts = [repr((member.sample, member.split, member.samples, member.origin)) for member in self.members]
-        return hashlib.sha256("\n".join([str(FORMAT_VERSION), *parts]).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    shard: Shard | None  # None where every member was refused
-    refused: dict[str, str]  # key → reason
+    workers: int = field(default_factory=available_cores)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    dry: bool = False
+    append: bool = False
+    scheduler: str = ""  # of a Dask cluster whose workers to use instead
 
 
 @dataclass(frozen=True)
@@ -112,361 +87,291 @@ class Built:
 
     index: ShardIndex
     summary: dict[str, Any]
-    fresh: bool  # False where the same shard set was there already
+    fresh: bool = True  # False where there was nothing to do
 
 
-def build(sources: Sequence[Path], out: str, settings: BuildSettings, workers: int | None = None) -> Built:
+def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: HowToRun) -> Built:
     """Build the shard set OUT from the sources. Raises StreamtrainError for what the user can mend."""
-    store = open_store(out)
-    corpora = read_sources(sources)
-    sources_hash = _hash_sources(corpora)
-    if store.exists(INDEX_NAME):
-        return _built_before(store, settings, sources_hash)
-    ledger = report.Ledger()
-    with Workers(workers or available_cores()) as pool, _scratch_folder(store) as scratch:
-        clips = _examine(corpora, settings, pool, ledger)
-        members = _members(clips, settings, scratch, pool, ledger)
-        bins = fit_bins([member.samples / SAMPLE_RATE for member in members], settings.num_buckets)
-        jobs = plan_shards(members, bins, round(settings.shard_mb * 2**20))
-        _clear_unfinished(store, jobs)
-        shards = _write(jobs, store, pool, ledger)
-    notes = ledger.notes(by_child=all(clip.utterance.child_id for clip in clips))
-    entries, samples = tuple(shard.entry for shard in shards), join_samples(shards)
-    index = ShardIndex(bins, asdict(settings), settings.hash, sources_hash, notes, entries, samples)
-    summary = report.publish(store, ledger, index, corpora)
-    return Built(write_index(store, index), summary, fresh=True)  # last: the index says that all the rest is there
+    sources = read_sources(locations, Reading(settings.track, how.columns, settings.group_by))
+    store = open_store(out, dry=how.dry)
+    if how.scheduler:
+        sources = [_with_absolute_path(source) for source in sources]
+    with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:
+        examined = examine(sources, settings.track, pool)
+        orphans = find_orphans(sources, examined.clips, pool)
+        with nullcontext() if how.dry else sole_build(store) as lease:
+            base = read_index(store) if store.exists(INDEX_NAME) else None
+            if base is not None:
+                _check_settings(store, base, settings)
+                if not how.append:
+                    return _built_before(store, base, hash_sources(examined.clips))
+                examined = examined.select(~_are_known(store, base, examined))
+                if not len(examined.clips):
+                    return Built(base, report.read_summary(store), fresh=False)
+            if isinstance(store, BucketStore):
+                store.abort_stale_uploads()
+            with _scratch(store, bool(how.scheduler)) as scratch:
+                where = Where(out, scratch, tuple(source.layout for source in sources), settings.track, how.dry)
+                if how.scheduler:
+                    token = lease.token if lease else ""
+                    where = replace(where, out=_absolute(out), scratch=f"{scratch}/{token}", token=token)
+                plan, ledger = plan_build(sources, examined, settings, where, pool, base)
+                _clear_unfinished(store, plan, base)
+                results = write_shards(plan, plan.shards, pool)
+                if how.scheduler:  # a worker may have died without the build
+                    _clear_unfinished(store, plan, base)
+                    if isinstance(store, BucketStore):
+                        store.abort_stale_uploads()
+            ledger += [result.ledger for result in results]
+            if base is not None:
+                ledger.insert(0, _old_ledger(store, examined))
+                orphans = sorted({*report.read_orphans(store), *orphans})
+            index = _index(plan, results, report.add_up(part.tally for part in ledger), base)
+            summary = report.publish(store, ledger, index, orphans, examined.ignored_fields)
+            if lease:
+                lease.check()
+            if base is not None:
+                keep_old_index(store, base)
+            return Built(write_index(store, index), summary)  # last: the index says that all the rest is there
 
 
-def plan_shards(members: Sequence[Member], bins: Sequence[float], shard_bytes: int) -> list[ShardJob]:
-    """Group samples by split and bucket into shards of about equal size, at most about `shard_bytes` each.
+# --- the plan ---------------------------------------------------------------------------------------------------
 
-    Within a bucket the order is that of the keys' hashes: mixed, yet the same for sources given in any order.
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What every shard is to hold."""
+
+    sources: Sequence[Source]
+    examined: Examined
+    settings: BuildSettings
+    where: Where
+    segments: Segments
+    members: MemberTable
+    bins: tuple[float, ...]
+    shards: list[PlannedShard]
+    stand_in: int | None  # the hash of the speaker who validates for want of another
+
+    def job(self, shard: PlannedShard) -> ShardJob:
+        name, bucket, rows = shard
+        return ShardJob(self.where, name, bucket, name.split("/")[0], tuple(map(self._member, self.members[rows])))
+
+    def _member(self, member: np.void) -> Member:
+        clip, number = int(member["clip"]), int(member["piece"])
+        pieces = self.segments.get(clip, ())
+        piece = None if member["whole"] else Piece(number, len(pieces), pieces[number])
+        size = int(self.examined.clips[clip]["bytes"])
+        return Member(_row(self.sources, self.examined, clip), size, piece)
+
+
+def plan_build(
+    sources: Sequence[Source],
+    examined: Examined,
+    settings: BuildSettings,
+    where: Where,
+    pool: Workers,
+    base: ShardIndex | None = None,
+) -> tuple[Plan, list[report.LedgerPart]]:
+    """Split what is long, and say what every shard is to hold; with the ledger's rows of all that is decided so far.
+
+    What is added to a `base` goes into shards of its own, in the bins that are there.
     """
-    groups: dict[tuple[str, int], list[Member]] = {}
-    for member in sorted(members, key=lambda member: (_mixed(member.sample.key), member.sample.key)):
-        groups.setdefault((member.split, bucket_of(member.samples / SAMPLE_RATE, bins)), []).append(member)
-    jobs = []
-    for (split, bucket), group in sorted(groups.items(), key=lambda item: (SPLITS.index(item[0][0]), item[0][1])):
-        ends = np.cumsum([member.bytes for member in group])
-        shards = max(1, -(-int(ends[-1]) // shard_bytes))
-        which = np.minimum((ends - 1) * shards // int(ends[-1]), shards - 1)
-        for number, shard in enumerate(np.unique(which)):
-            chosen = tuple(group[i] for i in np.flatnonzero(which == shard))
-            jobs.append(ShardJob(f"{split}/b{bucket:02d}-{number:05d}.tar", bucket, chosen))
-    return jobs
+    clips = examined.clips
+    stand_in = choose_stand_in(clips["speaker"], settings.valid_fraction) if base is None else _stand_in_of(base)
+    valid = is_validation(clips["speaker"], settings.valid_fraction, stand_in)
+    usable, refused = _refuse(examined, valid)
+    long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
+    segments, cuts = _cut(sources, examined, settings, where, pool, long, valid)
+    members = list_members(clips, usable & ~long, segments, valid)
+    bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
+    taken = _numbers_taken(base) if base else None
+    shards = assign_shards(members, bins, round(settings.shard_mb * 2**20), settings.min_shards, taken)
+    return Plan(sources, examined, settings, where, segments, members, bins, shards, stand_in), [refused, *cuts]
 
 
-def choose_validation(utterances: Iterable[Utterance], fraction: float) -> frozenset[str]:
-    """The speakers whose every clip goes to validation: SHA-256 of the id below `fraction`, so it stays as data grows.
-
-    Where nobody falls there, the one with the smallest hash.
-    """
-    speakers = {speaker_of(utterance) for utterance in utterances}
-    if not speakers or fraction <= 0:
-        return frozenset()
-    chosen = frozenset(speaker for speaker in speakers if unit_hash(speaker) < fraction)
-    return chosen or frozenset([min(speakers, key=unit_hash)])
+def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> list[ShardResult]:
+    """Write shards, the most work first so that no worker is left alone at the end; results in the order given."""
+    order = sorted(range(len(shards)), key=lambda i: -int(plan.members["work"][shards[i][2]].sum()))
+    jobs = (plan.job(shards[i]) for i in order)
+    results = pool.map(make_shard, jobs, [len(shards[i][2]) for i in order], "writing")
+    in_order = dict(zip(order, results, strict=True))
+    return [in_order[i] for i in range(len(shards))]
 
 
-def speaker_of(utterance: Utterance) -> str:
-    """Whom a clip belongs to, as far as the manifest tells: the child, else the session, else the clip itself."""
-    return utterance.child_id or utterance.session_id or utterance.utterance_id
+def _refuse(examined: Examined, valid: Mask) -> tuple[Mask, report.LedgerPart]:
+    """Which clips are left, and the ledger's rows of those that the examination refused."""
+    usable = np.ones(len(valid), bool)
+    rows = []
+    for row, refusal in examined.refusals.items():
+        if not (refusal.in_training and valid[row]):
+            usable[row] = False
+            rows.append(report.rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason))
+    return usable, report.write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-# --- the four steps ---------------------------------------------------------------------------------------------
-
-
-def _examine(corpora: Sequence[Source], settings: BuildSettings, pool: Workers, ledger: report.Ledger) -> list[Clip]:
-    """Read every header and check every label; what is refused goes to the ledger."""
-    utterances = sorted((u for source in corpora for u in source.utterances), key=lambda u: u.utterance_id)
-    validation = choose_validation(utterances, settings.valid_fraction)
-    chunks = [utterances[start : start + CHUNK] for start in range(0, len(utterances), CHUNK)]
-    infos = [info for chunk in pool.map(_probe_chunk, chunks, len(utterances), "examining") for info in chunk]
-    clips = []
-    for utterance, info in zip(utterances, infos, strict=True):
-        split = "valid" if speaker_of(utterance) in validation else "train"
-        text = normalize_ipa(utterance.text)
-        foreign = foreign_symbols(text) if split == "train" else ""  # validation is never filtered
-        if isinstance(info, str):
-            ledger.reject(utterance, split, info)
-        elif foreign:
-            ledger.reject(utterance, split, f"label has symbols outside the alphabet: {foreign!r}")
-        else:
-            clips.append(Clip(utterance, text, split, info))
-    return clips
-
-
-def _members(
-    clips: Sequence[Clip], settings: BuildSettings, scratch: Path, pool: Workers, ledger: report.Ledger
-) -> list[Member]:
-    """Every clip becomes one sample, or, over the limit, one for each of its pieces."""
-    limit = round(settings.limit_sec * SAMPLE_RATE)
-    short = [clip for clip in clips if clip.info.samples <= limit]
-    members = [_whole_member(clip) for clip in short]
-    for clip, member in zip(short, members, strict=True):
-        ledger.write(clip.utterance, clip.split, member.sample, member.samples)
-    long = sorted((clip for clip in clips if clip.info.samples > limit), key=lambda clip: -clip.info.samples)
-    jobs = [(clip.utterance, clip.text, settings.limit_sec, str(scratch)) for clip in long]
-    for clip, segments in zip(long, pool.map(_cut, jobs, len(jobs), "splitting"), strict=True):
-        if isinstance(segments, str):
-            ledger.reject(clip.utterance, clip.split, segments)
-            continue
-        pieces = [_piece_member(clip, segments, number, scratch) for number in range(len(segments))]
-        members += pieces
-        ledger.split(clip.utterance, clip.split, [piece.sample for piece in pieces], segments)
-    return members
-
-
-def _whole_member(clip: Clip) -> Member:
-    fits = clip.split == "valid" or (clip.text and frame_count(clip.info.samples) >= ctc_frames_needed(clip.text))
-    sample = replace(
-        _template(clip.utterance),
-        text=clip.text if fits else "",
-        label_status="labelled" if fits else "unlabelled",
-        parent_text=None if fits else clip.text,
+def _cut(
+    sources: Sequence[Source],
+    examined: Examined,
+    settings: BuildSettings,
+    where: Where,
+    pool: Workers,
+    long: Mask,
+    valid: Mask,
+) -> tuple[Segments, list[report.LedgerPart]]:
+    """Split the long recordings, longest first."""
+    clips, rows = examined.clips, np.flatnonzero(long)
+    rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
+    jobs = (
+        CutJob(where, _row(sources, examined, int(row)), "valid" if valid[row] else "train", settings.limit_sec)
+        for row in rows
     )
-    size = clip.utterance.filesize_bytes if clip.info.passthrough else None
-    return Member(
-        sample,
-        clip.split if fits else "unlabelled",
-        clip.info.samples,
-        size or _flac_bytes(clip.info.samples),
-        _origin(clip.utterance),
-        clip.utterance,
-        None,
+    results = pool.map(cut, jobs, [1] * len(rows), "splitting")
+    segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}
+    return segments, [result.ledger for result in results]
+
+
+def _row(sources: Sequence[Source], examined: Examined, clip: int) -> Row:
+    number, row = examined.clips[clip][["source", "row"]].tolist()
+    return Row(number, int(sources[number].numbers[row]), sources[number].line(row))
+
+
+def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base: ShardIndex | None) -> ShardIndex:
+    clips = plan.examined.clips
+    made = [result.made for result in results if result.made]
+    disjoint = bool(clips["named"][~clips["refused"]].all())
+    index = ShardIndex(
+        duration_bins=plan.bins,
+        settings=asdict(plan.settings),
+        settings_hash=plan.settings.hash,
+        sources_hash=hash_sources(clips),
+        notes={
+            "clips": sum(tally.clips.values()),
+            "rejected": tally.clips["rejected"],
+            "validation": {
+                "disjoint_by_speaker": disjoint,
+                "stand_in": None if plan.stand_in is None else f"{plan.stand_in:016x}",
+                "clips": tally.validation["clips"],
+                "rejected": tally.validation["rejected"],
+            },
+        },
+        shards=tuple(entry for entry, _ in made),
+        samples=join_samples([table for _, table in made]),
     )
-
-
-def _piece_member(clip: Clip, segments: Sequence[Segment], piece: int, scratch: Path) -> Member:
-    segment = segments[piece]
-    reference = clip.split == "valid"
-    whole = _template(clip.utterance)
-    key = piece_key(whole.key, piece)
-    status = "reference" if reference else segment.label_status
-    sample = replace(
-        whole,
-        key=key,
-        utterance_id=f"{whole.utterance_id}+{piece:03d}",
-        text="" if reference else segment.text,
-        label_status=status,
-        parent_id=whole.utterance_id,
-        parent_text=clip.text if status == "unlabelled" or (reference and piece == 0) else None,
-        piece=piece,
-        pieces=len(segments),
-        start_sec=segment.start_sec,
-        end_sec=segment.end_sec,
-    )
-    split = "unlabelled" if status == "unlabelled" else clip.split
-    flac = str(scratch / f"{key}.flac")
-    return Member(sample, split, segment.samples, _flac_bytes(segment.samples), _origin(clip.utterance), None, flac)
-
-
-def _origin(utterance: Utterance) -> tuple[str | int | None, ...]:
-    return (utterance.audio_path, utterance.md5_hash, size_of(utterance))
-
-
-def _template(utterance: Utterance) -> Sample:
-    return Sample(
-        key=escape_key(utterance.utterance_id),
-        audio=b"",
-        text="",
-        label_status="labelled",
-        utterance_id=utterance.utterance_id,
-        child_id=utterance.child_id,
-        session_id=utterance.session_id,
-        corpus=utterance.corpus,
-        age_bucket=utterance.age_bucket,
-    )
-
-
-def _write(jobs: Sequence[ShardJob], store: Store, pool: Workers, ledger: report.Ledger) -> list[Shard]:
-    """Write every shard, largest first so that no worker is left alone at the end; the order returned is the plan's."""
-    order = sorted(range(len(jobs)), key=lambda i: -sum(member.samples for member in jobs[i].members))
-    total = sum(len(job.members) for job in jobs)
-    results = pool.map(_make_shard, [(jobs[i], store.url) for i in order], total, "writing")
-    by_job = dict(zip(order, results, strict=True))
-    shards = []
-    for i in range(len(jobs)):
-        for key, reason in by_job[i].refused.items():
-            ledger.refuse_key(key, reason)
-        shard = by_job[i].shard
-        if shard is not None:
-            ledger.measured(shard)
-            shards.append(shard)
-    return shards
-
-
-# --- what workers do --------------------------------------------------------------------------------------------
-
-
-def _probe_chunk(utterances: Sequence[Utterance]) -> list[AudioInfo | str]:
-    """The header of each clip, or the reason why it cannot be used."""
-    return [_probe_one(utterance) for utterance in utterances]
-
-
-def _probe_one(utterance: Utterance) -> AudioInfo | str:
-    count_done()
-    try:
-        with open_audio(utterance) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                raise AudioError("audio file is empty (0 bytes)")
-            if utterance.filesize_bytes not in (None, size):
-                raise AudioError(f"size is {size} bytes, the manifest says {utterance.filesize_bytes}")
-            file.seek(0)
-            return probe(file)
-    except AudioError as error:
-        return error.message
-
-
-def _read_checked(utterance: Utterance) -> bytes:
-    data = read_audio(utterance)
-    if utterance.md5_hash:
-        seen = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if seen != utterance.md5_hash:
-            raise AudioError(f"md5 is {seen}, the manifest says {utterance.md5_hash}")
-    return data
-
-
-def _cut(job: tuple[Utterance, str, float, str]) -> list[Segment] | str:
-    """Split one long recording and leave its pieces as FLAC files in the scratch folder."""
-    utterance, text, limit_sec, scratch = job
-    count_done()
-    try:
-        waveform, _ = decode(_read_checked(utterance), prove=True)
-    except AudioError as error:
-        return error.message
-    segments = split_recording(utterance.utterance_id, waveform, text, limit_sec)
-    for number, segment in enumerate(segments):
-        start = round(segment.start_sec * SAMPLE_RATE)
-        piece = waveform[start : start + segment.samples]
-        Path(scratch, f"{piece_key(escape_key(utterance.utterance_id), number)}.flac").write_bytes(encode(piece))
-    return segments
-
-
-def _make_shard(job: tuple[ShardJob, str]) -> ShardResult:
-    shard_job, url = job
-    store, made_of = open_store(url), shard_job.made_of
-    finished = _finished(store, shard_job.name, made_of)
-    if finished is not None:
-        count_done(len(shard_job.members))
-        return ShardResult(finished, dict(finished.refused))
-    remove_shard(store, shard_job.name)
-    contents, refused = [], {}
-    for member in shard_job.members:
-        count_done()
-        try:
-            contents.append(_fill(member))
-        except AudioError as error:
-            refused[member.sample.key] = error.message
-    if not contents:
-        return ShardResult(None, refused)
-    return ShardResult(write_shard(store, shard_job.name, shard_job.bucket, contents, made_of, refused), refused)
-
-
-def _finished(store: Store, name: str, made_of: str) -> Shard | None:
-    """A shard as an earlier, interrupted build left it, where it is whole and was made of the same."""
-    try:
-        shard = read_shard_index(store, name)
-        if shard.made_of != made_of:
-            return None
-        check_shard(store, shard.entry)
-    except (ShardError, StoreError):
-        return None
-    return shard
-
-
-def _fill(member: Member) -> tuple[Sample, int]:
-    """Give a sample its audio: verified bytes passed through, or decoded, mixed down, resampled and encoded."""
-    if member.utterance is None:
-        return replace(member.sample, audio=Path(str(member.scratch)).read_bytes()), member.samples
-    data = _read_checked(member.utterance)
-    waveform, final = decode(data, prove=True)
-    if member.split == "train" and member.sample.text and is_constant(waveform):
-        raise AudioError("constant signal with a label")
-    return replace(member.sample, audio=data if final else encode(waveform)), len(waveform)
+    return index if base is None else _grown(base, index)
 
 
 # --- what was there before --------------------------------------------------------------------------------------
 
 
-def _built_before(store: Store, settings: BuildSettings, sources_hash: str) -> Built:
-    """The shard set that is already there, if it is the one asked for; otherwise an error that says what differs."""
-    index = read_index(store)
+def _check_settings(store: Store, base: ShardIndex, settings: BuildSettings) -> None:
     wanted = asdict(settings)
-    differ = [f"{name} {index.settings.get(name)} there, {wanted[name]} asked" for name in wanted
-              if index.settings.get(name) != wanted[name]]  # fmt: skip
-    if index.sources_hash != sources_hash:
-        differ.append("other sources, or sources that have changed")
+    differ = [f"{name} {base.settings.get(name)} there, {wanted[name]} asked" for name in wanted
+              if base.settings.get(name) != wanted[name]]  # fmt: skip
     if differ:
         raise ShardError(
             f"{store.url}: holds a shard set built otherwise: {'; '.join(differ)}",
-            "choose another --out, or remove this folder first",
+            "choose another --out, ask for the same, or remove this folder first",
         )
-    return Built(index, report.read_summary(store), fresh=False)
 
 
-LEFT_BEHIND = re.compile(rf"(({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part)")
+def _built_before(store: Store, base: ShardIndex, sources_hash: str) -> Built:
+    if base.sources_hash != sources_hash:
+        raise ShardError(
+            f"{store.url}: holds a shard set of other sources, or of sources that have changed",
+            "choose another --out, or remove this folder first; --append adds clips and leaves those there as they are",
+        )
+    return Built(base, report.read_summary(store), fresh=False)
 
 
-def _clear_unfinished(store: Store, jobs: Sequence[ShardJob]) -> None:
+def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:
+    """Which clips the shards hold already, whole or in pieces; told by the shards, not by the report beside them."""
+    known = {hash_pair(whole_key(key)) for key in read_keys(store, base)}
+    return np.array([tuple(pair) in known for pair in examined.clips["key"].tolist()], bool)
+
+
+def _stand_in_of(base: ShardIndex) -> int | None:
+    stand_in = base.notes["validation"]["stand_in"]
+    return None if stand_in is None else int(stand_in, 16)
+
+
+def _numbers_taken(base: ShardIndex) -> dict[tuple[str, int], int]:
+    """The next free number of each split and bucket."""
+    taken: dict[tuple[str, int], int] = {}
+    for shard in base.shards:
+        number = int(shard.name.removesuffix(".tar").rsplit("-", 1)[1])
+        taken[shard.split, shard.bucket] = max(taken.get((shard.split, shard.bucket), 0), number + 1)
+    return taken
+
+
+def _old_ledger(store: Store, examined: Examined) -> report.LedgerPart:
+    """The rows that stay: a clip that was rejected before and is given again gets a new one."""
+    again = {tuple(pair) for pair in examined.clips["key"].tolist()}
+    rows = report.read_ledger(store)
+    return report.write_ledger(row for row in rows if hash_pair(escape_key(row["utterance_id"])) not in again)
+
+
+def _grown(base: ShardIndex, added: ShardIndex) -> ShardIndex:
+    """The index of both; the samples of `base` keep their rows."""
+    more = added.samples.copy()
+    more["shard"] += len(base.shards)
+    validation = added.notes["validation"]
+    validation["disjoint_by_speaker"] &= base.notes["validation"]["disjoint_by_speaker"]
+    return replace(
+        added,
+        base=base.digest,
+        sources_hash=hashlib.sha256((base.sources_hash + added.sources_hash).encode()).hexdigest(),
+        shards=base.shards + added.shards,
+        samples=np.concatenate([base.samples, more]),
+    )
+
+
+PIECES = ".pieces"
+LEFT_BEHIND = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")
+
+
+def _clear_unfinished(store: Store, plan: Plan, base: ShardIndex | None) -> None:
     """Remove what a build that never published its index left behind: partial files, and shards of another plan."""
-    planned = {job.name.removesuffix(".tar") for job in jobs}
+    kept = {name for name, *_ in plan.shards} | ({shard.name for shard in base.shards} if base else set())
+    kept = {name.removesuffix(".tar") for name in kept}
     for name in list(store.names()):
-        if LEFT_BEHIND.fullmatch(name) and name.removesuffix(".tar").removesuffix(".idx.zst") not in planned:
+        if LEFT_BEHIND.fullmatch(name) and name.removesuffix(".tar").removesuffix(".idx.zst") not in kept:
             store.delete(name)
 
 
 @contextmanager
-def _scratch_folder(store: Store) -> Iterator[Path]:
-    """Where the pieces of long recordings wait to be sharded: beside the shards, where there is room."""
-    beside = store.folder if isinstance(store, FolderStore) else None
+def _scratch(store: Store, shared: bool) -> Iterator[str]:
+    """Where the pieces of long recordings wait to be sharded: beside the shards, where there is room.
+
+    Pieces for a bucket stay on this machine, unless they are `shared` with others.
+    """
+    if isinstance(store, BucketStore):
+        bucket = BucketStore(f"{store.url}/{PIECES}")
+        bucket.clear()  # a killed build's
+        if shared:
+            try:
+                yield bucket.url
+            finally:
+                bucket.clear()
+            return
+    if not isinstance(store, FolderStore):
+        with tempfile.TemporaryDirectory(prefix="streamtrain-") as folder:
+            yield folder
+        return
+    pieces = store.folder / PIECES
+    shutil.rmtree(pieces, ignore_errors=True)  # a killed build's
     try:
-        if beside is not None:
-            beside.mkdir(parents=True, exist_ok=True)
-            for left_behind in beside.glob(".pieces-*"):
-                shutil.rmtree(left_behind, ignore_errors=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".pieces-", dir=beside)
-    except OSError as error:
-        raise StreamtrainError(f"{store.url}: {error.strerror}", "choose an --out that can be written") from error
-    with scratch as folder:
-        yield Path(folder)
+        yield _absolute(str(pieces))
+    finally:
+        shutil.rmtree(pieces, ignore_errors=True)
 
 
-def unit_hash(text: str) -> float:
-    """SHA-256 of a text as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+# --- for workers elsewhere, whose working directory is another -----------------------------------------------------
 
 
-def _hash_sources(corpora: Sequence[Source]) -> str:
-    """What the sources say, whatever their order and wherever they lie."""
-    rows = sorted(
-        repr(
-            (
-                u.utterance_id,
-                u.child_id,
-                u.session_id,
-                u.corpus,
-                u.age_bucket,
-                u.md5_hash,
-                size_of(u),
-                u.text,
-                u.audio_path,
-            )
-        )
-        for source in corpora
-        for u in source.utterances
-    )
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+def _with_absolute_path(source: Source) -> Source:
+    audio = replace(source.layout.audio, path=_absolute(source.layout.audio.path))
+    return replace(source, layout=replace(source.layout, audio=audio))
 
 
-def _mixed(key: str) -> int:
-    return xxhash.xxh3_64_intdigest(key.encode())
-
-
-def _flac_bytes(samples: int) -> int:
-    return round(samples * 2 * FLAC_RATIO) + 1024
+def _absolute(location: str) -> str:
+    return location if "://" in location else os.path.abspath(location)

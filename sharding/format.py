@@ -8,10 +8,10 @@ no owner, so that the same samples always make the same bytes. Beside it stands 
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -23,7 +23,7 @@ from sharding.audio import SAMPLE_RATE
 from sharding.errors import MissingError, ShardError
 from sharding.store import Reader, Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 SPLITS = ("train", "valid", "unlabelled")
@@ -70,6 +70,14 @@ class Sample:
         return str(self.parent_id) if shared else self.utterance_id
 
 
+class Who(NamedTuple):
+    """Whose clip a sample is: what the tables of a shard set are grouped by, so that none of them needs the audio."""
+
+    corpus: str
+    age_bucket: str
+    child_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One row of index.json: what a shard must turn out to be."""
@@ -99,6 +107,7 @@ class ShardIndex:
     notes: dict[str, Any]  # what a scorecard must repeat: how validation was split, how many clips it lost
     shards: tuple[ShardEntry, ...]
     samples: SampleTable
+    base: str = ""  # digest of the index that this one was appended to
     digest: str = ""
 
     def split(self, name: str) -> npt.NDArray[np.int64]:
@@ -119,9 +128,17 @@ def piece_key(key: str, piece: int) -> str:
     return f"{key}+{piece:03d}"  # quote() escapes "+", so no utterance id can collide with a piece
 
 
+def whole_key(key: str) -> str:
+    """The key of the clip that a piece was cut from; of a whole clip, its own."""
+    return key.partition("+")[0]
+
+
+_META = [field.name for field in fields(Sample) if field.name not in ("key", "audio")]
+
+
 def sample_to_bytes(sample: Sample) -> bytes:
     """The two members of a sample as they stand in a tar: headers, bodies and padding."""
-    meta = {name: value for name, value in asdict(sample).items() if name not in ("key", "audio") and value is not None}
+    meta = {name: value for name in _META if (value := getattr(sample, name)) is not None}
     if sample.parent_id is None:
         del meta["piece"], meta["pieces"]
     document = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
@@ -140,10 +157,17 @@ def sample_from_bytes(raw: bytes) -> Sample:
         raise ShardError(f"these bytes are not a sample: {error}") from error
 
 
+# A ustar header without name, size and checksum: mtime, uid and gid are 0, so the same samples make the same bytes.
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+
+
 def _member(name: str, body: bytes) -> bytes:
-    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0: same samples, same bytes
-    info.size = len(body)
-    return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % BLOCK)
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")  # a key has at most 84 bytes, the field 100
+    header[124:136] = b"%011o\0" % len(body)
+    header[148:156] = b" " * 8  # as which the checksum counts itself
+    header[148:156] = b"%06o\0 " % sum(header)
+    return b"".join([header, body, bytes(-len(body) % BLOCK)])
 
 
 def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
@@ -163,6 +187,7 @@ class Shard:
 
     entry: ShardEntry
     keys: tuple[str, ...]
+    who: tuple[Who, ...]
     samples: SampleTable  # its column `shard` is 0 until the index numbers the shards
     made_of: str = ""  # digest of all it was made of, by which an interrupted build knows its own
     refused: Mapping[str, str] = field(default_factory=dict)  # key → reason, of clips that were to be in it
@@ -172,32 +197,42 @@ def write_shard(
     store: Store,
     name: str,
     bucket: int,
-    contents: Sequence[tuple[Sample, int]],
+    contents: Iterable[tuple[Sample, int]],
     made_of: str = "",
     refused: Mapping[str, str] | None = None,
 ) -> Shard:
-    """Write `(sample, length at 16 kHz)` pairs as one tar, then its `.idx.zst`, which marks the tar as whole."""
-    blob = bytearray()
-    table = np.zeros(len(contents), SAMPLE_DTYPE)
-    for row, (sample, length) in zip(table, contents, strict=True):
-        raw = sample_to_bytes(sample)
-        row["offset"], row["bytes"], row["samples"] = len(blob), len(raw), length
-        row["label_length"], row["checksum"] = len(sample.text), xxhash.xxh3_64_intdigest(raw)
-        blob += raw
-    blob += END_OF_ARCHIVE
-    data = bytes(blob)
+    """Write `(sample, length at 16 kHz)` pairs as one tar, then its `.idx.zst`, which marks the tar as whole.
+
+    The pairs are drawn as the tar grows, and so may be what there is to say of those `refused`.
+    """
+    rows, keys, who, checksum = [], [], [], xxhash.xxh3_64()
+
+    def pack() -> Iterator[bytes]:
+        position = 0
+        for sample, length in contents:
+            raw = sample_to_bytes(sample)
+            rows.append((0, position, len(raw), length, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
+            keys.append(sample.key)
+            who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
+            position += len(raw)
+            checksum.update(raw)
+            yield raw
+        checksum.update(END_OF_ARCHIVE)
+        yield END_OF_ARCHIVE
+
+    store.write(name, pack())
+    table = np.array(rows, SAMPLE_DTYPE)
     entry = ShardEntry(
         name=name,
         split=name.split("/")[0],
         bucket=bucket,
-        count=len(contents),
-        bytes=len(data),
+        count=len(rows),
+        bytes=int(table["bytes"].sum()) + len(END_OF_ARCHIVE),
         samples=int(table["samples"].sum()),
-        checksum=xxhash.xxh3_64_hexdigest(data),
+        checksum=checksum.hexdigest(),
     )
-    shard = Shard(entry, tuple(sample.key for sample, _ in contents), table, made_of, refused or {})
+    shard = Shard(entry, tuple(keys), tuple(who), table, made_of, refused or {})
     idx = _compress(_idx_document(shard))
-    store.write(name, data)
     store.write(_idx_name(name), idx)
     return replace(shard, entry=replace(entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)))
 
@@ -217,20 +252,24 @@ def read_shard_index(store: Reader, name: str) -> Shard:
         for column, values in document["columns"].items():
             table[column] = np.array(values, SAMPLE_DTYPE[column])
         entry = ShardEntry(**document["shard"] | {"idx_checksum": xxhash.xxh3_64_hexdigest(data)})
-        return Shard(entry, tuple(document["keys"]), table, document["made_of"], document["refused"])
+        who = tuple(map(Who._make, zip(*(document["who"][name] for name in Who._fields), strict=True)))
+        return Shard(entry, tuple(document["keys"]), who, table, document["made_of"], document["refused"])
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError, zstandard.ZstdError) as error:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
 
 
 def read_keys(store: Reader, index: ShardIndex) -> npt.NDArray[np.object_]:
     """The key of every row of `index.samples`, shape (N,)."""
-    keys = [key for shard in index.shards for key in _read_listed(store, shard).keys]
+    keys = [key for shard in index.shards for key in read_listed(store, shard).keys]
     return np.array(keys, object)
 
 
-def _read_listed(store: Reader, shard: ShardEntry) -> Shard:
+def read_listed(store: Reader, shard: ShardEntry) -> Shard:
     """A shard's `.idx.zst`, held against its row in index.json."""
-    listed = read_shard_index(store, shard.name)
+    try:
+        listed = read_shard_index(store, shard.name)
+    except MissingError as error:
+        raise ShardError(f"{error.message}, and {INDEX_NAME} lists it", _VERIFY_HINT) from error
     if listed.entry != shard:
         raise ShardError(f"{store.url}/{_idx_name(shard.name)}: differs from its row in {INDEX_NAME}", _VERIFY_HINT)
     return listed
@@ -260,24 +299,24 @@ def check_shard(store: Reader, shard: ShardEntry) -> list[Sample]:
         raise ShardError(f"{where}: checksum is {checksum}, {INDEX_NAME} says {shard.checksum}", _VERIFY_HINT)
     if not data.endswith(END_OF_ARCHIVE):
         raise ShardError(f"{where}: the end-of-archive block is missing", _VERIFY_HINT)
-    listed = _read_listed(store, shard)
+    listed = read_listed(store, shard)
     samples = [sample_from_bytes(data[row["offset"] : row["offset"] + row["bytes"]]) for row in listed.samples]
     if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
         raise ShardError(f"{where}: holds other keys than its index", _VERIFY_HINT)
     return samples
 
 
-def join_samples(shards: Sequence[Shard]) -> SampleTable:
+def join_samples(tables: Sequence[SampleTable]) -> SampleTable:
     """The sample columns of all shards, each row with its shard's number."""
-    table = np.concatenate([shard.samples for shard in shards]) if shards else np.zeros(0, SAMPLE_DTYPE)
-    table["shard"] = np.repeat(np.arange(len(shards), dtype=np.uint32), [shard.entry.count for shard in shards])
+    table = np.concatenate(tables) if tables else np.zeros(0, SAMPLE_DTYPE)
+    table["shard"] = np.repeat(np.arange(len(tables), dtype=np.uint32), [len(rows) for rows in tables])
     return table
 
 
 def write_index(store: Store, index: ShardIndex) -> ShardIndex:
     """Publish the index over finished shards: the sample columns first, index.json last. Returns it with its digest."""
-    table = index.samples
-    columns = _compress(b"".join(np.ascontiguousarray(table[name]).tobytes() for name in SAMPLE_DTYPE.names or ()))
+    columns = _pack_columns(index.samples)
+    checksum = xxhash.xxh3_64_hexdigest(columns)
     document: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "sample_rate": SAMPLE_RATE,
@@ -286,44 +325,81 @@ def write_index(store: Store, index: ShardIndex) -> ShardIndex:
         "settings_hash": index.settings_hash,
         "sources_hash": index.sources_hash,
         "notes": index.notes,
-        "samples": {"count": len(table), "checksum": xxhash.xxh3_64_hexdigest(columns)},
+        "base": index.base,
+        "samples": {
+            # of an index that was appended to, beside the columns it began with, which its readers may still need
+            "name": f"samples-{checksum}.bin.zst" if index.base else SAMPLES_NAME,
+            "count": len(index.samples),
+            "checksum": checksum,
+        },
         "shards": [asdict(shard) for shard in index.shards],
         "digest": "",
     }
     digest = _digest(_index_text(document))
-    store.write(SAMPLES_NAME, columns)
+    store.write(document["samples"]["name"], columns)
     store.write(INDEX_NAME, _index_text(document | {"digest": digest}))
     return replace(index, digest=digest)
 
 
-def read_index(store: Reader) -> ShardIndex:
+def keep_old_index(store: Store, index: ShardIndex) -> None:
+    """Leave the index that is about to be replaced where a run that began with it finds it."""
+    store.write(old_index_name(index.digest), store.read(INDEX_NAME))
+
+
+def old_index_name(digest: str) -> str:
+    return f"index-{digest}.json"
+
+
+def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     """Read `index.json` and the sample columns. Raises ShardError that names the file where either is damaged."""
-    where = f"{store.url}/{INDEX_NAME}"
+    document = _read_document(store, name)
+    wanted = document["samples"]
+    columns = store.read(wanted["name"])
+    checksum = xxhash.xxh3_64_hexdigest(columns)
+    if checksum != wanted["checksum"]:
+        raise ShardError(
+            f"{store.url}/{wanted['name']}: checksum is {checksum}, {name} says {wanted['checksum']}", _VERIFY_HINT
+        )
+    return _index_from(document, _table_from(_decompress(columns), wanted["count"]))
+
+
+def read_outline(store: Reader) -> ShardIndex:
+    """The index without its samples, for those who find these damaged."""
+    return _index_from(_read_document(store, INDEX_NAME), np.zeros(0, SAMPLE_DTYPE))
+
+
+def repair_samples(store: Store) -> None:
+    """Write the sample columns anew, from the indexes of the shards. Raises ShardError where one of them is damaged."""
+    document = _read_document(store, INDEX_NAME)
+    shards = [ShardEntry(**row) for row in document["shards"]]
+    columns = _pack_columns(join_samples([read_listed(store, shard).samples for shard in shards]))
+    if xxhash.xxh3_64_hexdigest(columns) != document["samples"]["checksum"]:
+        raise ShardError(f"{store.url}/{INDEX_NAME}: the sample columns cannot be made again as they were")
+    store.write(document["samples"]["name"], columns)
+
+
+def _read_document(store: Reader, name: str) -> dict[str, Any]:
+    where = f"{store.url}/{name}"
     try:
-        text = store.read(INDEX_NAME)
+        text = store.read(name)
     except MissingError as error:
         raise ShardError(
             f"{where}: there is no shard set here ({error.message})",
             f"build one with `python -m sharding build SOURCE --out {store.url}`",
         ) from error
     try:
-        document = json.loads(text)
+        document: dict[str, Any] = json.loads(text)
         wanted, version = str(document["digest"]), document["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{where}: damaged ({error})", _VERIFY_HINT) from error
     if version != FORMAT_VERSION:
-        raise ShardError(f"{where}: format version is {version}, this program reads {FORMAT_VERSION}")
+        raise ShardError(
+            f"{where}: format version is {version}, this program reads {FORMAT_VERSION}", "build the shard set anew"
+        )
     seen = _digest(text.replace(wanted.encode(), b""))
     if seen != wanted:
         raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", _VERIFY_HINT)
-    columns = store.read(SAMPLES_NAME)
-    checksum = xxhash.xxh3_64_hexdigest(columns)
-    if checksum != document["samples"]["checksum"]:
-        raise ShardError(
-            f"{store.url}/{SAMPLES_NAME}: checksum is {checksum}, {INDEX_NAME} says {document['samples']['checksum']}",
-            _VERIFY_HINT,
-        )
-    return _index_from(document, _table_from(_decompress(columns), document["samples"]["count"]))
+    return document
 
 
 _VERIFY_HINT = "the copy may be incomplete; run `python -m sharding verify` on the shard set"
@@ -339,6 +415,10 @@ def _index_from(document: dict[str, Any], table: SampleTable) -> ShardIndex:
             "samples": table,
         }
     )
+
+
+def _pack_columns(table: SampleTable) -> bytes:
+    return _compress(b"".join(np.ascontiguousarray(table[name]).tobytes() for name in SAMPLE_DTYPE.names or ()))
 
 
 def _table_from(raw: bytes, count: int) -> SampleTable:
@@ -361,6 +441,7 @@ def _idx_document(shard: Shard) -> bytes:
         "made_of": shard.made_of,
         "refused": shard.refused,
         "keys": shard.keys,
+        "who": {name: [getattr(row, name) for row in shard.who] for name in Who._fields},
         "columns": {name: shard.samples[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"},
     }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The alphabet and the normal form of phonetic labels, equal to the challenge's official scorer."""
+"""The alphabet and the normal form of labels: of phones, equal to the challenge's official scorer, and of words."""
 
 import itertools
 import re
@@ -13,6 +13,8 @@ _REWRITE = str.maketrans(
     dict.fromkeys("͜͡ˈˌ̃" + string.punctuation)  # tie bars, stress, nasality
     | dict(zip("ẽĩõũɝ", "eiouɚ", strict=True))
 )
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
+_APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
 _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))
 
 
@@ -24,9 +26,22 @@ def normalize_ipa(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def foreign_symbols(text: str) -> str:
-    """The symbols of a normalised label that the challenge does not accept, each once, in order of appearance."""
-    return "".join(dict.fromkeys(symbol for symbol in text if symbol not in ALPHABET))
+def normalize_words(text: str) -> str:
+    """A spoken sentence as its letters: NFKC, lower case, no punctuation but the apostrophe, single spaces."""
+    text = unicodedata.normalize("NFKC", text).lower().translate(_APOSTROPHES)
+    kinds = ((symbol, unicodedata.category(symbol)) for symbol in text)
+    spoken = (symbol if symbol == "'" or kind[0] not in "PSC" else " " for symbol, kind in kinds if kind != "Cf")
+    return re.sub(r"\s+", " ", "".join(spoken)).strip()
+
+
+def normalize(text: str, track: str) -> str:
+    """The label of the phonetic or the word track in its normal form."""
+    return normalize_words(text) if track == "word" else normalize_ipa(text)
+
+
+def foreign_symbols(text: str, alphabet: frozenset[str] = ALPHABET) -> str:
+    """The symbols of a normalised label that are not in the alphabet, each once, in order of appearance."""
+    return "".join(dict.fromkeys(symbol for symbol in text if symbol not in alphabet))
 
 
 def ctc_frames_needed(text: str) -> int:

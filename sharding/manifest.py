@@ -1,31 +1,36 @@
-"""A transcripts file and the audio it speaks of become utterances; every refusal has a reason."""
+"""A transcripts file and the audio it speaks of: rows as the user has them, and each row as an `Utterance`.
+
+A corpus may have a hundred million rows, so they stay what they are on disk, lines of JSON; workers parse them, a
+few hundred at a time, where they are needed.
+"""
 
 import difflib
 import functools
-import io
 import json
+import operator
+import os
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
-from sharding.errors import AudioError, ManifestError
+import numpy as np
+import numpy.typing as npt
+
+from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio
+from sharding.errors import ManifestError
+from sharding.tables import is_table, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can spell and UTF-8 cannot
+SAMPLED_ROWS = 256  # of a file are looked at before the work begins
+SHOWN = 20  # columns in a message
 MAX_NUMBER = 2**53  # beyond it a float skips whole numbers
-REQUIRED_FIELDS = ("utterance_id", "audio_path", "phonetic_text")
+TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
+REQUIRED_FIELDS = ("utterance_id", "audio_path", "text")
 OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-OUTSIDE = "audio_path leads outside its folder"
-
-# A zip bomb is a member that unpacks to far more than sound could shrink to.
-MAX_MEMBER_BYTES = 2**31
-MAX_UNPACKING = 100
-SMALL_BYTES = 2**26  # harmless whatever the ratio: digital silence shrinks a thousandfold
+NUMBER_FIELDS = ("audio_duration_sec", "filesize_bytes")
+COMMON_VOICE = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,216 +40,254 @@ class Utterance:
     utterance_id: str
     child_id: str
     session_id: str
+    group: str  # of the column that --group-by names
     corpus: str  # the name of the source folder
-    audio_path: str  # relative to `audio_root`
-    audio_root: str  # a folder, or a zip
+    audio_path: str  # relative to the source's audio root
     duration_sec: float | None  # as declared; the measured one wins
     age_bucket: str
     md5_hash: str
     filesize_bytes: int | None
     text: str  # as written, not yet normalised
-    line: str  # file:line, for messages
+
+    @property
+    def values(self) -> tuple[object, ...]:
+        """All of its fields."""
+        values: tuple[object, ...] = _values(self)
+        return values
+
+    @property
+    def speaker(self) -> str:
+        """Whom a clip belongs to, as far as is told: the group, the child, the session, else the clip itself."""
+        return self.group or self.child_id or self.session_id or self.utterance_id
+
+
+_values = operator.attrgetter(*(each.name for each in fields(Utterance)))
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How the user says that transcripts are to be read."""
+
+    track: str = "phonetic"
+    columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, where the names differ
+    group_by: str = ""  # a column; its clips are all trained on or all validated on
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of one source are to be read: small, for it travels with them to the workers."""
+
+    corpus: str
+    transcripts: str  # for messages
+    audio: AudioRoot
+    columns: tuple[tuple[str, str], ...]  # (our field, their column), every field
+    group_by: str
+    names_clips: bool  # False: a table without ids, where the audio path stands in
+
+    def parse(self, line: bytes, number: int) -> tuple[Utterance, frozenset[str]]:
+        """A row, and the columns in it that are not ours. Raises ManifestError with its place."""
+        where = f"{self.transcripts}:{number}"
+        row = _json_object(line, number, self.transcripts)
+        ignored, fault = _look_at_columns(self, tuple(row))
+        if fault:
+            raise ManifestError(f"{where}: {fault[0]}", fault[1])
+        columns = dict(self.columns)
+        text = {name: _text(row.get(column), column, where) for name, column in self.columns
+                if name not in NUMBER_FIELDS}  # fmt: skip
+        if not self.names_clips:
+            text["utterance_id"] = os.path.splitext(text["audio_path"])[0]
+        if not text["utterance_id"] or not text["audio_path"]:
+            raise ManifestError(f"{where}: 'utterance_id' and 'audio_path' must not be empty")
+        seconds, size = (
+            _number(row.get(columns[name]), columns[name], where) for name in ("audio_duration_sec", "filesize_bytes")
+        )
+        utterance = Utterance(
+            utterance_id=text["utterance_id"],
+            child_id=text["child_id"],
+            session_id=text["session_id"],
+            group=_group(row.get(self.group_by), self.group_by, where),
+            corpus=self.corpus,
+            audio_path=text["audio_path"],
+            duration_sec=seconds,
+            age_bucket=text["age_bucket"],
+            md5_hash=text["md5_hash"].lower(),
+            filesize_bytes=None if size is None else int(size),
+            text=text["text"],
+        )
+        return utterance, ignored
+
+
+@functools.lru_cache(maxsize=256)  # rows of a file have the same few sets of columns
+def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str] | None]:
+    """The columns of a row that are not ours; and what is wrong with its columns, with a hint."""
+    columns = dict(layout.columns)
+    ignored = frozenset(row).difference(columns.values(), [layout.group_by])
+    for name in REQUIRED_FIELDS if layout.names_clips else REQUIRED_FIELDS[1:]:
+        if columns[name] not in row:
+            return frozenset(), (_missing(columns[name], row), _hint(name, columns[name], row))
+    if layout.group_by and layout.group_by not in row:
+        near = difflib.get_close_matches(layout.group_by, row, 1, 0.6)
+        hint = f"did you mean {near[0]!r}?" if near else "--group-by names a column of the transcripts"
+        return frozenset(), (_missing(layout.group_by, row), hint)
+    others = [columns[name] for name in OPTIONAL_FIELDS] + ["utterance_id"] * (not layout.names_clips)
+    for column in sorted(ignored):
+        near = difflib.get_close_matches(column, others, 1, 0.75)
+        if near and near[0] not in row:
+            return frozenset(), (f"unknown field {column!r}", f"did you mean {near[0]!r}?")
+    return frozenset(map(printable, ignored)), None
+
+
+def _missing(column: str, row: Sequence[str]) -> str:
+    return f"field {column!r} is missing; the row has: {_enumerate(row)}"
+
+
+def _enumerate(columns: Sequence[str]) -> str:
+    return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN:,} more" if len(columns) > SHOWN else "")
+
+
+def _hint(name: str, column: str, row: tuple[str, ...]) -> str:
+    """What to do where the column of a field is missing."""
+    near = difflib.get_close_matches(column, row, 1, 0.6)
+    track = next((track for track, label in TRACKS.items() if label in row), None)
+    if near:
+        rename = f"rename {near[0]!r} to {column!r}, or say " if column in (name, *TRACKS.values()) else "did you mean "
+        return f"{rename}--columns {name}={near[0]}"
+    if name == "text" and track and column in TRACKS.values():
+        return f"--track {track} takes these labels"
+    return f"--columns says which is which: {name}=COLUMN"
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
     """One corpus as the user has it."""
 
-    corpus: str
-    utterances: tuple[Utterance, ...]
-    orphans: int  # audio files that no row speaks of
-    ignored_fields: tuple[str, ...]  # columns that are not ours
+    layout: Layout
+    text: bytes  # JSON Lines
+    starts: npt.NDArray[np.int64]  # (rows,) where each row's line begins
+    ends: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]  # of the lines in the user's file, from 1
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def line(self, row: int) -> bytes:
+        return self.text[self.starts[row] : self.ends[row]]
 
 
-def read_sources(locations: Sequence[Path]) -> list[Source]:
-    """Read every source. Raises ManifestError where one cannot be read, or where an utterance id comes twice."""
-    sources = [read_source(location) for location in locations]
-    first_seen: dict[str, Utterance] = {}
-    for utterance in (utterance for source in sources for utterance in source.utterances):
-        earlier = first_seen.setdefault(utterance.utterance_id, utterance)
-        if earlier is not utterance:
-            raise ManifestError(
-                f"{utterance.line}: utterance_id {utterance.utterance_id!r} was seen before, at {earlier.line}",
-                "every clip needs an id of its own; rename one, or leave one of the sources out",
-            )
-    return sources
+def read_sources(locations: Sequence[Path], reading: Reading) -> list[Source]:
+    """Read every source. Raises ManifestError where one cannot be read."""
+    return [read_source(location, reading) for location in locations]
 
 
-def read_source(location: Path) -> Source:
-    """A folder with a transcripts JSONL beside `audio/` or `audio.zip`, or the JSONL itself."""
-    transcripts = location if location.is_file() else _find_transcripts(location)
-    folder = transcripts.parent
-    archive = folder / "audio.zip"
-    in_archive = archive.is_file() and not (folder / "audio").is_dir()
-    root, corpus = str(archive if in_archive else folder), folder.resolve().name
-    rows = list(_read_rows(transcripts))
-    if not rows:
-        raise ManifestError(f"{transcripts}: the file has no rows", "one JSON object per line is expected")
-    utterances = tuple(_utterance(row, f"{transcripts}:{number}", corpus, root) for number, row in rows)
-    known = {*REQUIRED_FIELDS, *OPTIONAL_FIELDS}
-    return Source(
-        corpus=corpus,
-        utterances=utterances,
-        orphans=_count_orphans(utterances, folder, archive if in_archive else None),
-        ignored_fields=tuple(sorted({field for _, row in rows for field in row} - known)),
+def read_source(location: Path, reading: Reading) -> Source:
+    """A folder with its transcripts and audio, or the transcripts file itself. Raises ManifestError."""
+    transcripts = location if location.is_file() else _find_transcripts(location, reading.track)
+    folder, table = transcripts.parent, is_table(transcripts)
+    common_voice = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
+    columns = {name: name for name in REQUIRED_FIELDS + OPTIONAL_FIELDS} | {"text": TRACKS[reading.track]}
+    columns |= (COMMON_VOICE if common_voice else {}) | dict(reading.columns)
+    lines = read_lines(transcripts, [columns[name] for name in NUMBER_FIELDS])
+    if not len(lines.starts):
+        kind = "one row below a header" if table else "one JSON object per line"
+        raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
+    layout = Layout(
+        corpus=printable(folder.resolve().name),
+        transcripts=str(transcripts),
+        audio=AudioRoot(str(folder)),
+        columns=tuple(columns.items()),
+        group_by=reading.group_by,
+        names_clips=not table or columns["utterance_id"] in lines.header or "utterance_id" in reading.columns,
     )
+    source = Source(layout, lines.text, lines.starts, lines.ends, lines.numbers)
+    return replace(source, layout=replace(layout, audio=_look_around(source, folder, reading)))
 
 
-def read_audio(utterance: Utterance) -> bytes:
-    """The bytes of a clip. Raises AudioError, with the reason for the ledger, where they cannot be had."""
-    with open_audio(utterance) as file:
-        data = file.read()
-    if not data:
-        raise AudioError("audio file is empty (0 bytes)")
-    return data
+def _look_around(source: Source, folder: Path, reading: Reading) -> AudioRoot:
+    """Where the audio is, by some rows spread over the file, which also tell a wrong file at once."""
+    chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_ROWS).astype(int))
+    rows = [(source.line(row), int(source.numbers[row])) for row in chosen]
+    paths = [source.layout.parse(*row)[0].audio_path for row in rows]
+    seen = frozenset().union(*(_json_object(*row, source.layout.transcripts) for row in rows))
+    for name, column in reading.columns.items():
+        if column not in seen:
+            raise ManifestError(
+                f"{source.layout.transcripts}: --columns {name}={column}: there is no such column",
+                f"there are: {_enumerate(sorted(seen))}",
+            )
+    return find_audio(folder, paths)
 
 
-def size_of(utterance: Utterance) -> int | None:
-    """Bytes of a clip: as declared, else as found, or None where there is no such file."""
-    if utterance.filesize_bytes is not None:
-        return utterance.filesize_bytes
-    try:
-        with open_audio(utterance) as file:
-            return file.seek(0, 2)
-    except AudioError:
-        return None
+def parse_columns(text: str) -> dict[str, str]:
+    """`audio_path=path,text=sentence` → {"audio_path": "path", "text": "sentence"}. Raises ManifestError."""
+    fields = REQUIRED_FIELDS + OPTIONAL_FIELDS
+    columns = {}
+    for pair in filter(None, text.split(",")):
+        name, equals, column = (part.strip() for part in pair.partition("="))
+        if name not in fields or not equals or not column:
+            near = difflib.get_close_matches(name, fields, 1, 0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
+            raise ManifestError(f"--columns: {pair!r}: FIELD=COLUMN is expected", hint)
+        columns[name] = column
+    return columns
 
 
-@contextmanager
-def open_audio(utterance: Utterance) -> Iterator[IO[bytes]]:
-    """The clip as a seekable file, in its folder or in its zip; AudioError where it must not or cannot be read.
-
-    RuntimeError is what an encrypted zip member and a loop of links raise.
-    """
-    path = PurePosixPath(utterance.audio_path)
-    if path.is_absolute() or ".." in path.parts or "\\" in utterance.audio_path:
-        raise AudioError(OUTSIDE)
-    try:
-        if Path(utterance.audio_root).is_file():
-            yield io.BytesIO(_read_member(utterance.audio_root, str(path), utterance.filesize_bytes))
-        else:
-            with open(_find_file(Path(utterance.audio_root), path), "rb") as file:
-                yield file
-    except (FileNotFoundError, KeyError) as error:
-        raise AudioError("audio file is missing") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise AudioError(f"audio file cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _find_file(root: Path, path: PurePosixPath) -> Path:
-    root = root.resolve()
-    found = (root / path).resolve()
-    if not found.is_relative_to(root):  # a link may lead outside
-        raise AudioError(OUTSIDE)
-    if found.exists() and not found.is_file():  # to open a pipe would wait for ever
-        raise AudioError("audio_path is not a file")
-    return found
-
-
-@functools.cache
-def _open_archive(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)  # the directory is read once per process
-
-
-def _read_member(archive: str, name: str, declared: int | None) -> bytes:
-    member = _open_archive(archive).getinfo(name)
-    if declared not in (None, member.file_size):
-        raise AudioError(f"size is {member.file_size} bytes, the manifest says {declared}")
-    if member.file_size > min(MAX_MEMBER_BYTES, max(SMALL_BYTES, MAX_UNPACKING * member.compress_size)):
-        raise AudioError(f"zip member of {member.compress_size} bytes would unpack to {member.file_size}")
-    return _open_archive(archive).read(member)
-
-
-def _find_transcripts(folder: Path) -> Path:
+def _find_transcripts(folder: Path, track: str) -> Path:
     if not folder.is_dir():
-        raise ManifestError(f"{folder}: there is no such folder or file", "give a folder with a transcripts JSONL")
-    found = sorted(folder.glob("*phon_transcripts.jsonl")) or sorted(folder.glob("*.jsonl"))
+        raise ManifestError(
+            f"{folder}: there is no such folder or file",
+            "give a folder with a transcripts JSONL, CSV or TSV, or that file itself",
+        )
+    kind = {"phonetic": "phon", "word": "word"}[track]
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    found: list[Path] = []
+    for pattern in (rf"{kind}_transcripts\.jsonl", r"\.jsonl", r"^validated\.tsv", r"\.[ct]sv"):
+        found = found or [path for path in files if re.search(rf"{pattern}(\.gz|\.zst)?$", path.name)]
     if len(found) != 1:
         seen = ", ".join(path.name for path in found) or "none"
         raise ManifestError(
-            f"{folder}: one transcripts file is expected (*phon_transcripts.jsonl), found: {seen}",
+            f"{folder}: one transcripts file is expected (*{kind}_transcripts.jsonl), found: {seen}",
             "name the file itself instead of its folder",
         )
     return found[0]
 
 
-def _read_rows(transcripts: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with open(transcripts, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _parse_row(line, f"{transcripts}:{number}")
-    except OSError as error:
-        raise ManifestError(f"{transcripts}: {error.strerror}") from error
-
-
-def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+def _json_object(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
+    where = f"{transcripts}:{number}"
     try:
         row = json.loads(line.decode("utf-8-sig"))  # a byte-order mark is what Windows tools begin a file with
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not JSON: {error}", "one JSON object per line is expected, in UTF-8") from error
     if not isinstance(row, dict):
         raise ManifestError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    missing = [field for field in REQUIRED_FIELDS if field not in row]
-    if missing:
-        raise ManifestError(
-            f"{where}: field {missing[0]!r} is missing; the row has: {', '.join(row)}", _nearest(missing[0], row)
-        )
-    for field in row.keys() - {*REQUIRED_FIELDS, *OPTIONAL_FIELDS}:
-        near = difflib.get_close_matches(field, OPTIONAL_FIELDS, 1, 0.75)
-        if near and near[0] not in row:
-            raise ManifestError(f"{where}: unknown field {field!r}", f"did you mean {near[0]!r}?")
     return row
 
 
-def _nearest(wanted: str, row: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(wanted, list(row), 1, 0.6)
-    return f"rename {near[0]!r} to {wanted!r}" if near else None
+def _text(value: Any, column: str, where: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ManifestError(f"{where}: {column!r} is {_short(value)}, a string is expected")
+    if value and UNPRINTABLE.search(value):
+        raise ManifestError(f"{where}: {column!r} is {_short(value)}, which holds NUL or half a character")
+    return value or ""
 
 
-def _utterance(row: dict[str, Any], where: str, corpus: str, root: str) -> Utterance:
-    def text(field: str) -> str:
-        value = row.get(field)
-        if value is not None and not isinstance(value, str):
-            raise ManifestError(f"{where}: {field!r} is {value!r}, a string is expected")
-        if value and UNPRINTABLE.search(value):
-            raise ManifestError(f"{where}: {field!r} is {value!r}, which holds NUL or half a character")
-        return value or ""
-
-    def number(field: str) -> float | None:
-        value = row.get(field)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_NUMBER:
-            raise ManifestError(f"{where}: {field!r} is {value!r}, a number of 0 or more is expected")
-        return float(value)
-
-    if not text("utterance_id") or not text("audio_path"):
-        raise ManifestError(f"{where}: 'utterance_id' and 'audio_path' must not be empty")
-    size = number("filesize_bytes")
-    return Utterance(
-        utterance_id=text("utterance_id"),
-        child_id=text("child_id"),
-        session_id=text("session_id"),
-        corpus=corpus,
-        audio_path=text("audio_path"),
-        audio_root=root,
-        duration_sec=number("audio_duration_sec"),
-        age_bucket=text("age_bucket"),
-        md5_hash=text("md5_hash").lower(),
-        filesize_bytes=None if size is None else int(size),
-        text=text("phonetic_text"),
-        line=where,
-    )
+def _group(value: Any, column: str, where: str) -> str:
+    """A value to group by, which may be a number."""
+    return str(value) if isinstance(value, int | float) else _text(value, column, where)
 
 
-def _count_orphans(utterances: Iterable[Utterance], folder: Path, archive: Path | None) -> int:
-    listed = {str(PurePosixPath(utterance.audio_path)) for utterance in utterances}
-    if archive is not None:
-        try:
-            names: Iterable[str] = _open_archive(str(archive)).namelist()
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ManifestError(f"{archive}: not a readable zip: {error}") from error
-    else:
-        names = (path.relative_to(folder).as_posix() for path in (folder / "audio").rglob("*"))
-    return sum(name.lower().endswith(AUDIO_SUFFIXES) and name not in listed for name in names)
+def _number(value: Any, column: str, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_NUMBER:
+        raise ManifestError(f"{where}: {column!r} is {_short(value)}, a number of 0 or more is expected")
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def printable(text: str) -> str:
+    """On one line, with what no terminal and no UTF-8 file should hold spelt out: files may have any name."""
+    return "".join(symbol if symbol.isprintable() else symbol.encode("unicode_escape").decode() for symbol in text)

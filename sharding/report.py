@@ -1,115 +1,140 @@
 """What became of every input clip: the ledger, the summary and a picture of the durations."""
 
-import io
+import heapq
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import zstandard
 
+from sharding.archive import MISSING
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import ShardError
-from sharding.format import SPLITS, Sample, Shard, ShardIndex, escape_key
-from sharding.manifest import Source, Utterance
-from sharding.split import Segment
+from sharding.format import SPLITS, ShardIndex
+from sharding.manifest import Utterance, printable
 from sharding.store import Reader, Store
 
 LEDGER_NAME = "report/ledger.jsonl.zst"
 SUMMARY_NAME = "report/summary.json"
+ORPHANS_NAME = "report/orphans.txt"
 PLOT_NAME = "report/durations.png"
 DECLARED_OFF_SEC = 0.1  # a declared duration further than this from the measured one is listed
+FATES = ("written", "split", "rejected")
+WORST = 10  # files that the summary names
+NO_LABEL = "no label: kept, not trained on"
+TOO_DENSE = "label needs more frames than the clip has: kept without it"
 
 
-class Ledger:
-    """One row per input clip: written, split or rejected. Nothing vanishes."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, dict[str, Any]] = {}  # by the key of the whole clip
-        self._split: dict[str, str] = {}
-        self._declared: dict[str, float | None] = {}
-
-    def write(self, utterance: Utterance, split: str, sample: Sample, samples: int) -> None:
-        self._add(utterance, split, "written", samples / SAMPLE_RATE, key=sample.key)
-        if sample.label_status == "unlabelled":
-            few = "label needs more frames than the clip has: kept without it"
-            self._rows[sample.key]["reason"] = few if sample.parent_text else "no label: kept, not trained on"
-
-    def split(self, utterance: Utterance, split: str, samples: Sequence[Sample], segments: Sequence[Segment]) -> None:
-        pieces = [
-            {"key": sample.key, **{name: value for name, value in asdict(segment).items() if name != "utterance_id"}}
-            | {"text": sample.text, "label_status": sample.label_status}
-            for sample, segment in zip(samples, segments, strict=True)
-        ]
-        self._add(utterance, split, "split", segments[-1].end_sec, pieces=pieces)
-
-    def reject(self, utterance: Utterance, split: str, reason: str) -> None:
-        self._add(utterance, split, "rejected", utterance.duration_sec or 0.0, reason=reason)
-
-    def refuse_key(self, key: str, reason: str) -> None:
-        """A clip that looked well by its header did not decode."""
-        row = self._rows[key]
-        row |= {"fate": "rejected", "reason": reason, "key": None, "seconds": round(self._declared[key] or 0.0, 4)}
-
-    def measured(self, shard: Shard) -> None:
-        """The true lengths of a shard's whole clips, now that they were decoded."""
-        for key, samples in zip(shard.keys, shard.samples["samples"].tolist(), strict=True):
-            if key in self._rows and self._rows[key]["fate"] == "written":
-                self._rows[key]["seconds"] = round(samples / SAMPLE_RATE, 4)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows, by utterance id."""
-        return sorted(self._rows.values(), key=lambda row: str(row["utterance_id"]))
-
-    def declared_off(self) -> list[dict[str, Any]]:
-        """Clips whose declared duration is more than 0.1 s from the measured one."""
-        return [
-            {"utterance_id": row["utterance_id"], "declared_sec": declared, "measured_sec": row["seconds"]}
-            for key, row in self._rows.items()
-            if row["fate"] != "rejected"
-            and (declared := self._declared[key]) is not None
-            and abs(declared - row["seconds"]) > DECLARED_OFF_SEC
-        ]
-
-    def notes(self, by_child: bool) -> dict[str, Any]:
-        """What a scorecard must repeat about the shard set."""
-        rejected = [key for key, row in self._rows.items() if row["fate"] == "rejected"]
-        return {
-            "clips": len(self._rows),
-            "rejected": len(rejected),
-            "validation": {
-                "disjoint_by_speaker": by_child,
-                "clips": sum(split == "valid" for split in self._split.values()),
-                "rejected": sum(self._split[key] == "valid" for key in rejected),
-            },
-        }
-
-    def _add(self, utterance: Utterance, split: str, fate: str, seconds: float, **rest: Any) -> None:
-        row_key = escape_key(utterance.utterance_id)
-        self._declared[row_key] = utterance.duration_sec
-        self._split[row_key] = split
-        self._rows[row_key] = {
-            "source": utterance.corpus,
-            "utterance_id": utterance.utterance_id,
-            "fate": fate,
-            "reason": None,
-            "seconds": round(seconds, 4),
-            "key": None,
-            "pieces": [],
-        } | rest
+Row = dict[str, Any]  # of the ledger
 
 
-def publish(store: Store, ledger: Ledger, index: ShardIndex, corpora: Sequence[Source]) -> dict[str, Any]:
+def ledger_row(
+    utterance: Utterance,
+    split: str,
+    fate: str,
+    seconds: float,
+    reason: str | None = None,
+    key: str | None = None,
+    pieces: Sequence[Row] = (),
+) -> Row:
+    """What became of one clip: written, split or rejected."""
+    return {
+        "source": utterance.corpus,
+        "utterance_id": utterance.utterance_id,
+        "audio_path": utterance.audio_path,
+        "split": split,  # train | valid, by its speaker
+        "fate": fate,
+        "reason": reason,
+        "seconds": round(seconds, 4),
+        "declared_sec": utterance.duration_sec,
+        "key": key,
+        "pieces": list(pieces),
+    }
+
+
+def rejected_row(utterance: Utterance, split: str, reason: str) -> Row:
+    return ledger_row(utterance, split, "rejected", utterance.duration_sec or 0.0, reason)
+
+
+@dataclass
+class Tally:
+    """Counts over some clips, which add up."""
+
+    clips: Counter[str] = field(default_factory=Counter)  # by fate
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FATES, 0.0))
+    corpora: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
+    unlabelled_pieces: int = 0
+    validation: Counter[str] = field(default_factory=Counter)  # clips, rejected
+    worst: list[dict[str, Any]] = field(default_factory=list)
+    declared_off: list[dict[str, Any]] = field(default_factory=list)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        added = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__
+                 if name != "seconds"}  # fmt: skip
+        return Tally(**added, seconds={fate: self.seconds[fate] + other.seconds[fate] for fate in FATES})
+
+    def count(self, row: Row) -> None:
+        fate, seconds, declared = row["fate"], row["seconds"], row["declared_sec"]
+        self.clips[fate] += 1
+        self.seconds[fate] += seconds
+        self.corpora[row["source"]] += 1
+        self.validation["clips"] += row["split"] == "valid"
+        self.unlabelled_pieces += sum(piece["label_status"] == "unlabelled" for piece in row["pieces"])
+        if fate == "rejected":
+            self.reasons[row["reason"]] += 1
+            self.validation["rejected"] += row["split"] == "valid"
+            self.worst.append(
+                {name: row[name] for name in ("source", "utterance_id", "audio_path", "reason", "seconds")}
+            )
+        elif row["reason"]:
+            self.unlabelled[row["reason"]] += 1
+        if fate != "rejected" and declared is not None and abs(declared - seconds) > DECLARED_OFF_SEC:
+            self.declared_off.append(
+                {"utterance_id": row["utterance_id"], "declared_sec": declared, "measured_sec": seconds}
+            )
+
+
+@dataclass(frozen=True)
+class LedgerPart:
+    """The ledger's rows of some clips, and what they add up to."""
+
+    lines: bytes  # JSON Lines, zstandard
+    tally: Tally
+
+
+def write_ledger(rows: Iterable[Row]) -> LedgerPart:
+    tally, lines = Tally(), []
+    for row in rows:
+        tally.count(row)
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    tally.worst = _worst(tally.worst)
+    return LedgerPart(zstandard.compress("".join(lines).encode(), 3), tally)
+
+
+def publish(
+    store: Store, parts: Sequence[LedgerPart], index: ShardIndex, orphans: Sequence[str], ignored_fields: Iterable[str]
+) -> dict[str, Any]:
     """Write the ledger, the summary and the plot; returns the summary."""
-    rows = ledger.rows()
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    store.write(LEDGER_NAME, zstandard.ZstdCompressor(level=9).compress(lines.encode()))
-    summary = summarize(rows, index, corpora) | {"declared_off": ledger.declared_off()}
+    from sharding.plots import plot_durations  # matplotlib takes a second to import
+
+    store.write(LEDGER_NAME, _join([part.lines for part in parts]))
+    tally = add_up(part.tally for part in parts)
+    summary = _summarize(tally, index, orphans, ignored_fields)
     store.write(SUMMARY_NAME, json.dumps(summary, ensure_ascii=False, indent=1).encode())
-    store.write(PLOT_NAME, _plot_durations(index))
+    store.write(ORPHANS_NAME, "".join(f"{name}\n" for name in orphans).encode())
+    store.write(PLOT_NAME, plot_durations(index))
     return summary
+
+
+def add_up(tallies: Iterable[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total += tally
+    return total
 
 
 def read_summary(store: Reader) -> dict[str, Any]:
@@ -120,27 +145,44 @@ def read_summary(store: Reader) -> dict[str, Any]:
     return document
 
 
-def summarize(rows: Sequence[dict[str, Any]], index: ShardIndex, corpora: Sequence[Source]) -> dict[str, Any]:
+def read_ledger(store: Reader) -> Iterator[Row]:
+    """Every row of the ledger."""
+    lines = zstandard.ZstdDecompressor().decompress(store.read(LEDGER_NAME))
+    return (json.loads(line) for line in lines.splitlines())
+
+
+def read_orphans(store: Reader) -> list[str]:
+    return store.read(ORPHANS_NAME).decode().splitlines()
+
+
+def _join(parts: Sequence[bytes]) -> bytes:
+    """One frame of them all, which says how long it is: many a reader stops after the first, or asks for its size."""
+    compressor = zstandard.ZstdCompressor(level=9).compressobj(size=sum(map(zstandard.frame_content_size, parts)))
+    chunks = [compressor.compress(zstandard.decompress(part)) for part in parts]
+    return b"".join([*chunks, compressor.flush()])
+
+
+def _worst(rejected: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return heapq.nsmallest(WORST, rejected, key=lambda row: (-row["seconds"], row["utterance_id"]))
+
+
+def _summarize(
+    tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_fields: Iterable[str]
+) -> dict[str, Any]:
     """Clips and seconds in = written + split + rejected; then what the shard set holds."""
-    fates = {fate: [row for row in rows if row["fate"] == fate] for fate in ("written", "split", "rejected")}
     return {
-        "clips_in": len(rows),
-        "seconds_in": round(sum(row["seconds"] for row in rows), 3),
-        "fates": {
-            fate: {"clips": len(group), "seconds": round(sum(row["seconds"] for row in group), 3)}
-            for fate, group in fates.items()
-        },
-        "reasons": dict(Counter(row["reason"] for row in fates["rejected"]).most_common()),
-        "unlabelled_pieces": sum(
-            piece["label_status"] == "unlabelled" for row in fates["split"] for piece in row["pieces"]
-        ),
-        "unlabelled_reasons": dict(Counter(row["reason"] for row in fates["written"] if row["reason"]).most_common()),
-        "rejected": [
-            {name: row[name] for name in ("source", "utterance_id", "reason")} for row in fates["rejected"][:10]
-        ],
-        "corpora": dict(Counter(utterance.corpus for source in corpora for utterance in source.utterances)),
-        "orphan_audio": sum(source.orphans for source in corpora),
-        "ignored_fields": sorted({field for source in corpora for field in source.ignored_fields}),
+        "clips_in": sum(tally.clips.values()),
+        "seconds_in": round(sum(tally.seconds.values()), 3),
+        "fates": {fate: {"clips": tally.clips[fate], "seconds": round(tally.seconds[fate], 3)} for fate in FATES},
+        "reasons": dict(sorted(tally.reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "worst": _worst(tally.worst),
+        "unlabelled_pieces": tally.unlabelled_pieces,
+        "unlabelled_reasons": dict(sorted(tally.unlabelled.items(), key=lambda item: (-item[1], item[0]))),
+        "corpora": dict(sorted(tally.corpora.items())),
+        "orphan_audio": len(orphans),
+        "orphan_rows": tally.reasons[MISSING],
+        "ignored_fields": sorted(ignored_fields),
+        "declared_off": sorted(tally.declared_off, key=lambda row: str(row["utterance_id"])),
         "duration_bins": list(index.duration_bins),
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
@@ -160,7 +202,8 @@ def render(summary: dict[str, Any]) -> str:
             f"{split:>12} {row['samples']:9,} {row['hours']:8.2f} {row['shards']:7,} {row['mb']:8.1f}"
             f" {row['bucket_padding']:18.1%}"
         )
-    lines += [f"{count:6,} rejected: {reason}" for reason, count in summary["reasons"].items()]
+    lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:WORST]]
+    lines += _name_worst(summary)
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
     if summary["unlabelled_pieces"]:
         lines.append(
@@ -168,7 +211,11 @@ def render(summary: dict[str, Any]) -> str:
             "certain, so they are kept and not trained on"
         )
     if summary["orphan_audio"]:
-        lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error)")
+        lines.append(
+            f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error; {ORPHANS_NAME})"
+        )
+    if summary["orphan_rows"]:
+        lines.append(f"{summary['orphan_rows']:,} rows of the transcripts have no audio file")
     if summary["declared_off"]:
         count = len(summary["declared_off"])
         lines.append(
@@ -178,7 +225,18 @@ def render(summary: dict[str, Any]) -> str:
         lines.append("there is nothing to train on: every labelled clip is a validation child's, or none is labelled")
     if not notes["validation"]["disjoint_by_speaker"]:
         lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def _name_worst(summary: dict[str, Any]) -> list[str]:
+    """The files behind the counts: the longest first, for they cost most."""
+    if not summary["worst"]:
+        return []
+    count = summary["fates"]["rejected"]["clips"]
+    more = f", the {len(summary['worst'])} longest" if count > len(summary["worst"]) else ""
+    return [f"rejected files{more} ({LEDGER_NAME} has all):"] + [
+        f"{row['seconds']:8.2f} s  {row['source']}/{row['audio_path']}: {row['reason']}" for row in summary["worst"]
+    ]
 
 
 def _split_row(index: ShardIndex, split: str) -> dict[str, Any]:
@@ -193,28 +251,3 @@ def _split_row(index: ShardIndex, split: str) -> dict[str, Any]:
         "mb": round(sum(shard.bytes for shard in shards) / 2**20, 2),
         "bucket_padding": round(max(0.0, 1 - float(seconds) / edges), 4) if edges else 0.0,
     }
-
-
-def _plot_durations(index: ShardIndex) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for split, colour in zip(SPLITS, ("#33658a", "#f6ae2d", "#b0b0b0"), strict=True):
-        rows = index.split(split)
-        if len(rows):
-            seconds = index.samples["samples"][rows] / SAMPLE_RATE
-            bins = np.geomspace(max(seconds.min(), 0.1), max(index.duration_bins[-1], 0.2), 60).tolist()
-            axes.hist(
-                seconds, bins=bins, histtype="step", label=f"{split} ({len(rows):,})", color=colour, linewidth=1.5
-            )
-    for edge in index.duration_bins:
-        axes.axvline(edge, color="black", alpha=0.25, linewidth=0.7)
-    axes.set(xscale="log", yscale="log", xlabel="duration, s (lines: bucket edges)", ylabel="clips")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    if len(index.samples):
-        axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

@@ -2,11 +2,13 @@
 
 import ctypes
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -15,7 +17,12 @@ from sharding.errors import StreamtrainError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+AHEAD = 4  # jobs per worker that are handed out before their turn: more would fill the parent's memory
 _done: Any = None  # clips finished by all workers, shared with the parent's progress bar
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _start_worker(counter: Any) -> None:
@@ -25,8 +32,8 @@ def _start_worker(counter: Any) -> None:
 
 
 def count_done(clips: int = 1) -> None:
-    """Called by a worker for the clips it has done with."""
-    with _done.get_lock():
+    """Called by a worker for the clips it has done with; a worker on another machine has no counter to share."""
+    if _done is not None:
         _done.value += clips
 
 
@@ -34,49 +41,82 @@ def die_with_parent() -> None:
     """Ask Linux to end this process with the one that started it, so that a killed build leaves nobody behind."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before it could be asked
+        os._exit(1)
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held() -> Iterator[None]:
+    """Processes started here never see Ctrl-C, which a terminal sends to all: the parent answers it, a moment later."""
+    pressed: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited by processes
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))  # another thread may receive it
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Workers:
-    """Processes that share a progress bar. Spawned rather than forked: the parent may hold threads."""
+    """An executor of `concurrent.futures` with a progress bar: by default, processes of this machine.
 
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    `count` jobs can run at once; each must be one that may run twice.
+    """
+
+    def __init__(self, count: int, executor: Executor | None = None) -> None:
+        context = multiprocessing.get_context("spawn")  # rather than forked: the parent may hold threads
         self.count = count
-        self._counter = context.Value("q", 0)
-        self._pool = ProcessPoolExecutor(count, context, _start_worker, (self._counter,))
+        self._counter = context.RawValue("q", 0)  # a lock would stay locked with a worker that is killed
+        self._executor = executor or ProcessPoolExecutor(count, context, _start_worker, (self._counter,))
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
-    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job], clips: int, label: str) -> list[Result]:
-        """Run every job; results in the order of the jobs. A worker's exception is raised here."""
-        if not jobs:
-            return []
+    def look_after(self) -> None:
+        """Called every moment while jobs run; raises StreamtrainError where they never would end."""
+
+    def explain(self, error: Exception, label: str) -> StreamtrainError | None:
+        """What has become of the workers, if that is what the error says."""
+        if not isinstance(error, BrokenProcessPool):
+            return None
+        return StreamtrainError(f"a worker process died while {label}", "out of memory? try fewer: --workers 1")
+
+    def map(
+        self, function: Callable[[Job], Result], jobs: Iterable[Job], clips: Sequence[int], label: str
+    ) -> list[Result]:
+        """Run every job; results in the order of the jobs, `clips[i]` of them in job i.
+
+        What a worker raised is raised here at once.
+        """
         self._counter.value = 0
-        try:
-            with _interrupts_ignored():  # by the workers that start here: Ctrl-C reaches all, the parent alone answers
-                futures = [self._pool.submit(function, job) for job in jobs]
-            pending = set(futures)
-            with tqdm(total=clips, desc=f"{label:>10}", unit="clip", smoothing=0.05) as bar:
-                while pending:
-                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                    bar.update(min(self._counter.value, clips) - bar.n)
-                    for future in done:
-                        future.result()  # raises at once what a worker raised
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise StreamtrainError(
-                f"a worker process died while {label}", "out of memory? try fewer: --workers 1"
-            ) from error
+        results: dict[int, Result] = {}
+        running: dict[Future[Result], int] = {}
+        waiting = enumerate(jobs)
+        finished = 0
+        with tqdm(total=sum(clips), desc=f"{label:>10}", unit="clip", smoothing=0.05, disable=not sum(clips)) as bar:
+            while len(results) < len(clips):
+                try:
+                    self.look_after()
+                    with _interrupts_held():
+                        for number, job in islice(waiting, max(0, self.count * AHEAD - len(running))):
+                            running[self._executor.submit(function, job)] = number
+                    done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                    for future in sorted(done, key=running.__getitem__):
+                        number = running.pop(future)
+                        results[number] = future.result()
+                        finished += clips[number]
+                except StreamtrainError:
+                    raise
+                except Exception as error:
+                    if told := self.explain(error, label):
+                        raise told from error
+                    raise
+                bar.update(max(finished, min(self._counter.value, bar.total)) - bar.n)
+        return [results[number] for number in range(len(clips))]

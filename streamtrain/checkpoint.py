@@ -77,10 +77,7 @@ def load_checkpoint(engine: Any, path: Path, expected: RunState) -> RunState:
 
     Raises CheckpointError where the checkpoint belongs to another run, says what differs, and changes nothing.
     """
-    try:
-        state = RunState(**json.loads((path / STATE_NAME).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _OTHERWISE) from error
+    state = _read_state(path)
     differ = _differences(asdict(state), asdict(expected), _MUST_AGREE)
     if differ:
         raise CheckpointError(f"{path}: belongs to another run: {'; '.join(differ)}", _OTHERWISE)
@@ -91,6 +88,18 @@ def load_checkpoint(engine: Any, path: Path, expected: RunState) -> RunState:
     if loaded is None:
         raise CheckpointError(f"{path}: holds no engine state", _OTHERWISE)
     return state
+
+
+def index_digest_of(checkpoint: Path) -> str:
+    """The digest of the shard index that a checkpoint's run began with."""
+    return _read_state(checkpoint).index_digest
+
+
+def _read_state(checkpoint: Path) -> RunState:
+    try:
+        return RunState(**json.loads((checkpoint / STATE_NAME).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE_NAME}: damaged ({error})", _OTHERWISE) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -18,10 +18,10 @@ import torch
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.format import ShardIndex, read_index
-from sharding.store import open_store
+from sharding.format import ShardIndex, old_index_name, read_index
+from sharding.store import Store, open_store
 from streamtrain.augment import keyed_random, time_mask
-from streamtrain.checkpoint import RunState, find_checkpoint, load_checkpoint, save_checkpoint
+from streamtrain.checkpoint import RunState, find_checkpoint, index_digest_of, load_checkpoint, save_checkpoint
 from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
@@ -64,10 +64,10 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     """Train as configured; leaves everything in `train.run_dir`. All ranks call it together."""
     check_world_size(world.size, config.train.micro_batches_per_step)
     store = open_store(config.data.shards)
-    index = read_index(store)
-    plans = Plans(index, config)
     run = Path(config.train.run_dir)
     checkpoint = find_checkpoint(resume, run / "checkpoints")
+    index = _read_index_of(checkpoint, store)
+    plans = Plans(index, config)
     _agree(world, json.dumps(config.decisive), index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
     with _only_run_in(run, world):
         _check_run(run, index, config, checkpoint, resume)
@@ -91,6 +91,20 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
         Trainer(config, world, engine, model, stream, plans, state).run()
+
+
+def _read_index_of(checkpoint: Path | None, store: Store) -> ShardIndex:
+    """The index that the run began with: of a shard set that has grown since, the old one, which was kept."""
+    index = read_index(store)
+    began_with = index_digest_of(checkpoint) if checkpoint else None
+    if began_with in (None, index.digest) or not store.exists(old_index_name(str(began_with))):
+        return index
+    old = read_index(store, old_index_name(str(began_with)))
+    more = len(index.samples) - len(old.samples)
+    log.info(
+        "%s has grown by %d samples; this run goes on with the %d it began with", store.url, more, len(old.samples)
+    )
+    return old
 
 
 class Plans:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sharding.archive import AUDIO_SUFFIXES
 from sharding.audio import SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, StreamtrainError
-from sharding.manifest import AUDIO_SUFFIXES
 from sharding.split import split_recording
 from streamtrain.collate import pad, zero_mean_unit_variance
 from streamtrain.decode import Hypothesis, greedy, join_pieces

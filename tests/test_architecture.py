@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sharding", "streamtrain", "launch")
-SEEN_BY_STREAMTRAIN = {"format", "store", "ipa", "audio", "pauses", "split", "errors", "manifest", "workers"}
+SEEN_BY_STREAMTRAIN = {"format", "store", "ipa", "audio", "pauses", "split", "errors", "archive", "workers"}
 
 
 def module_name(path: Path) -> str:

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from sharding.errors import ShardError, StreamtrainError
 from sharding.format import (
+    FORMAT_VERSION,
     Sample,
+    Who,
     check_shard,
     escape_key,
     piece_key,
@@ -110,7 +112,9 @@ def test_the_columns_of_a_shard_and_of_the_index_agree(small_shards: Path) -> No
         assert shard.entry == entry
         rows = index.samples[index.samples["shard"] == number]
         assert all((shard.samples[name] == rows[name]).all() for name in columns)
-        assert [sample.key for sample in check_shard(store, entry)] == list(shard.keys)
+        samples = check_shard(store, entry)
+        assert [sample.key for sample in samples] == list(shard.keys)
+        assert [Who(sample.corpus, sample.age_bucket, sample.child_id) for sample in samples] == list(shard.who)
     assert (index.samples["samples"].sum(), len(index.samples)) == (
         sum(entry.samples for entry in index.shards),
         sum(entry.count for entry in index.shards),
@@ -224,15 +228,15 @@ def test_a_sound_shard_set_is_verified_and_decoded(small_shards: Path, run_shard
     assert "12 samples, all as the index says" in done.stdout
 
 
-def test_a_damaged_summary_is_named(copied: Path, run_sharding: Command) -> None:
+def test_a_damaged_summary_is_named(small_corpus: Path, copied: Path, run_sharding: Command) -> None:
     (copied / "report/summary.json").write_text("{")
-    done = run_sharding("inspect", copied)
+    done = run_sharding("build", small_corpus, "--out", copied, "--num-buckets", 2, "--shard-mb", 0.1)
     assert done.returncode == 1
     assert str(copied / "report/summary.json") in done.stderr
 
 
 def test_an_index_of_another_version_is_refused(copied: Path) -> None:
     path = copied / "index.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(ShardError, match="format version is 2, this program reads 1"):
+    path.write_text(path.read_text().replace(f'"version": {FORMAT_VERSION}', '"version": 1'))
+    with pytest.raises(ShardError, match=f"format version is 1, this program reads {FORMAT_VERSION}"):
         read_index(open_store(copied))

@@ -1,15 +1,16 @@
 """Bad sources stop the command before anything is written, and the message says what, where and what to do."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Command
-from corpus import MANIFEST, Row, make_corpus, read_manifest, write_manifest
+from corpus import MANIFEST, make_corpus, read_manifest, write_manifest
 
-from sharding.manifest import read_sources
+from sharding.manifest import Reading, read_source
 
 
 @pytest.fixture
@@ -105,9 +106,12 @@ def test_a_misspelt_field_stops_the_build_with_a_suggestion(
     assert f"hint: {hint}" in message
 
 
-def test_a_field_that_is_not_ours_is_listed_and_does_no_harm(corpus: Path) -> None:
+def test_a_field_that_is_not_ours_is_listed_and_does_no_harm(
+    corpus: Path, run_sharding: Command, tmp_path: Path
+) -> None:
     write_manifest(corpus, [row | {"microphone": "near"} for row in read_manifest(corpus)])
-    assert read_sources([corpus])[0].ignored_fields == ("microphone",)
+    assert run_sharding("build", corpus, "--out", tmp_path / "out").returncode == 0
+    assert json.loads((tmp_path / "out/report/summary.json").read_text())["ignored_fields"] == ["microphone"]
 
 
 def test_an_id_seen_twice_is_refused_with_both_places(corpus: Path, refuse: Callable[..., str]) -> None:
@@ -133,22 +137,25 @@ def test_a_broken_zip_is_refused(corpus: Path, refuse: Callable[..., str]) -> No
 def test_windows_line_ends_byte_order_mark_and_blank_lines_are_read(corpus: Path) -> None:
     text = (corpus / MANIFEST).read_bytes()
     (corpus / MANIFEST).write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n\r\n"))
-    assert [utterance.utterance_id for utterance in read_sources([corpus])[0].utterances] == [
-        row["utterance_id"] for row in read_manifest_bytes(text)
-    ]
+    source = read_source(corpus, Reading())
+    rows = [source.layout.parse(source.line(row), 0)[0].utterance_id for row in range(len(source))]
+    assert rows == [row["utterance_id"] for row in map(json.loads, text.splitlines())]
+    assert source.numbers.tolist() == [1, 3, 5]
 
 
-def read_manifest_bytes(text: bytes) -> list[Row]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def test_audio_that_no_row_speaks_of_is_counted(corpus: Path) -> None:
+def test_orphans_on_both_sides_are_listed(corpus: Path, run_sharding: Command, tmp_path: Path) -> None:
+    """Audio without a row, in a folder and in a zip; a row without audio."""
     rows = read_manifest(corpus)
     write_manifest(corpus, rows[1:])
-    assert read_sources([corpus])[0].orphans == 1
-    with zipfile.ZipFile(corpus / "audio.zip", "w") as archive:
-        for path in (corpus / "audio").iterdir():
-            archive.write(path, f"audio/{path.name}")
-            path.unlink()
-    (corpus / "audio").rmdir()
-    assert read_sources([corpus])[0].orphans == 1
+    (corpus / rows[2]["audio_path"]).unlink()
+    for where in ("folder", "zip"):
+        out = tmp_path / where
+        assert run_sharding("build", corpus, "--out", out).returncode == 1
+        summary = json.loads((out / "report/summary.json").read_text())
+        assert (summary["orphan_audio"], summary["orphan_rows"]) == (1, 1)
+        assert (out / "report/orphans.txt").read_text() == f"corpus/{rows[0]['audio_path']}\n"
+        if where == "folder":
+            with zipfile.ZipFile(corpus / "audio.zip", "w") as archive:
+                for path in (corpus / "audio").iterdir():
+                    archive.write(path, f"audio/{path.name}")
+            shutil.rmtree(corpus / "audio")

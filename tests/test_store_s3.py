@@ -1,16 +1,23 @@
 """A bucket is as good as a folder: against a real S3 server, with a cache and without one."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import obstore
 import pytest
+from conftest import ROOT
+from fault_proxy import Fault, FaultProxy, fault_proxy
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 from test_stream import VOCAB, keys_of, plan_of, training_keys, write_set
 
@@ -146,6 +153,206 @@ def test_an_endpoint_where_nobody_listens_is_told(url: str, monkeypatch: pytest.
     store._store = store._store.__class__(BUCKET, client_options={"allow_http": True}, retry_config={"max_retries": 0})
     with pytest.raises(StoreError, match=r"/index\.json: .*Error performing GET http://127\.0\.0\.1:9"):
         store.read("index.json")
+
+
+# --- when the line or the server fails ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(url: str, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Stands from now on between this process and the server."""
+    with fault_proxy(seaweed.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+PART = 5 * 2**20
+LARGE = np.random.default_rng(1).bytes(2 * PART + 12_345)  # three parts
+FAULTS = {
+    "a burst of 503": Fault("503", times=8),
+    "resets": Fault("reset", times=5),
+    "requests cut before their body": Fault("cut request", "PUT", times=4),
+    "requests cut within": Fault("cut request", "PUT", times=4, at=100_001),
+    "a request cut at its last byte": Fault("cut request", "PUT", at=PART - 1),
+    "answers lost": Fault("lose response", times=4),
+    "the answer to the beginning of an upload cut": Fault("cut response", r"POST .*uploads", at=9),
+    "the answer to the end of an upload cut": Fault("cut response", r"POST .*uploadId", at=9),
+    "bodies cut at once": Fault("cut response", "GET", times=4),
+    "bodies cut within": Fault("cut response", "GET", times=4, at=1_000_003),
+    "a body cut at its last byte": Fault("cut response", "GET", at=len(LARGE) - 1),
+    "a list cut": Fault("cut response", "GET .*list-type", at=77),
+    "a removal cut": Fault("cut response", "POST .*delete", at=5),
+    "stalls before the body": Fault("stall", times=4, seconds=0.5),
+    "stalls within requests": Fault("stall", "PUT", times=3, at=70_000, seconds=0.5),
+    "stalls within answers": Fault("stall response", "GET", times=2, at=70_000, seconds=0.5),
+    "one stall for good": Fault("stall", at=1_000),
+    "one answer that never ends": Fault("stall response", "GET .*train", at=1_000),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_every_verb_outlives_a_fault_that_passes(fault: Fault, url: str, proxy: FaultProxy) -> None:
+    store = BucketStore(url, patience_sec=5)
+    proxy.plan(replace(fault))
+    store.write("train/b00.tar", LARGE)
+    store.write("small", b"small")
+    assert store.read("train/b00.tar") == LARGE
+    assert store.read_range("train/b00.tar", 2_000_000, 3_000_000) == LARGE[2_000_000:5_000_000]
+    assert store.exists("small")
+    assert sorted(store.names()) == ["small", "train/b00.tar"]
+    store.delete("small")
+    assert list(store.names()) == ["train/b00.tar"]
+    assert proxy.left() == 0
+
+
+def test_every_verb_outlives_faults_of_all_kinds_at_once(url: str, proxy: FaultProxy) -> None:
+    rng = np.random.default_rng(2)
+    store = BucketStore(url, patience_sec=8)
+    for name in ("a", "b", "c"):
+        for fault in rng.permutation(np.array(list(FAULTS.values())[:-2]))[:6]:
+            proxy.plan(replace(fault, times=2))
+        store.write(name, LARGE)
+        assert store.read(name) == LARGE
+    assert sorted(store.names()) == ["a", "b", "c"]
+
+
+AWAY: dict[str, Callable[[FaultProxy], None]] = {
+    "refuses": lambda proxy: proxy.down(),
+    "resets": lambda proxy: proxy.plan(Fault("reset", times=10_000)),
+    "is overloaded": lambda proxy: proxy.plan(Fault("503", times=10_000)),
+    "hears nothing": lambda proxy: proxy.plan(Fault("stall", times=10_000)),
+    "never answers": lambda proxy: proxy.plan(Fault("stall response", times=10_000)),
+}
+
+
+@pytest.mark.parametrize("away", AWAY.values(), ids=AWAY)
+def test_a_server_that_stays_away_is_told_in_time_by_the_object_it_failed_for(
+    away: Callable[[FaultProxy], None], url: str, proxy: FaultProxy
+) -> None:
+    patience_sec = 1.5
+    store = BucketStore(url, patience_sec)
+    store.write("train/b00.tar", LARGE)
+    away(proxy)
+    doomed = [
+        lambda: store.write("train/b00.tar", LARGE[::-1]),
+        *(partial(verb, store) for verb in verbs("train/b00.tar")),
+    ]
+    for act in doomed:
+        begun = time.monotonic()
+        with pytest.raises(StoreError) as told:
+            act()
+        assert time.monotonic() - begun < 2 * patience_sec + 3
+        assert told.value.message.startswith(f"{url}/train/b00.tar: ")
+        assert told.value.hint is not None
+        assert "\n" not in told.value.message
+    proxy.clear()
+    proxy.down()
+    proxy.up()
+    assert BucketStore(url).read("train/b00.tar") == LARGE  # what was there is there, whole
+
+
+def test_a_slow_line_is_no_dead_one(url: str, proxy: FaultProxy) -> None:
+    """Each part has its time for itself, and a body that keeps coming has more."""
+    patience_sec = 4.5
+    store = BucketStore(url, patience_sec)
+    proxy.plan(Fault("slow", times=100, rate=2 * 2**20))
+    begun = time.monotonic()
+    store.write("train/b00.tar", LARGE)
+    written = time.monotonic()
+    assert store.read("train/b00.tar") == LARGE
+    assert min(written - begun, time.monotonic() - written) > patience_sec
+    assert proxy.count("PUT") == proxy.count("PUT", 200) == 3
+
+
+def test_readers_see_the_old_or_the_new_object_and_nothing_between(url: str, proxy: FaultProxy) -> None:
+    versions = [bytes([number]) * len(LARGE) for number in range(6)]
+    reader, done, seen = BucketStore(url), threading.Event(), []
+    writer = BucketStore(url, patience_sec=5)
+    writer.write("x", versions[0])
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(versions.index(reader.read("x")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for version in versions[1:]:
+            proxy.plan(Fault("cut request", "PUT", at=1_000_000), Fault("lose response", "POST .*uploadId"))
+            writer.write("x", version)
+    finally:
+        done.set()
+        watcher.join()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2
+
+
+def test_a_flipped_bit_is_seen_by_who_compares(url: str, proxy: FaultProxy) -> None:
+    store = BucketStore(url)
+    store.write("x", LARGE)
+    proxy.plan(Fault("flip", "GET", at=123_456))
+    seen = store.read("x")
+    assert [i for i in range(123_400, 123_500) if seen[i] != LARGE[i]] == [123_456]
+    assert store.read("x") == LARGE
+
+
+# --- uploads that were never finished -------------------------------------------------------------------------------
+
+
+def test_only_unfinished_uploads_under_the_prefix_are_aborted(url: str, seaweed: Seaweed) -> None:
+    boto3 = pytest.importorskip("boto3")
+    client = boto3.client("s3", endpoint_url=seaweed.endpoint)
+    store, prefix = BucketStore(url), url.rpartition("/")[2]
+    ours = [f"{prefix}/train/b{number:02d}.tar" for number in range(3)]
+    others = [f"{prefix}-other/x.tar", f"{prefix}.tar", "x.tar"]
+    for key in ours + others:
+        upload = client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+        client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"part")
+    store.write("train/b00.tar", b"finished")
+    assert store.abort_stale_uploads() == 3
+    left = client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]  # also those of tests that broke uploads off
+    left = [upload for upload in left if upload["Key"] in ours + others]
+    assert sorted(upload["Key"] for upload in left) == sorted(others)
+    assert store.abort_stale_uploads() == 0
+    assert BucketStore(f"s3://{BUCKET}").abort_stale_uploads() == 0  # others may use the bucket
+    assert store.read("train/b00.tar") == b"finished"
+    for upload in left:
+        client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
+def test_what_a_killed_upload_left_is_aborted(url: str, proxy: FaultProxy) -> None:
+    boto3 = pytest.importorskip("boto3")
+    proxy.plan(Fault("stall", "PUT .*partNumber=2"))
+    code = "import sys; from sharding.store import *; BucketStore(sys.argv[1]).write('x.tar', bytes(12 * 2**20))"
+    with subprocess.Popen([sys.executable, "-c", code, url], cwd=ROOT) as process:
+        while not proxy.count("PUT .*partNumber=2"):
+            time.sleep(0.01)
+        process.kill()
+    assert BucketStore(url).abort_stale_uploads() == 1
+    prefix = url.rpartition("/")[2]
+    assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+
+
+def test_uploads_that_cannot_be_listed_are_left_with_a_word(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"wrong-{SECRET_KEY}")
+    assert BucketStore(url).abort_stale_uploads() == 0
+    told = capsys.readouterr().err
+    assert told.startswith(f"{url}: ")
+    assert told.endswith("; unfinished uploads are left to the bucket's lifecycle rule\n")
+    assert told.count("\n") == 1
+    assert SECRET_KEY not in told
+
+
+def test_without_boto3_unfinished_uploads_are_left_with_a_word(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    assert BucketStore(url).abort_stale_uploads() == 0
+    word = "without boto3 unfinished uploads are left to the bucket's lifecycle rule"
+    assert capsys.readouterr().err == f"{url}: {word}\n"
 
 
 # --- a shard set in a bucket ----------------------------------------------------------------------------------------

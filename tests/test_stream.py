@@ -55,7 +55,9 @@ def write_set(
         for start in range(0, len(group), per_shard)
     ]
     entries = tuple(shard.entry for shard in shards)
-    return write_index(store, ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, join_samples(shards)))
+    return write_index(
+        store, ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, join_samples([shard.samples for shard in shards]))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,18 @@ def test_a_killed_run_goes_on_and_repeats_the_uninterrupted_losses_to_the_bit(wo
     assert len({row["epoch"] for row in read_rows(work / "whole")}) > 1  # over the border of an epoch too
 
 
+def test_a_run_goes_on_with_the_clips_it_began_with_while_its_shard_set_grows(work: Path) -> None:
+    shards = shutil.copytree(work / "shards", work / "growing")
+    settings = (f"data.shards={shards}", "train.max_steps=6", "train.checkpoint_every=2", *EXACT)
+    run(training(work, "before-growth", *settings))
+    kill_after_a_checkpoint(training(work, "over-growth", *settings), work / "over-growth")
+    more = make_corpus(work / "raw" / "more", clips=12, symbols="ɑeiostkm", seed=1)
+    run([sys.executable, "-m", "sharding", "build", more, "--out", shards, "--append"])
+    done = run(training(work, "over-growth", *settings))
+    assert "has grown by 12 samples" in done.stderr + done.stdout
+    assert losses(work / "over-growth") == losses(work / "before-growth")
+
+
 def kill_after_a_checkpoint(command: list[object], run_dir: Path) -> None:
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -1,0 +1,222 @@
+"""Where a clip's bytes lie: in a folder or in a zip. Neither is trusted, and every refusal has a reason."""
+
+import functools
+import io
+import os
+import re
+import socket
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from sharding.errors import AudioError, ManifestError
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+AUDIO_FOLDER = "audio"
+ARCHIVE = "audio.zip"
+MISSING = "audio file is missing"
+OUTSIDE = "audio_path leads outside its folder"
+
+# A zip bomb is a member that unpacks to far more than sound could shrink to.
+MAX_MEMBER_BYTES = 2**31
+MAX_UNPACKING = 100
+SMALL_BYTES = 2**26  # harmless whatever the ratio: digital silence shrinks a thousandfold
+
+
+@dataclass(frozen=True, slots=True)
+class AudioRoot:
+    """What the audio paths of a source are relative to."""
+
+    path: str  # a folder, or a zip
+    below: str = AUDIO_FOLDER  # the folder in there where orphans are looked for
+    said: str = ""  # what audio paths begin with …
+    packed: str = ""  # … where the members of the zip begin with this
+
+
+@contextmanager
+def open_audio(root: AudioRoot, audio_path: str) -> Iterator[tuple[IO[bytes], int]]:
+    """A clip as a seekable file with its size in bytes; AudioError where it must not or cannot be read.
+
+    RuntimeError is what an encrypted zip member raises.
+    """
+    if _leads_outside(audio_path):
+        raise AudioError(OUTSIDE)
+    try:
+        with _open_member(root, audio_path) if _is_archive(root.path) else _open_file(root.path, audio_path) as file:
+            yield file, file.size if isinstance(file, _Member) else os.fstat(file.fileno()).st_size
+    except (FileNotFoundError, NotADirectoryError, KeyError) as error:
+        _check_presence(root)
+        raise AudioError(MISSING) from error
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "cut off"
+        raise AudioError(f"audio file cannot be read: {reason}") from error
+
+
+def find_audio(folder: Path, audio_paths: Sequence[str]) -> AudioRoot:
+    """Where the clips of a corpus are, told by some of its audio paths: in its folder, in audio/, clips/ or audio.zip.
+
+    Raises ManifestError where none of them is there.
+    """
+    inside = [path for path in audio_paths if not _leads_outside(path)]
+    for below in ("", AUDIO_FOLDER, "clips"):
+        place = folder / below
+        if any(os.path.lexists(f"{place}/{path}") for path in inside):
+            return AudioRoot(str(place), "" if below else AUDIO_FOLDER)
+    seen = ""
+    if (folder / ARCHIVE).is_file():
+        members = _read_members(str(folder / ARCHIVE))
+        prefixes = _find_prefixes(members, inside)
+        if prefixes:
+            return AudioRoot(str(folder / ARCHIVE), "", *prefixes)
+        seen = f"; {ARCHIVE} has {next(iter(members), 'no files')}"
+    raise ManifestError(
+        f"{folder}: there is no audio: none of {len(audio_paths):,} audio paths looked at, such as {audio_paths[0]!r},"
+        f" is in this folder, its {AUDIO_FOLDER}/, clips/ or {ARCHIVE}{seen}",
+        "audio paths are relative to the folder of their transcripts file",
+    )
+
+
+def list_audio(root: AudioRoot) -> list[str]:
+    """Every audio file of a zip, or below a folder of `root`, as an audio_path would name it."""
+    if _is_archive(root.path):
+        length = len(root.packed)
+        names = [root.said + name[length:] if name.startswith(root.packed) else name
+                 for name in _read_members(root.path)]  # fmt: skip
+    else:
+        _check_presence(root)
+        names = [
+            os.path.relpath(os.path.join(folder, name), root.path)
+            for folder, _, files in os.walk(os.path.join(root.path, root.below))
+            for name in files
+        ]
+    printable = (name.encode("utf-8", "backslashreplace").decode() for name in names)  # Linux allows any bytes
+    return sorted(name for name in printable if name.lower().endswith(AUDIO_SUFFIXES) and "/._" not in f"/{name}")
+
+
+def _check_presence(root: AudioRoot) -> None:
+    """Raise ManifestError where a whole source is away, which is no fault of its clips."""
+    if not os.path.exists(root.path):
+        raise ManifestError(
+            f"{root.path}: is not there on {socket.gethostname()}", "all machines must see the sources, all the time"
+        )
+
+
+def _leads_outside(audio_path: str) -> bool:
+    return audio_path.startswith("/") or ".." in audio_path.split("/") or "\\" in audio_path
+
+
+@functools.cache
+def _is_archive(root: str) -> bool:
+    return os.path.isfile(root)
+
+
+@functools.cache
+def _real(root: str) -> tuple[str, str]:
+    """The real folder, and that of its audio/, which its owner may have linked to where there is room."""
+    return os.path.join(os.path.realpath(root), ""), os.path.join(os.path.realpath(f"{root}/{AUDIO_FOLDER}"), "")
+
+
+def _open_file(root: str, path: str) -> IO[bytes]:
+    """Open first, then look at what was opened: nobody can swap the file in between, and it costs one walk."""
+    descriptor = os.open(f"{root}/{path}", os.O_RDONLY | os.O_NONBLOCK)  # else to open a pipe waits for ever
+    try:
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_real(root)):  # a link may lead outside
+            raise AudioError(OUTSIDE)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise AudioError("audio_path is not a file")
+        return os.fdopen(descriptor, "rb")
+    except AudioError:
+        os.close(descriptor)
+        raise
+
+
+@functools.cache
+def _open_archive(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)  # the directory is read once per process
+
+
+@functools.cache
+def _read_members(path: str) -> dict[str, zipfile.ZipInfo]:
+    """The files in a zip by their names, which some tools write with backslashes. Raises ManifestError."""
+    try:
+        infos = _open_archive(path).infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{path}: not a readable zip: {error}") from error
+    return {_plain(info.filename.replace("\\", "/")): info for info in infos if not info.is_dir()}
+
+
+def _plain(path: str) -> str:
+    return str(PurePosixPath(path))  # without "." and "//"
+
+
+def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence[str]) -> tuple[str, str] | None:
+    """What audio paths begin with, and what the members begin with instead: ("", "") where they are the same.
+
+    A zip may lack its audio/, or have a folder more above it. What fits most paths is taken; None where nothing fits.
+    """
+    paths = [_plain(path) for path in audio_paths]
+    if any(path in members for path in paths):
+        return "", ""
+    fits: Counter[tuple[str, str]] = Counter()
+    by_file = {path.rpartition("/")[2]: path for path in paths}
+    for name in members:
+        path = by_file.get(name.rpartition("/")[2])
+        if path and name.endswith(f"/{path}"):
+            fits["", name.removesuffix(path)] += 1
+    for path in paths:
+        tails = [path[slash.end() :] for slash in re.finditer("/", path)]  # the longest first
+        found = next((tail for tail in tails if tail in members), None)
+        if found:
+            fits[path.removesuffix(found), ""] += 1
+    return fits.most_common(1)[0][0] if fits else None
+
+
+def _open_member(root: AudioRoot, path: str) -> "_Member":
+    name = _plain(path)
+    if not name.startswith(root.said):
+        raise KeyError(name)
+    member = _read_members(root.path)[root.packed + name.removeprefix(root.said)]
+    if member.file_size > min(MAX_MEMBER_BYTES, max(SMALL_BYTES, MAX_UNPACKING * member.compress_size)):
+        raise AudioError(f"zip member of {member.compress_size} bytes would unpack to {member.file_size}")
+    try:
+        return _Member(_open_archive(root.path).open(member), member.file_size)
+    except ValueError as error:  # its header has a name that is no UTF-8, or lies before the start of the zip
+        raise zipfile.BadZipFile(str(error)) from error
+
+
+class _Member(io.BytesIO):
+    """A zip member that unpacks no further than it is read: to look at a header costs a header."""
+
+    def __init__(self, packed: IO[bytes], size: int) -> None:
+        super().__init__()
+        self.size = size
+        self._packed, self._position = packed, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        end = self.size if size is None or size < 0 else min(self._position + size, self.size)
+        have = super().seek(0, os.SEEK_END)
+        if end > have:
+            super().write(self._packed.read(end - have))  # at the member's end its CRC is checked
+        super().seek(self._position)
+        data = super().read(max(0, end - self._position))
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # type: ignore[override]
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = min(max(0, start + offset), self.size)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position

@@ -1,0 +1,190 @@
+"""The first look at every clip: its row is parsed, its label checked, its header read. All that the plan needs.
+
+A clip becomes one row of a table of numbers, so that a plan of millions fits in memory; its text stays on its line.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from sharding.archive import AudioRoot, list_audio, open_audio
+from sharding.audio import AudioInfo, frame_count, probe
+from sharding.errors import AudioError, ManifestError
+from sharding.format import escape_key, piece_key
+from sharding.ipa import ALPHABET, LETTERS, ctc_frames_needed, foreign_symbols, normalize
+from sharding.manifest import Layout, Source, Utterance, printable
+from sharding.workers import Workers, count_done
+
+CHUNK = 256  # rows per task
+
+CLIP_DTYPE = np.dtype(
+    [
+        ("source", "<u4"),
+        ("row", "<u4"),  # in its source
+        ("id", "<u8", 2),  # xxh3-128 of the utterance id
+        ("key", "<u8", 2),  # xxh3-128 of its key: the order within a bucket
+        ("said", "<u8", 2),  # xxh3-128 of all that the row says, with the size of the audio
+        ("path", "<u8"),  # xxh3-64 of the audio path
+        ("speaker", "<u8"),  # first 8 bytes of the SHA-256 of whom validation keeps apart
+        ("named", "?"),  # whether that is a child, or a group that the user chose
+        ("fits", "?"),  # has a label that CTC can emit in so many frames
+        ("refused", "?"),
+        ("passthrough", "?"),
+        ("samples", "<u8"),  # at 16 kHz
+        ("bytes", "<u8"),  # of the audio file
+    ]
+)
+ClipTable = npt.NDArray[np.void]  # (N,) of CLIP_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a clip cannot be used."""
+
+    utterance: Utterance
+    reason: str
+    in_training: bool = False  # only there: validation is never filtered by its labels
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    clips: ClipTable
+    refusals: dict[int, Refusal]  # by row of `clips`
+    ignored_fields: frozenset[str]
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> "Examined":
+        """The chosen clips alone."""
+        row_of = dict(zip(np.flatnonzero(chosen).tolist(), range(len(self.clips)), strict=False))
+        refusals = {row_of[row]: refusal for row, refusal in self.refusals.items() if row in row_of}
+        return Examined(self.clips[chosen], refusals, self.ignored_fields)
+
+
+def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
+    """Examine every row of every source. Raises ManifestError for a row that is none, or an id that comes twice."""
+    chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), CHUNK)]
+    sizes = [min(CHUNK, len(sources[number]) - start) for number, start in chunks]
+
+    def jobs() -> Iterator[tuple[Layout, str, list[tuple[int, bytes]]]]:
+        for number, start in chunks:
+            source = sources[number]
+            rows = range(start, min(start + CHUNK, len(source)))
+            yield source.layout, track, [(int(source.numbers[row]), source.line(row)) for row in rows]
+
+    parts = pool.map(_examine_chunk, jobs(), sizes, "examining")
+    clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
+    clips["source"] = np.repeat([number for number, _ in chunks], sizes)
+    clips["row"] = np.concatenate(
+        [np.arange(start, start + size) for (_, start), size in zip(chunks, sizes, strict=True)]
+    )
+    starts = np.cumsum([0, *sizes])
+    refusals = {int(start) + row: refusal for start, part in zip(starts, parts, strict=False)
+                for row, refusal in part.refusals.items()}  # fmt: skip
+    _check_ids(clips, sources)
+    return Examined(clips, refusals, frozenset().union(*(part.ignored_fields for part in parts)))
+
+
+def hash_sources(clips: ClipTable) -> str:
+    """What the sources say, whatever their order and wherever they lie."""
+    said = clips["said"]
+    return hashlib.sha256(said[np.lexsort((said[:, 1], said[:, 0]))].tobytes()).hexdigest()
+
+
+def find_orphans(sources: Sequence[Source], clips: ClipTable, pool: Workers) -> list[str]:
+    """Audio files that no row speaks of, as corpus/path, each on a line whatever its name."""
+    orphans = []
+    listings = pool.map(_list_audio, [source.layout for source in sources], [0] * len(sources), "listing")
+    for number, (names, hashes) in enumerate(listings):
+        known = clips["path"][clips["source"] == number]
+        corpus = sources[number].layout.corpus
+        orphans += [printable(f"{corpus}/{names[row]}") for row in np.flatnonzero(~np.isin(hashes, known))]
+    return sorted(orphans)
+
+
+def hash_pair(text: str) -> tuple[int, int]:
+    high, low = divmod(xxhash.xxh3_128_intdigest(text.encode()), 2**64)
+    return high, low
+
+
+def piece_order(utterance_id: str, piece: int) -> tuple[int, int]:
+    return hash_pair(piece_key(escape_key(utterance_id), piece))
+
+
+def speaker_hash(speaker: str) -> int:
+    """SHA-256 of a speaker as a number below 2⁶⁴."""
+    return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:8], "big")
+
+
+# --- what workers do --------------------------------------------------------------------------------------------
+
+
+def _examine_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> Examined:
+    layout, track, rows = job
+    clips, refusals, ignored = np.zeros(len(rows), CLIP_DTYPE), {}, frozenset[str]()
+    for row, (number, line) in enumerate(rows):
+        utterance, others = layout.parse(line, number)
+        ignored |= others
+        refusal = _examine_one(utterance, layout.audio, track, clips[row])
+        if refusal:
+            refusals[row] = refusal
+        count_done()
+    return Examined(clips, refusals, ignored)
+
+
+def _examine_one(utterance: Utterance, audio: AudioRoot, track: str, clip: np.void) -> Refusal | None:
+    """Fill the clip's row of the table."""
+    text = normalize(utterance.text, track)
+    refusal, info, size = None, AudioInfo(0, False), 0
+    try:
+        with open_audio(audio, utterance.audio_path) as (file, size):
+            if size == 0:
+                raise AudioError("audio file is empty (0 bytes)")
+            if utterance.filesize_bytes not in (None, size):
+                raise AudioError(f"size is {size} bytes, the manifest says {utterance.filesize_bytes}")
+            info = probe(file)
+    except AudioError as error:
+        refusal = Refusal(utterance, error.message)
+    foreign = foreign_symbols(text, LETTERS if track == "word" else ALPHABET)
+    if foreign and not refusal:
+        refusal = Refusal(utterance, f"label has symbols outside the alphabet: {foreign!r}", in_training=True)
+    clip["id"] = hash_pair(utterance.utterance_id)
+    clip["key"] = hash_pair(escape_key(utterance.utterance_id))
+    clip["said"] = hash_pair(repr((utterance.values, size)))
+    clip["path"] = _hash_path(utterance.audio_path)
+    clip["speaker"] = speaker_hash(utterance.speaker)
+    clip["named"] = bool(utterance.group or utterance.child_id)
+    clip["fits"] = bool(text) and frame_count(info.samples) >= ctc_frames_needed(text)
+    clip["refused"], clip["passthrough"] = refusal is not None and not refusal.in_training, info.passthrough
+    clip["samples"], clip["bytes"] = info.samples, size
+    return refusal
+
+
+def _list_audio(layout: Layout) -> tuple[list[str], npt.NDArray[np.uint64]]:
+    names = list_audio(layout.audio)
+    return names, np.array([_hash_path(name) for name in names], np.uint64)
+
+
+def _hash_path(path: str) -> int:
+    return xxhash.xxh3_64_intdigest("/".join(part for part in path.split("/") if part not in ("", ".")).encode())
+
+
+def _check_ids(clips: ClipTable, sources: Sequence[Source]) -> None:
+    ids = clips["id"]
+    order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of two the same the first given comes first
+    twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]).all(axis=1))
+    if not len(twice):
+        return
+    first, second = sorted((int(order[twice[0]]), int(order[twice[0] + 1])))
+    places = []
+    for row in (first, second):
+        source = sources[clips[row]["source"]]
+        number = int(source.numbers[clips[row]["row"]])
+        utterance, _ = source.layout.parse(source.line(clips[row]["row"]), number)
+        places.append(f"{source.layout.transcripts}:{number}")
+    raise ManifestError(
+        f"{places[1]}: utterance_id {utterance.utterance_id!r} was seen before, at {places[0]}",
+        "every clip needs an id of its own; rename one, or leave one of the sources out",
+    )

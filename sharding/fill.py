@@ -1,0 +1,293 @@
+"""What workers do with a plan: cut long recordings, give every sample its audio, write the shards.
+
+Each clip is read once; its md5, its decoding and the copy are made of the same bytes.
+"""
+
+import hashlib
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+
+import soundfile
+import soxr
+
+from sharding import report
+from sharding.archive import AudioRoot, open_audio
+from sharding.audio import SAMPLE_RATE, Waveform, decode, encode, is_constant
+from sharding.errors import AudioError, ShardError, StoreError
+from sharding.format import (
+    FORMAT_VERSION,
+    Sample,
+    SampleTable,
+    Shard,
+    ShardEntry,
+    check_shard,
+    escape_key,
+    piece_key,
+    read_shard_index,
+    remove_shard,
+    write_shard,
+)
+from sharding.ipa import normalize
+from sharding.lock import check_token
+from sharding.manifest import Layout, Utterance
+from sharding.split import Segment, split_recording
+from sharding.store import Store, open_store
+from sharding.workers import count_done
+
+MADE_BY = (FORMAT_VERSION, soundfile.__libsndfile_version__, soxr.__version__)  # others may make other bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What every job of a build shares."""
+
+    out: str  # URL of the shard set
+    scratch: str  # URL of the place where pieces wait
+    layouts: tuple[Layout, ...]
+    track: str
+    dry: bool  # do everything, write nothing
+    token: str = ""  # of the build that holds OUT; without one there is nobody who could work for a build that ended
+    made_by: tuple[int, str, str] = MADE_BY
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a source, on its way to a worker."""
+
+    source: int
+    number: int  # of the line
+    line: bytes
+
+    def parse(self, layouts: Sequence[Layout]) -> Utterance:
+        return layouts[self.source].parse(self.line, self.number)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One of the pieces that a long recording was cut into."""
+
+    number: int
+    count: int
+    segment: Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One sample to be."""
+
+    row: Row
+    bytes: int  # of the clip's audio file
+    piece: Piece | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    where: Where
+    name: str
+    bucket: int
+    split: str
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    made: tuple[ShardEntry, SampleTable] | None  # None where every member was refused
+    ledger: report.LedgerPart  # of the whole clips; a split recording has its row already
+
+
+@dataclass(frozen=True, slots=True)
+class CutJob:
+    where: Where
+    row: Row
+    split: str
+    limit_sec: float
+
+
+@dataclass(frozen=True)
+class CutResult:
+    segments: tuple[Segment, ...]  # none where the recording was refused
+    ledger: report.LedgerPart
+
+
+def cut(job: CutJob) -> CutResult:
+    """Split one long recording and leave its pieces as FLAC files in the scratch place."""
+    utterance = job.row.parse(job.where.layouts)
+    text = normalize(utterance.text, job.where.track)
+    try:
+        _, waveform, _ = _read(utterance, job.where.layouts[job.row.source].audio)
+    except AudioError as error:
+        return CutResult((), report.write_ledger([report.rejected_row(utterance, job.split, error.message)]))
+    finally:
+        count_done()
+    segments = tuple(split_recording(utterance.utterance_id, waveform, text, job.limit_sec))
+    _check_place(open_store(job.where.out), job.where)
+    scratch, rows = open_store(job.where.scratch), []
+    for number, segment in enumerate(segments):
+        sample = _piece_sample(utterance, text, Piece(number, len(segments), segment), job.split)
+        start = round(segment.start_sec * SAMPLE_RATE)
+        scratch.write(f"{sample.key}.flac", encode(waveform[start : start + segment.samples]))
+        row = {"key": sample.key} | asdict(segment) | {"text": sample.text, "label_status": sample.label_status}
+        del row["utterance_id"]
+        rows.append(row)
+    row = report.ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows)
+    return CutResult(segments, report.write_ledger([row]))
+
+
+def make_shard(job: ShardJob) -> ShardResult:
+    """Write one shard, unless an earlier, interrupted build has left it whole and made of the same."""
+    store = open_store(job.where.out, dry=job.where.dry)
+    _check_place(store, job.where)
+    utterances = [member.row.parse(job.where.layouts) for member in job.members]
+    templates = [_template(job, member, utterance) for member, utterance in zip(job.members, utterances, strict=True)]
+    made_of = _digest(job, utterances)
+    shard = _finished(store, job, made_of, utterances, templates)
+    if shard is None:
+        remove_shard(store, job.name)
+        refused: dict[str, str] = {}
+        contents = _fill_all(job, utterances, templates, refused)
+        first = next(contents, None)
+        if first is not None:
+            shard = write_shard(store, job.name, job.bucket, chain([first], contents), made_of, refused)
+    else:
+        refused = dict(shard.refused)
+        count_done(len(job.members))
+    made = (shard.entry, shard.samples) if shard else None
+    lengths = dict(zip(shard.keys, shard.samples["samples"].tolist(), strict=True)) if shard else {}
+    rows = [_ledger_row(job, utterance, template, lengths, refused)
+            for member, utterance, template in zip(job.members, utterances, templates, strict=True)
+            if member.piece is None]  # fmt: skip
+    return ShardResult(made, report.write_ledger(rows))
+
+
+def _check_place(store: Store, where: Where) -> None:
+    """Raise, on a machine of a cluster, where what is written would be wrong, or nobody waits for it any more."""
+    if where.made_by != MADE_BY:
+        have, want = ("format {}, libsndfile {}, soxr {}".format(*made_by) for made_by in (MADE_BY, where.made_by))
+        hint = "install the same versions on all machines"
+        raise ShardError(f"{socket.gethostname()} makes shards with {have}; this build with {want}", hint)
+    if where.token:
+        check_token(store, where.token)
+
+
+def _fill_all(
+    job: ShardJob, utterances: Sequence[Utterance], templates: Sequence[Sample], refused: dict[str, str]
+) -> Iterator[tuple[Sample, int]]:
+    """Each sample with its audio and its length; why another has none goes to `refused`, by its key."""
+    for member, utterance, template in zip(job.members, utterances, templates, strict=True):
+        try:
+            yield _fill(job, member, utterance, template)
+        except AudioError as error:
+            refused[template.key] = error.message
+        count_done()
+
+
+def _ledger_row(
+    job: ShardJob, utterance: Utterance, template: Sample, lengths: dict[str, int], refused: dict[str, str]
+) -> report.Row:
+    split = "valid" if job.split == "valid" else "train"
+    if template.key in refused:
+        return report.rejected_row(utterance, split, refused[template.key])
+    why = (report.TOO_DENSE if template.parent_text else report.NO_LABEL) if job.split == "unlabelled" else None
+    return report.ledger_row(
+        utterance, split, "written", lengths[template.key] / SAMPLE_RATE, reason=why, key=template.key
+    )
+
+
+def _finished(
+    store: Store, job: ShardJob, made_of: str, utterances: Sequence[Utterance], templates: Sequence[Sample]
+) -> Shard | None:
+    try:
+        shard = read_shard_index(store, job.name)
+        if shard.made_of != made_of:
+            return None
+        check_shard(store, shard.entry)
+    except (ShardError, StoreError):
+        return None
+    for member, utterance, template in zip(job.members, utterances, templates, strict=True):
+        if template.key in shard.refused:
+            try:
+                _fill(job, member, utterance, template)
+            except AudioError:
+                continue
+            return None  # the file was mended since
+    return shard
+
+
+def _digest(job: ShardJob, utterances: Sequence[Utterance]) -> str:
+    """Of all that decides the shard's bytes: the clips, what is made of them, and the encoders."""
+    parts = [
+        repr((utterance.values, member.bytes, member.piece))
+        for member, utterance in zip(job.members, utterances, strict=True)
+    ]
+    return hashlib.sha256("\n".join([str((MADE_BY, job.name, job.where.track)), *parts]).encode()).hexdigest()
+
+
+def _template(job: ShardJob, member: Member, utterance: Utterance) -> Sample:
+    """The sample without its audio."""
+    text = normalize(utterance.text, job.where.track)
+    if member.piece:
+        return _piece_sample(utterance, text, member.piece, "valid" if job.split == "valid" else "train")
+    sample = _bare_sample(utterance)
+    if job.split == "unlabelled":
+        return replace(sample, label_status="unlabelled", parent_text=text)
+    return replace(sample, text=text)
+
+
+def _piece_sample(utterance: Utterance, text: str, piece: Piece, split: str) -> Sample:
+    whole, segment = _bare_sample(utterance), piece.segment
+    status = "reference" if split == "valid" else segment.label_status
+    return replace(
+        whole,
+        key=piece_key(whole.key, piece.number),
+        utterance_id=f"{whole.utterance_id}+{piece.number:03d}",
+        text="" if split == "valid" else segment.text,
+        label_status=status,
+        parent_id=whole.utterance_id,
+        parent_text=text if status == "unlabelled" or (status == "reference" and piece.number == 0) else None,
+        piece=piece.number,
+        pieces=piece.count,
+        start_sec=segment.start_sec,
+        end_sec=segment.end_sec,
+    )
+
+
+def _bare_sample(utterance: Utterance) -> Sample:
+    return Sample(
+        key=escape_key(utterance.utterance_id),
+        audio=b"",
+        text="",
+        label_status="labelled",
+        utterance_id=utterance.utterance_id,
+        child_id=utterance.child_id,
+        session_id=utterance.session_id,
+        corpus=utterance.corpus,
+        age_bucket=utterance.age_bucket,
+    )
+
+
+def _fill(job: ShardJob, member: Member, utterance: Utterance, template: Sample) -> tuple[Sample, int]:
+    """The sample with its audio, verified bytes passed through or converted; and its length at 16 kHz."""
+    if member.piece:
+        audio = open_store(job.where.scratch).read(f"{template.key}.flac")
+        return replace(template, audio=audio), member.piece.segment.samples
+    data, waveform, final = _read(utterance, job.where.layouts[member.row.source].audio)
+    if len(data) != member.bytes:  # it may belong into another bucket now
+        raise AudioError(f"changed during the build, from {member.bytes} bytes to {len(data)}")
+    if job.split == "train" and template.text and is_constant(waveform):
+        raise AudioError("constant signal with a label")
+    return replace(template, audio=data if final else encode(waveform)), len(waveform)
+
+
+def _read(utterance: Utterance, audio: AudioRoot) -> tuple[bytes, Waveform, bool]:
+    """A clip's bytes, its waveform, and whether the bytes can be stored as they are."""
+    with open_audio(audio, utterance.audio_path) as (file, _):
+        data = file.read()
+    if not data:
+        raise AudioError("audio file is empty (0 bytes)")
+    if utterance.md5_hash:
+        seen = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if seen != utterance.md5_hash:
+            raise AudioError(f"md5 is {seen}, the manifest says {utterance.md5_hash}")
+    return data, *decode(data, prove=not utterance.md5_hash)

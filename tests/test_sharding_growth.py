@@ -1,0 +1,240 @@
+"""A shard set that grows keeps what it has; one that is damaged is made again to the same bytes."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from corpus import describe, make_corpus, read_manifest, write_manifest
+from test_sharding_build import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
+
+from sharding.format import read_index, read_keys
+from sharding.store import open_store
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two corpora with short and long clips of different children."""
+    folder = tmp_path_factory.mktemp("sources")
+    return [
+        make_corpus(folder / "first", clips=24, children=8, long_clips=1),
+        make_corpus(folder / "second", clips=12, children=6, seconds=(0.5, 4.0), long_clips=1, seed=1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def first_build(sources: list[Path], run_sharding: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "shards"
+    assert run_sharding("build", sources[0], "--out", out, *SMALL_SHARDS).returncode == 0
+    return out
+
+
+@pytest.fixture
+def built(first_build: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(first_build, tmp_path / "shards")
+
+
+# --- growth -----------------------------------------------------------------------------------------------------
+
+
+def test_appending_adds_clips_and_touches_nothing(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    before, old, old_index = read_all(built), digest_of(built), read_index(open_store(built))
+    done = run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS)
+    assert done.returncode == 0, done.stderr
+    after, new, index = read_all(built), digest_of(built), read_index(open_store(built))
+    assert before.items() <= after.items()
+    assert {name: new.get(name) for name in old if name != "index.json"} == {
+        name: digest for name, digest in old.items() if name != "index.json"
+    }
+    assert index.duration_bins == old_index.duration_bins
+    wanted = {row["utterance_id"] for source in sources for row in read_manifest(source)}
+    assert {sample.parent_id or sample.utterance_id for _, sample in after.values()} == wanted
+    assert_balanced(built)
+    assert run_sharding("verify", built, "--decode").returncode == 0
+
+
+def test_validation_children_stay_where_they_were(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    """Also the one who stands in because nobody's hash falls below the fraction."""
+    sides_before = sides(built)
+    assert run_sharding("build", *sources, "--out", built, "--append", *SMALL_SHARDS).returncode == 0
+    sides_after = sides(built)
+    assert sides_before["valid"] <= sides_after["valid"]
+    assert not sides_after["valid"] & sides_after["train"]
+    assert not sides_before["train"] & sides_after["valid"]
+
+
+def sides(out: Path) -> dict[str, set[str]]:
+    samples = read_all(out).values()
+    return {split: {sample.child_id for part, sample in samples if part == split} for split in ("train", "valid")}
+
+
+def test_the_index_before_is_kept_and_still_reads(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    store = open_store(built)
+    old, keys = read_index(store), read_keys(store, read_index(store)).tolist()
+    assert run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS).returncode == 0
+    kept = read_index(store, f"index-{old.digest}.json")
+    assert kept.digest == old.digest
+    assert kept.samples.tolist() == old.samples.tolist()
+    assert read_keys(store, kept).tolist() == keys
+    assert read_index(store).base == old.digest
+    assert read_index(store).samples[: len(keys)].tolist() == old.samples.tolist()
+
+
+def test_what_is_there_is_not_added_again(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    before = digest_of(built)
+    done = run_sharding("build", sources[0], "--out", built, "--append", *SMALL_SHARDS)
+    assert done.returncode == 0
+    assert "nothing to do" in done.stdout
+    assert digest_of(built) == before
+
+
+def test_appending_twice_keeps_every_index(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    third = make_corpus(built.parent / "third", clips=3, seed=2)
+    digests = []
+    for source in (sources[1], third):
+        digests.append(read_index(open_store(built)).digest)
+        assert run_sharding("build", source, "--out", built, "--append", *SMALL_SHARDS).returncode == 0
+    for digest in digests:
+        assert read_index(open_store(built), f"index-{digest}.json").digest == digest
+    assert Counter(key.split("-")[0] for key in read_all(built) if "+" not in key) == {
+        "first": 24, "second": 12, "third": 3
+    }  # fmt: skip
+    assert_balanced(built)
+
+
+def test_a_rejected_clip_that_was_mended_is_added_later(tmp_path: Path, run_sharding: Command) -> None:
+    folder, out = make_corpus(tmp_path / "corpus", clips=6), tmp_path / "out"
+    rows = read_manifest(folder)
+    path = folder / rows[2]["audio_path"]
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-50])
+    rows[2] = describe(folder, rows[2]["audio_path"], rows[2]["phonetic_text"], **rows[2] | {"md5_hash": None})
+    write_manifest(folder, rows)
+    assert run_sharding("build", folder, "--out", out, "--max-rejected", 1).returncode == 0
+    assert read_summary(out)["fates"]["rejected"]["clips"] == 1
+    path.write_bytes(sound)
+    assert run_sharding("build", folder, "--out", out, "--append", "--max-rejected", 0).returncode == 0
+    assert_balanced(out)
+    assert len(read_all(out)) == 6
+    assert all(row["fate"] == "written" for row in read_ledger(out))
+
+
+def test_appending_with_other_settings_is_refused(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    before = digest_of(built)
+    done = run_sharding("build", sources[1], "--out", built, "--append", "--shard-mb", 7)
+    assert done.returncode == 1
+    assert "shard_mb 0.2 there, 7.0 asked" in done.stderr
+    assert digest_of(built) == before
+
+
+# --- a dry run, and the size of shards --------------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(
+    sources: list[Path], first_build: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    done = run_sharding("build", sources[0], "--out", tmp_path / "out", "--dry-run", *SMALL_SHARDS)
+    assert done.returncode == 0
+    assert "nothing was written" in done.stdout
+    assert not (tmp_path / "out").exists()
+    wet = run_sharding("build", sources[0], "--out", tmp_path / "out", *SMALL_SHARDS)
+    assert done.stdout.splitlines()[:-1] == wet.stdout.splitlines()[:-1]
+    assert digest_of(tmp_path / "out") == digest_of(first_build)
+
+
+def test_a_dry_run_finds_what_only_decoding_finds(run_sharding: Command, tmp_path: Path) -> None:
+    folder = make_corpus(tmp_path / "corpus", clips=4)
+    rows = read_manifest(folder)
+    path = folder / rows[0]["audio_path"]
+    path.write_bytes(path.read_bytes()[:-2000])
+    rows[0] |= {"md5_hash": None, "filesize_bytes": None}
+    write_manifest(folder, rows)
+    done = run_sharding("build", folder, "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 1
+    assert f"corpus/{rows[0]['audio_path']}: cut off" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("min_shards", [1, 3, 50])
+def test_every_bucket_has_so_many_shards_as_far_as_it_has_clips(
+    min_shards: int, sources: list[Path], run_sharding: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run_sharding("build", sources[0], "--out", out, "--min-shards", min_shards).returncode == 0
+    index = read_index(open_store(out))
+    shards, clips = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    for shard in index.shards:
+        shards[shard.split, shard.bucket] += 1
+        clips[shard.split, shard.bucket] += shard.count
+    assert all(shards[group] == min(min_shards, clips[group]) for group in clips)
+
+
+# --- repair -----------------------------------------------------------------------------------------------------
+
+
+def flip_in_the_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+@pytest.mark.parametrize("pattern", ["train/*.tar", "unlabelled/*.tar", "*/*.idx.zst", "samples.bin.zst"])
+@pytest.mark.parametrize("damage", [flip_in_the_middle, cut_short, os.unlink])
+def test_what_is_damaged_is_made_again_to_the_same_bytes(
+    pattern: str, damage: Callable[[Path], None], built: Path, sources: list[Path], run_sharding: Command
+) -> None:
+    before = digest_of(built)
+    doomed = sorted(built.glob(pattern))[0]
+    damage(doomed)
+    others = {path: path.stat().st_mtime_ns for path in built.rglob("*.tar") if path.stem != doomed.name.split(".")[0]}
+    assert run_sharding("verify", built).returncode == 1
+    done = run_sharding("verify", built, "--repair", sources[0])
+    assert done.returncode == 0, done.stderr
+    assert "made again" in done.stdout
+    assert digest_of(built) == before
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in others.items())
+    assert run_sharding("verify", built, "--decode").returncode == 0
+
+
+def test_a_sound_shard_set_needs_no_repair(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    done = run_sharding("verify", built, "--repair", sources[0])
+    assert done.returncode == 0
+    assert "no shard is damaged" in done.stdout
+
+
+def test_repair_from_other_sources_is_refused_and_changes_nothing(
+    built: Path, sources: list[Path], run_sharding: Command
+) -> None:
+    flip_in_the_middle(sorted(built.glob("train/*.tar"))[0])
+    before = digest_of(built)
+    done = run_sharding("verify", built, "--repair", sources[1])
+    assert done.returncode == 1
+    assert "was built of other sources" in done.stderr
+    assert digest_of(built) == before
+
+
+def test_repair_from_audio_that_changed_unseen_is_refused(
+    built: Path, sources: list[Path], run_sharding: Command, tmp_path: Path
+) -> None:
+    """Without md5 in the manifest only the shard's own checksum can tell."""
+    folder, out = shutil.copytree(sources[0], tmp_path / "first"), tmp_path / "out"
+    write_manifest(folder, [row | {"md5_hash": None} for row in read_manifest(folder)])
+    assert run_sharding("build", folder, "--out", out, *SMALL_SHARDS).returncode == 0
+    doomed = sorted(out.glob("train/*.tar"))[0]
+    clip = next(path for path in (folder / "audio").iterdir() if path.stem.encode() in doomed.read_bytes())
+    flip_in_the_middle(clip)  # of the same size, and it does not decode
+    flip_in_the_middle(doomed)
+    before = digest_of(out)
+    done = run_sharding("verify", out, "--repair", folder)
+    assert done.returncode == 1
+    assert "comes out otherwise" in done.stderr
+    assert json.loads((out / "index.json").read_bytes())["digest"] == read_index(open_store(out)).digest
+    assert digest_of(out) == before
