@@ -47,7 +47,7 @@ from sharding.format import (
     whole_key,
     write_index,
 )
-from sharding.lock import sole_build
+from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.store import BucketStore, FolderStore, Store, open_store
 from sharding.workers import Workers, available_cores
@@ -93,44 +93,36 @@ class Built:
 def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: HowToRun) -> Built:
     """Build the shard set OUT from the sources. Raises StreamtrainError for what the user can mend."""
     sources = read_sources(locations, Reading(settings.track, how.columns, settings.group_by))
+    sources = [_with_absolute_path(source) for source in sources]  # workers may be elsewhere
     store = open_store(out, dry=how.dry)
-    if how.scheduler:
-        sources = [_with_absolute_path(source) for source in sources]
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:
         examined = examine(sources, settings.track, pool)
         orphans = find_orphans(sources, examined.clips, pool)
-        with nullcontext() if how.dry else sole_build(store) as lease:
+        built = _built_before(store, settings, examined, how.append)
+        if built:
+            return built
+        with nullcontext(Lease()) if how.dry else sole_build(store) as lease:
+            built = _built_before(store, settings, examined, how.append)  # by another build, a moment ago
+            if built:
+                return built
             base = read_index(store) if store.exists(INDEX_NAME) else None
-            if base is not None:
-                _check_settings(store, base, settings)
-                if not how.append:
-                    return _built_before(store, base, hash_sources(examined.clips))
+            if base:
                 examined = examined.select(~_are_known(store, base, examined))
-                if not len(examined.clips):
-                    return Built(base, report.read_summary(store), fresh=False)
-            if isinstance(store, BucketStore):
-                store.abort_stale_uploads()
-            with _scratch(store, bool(how.scheduler)) as scratch:
-                where = Where(out, scratch, tuple(source.layout for source in sources), settings.track, how.dry)
-                if how.scheduler:
-                    token = lease.token if lease else ""
-                    where = replace(where, out=_absolute(out), scratch=f"{scratch}/{token}", token=token)
+            with _scratch(store, shared=bool(how.scheduler)) as scratch:
+                layouts = tuple(source.layout for source in sources)
+                where = Where(_absolute(out), f"{scratch}/{lease.token}", layouts, settings.track, how.dry, lease.token)
                 plan, ledger = plan_build(sources, examined, settings, where, pool, base)
-                _clear_unfinished(store, plan, base)
+                _clear_unfinished(store, plan, base, lease)
                 results = write_shards(plan, plan.shards, pool)
-                if how.scheduler:  # a worker may have died without the build
-                    _clear_unfinished(store, plan, base)
-                    if isinstance(store, BucketStore):
-                        store.abort_stale_uploads()
+                _clear_unfinished(store, plan, base, lease)  # a worker may have died, and another done its work
             ledger += [result.ledger for result in results]
-            if base is not None:
+            if base:
                 ledger.insert(0, _old_ledger(store, examined))
                 orphans = sorted({*report.read_orphans(store), *orphans})
             index = _index(plan, results, report.add_up(part.tally for part in ledger), base)
             summary = report.publish(store, ledger, index, orphans, examined.ignored_fields)
-            if lease:
-                lease.check()
-            if base is not None:
+            lease.check()
+            if base:
                 keep_old_index(store, base)
             return Built(write_index(store, index), summary)  # last: the index says that all the rest is there
 
@@ -263,24 +255,30 @@ def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base
 # --- what was there before --------------------------------------------------------------------------------------
 
 
-def _check_settings(store: Store, base: ShardIndex, settings: BuildSettings) -> None:
-    wanted = asdict(settings)
-    differ = [f"{name} {base.settings.get(name)} there, {wanted[name]} asked" for name in wanted
-              if base.settings.get(name) != wanted[name]]  # fmt: skip
+def _built_before(store: Store, settings: BuildSettings, examined: Examined, append: bool) -> Built | None:
+    """The shard set that is there already, where it holds all that is asked for; None where there is work to do.
+
+    Raises ShardError, which says what differs, where it was built otherwise.
+    """
+    if not store.exists(INDEX_NAME):
+        return None
+    index, wanted = read_index(store), asdict(settings)
+    differ = [f"{name} {index.settings.get(name)} there, {wanted[name]} asked" for name in wanted
+              if index.settings.get(name) != wanted[name]]  # fmt: skip
     if differ:
         raise ShardError(
             f"{store.url}: holds a shard set built otherwise: {'; '.join(differ)}",
             "choose another --out, ask for the same, or remove this folder first",
         )
-
-
-def _built_before(store: Store, base: ShardIndex, sources_hash: str) -> Built:
-    if base.sources_hash != sources_hash:
+    if append:
+        if not _are_known(store, index, examined).all():
+            return None
+    elif index.sources_hash != hash_sources(examined.clips):
         raise ShardError(
             f"{store.url}: holds a shard set of other sources, or of sources that have changed",
             "choose another --out, or remove this folder first; --append adds clips and leaves those there as they are",
         )
-    return Built(base, report.read_summary(store), fresh=False)
+    return Built(index, report.read_summary(store), fresh=False)
 
 
 def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:
@@ -329,8 +327,10 @@ PIECES = ".pieces"
 LEFT_BEHIND = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")
 
 
-def _clear_unfinished(store: Store, plan: Plan, base: ShardIndex | None) -> None:
+def _clear_unfinished(store: Store, plan: Plan, base: ShardIndex | None, lease: Lease) -> None:
     """Remove what a build that never published its index left behind: partial files, and shards of another plan."""
+    if isinstance(store, BucketStore) and lease.token:  # else another's uploads might go
+        store.abort_stale_uploads()
     kept = {name for name, *_ in plan.shards} | ({shard.name for shard in base.shards} if base else set())
     kept = {name.removesuffix(".tar") for name in kept}
     for name in list(store.names()):

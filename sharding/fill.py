@@ -15,7 +15,7 @@ import soxr
 from sharding import report
 from sharding.archive import AudioRoot, open_audio
 from sharding.audio import SAMPLE_RATE, Waveform, decode, encode, is_constant
-from sharding.errors import AudioError, ShardError, StoreError
+from sharding.errors import AudioError, MissingError, ShardError
 from sharding.format import (
     FORMAT_VERSION,
     Sample,
@@ -181,6 +181,7 @@ def _fill_all(
         except AudioError as error:
             refused[template.key] = error.message
         count_done()
+    _check_place(open_store(job.where.out), job.where)  # once more before the tar appears under its name
 
 
 def _ledger_row(
@@ -203,7 +204,7 @@ def _finished(
         if shard.made_of != made_of:
             return None
         check_shard(store, shard.entry)
-    except (ShardError, StoreError):
+    except (ShardError, MissingError):
         return None
     for member, utterance, template in zip(job.members, utterances, templates, strict=True):
         if template.key in shard.refused:

@@ -145,15 +145,15 @@ def _enumerate(columns: Sequence[str]) -> str:
     return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN:,} more" if len(columns) > SHOWN else "")
 
 
-def _hint(name: str, column: str, row: tuple[str, ...]) -> str:
+def _hint(name: str, column: str, row: Sequence[str]) -> str:
     """What to do where the column of a field is missing."""
-    near = difflib.get_close_matches(column, row, 1, 0.6)
     track = next((track for track, label in TRACKS.items() if label in row), None)
+    if name == "text" and track and column in TRACKS.values():
+        return f"--track {track} takes these labels"
+    near = difflib.get_close_matches(column, row, 1, 0.6)
     if near:
         rename = f"rename {near[0]!r} to {column!r}, or say " if column in (name, *TRACKS.values()) else "did you mean "
         return f"{rename}--columns {name}={near[0]}"
-    if name == "text" and track and column in TRACKS.values():
-        return f"--track {track} takes these labels"
     return f"--columns says which is which: {name}=COLUMN"
 
 

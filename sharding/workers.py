@@ -77,6 +77,9 @@ class Workers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:  # nobody waits for what they are at, and a mute server may take its time
+            for process in multiprocessing.active_children():
+                process.kill()
         self._executor.shutdown(cancel_futures=True)
 
     def look_after(self) -> None:

@@ -44,7 +44,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         assert main(["build", *map(str, arguments), "--out", str(tmp_path / "out")]) == 1
         assert not (tmp_path / "out").exists()
         said = capsys.readouterr().err
-        sentence, *hint = said.splitlines()
+        sentence, *hint = [line for line in said.splitlines() if line and "%|" not in line]
         assert sentence.startswith("ManifestError: ")
         assert len(hint) <= 1
         assert all(line.startswith("hint: ") for line in hint)
@@ -188,46 +188,51 @@ def test_rubbish_in_a_compressed_file_is_refused(corpus: Path, tmp_path: Path) -
 
 
 HEADER = "utterance_id,audio_path,phonetic_text"
-GOOD = "first,audio/meadow-0000.flac,kæt"
-BAD_TABLES: dict[str, tuple[bytes, str]] = {
-    "cell too many": (f"{HEADER}\n{GOOD}\nb,audio/b.flac,k,k\n".encode(), ":3: not a table: the row has 4 cells"),
-    "one too many everywhere": (f"{HEADER}\na,audio/b.flac,k,k\n".encode(), ":2: not a table: the row has 4 cells"),
-    "cell too few": (f"{HEADER}\n{GOOD}\nb,audio/b.flac\n".encode(), ":3: not a table: the row has 2 cells, the header 3"),
-    "open quote": (f'{HEADER}\n{GOOD}\nb,"audio/b.flac,k\n{GOOD}\n'.encode(), ":3: not a table: unexpected end of data"),
-    "text after quote": (f'{HEADER}\n{GOOD}\nb,"audio/"b.flac,k\n'.encode(), ":3: not a table: ',' expected after"),
-    "column twice": (f"{HEADER},audio_path\n{GOOD},x\n".encode(), ":1: not a table: column 'audio_path' is there twice"),
-    "latin-1": (f"{HEADER}\n{GOOD}\nb,audio/b.flac,é\n".encode("latin-1", "replace"), ":3: not UTF-8"),
-    "utf-16": (f"{HEADER}\n{GOOD}\n".encode("utf-16"), ":1: not UTF-8"),
-    "nothing": (b"", ": the file has no rows"),
-    "header alone": (f"{HEADER}\n".encode(), ": the file has no rows"),
-    "no path": (f"{HEADER}\n{GOOD}\nb,,k\n".encode(), ":3: 'utterance_id' and 'audio_path' must not be empty"),
-    "NUL": (f"{HEADER}\n{GOOD}\nb,audio/\0.flac,k\n".encode(), ":3: 'audio_path' is 'audio/\\x00.flac', which holds NUL"),
-    "misspelt column": (
-        f"{HEADER}\n{GOOD}\n".replace("audio_path", "audio_pth").encode(),
+GOOD = "first,audio/meadow-0000.flac,k"
+ROW = f"{HEADER}\n{GOOD}\n"
+BAD_TABLES: dict[str, tuple[str, str]] = {  # what is in the file, and what is said of it
+    "a cell too many": (f"{ROW}b,audio/b.flac,k,k\n", ":3: not a table: the row has 4 cells, the header 3"),
+    "one too many everywhere": (f"{HEADER}\na,audio/b.flac,k,k\n", ":2: not a table: the row has 4 cells"),
+    "a cell too few": (f"{ROW}b,audio/b.flac\n", ":3: not a table: the row has 2 cells, the header 3"),
+    "an open quote": (f'{ROW}b,"audio/b.flac,k\n{GOOD}\n', ":3: not a table: unexpected end of data"),
+    "text after a quote": (f'{ROW}b,"audio/"b.flac,k\n', ":3: not a table: ',' expected after"),
+    "a column twice": (f"{HEADER},audio_path\n{GOOD},x\n", ":1: not a table: column 'audio_path' is there twice"),
+    "nothing": ("", ": the file has no rows"),
+    "a header alone": (f"{HEADER}\n", ": the file has no rows"),
+    "no path": (f"{ROW}b,,k\n", ":3: 'utterance_id' and 'audio_path' must not be empty"),
+    "NUL": (f"{ROW}b,audio/\0.flac,k\n", ":3: 'audio_path' is 'audio/\\x00.flac', which holds NUL"),
+    "a misspelt column": (
+        ROW.replace("audio_path", "audio_pth"),
         ":2: field 'audio_path' is missing; the row has: utterance_id, audio_pth, phonetic_text\n"
         "hint: rename 'audio_pth' to 'audio_path', or say --columns audio_path=audio_pth",
     ),
-    "misspelt id": (f"{HEADER}\n{GOOD}\n".replace("utterance_id", "uterance_id").encode(), "did you mean 'utterance_id'?"),
-    "foreign column": (
-        f"{HEADER}\n{GOOD}\n".replace("audio_path", "wav").encode(), "hint: --columns says which is which: audio_path=COLUMN"
-    ),
-    "other track": (
-        f"{HEADER}\n{GOOD}\n".replace("phonetic", "orthographic").encode(), "hint: --track word takes these labels"
-    ),
-    "id twice": (
-        f"audio_path,phonetic_text\naudio/meadow-0000.flac,k\n\naudio/meadow-0000.wav,k\n".encode(),
+    "a misspelt id": (ROW.replace("utterance_id", "uterance_id"), "hint: did you mean 'utterance_id'?"),
+    "a foreign column": (ROW.replace("audio_path", "wav"), "--columns says which is which: audio_path=COLUMN"),
+    "another track": (ROW.replace("phonetic", "orthographic"), "hint: --track word takes these labels"),
+    "a path twice": (
+        "audio_path,phonetic_text\naudio/meadow-0000.flac,k\n\naudio/meadow-0000.wav,k\n",
         "x.csv:4: utterance_id 'audio/meadow-0000' was seen before, at ",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_a_table_that_is_none_is_refused_with_its_line(name: str, corpus: Path, tmp_path: Path, refuse: Refuse) -> None:
     table = copy_audio(corpus, tmp_path / "corpus") / "x.csv"
-    table.write_bytes(BAD_TABLES[name][0])
+    text, message = BAD_TABLES[name]
+    table.write_text(text)
     said = refuse(table, "--workers", 1)
     assert str(table) in said
-    assert BAD_TABLES[name][1] in said
+    assert message in said
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_table_that_is_not_utf8_is_refused_with_its_line(
+    encoding: str, corpus: Path, tmp_path: Path, refuse: Refuse
+) -> None:
+    table = copy_audio(corpus, tmp_path / "corpus") / "x.csv"
+    table.write_text(f"{ROW}b,audio/b.flac,é\n", encoding)
+    assert f"{table}:{3 if encoding == 'latin-1' else 1}: not UTF-8" in refuse(table)
 
 
 @pytest.mark.parametrize("cell", ["1s", "nan", "inf", "1e400", "-1", "0x10", "true", "9007199254740993"])
@@ -267,7 +272,7 @@ def test_a_hundred_thousand_columns_do_no_harm(corpus: Path, tmp_path: Path) -> 
     table = copy_audio(corpus, tmp_path / "corpus") / "x.csv"
     names = ",".join(f"column {number}" for number in range(100_000))
     table.write_text(f"{HEADER},{names}\n{GOOD}{',7' * 100_000}\n")
-    assert parse_all(table)[0].text == "kæt"
+    assert parse_all(table)[0].text == "k"
     table.write_text(f"{names}\n{'7,' * 99_999}7\n")
     with pytest.raises(ManifestError) as refusal:
         parse_all(table)
@@ -280,26 +285,19 @@ def test_a_hundred_thousand_columns_do_no_harm(corpus: Path, tmp_path: Path) -> 
 CV_COLUMNS = (
     "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender accents variant locale segment"
 )
+SENTENCES = ['He said "no", twice.', "Don’t stop—it's good!", '"', "Chapter 7", "Привет", "An ice-cream\u00a0please"]
 
 
 def make_common_voice(folder: Path, clips: int = 16, clients: int = 8) -> Path:
     """As Mozilla publishes it: MP3 files in clips/, and TSV files of which validated.tsv has what was approved."""
     (folder / "clips").mkdir(parents=True)
     rows = []
-    sentences = [
-        'He said "no", twice.',
-        "Don’t stop—it's good!",
-        '"',
-        "Chapter 7",
-        "Привет",
-        "An ice-cream\u00a0please",
-    ]
     for number in range(clips):
         name, client = f"common_voice_en_{4_000_000 + number}.mp3", number % clients
         sound = np.random.default_rng(number).normal(0, 0.1, 48_000 + 480 * number)
         soundfile.write(folder / "clips" / name, sound, 48_000, format="MP3", subtype="MPEG_LAYER_III")
         age = ["twenties", "", "teens"][client % 3]
-        sentence = sentences[number] if number < len(sentences) else "The quick brown fox"
+        sentence = SENTENCES[number] if number < len(SENTENCES) else "The quick brown fox"
         cells = [f"{client:0128x}", name, f"{number:064x}", sentence, "", 2, 0, age, "", "", "", "en", ""]
         rows.append(dict(zip(CV_COLUMNS.split(), cells, strict=True)))
     write_tsv(rows, folder / "validated.tsv")
@@ -316,9 +314,9 @@ def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Comman
     out = build(run_sharding, folder, *arguments, out=tmp_path / "out")
     samples = read_all(out)
     stored = {sample.utterance_id: (split, sample) for split, sample in samples.values()}
-    reasons = {row["utterance_id"]: row["reason"] for row in read_ledger(out) if row["fate"] == "rejected"}
+    fates = {row["utterance_id"]: (row["split"], row["fate"], row["reason"]) for row in read_ledger(out)}
     names = [f"common_voice_en_{4_000_000 + number}" for number in range(16)]
-    assert stored.keys() | reasons.keys() == set(names)
+    assert fates.keys() == set(names)
     assert {sample.age_bucket for _, sample in stored.values()} == {"twenties", "", "teens"}
     sides = {side: {sample.child_id for split, sample in stored.values() if (split == "valid") == side}
              for side in (True, False)}  # fmt: skip
@@ -332,9 +330,8 @@ def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Comman
         names[5]: "an ice cream please", names[9]: "the quick brown fox",
     }  # fmt: skip
     for number, symbols in ((3, "7"), (4, "привет")):  # refused in training, kept as it is where it validates
-        assert (
-            names[number] in stored or reasons[names[number]] == f"label has symbols outside the alphabet: {symbols!r}"
-        )
+        refusal = ("train", "rejected", f"label has symbols outside the alphabet: {symbols!r}")
+        assert fates[names[number]] in (refusal, ("valid", "written", None))
     for name, (_, sample) in stored.items():
         info = soundfile.info(io.BytesIO(sample.audio))
         assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", 16_000, 1)
@@ -563,14 +560,8 @@ def test_odd_names_are_written_and_listed(run_sharding: Command, tmp_path: Path)
     """Ids of any length and script, paths with detours, file names that are no text, links in a circle."""
     folder = make_corpus(tmp_path / "odd\nfolder", clips=6, seconds=(0.2, 0.3))
     rows = read_manifest(folder)
-    ids = [
-        "x" * 10_000,
-        "y" * 10_000,
-        unicodedata.normalize("NFC", "é"),
-        unicodedata.normalize("NFD", "é"),
-        "a\nb",
-        "🦊/..",
-    ]
+    twins = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    ids = ["x" * 10_000, "y" * 10_000, *twins, "a\nb", "🦊/.."]
     for row, name in zip(rows, ids, strict=True):
         row["utterance_id"] = name
     rows[0]["audio_path"] = "./audio//" + Path(rows[0]["audio_path"]).name
@@ -583,7 +574,7 @@ def test_odd_names_are_written_and_listed(run_sharding: Command, tmp_path: Path)
     out = build(run_sharding, folder, out=tmp_path / "out")
     assert {sample.utterance_id for _, sample in read_all(out).values()} == {*ids, "new\nline"}
     assert (out / "report/orphans.txt").read_text().splitlines() == [
-        "odd\\nfolder/audio/\\udcff\\udcfe.flac".replace("\\udcff\\udcfe", "\\udcff\\udcfe"),
+        "odd\\nfolder/audio/\\udcff\\udcfe.flac",
         "odd\\nfolder/audio/lonely\\n\\x1b[2J.flac",
     ]
     assert read_summary(out)["ignored_fields"] == ["half \\ud800"]
