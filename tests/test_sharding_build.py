@@ -26,8 +26,8 @@ from corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.audio import encode, frame_count
 from sharding.assign import choose_stand_in, is_validation
+from sharding.audio import encode, frame_count
 from sharding.examine import speaker_hash
 from sharding.format import Sample, read_index, read_keys, read_sample
 from sharding.ipa import ctc_frames_needed
