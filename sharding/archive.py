@@ -90,8 +90,9 @@ def list_audio(root: AudioRoot) -> list[str]:
                  for name in _read_members(root.path)]  # fmt: skip
     else:
         _check_presence(root)
+        start = os.path.join(root.path, "")
         names = [
-            os.path.relpath(os.path.join(folder, name), root.path)
+            os.path.join(folder, name).removeprefix(start)
             for folder, _, files in os.walk(os.path.join(root.path, root.below))
             for name in files
         ]
@@ -130,7 +131,7 @@ def _open_file(root: str, path: str) -> IO[bytes]:
             raise AudioError(OUTSIDE)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise AudioError("audio_path is not a file")
-        return os.fdopen(descriptor, "rb")
+        return os.fdopen(descriptor, "rb", buffering=0)
     except AudioError:
         os.close(descriptor)
         raise

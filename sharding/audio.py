@@ -3,7 +3,7 @@
 import hashlib
 import io
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +64,14 @@ def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
     """Decode a whole clip to 16 kHz mono; also says whether the bytes already are that, as 16-bit FLAC.
 
     Raises AudioError where the file is cut off, holds NaN or infinity, or has no samples; with `prove` also where the
-    samples differ from what the file itself says of them (worth its third of the time for bytes of unknown history).
+    samples differ from what the file itself says of them (worth its quarter of the time for bytes of unknown history).
     """
+    sound, final = decode_native(data, prove)
+    return (sound * np.float32(2**-15) if final else sound), final
+
+
+def decode_native(data: bytes, prove: bool = False) -> tuple[npt.NDArray[Any], bool]:
+    """`decode`, but what is 16-bit FLAC at 16 kHz and mono stays the int16 that it is: a tenth less work."""
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -73,21 +79,21 @@ def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
     with file:
         rate, channels, streamed = file.samplerate, file.channels, file.frames >= UNKNOWN_FRAMES
         final = _is_final(file.format, file.subtype, rate, channels) and data.startswith(b"fLaC") and not streamed
-        waveform = _read_streamed(file) if streamed else _read_whole(file)  # (samples, channels)
+        sound = _read_streamed(file) if streamed else _read_whole(file, "int16" if final else "float32")
         if prove and file.format == "FLAC":
-            _check_flac_md5(data, waveform, file.subtype)
+            _check_flac_md5(data, sound, file.subtype)
     if prove and (missing := _missing_riff_bytes(data)):
         raise AudioError(f"cut off: {missing} bytes are missing at the end")
-    if len(waveform) == 0:
+    if len(sound) == 0:
         raise AudioError("no samples")
-    mono = waveform[:, 0] if channels == 1 else waveform.mean(axis=1, dtype=np.float32)
+    mono = sound[:, 0] if channels == 1 else sound.mean(axis=1, dtype=np.float32)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-    if not np.isfinite(mono).all():
+    if not final and not np.isfinite(mono).all():
         raise AudioError("NaN or infinite samples")
     if len(mono) < MIN_SAMPLES:
         raise AudioError(f"shorter than one frame: {len(mono)} samples at 16 kHz, {MIN_SAMPLES} needed")
-    return np.ascontiguousarray(mono, np.float32), final
+    return np.ascontiguousarray(mono), final
 
 
 def encode(waveform: Waveform) -> bytes:
@@ -98,9 +104,10 @@ def encode(waveform: Waveform) -> bytes:
     return buffer.getvalue()
 
 
-def is_constant(waveform: Waveform) -> bool:
+def is_constant(sound: npt.NDArray[Any]) -> bool:
     """Whether the signal never moves: digital silence, or a microphone that was not there."""
-    return all(float(np.ptp(part)) < CONSTANT_PEAK for part in (waveform[:1000], waveform))  # the start mostly tells
+    parts = (sound[:1000], sound)  # the start mostly tells
+    return all(float(part.max()) - float(part.min()) < CONSTANT_PEAK for part in parts)
 
 
 def _probe_plain_flac(head: bytes) -> AudioInfo | None:
@@ -119,15 +126,16 @@ def _is_final(container: str, subtype: str, rate: int, channels: int) -> bool:
     return (container, subtype, rate, channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
 
 
-def _read_whole(file: soundfile.SoundFile) -> Waveform:
+def _read_whole(file: soundfile.SoundFile, dtype: str) -> npt.NDArray[Any]:
+    """All of it, shape (samples, channels)."""
     _check_header(file.frames, file.channels, file.samplerate)
     try:
-        waveform: Waveform = file.read(dtype="float32", always_2d=True)
+        sound: npt.NDArray[Any] = file.read(dtype=dtype, always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cut off or damaged: none or not all of {file.frames} samples decode") from error
-    if len(waveform) < file.frames:
-        raise AudioError(f"cut off: {len(waveform)} of {file.frames} samples decode")
-    return waveform
+    if len(sound) < file.frames:
+        raise AudioError(f"cut off: {len(sound)} of {file.frames} samples decode")
+    return sound
 
 
 def _read_streamed(file: soundfile.SoundFile) -> Waveform:
@@ -150,7 +158,7 @@ def _check_header(frames: int, channels: int, rate: int) -> None:
         raise AudioError(f"too long: {frames} samples × {channels} channels at {rate} Hz")
 
 
-def _check_flac_md5(data: bytes, waveform: Waveform, subtype: str) -> None:
+def _check_flac_md5(data: bytes, sound: npt.NDArray[Any], subtype: str) -> None:
     """Hold the samples against the MD5 in the FLAC's own header (RFC 9639, 8.2), where its encoder left one.
 
     libsndfile checks each frame, but not this: a damaged header could shorten the clip unseen.
@@ -159,7 +167,9 @@ def _check_flac_md5(data: bytes, waveform: Waveform, subtype: str) -> None:
     promised = data[26:42]
     if not data.startswith(b"fLaC") or promised == bytes(16):
         return
-    pcm = (waveform * np.float32(2 ** (8 * width - 1))).astype("<i2" if width == 2 else "<i4")  # exact: powers of two
+    pcm = sound
+    if sound.dtype != np.int16:  # exact: powers of two
+        pcm = (sound * np.float32(2 ** (8 * width - 1))).astype("<i2" if width == 2 else "<i4")
     raw = pcm.view(np.uint8).reshape(-1, pcm.itemsize)[:, :width].tobytes()
     seen = hashlib.md5(raw, usedforsecurity=False).digest()
     if seen != promised:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sharding import report
 from sharding.assign import (
@@ -146,14 +147,17 @@ class Plan:
 
     def job(self, shard: PlannedShard) -> ShardJob:
         name, bucket, rows = shard
-        return ShardJob(self.where, name, bucket, name.split("/")[0], tuple(map(self._member, self.members[rows])))
+        members = self.members[rows]
+        lines = _read_rows(self.sources, self.examined, members["clip"])
+        sizes = self.examined.clips["bytes"][members["clip"]].tolist()
+        pieces = [None if whole else self._piece(clip, piece)
+                  for whole, clip, piece in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
+        chosen = tuple(map(Member, lines, sizes, pieces))
+        return ShardJob(self.where, name, bucket, name.split("/")[0], chosen)
 
-    def _member(self, member: np.void) -> Member:
-        clip, number = int(member["clip"]), int(member["piece"])
-        pieces = self.segments.get(clip, ())
-        piece = None if member["whole"] else Piece(number, len(pieces), pieces[number])
-        size = int(self.examined.clips[clip]["bytes"])
-        return Member(_row(self.sources, self.examined, clip), size, piece)
+    def _piece(self, clip: int, number: int) -> Piece:
+        segments = self.segments[clip]
+        return Piece(number, len(segments), segments[number])
 
 
 def plan_build(
@@ -213,18 +217,17 @@ def _cut(
     """Split the long recordings, longest first."""
     clips, rows = examined.clips, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    jobs = (
-        CutJob(where, _row(sources, examined, int(row)), "valid" if valid[row] else "train", settings.limit_sec)
-        for row in rows
-    )
+    lines, sizes = _read_rows(sources, examined, rows), clips["bytes"][rows].tolist()
+    splits = np.where(valid[rows], "valid", "train").tolist()
+    jobs = (CutJob(where, *job, settings.limit_sec) for job in zip(lines, sizes, splits, strict=True))
     results = pool.map(cut, jobs, [1] * len(rows), "splitting")
     segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}
     return segments, [result.ledger for result in results]
 
 
-def _row(sources: Sequence[Source], examined: Examined, clip: int) -> Row:
-    number, row = examined.clips[clip][["source", "row"]].tolist()
-    return Row(number, int(sources[number].numbers[row]), sources[number].line(row))
+def _read_rows(sources: Sequence[Source], examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:
+    places = examined.clips[["source", "row"]][clips].tolist()
+    return [Row(source, int(sources[source].numbers[row]), sources[source].line(row)) for source, row in places]
 
 
 def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base: ShardIndex | None) -> ShardIndex:

@@ -123,19 +123,20 @@ def speaker_hash(speaker: str) -> int:
 
 def _examine_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> Examined:
     layout, track, rows = job
-    clips, refusals, ignored = np.zeros(len(rows), CLIP_DTYPE), {}, frozenset[str]()
+    clips, refusals, ignored = [], {}, frozenset[str]()
     for row, (number, line) in enumerate(rows):
         utterance, others = layout.parse(line, number)
         ignored |= others
-        refusal = _examine_one(utterance, layout.audio, track, clips[row])
+        clip, refusal = _examine_one(utterance, layout.audio, track)
+        clips.append(clip)
         if refusal:
             refusals[row] = refusal
         count_done()
-    return Examined(clips, refusals, ignored)
+    return Examined(np.array(clips, CLIP_DTYPE), refusals, ignored)
 
 
-def _examine_one(utterance: Utterance, audio: AudioRoot, track: str, clip: np.void) -> Refusal | None:
-    """Fill the clip's row of the table."""
+def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
+    """The clip's row of the table, which does not know yet where it stands."""
     text = normalize(utterance.text, track)
     refusal, info, size = None, AudioInfo(0, False), 0
     try:
@@ -150,16 +151,22 @@ def _examine_one(utterance: Utterance, audio: AudioRoot, track: str, clip: np.vo
     foreign = foreign_symbols(text, LETTERS if track == "word" else ALPHABET)
     if foreign and not refusal:
         refusal = Refusal(utterance, f"label has symbols outside the alphabet: {foreign!r}", in_training=True)
-    clip["id"] = hash_pair(utterance.utterance_id)
-    clip["key"] = hash_pair(escape_key(utterance.utterance_id))
-    clip["said"] = hash_pair(repr((utterance.values, size)))
-    clip["path"] = _hash_path(utterance.audio_path)
-    clip["speaker"] = speaker_hash(utterance.speaker)
-    clip["named"] = bool(utterance.group or utterance.child_id)
-    clip["fits"] = bool(text) and frame_count(info.samples) >= ctc_frames_needed(text)
-    clip["refused"], clip["passthrough"] = refusal is not None and not refusal.in_training, info.passthrough
-    clip["samples"], clip["bytes"] = info.samples, size
-    return refusal
+    clip = {
+        "source": 0,
+        "row": 0,
+        "id": hash_pair(utterance.utterance_id),
+        "key": hash_pair(escape_key(utterance.utterance_id)),
+        "said": hash_pair(repr((utterance.values, size))),
+        "path": _hash_path(utterance.audio_path),
+        "speaker": speaker_hash(utterance.speaker),
+        "named": bool(utterance.group or utterance.child_id),
+        "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(text),
+        "refused": refusal is not None and not refusal.in_training,
+        "passthrough": info.passthrough,
+        "samples": info.samples,
+        "bytes": size,
+    }
+    return tuple(clip[name] for name in CLIP_DTYPE.names or ()), refusal
 
 
 def _list_audio(layout: Layout) -> tuple[list[str], npt.NDArray[np.uint64]]:

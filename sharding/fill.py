@@ -14,7 +14,7 @@ import soxr
 
 from sharding import report
 from sharding.archive import AudioRoot, open_audio
-from sharding.audio import SAMPLE_RATE, Waveform, decode, encode, is_constant
+from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant
 from sharding.errors import AudioError, MissingError, ShardError
 from sharding.format import (
     FORMAT_VERSION,
@@ -101,6 +101,7 @@ class ShardResult:
 class CutJob:
     where: Where
     row: Row
+    bytes: int  # of the recording's audio file
     split: str
     limit_sec: float
 
@@ -116,7 +117,8 @@ def cut(job: CutJob) -> CutResult:
     utterance = job.row.parse(job.where.layouts)
     text = normalize(utterance.text, job.where.track)
     try:
-        _, waveform, _ = _read(utterance, job.where.layouts[job.row.source].audio)
+        data = _read(utterance, job.where.layouts[job.row.source].audio, job.bytes)
+        waveform, _ = decode(data, prove=not utterance.md5_hash)
     except AudioError as error:
         return CutResult((), report.write_ledger([report.rejected_row(utterance, job.split, error.message)]))
     finally:
@@ -230,10 +232,9 @@ def _template(job: ShardJob, member: Member, utterance: Utterance) -> Sample:
     text = normalize(utterance.text, job.where.track)
     if member.piece:
         return _piece_sample(utterance, text, member.piece, "valid" if job.split == "valid" else "train")
-    sample = _bare_sample(utterance)
     if job.split == "unlabelled":
-        return replace(sample, label_status="unlabelled", parent_text=text)
-    return replace(sample, text=text)
+        return _bare_sample(utterance, label_status="unlabelled", parent_text=text)
+    return _bare_sample(utterance, text=text)
 
 
 def _piece_sample(utterance: Utterance, text: str, piece: Piece, split: str) -> Sample:
@@ -254,12 +255,15 @@ def _piece_sample(utterance: Utterance, text: str, piece: Piece, split: str) -> 
     )
 
 
-def _bare_sample(utterance: Utterance) -> Sample:
+def _bare_sample(
+    utterance: Utterance, text: str = "", label_status: str = "labelled", parent_text: str | None = None
+) -> Sample:
     return Sample(
         key=escape_key(utterance.utterance_id),
         audio=b"",
-        text="",
-        label_status="labelled",
+        text=text,
+        label_status=label_status,
+        parent_text=parent_text,
         utterance_id=utterance.utterance_id,
         child_id=utterance.child_id,
         session_id=utterance.session_id,
@@ -273,22 +277,21 @@ def _fill(job: ShardJob, member: Member, utterance: Utterance, template: Sample)
     if member.piece:
         audio = open_store(job.where.scratch).read(f"{template.key}.flac")
         return replace(template, audio=audio), member.piece.segment.samples
-    data, waveform, final = _read(utterance, job.where.layouts[member.row.source].audio)
-    if len(data) != member.bytes:  # it may belong into another bucket now
-        raise AudioError(f"changed during the build, from {member.bytes} bytes to {len(data)}")
-    if job.split == "train" and template.text and is_constant(waveform):
+    data = _read(utterance, job.where.layouts[member.row.source].audio, member.bytes)
+    sound, final = decode_native(data, prove=not utterance.md5_hash)
+    if job.split == "train" and template.text and is_constant(sound):
         raise AudioError("constant signal with a label")
-    return replace(template, audio=data if final else encode(waveform)), len(waveform)
+    return replace(template, audio=data if final else encode(sound)), len(sound)
 
 
-def _read(utterance: Utterance, audio: AudioRoot) -> tuple[bytes, Waveform, bool]:
-    """A clip's bytes, its waveform, and whether the bytes can be stored as they are."""
+def _read(utterance: Utterance, audio: AudioRoot, size: int) -> bytes:
+    """The bytes of a clip, which are those that were examined, as far as their number and the manifest's md5 tell."""
     with open_audio(audio, utterance.audio_path) as (file, _):
         data = file.read()
-    if not data:
-        raise AudioError("audio file is empty (0 bytes)")
+    if len(data) != size:  # it may belong into another bucket now
+        raise AudioError(f"changed during the build, from {size} bytes to {len(data)}")
     if utterance.md5_hash:
         seen = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if seen != utterance.md5_hash:
             raise AudioError(f"md5 is {seen}, the manifest says {utterance.md5_hash}")
-    return data, *decode(data, prove=not utterance.md5_hash)
+    return data

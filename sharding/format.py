@@ -133,6 +133,7 @@ def whole_key(key: str) -> str:
     return key.partition("+")[0]
 
 
+_write_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 _META = [field.name for field in fields(Sample) if field.name not in ("key", "audio")]
 
 
@@ -141,7 +142,7 @@ def sample_to_bytes(sample: Sample) -> bytes:
     meta = {name: value for name in _META if (value := getattr(sample, name)) is not None}
     if sample.parent_id is None:
         del meta["piece"], meta["pieces"]
-    document = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    document = _write_json(meta).encode()
     return _member(f"{sample.key}.flac", sample.audio) + _member(f"{sample.key}.json", document)
 
 

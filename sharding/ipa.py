@@ -41,6 +41,8 @@ def normalize(text: str, track: str) -> str:
 
 def foreign_symbols(text: str, alphabet: frozenset[str] = ALPHABET) -> str:
     """The symbols of a normalised label that are not in the alphabet, each once, in order of appearance."""
+    if alphabet.issuperset(text):
+        return ""
     return "".join(dict.fromkeys(symbol for symbol in text if symbol not in alphabet))
 
 

@@ -265,7 +265,7 @@ def _json_object(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
 def _text(value: Any, column: str, where: str) -> str:
     if value is not None and not isinstance(value, str):
         raise ManifestError(f"{where}: {column!r} is {_short(value)}, a string is expected")
-    if value and UNPRINTABLE.search(value):
+    if value and not value.isprintable() and UNPRINTABLE.search(value):
         raise ManifestError(f"{where}: {column!r} is {_short(value)}, which holds NUL or half a character")
     return value or ""
 

@@ -28,6 +28,7 @@ TOO_DENSE = "label needs more frames than the clip has: kept without it"
 
 
 Row = dict[str, Any]  # of the ledger
+_write_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def ledger_row(
@@ -110,7 +111,7 @@ def write_ledger(rows: Iterable[Row]) -> LedgerPart:
     tally, lines = Tally(), []
     for row in rows:
         tally.count(row)
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines.append(_write_json(row) + "\n")
     tally.worst = _worst(tally.worst)
     return LedgerPart(zstandard.compress("".join(lines).encode(), 3), tally)
 

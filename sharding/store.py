@@ -26,6 +26,7 @@ from obstore.store import ObjectStore, from_url
 
 from sharding.errors import MissingError, StoreError
 
+FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of it is made, and leaves the page cache
 PATIENCE_SEC = 90.0  # for which what fails is repeated
 SILENCE_SHARE = 2 / 3  # of it: as long may an answer take, so that one which never comes is asked for once more
 CONNECT_SEC = 10.0
@@ -99,10 +100,16 @@ class FolderStore:
     def write(self, name: str, data: Content) -> None:
         path = self.folder / name
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another machine may write the same name
+        waiting = 0  # bytes whose way to the disk has not begun
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                file.writelines([data] if isinstance(data, bytes) else data)
+                for part in [data] if isinstance(data, bytes) else data:
+                    waiting += file.write(part)
+                    if waiting >= FLUSH_BYTES:
+                        file.flush()
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                        waiting = 0
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
