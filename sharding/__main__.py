@@ -48,14 +48,18 @@ def _build(options: argparse.Namespace) -> int:
     _check_executor(options)
     how = HowToRun(options.workers, parse_columns(options.columns), options.dry_run, options.append, options.scheduler)
     built = build(_find_sources(options.sources), options.out, settings, how)
-    print(report.render(built.summary))
+    if built.summary:
+        print(report.render(built.summary, options.dry_run))
+    if built.known:
+        print(f"{built.known:,} of the clips to append were there already, and stay as they are")
     done = "would be built so; nothing was written" if options.dry_run else "built"
     print(f"{options.out}: " + (done if built.fresh else "was built before from the same sources; nothing to do"))
-    share = built.index.notes["rejected"] / max(built.index.notes["clips"], 1)
-    if share > options.max_rejected:
+    if built.rejected > options.max_rejected:
+        ledger = f"{report.LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
         raise ShardError(
-            f"{options.out}: {share:.1%} of the clips were rejected, --max-rejected allows {options.max_rejected:.1%}",
-            f"{report.LEDGER_NAME} has the reason for each; the shard set is whole and can be used if they are right",
+            f"{options.out}: {built.rejected:.1%} of the clips were rejected, "
+            f"--max-rejected allows {options.max_rejected:.1%}",
+            "look at the files named above" if options.dry_run else ledger,
         )
     return 0
 
@@ -92,9 +96,10 @@ def _verify(options: argparse.Namespace) -> int:
     for fault in faults.values():
         print(fault, file=sys.stderr)
     if faults:
+        again = f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…"
         raise ShardError(
             f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged",
-            f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…",
+            "it was appended to, and has to be built anew" if index.base else again,
         )
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0

@@ -67,7 +67,8 @@ def find_audio(folder: Path, audio_paths: Sequence[str]) -> AudioRoot:
     for below in ("", AUDIO_FOLDER, "clips"):
         place = folder / below
         if any(os.path.lexists(f"{place}/{path}") for path in inside):
-            return AudioRoot(str(place), "" if below else AUDIO_FOLDER)
+            tops = {_plain(path).rpartition("/")[0].partition("/")[0] for path in inside}
+            return AudioRoot(str(place), tops.pop() if len(tops) == 1 else "")
     seen = ""
     if (folder / ARCHIVE).is_file():
         members = _read_members(str(folder / ARCHIVE))

@@ -33,7 +33,7 @@ from sharding.assign import (
 from sharding.audio import SAMPLE_RATE
 from sharding.buckets import fit_bins
 from sharding.cluster import ClusterWorkers
-from sharding.errors import ShardError
+from sharding.errors import ManifestError, ShardError
 from sharding.examine import Examined, examine, find_orphans, hash_pair, hash_sources
 from sharding.fill import CutJob, Member, Piece, Row, ShardJob, ShardResult, Where, cut, make_shard
 from sharding.format import (
@@ -44,7 +44,7 @@ from sharding.format import (
     join_samples,
     keep_old_index,
     read_index,
-    read_keys,
+    read_listed,
     whole_key,
     write_index,
 )
@@ -87,8 +87,10 @@ class Built:
     """What a build has made, for its caller to print."""
 
     index: ShardIndex
-    summary: dict[str, Any]
+    summary: dict[str, Any] | None  # None where its report was left behind
+    rejected: float  # share of the clips that this build was to take in
     fresh: bool = True  # False where there was nothing to do
+    known: int = 0  # clips that were there already, of those to append
 
 
 def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: HowToRun) -> Built:
@@ -101,14 +103,17 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
         orphans = find_orphans(sources, examined.clips, pool)
         built = _built_before(store, settings, examined, how.append)
         if built:
-            return built
+            return built  # from a place, too, where nothing can be written
         with nullcontext(Lease()) if how.dry else sole_build(store) as lease:
             built = _built_before(store, settings, examined, how.append)  # by another build, a moment ago
             if built:
                 return built
             base = read_index(store) if store.exists(INDEX_NAME) else None
-            if base:
-                examined = examined.select(~_are_known(store, base, examined))
+            known = _are_known(store, base, examined, sources) if base else np.zeros(len(examined.clips), bool)
+            examined = examined.select(~known)
+            old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
+            if base and not len(examined.clips):
+                return Built(base, report.read_summary(store), 0.0, fresh=False, known=len(known))
             with _scratch(store, shared=bool(how.scheduler)) as scratch:
                 layouts = tuple(source.layout for source in sources)
                 where = Where(_absolute(out), f"{scratch}/{lease.token}", layouts, settings.track, how.dry, lease.token)
@@ -117,15 +122,19 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
                 results = write_shards(plan, plan.shards, pool)
                 _clear_unfinished(store, plan, base, lease)  # a worker may have died, and another done its work
             ledger += [result.ledger for result in results]
+            rejected = report.add_up(ledger).clips["rejected"] / max(len(examined.clips), 1)
             if base:
-                ledger.insert(0, _old_ledger(store, examined))
-                orphans = sorted({*report.read_orphans(store), *orphans})
-            index = _index(plan, results, report.add_up(part.tally for part in ledger), base)
+                ledger.insert(0, _rows_that_stay(old_rows, examined))
+                orphans = sorted({*old_orphans, *orphans})
+            index = _index(plan, results, report.add_up(ledger), base)
             summary = report.publish(store, ledger, index, orphans, examined.ignored_fields)
             lease.check()
+            if base and index.samples.size == base.samples.size:  # all were refused; no run need see another index
+                return Built(base, summary, rejected, known=int(known.sum()))
             if base:
                 keep_old_index(store, base)
-            return Built(write_index(store, index), summary)  # last: the index says that all the rest is there
+            index = write_index(store, index)  # last: the index says that all the rest is there
+            return Built(index, summary, rejected, known=int(known.sum()))
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------
@@ -274,20 +283,40 @@ def _built_before(store: Store, settings: BuildSettings, examined: Examined, app
             "choose another --out, ask for the same, or remove this folder first",
         )
     if append:
-        if not _are_known(store, index, examined).all():
-            return None
-    elif index.sources_hash != hash_sources(examined.clips):
+        return None
+    if index.sources_hash != hash_sources(examined.clips):
         raise ShardError(
             f"{store.url}: holds a shard set of other sources, or of sources that have changed",
             "choose another --out, or remove this folder first; --append adds clips and leaves those there as they are",
         )
-    return Built(index, report.read_summary(store), fresh=False)
+    rejected = index.notes["rejected"] / max(index.notes["clips"], 1)
+    return Built(index, report.read_summary(store), rejected, fresh=False)
 
 
-def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:
-    """Which clips the shards hold already, whole or in pieces; told by the shards, not by the report beside them."""
-    known = {hash_pair(whole_key(key)) for key in read_keys(store, base)}
-    return np.array([tuple(pair) in known for pair in examined.clips["key"].tolist()], bool)
+def _are_known(store: Store, base: ShardIndex, examined: Examined, sources: Sequence[Source]) -> Mask:
+    """Which clips the shards hold already, whole or in pieces; told by the shards, not by the report beside them.
+
+    Raises ManifestError for one whose id is there, but is another corpus's.
+    """
+    listed = (read_listed(store, shard) for shard in base.shards)
+    known = {hash_pair(whole_key(key)): who.corpus for shard in listed
+             for key, who in zip(shard.keys, shard.who, strict=True)}  # fmt: skip
+    corpora = [source.layout.corpus for source in sources]
+    mask = np.zeros(len(examined.clips), bool)
+    for row, (pair, source) in enumerate(examined.clips[["key", "source"]].tolist()):
+        corpus = known.get(tuple(pair))
+        mask[row] = corpus is not None
+        if corpus not in (None, corpora[source]):
+            raise ManifestError(
+                f"{_place(sources, examined, row)}: its utterance_id is in {store.url} already, of corpus {corpus!r}",
+                "every clip needs an id of its own; rename those of the corpus that is to be added",
+            )
+    return mask
+
+
+def _place(sources: Sequence[Source], examined: Examined, clip: int) -> str:
+    row = _read_rows(sources, examined, np.array([clip]))[0]
+    return f"{sources[row.source].layout.transcripts}:{row.number}"
 
 
 def _stand_in_of(base: ShardIndex) -> int | None:
@@ -304,10 +333,9 @@ def _numbers_taken(base: ShardIndex) -> dict[tuple[str, int], int]:
     return taken
 
 
-def _old_ledger(store: Store, examined: Examined) -> report.LedgerPart:
-    """The rows that stay: a clip that was rejected before and is given again gets a new one."""
+def _rows_that_stay(rows: Sequence[report.Row], examined: Examined) -> report.LedgerPart:
+    """Of the ledger before: a clip that was rejected then and is given again gets a new row."""
     again = {tuple(pair) for pair in examined.clips["key"].tolist()}
-    rows = report.read_ledger(store)
     return report.write_ledger(row for row in rows if hash_pair(escape_key(row["utterance_id"])) not in again)
 
 

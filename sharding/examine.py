@@ -15,7 +15,7 @@ from sharding.archive import AudioRoot, list_audio, open_audio
 from sharding.audio import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
 from sharding.format import escape_key, piece_key
-from sharding.ipa import ALPHABET, LETTERS, ctc_frames_needed, foreign_symbols, normalize
+from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, normalize
 from sharding.manifest import Layout, Source, Utterance, printable
 from sharding.workers import Workers, count_done
 
@@ -98,10 +98,12 @@ def find_orphans(sources: Sequence[Source], clips: ClipTable, pool: Workers) -> 
     orphans = []
     listings = pool.map(_list_audio, [source.layout for source in sources], [0] * len(sources), "listing")
     for number, (names, hashes) in enumerate(listings):
-        known = clips["path"][clips["source"] == number]
+        audio = sources[number].layout.audio  # which several transcripts may share
+        same = [other for other, source in enumerate(sources) if source.layout.audio == audio]
+        known = clips["path"][np.isin(clips["source"], same)]
         corpus = sources[number].layout.corpus
         orphans += [printable(f"{corpus}/{names[row]}") for row in np.flatnonzero(~np.isin(hashes, known))]
-    return sorted(orphans)
+    return sorted(set(orphans))
 
 
 def hash_pair(text: str) -> tuple[int, int]:
@@ -148,7 +150,7 @@ def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tu
             info = probe(file)
     except AudioError as error:
         refusal = Refusal(utterance, error.message)
-    foreign = foreign_symbols(text, LETTERS if track == "word" else ALPHABET)
+    foreign = foreign_symbols(text, alphabet_of(track))
     if foreign and not refusal:
         refusal = Refusal(utterance, f"label has symbols outside the alphabet: {foreign!r}", in_training=True)
     clip = {

@@ -146,12 +146,13 @@ def make_shard(job: ShardJob) -> ShardResult:
     made_of = _digest(job, utterances)
     shard = _finished(store, job, made_of, utterances, templates)
     if shard is None:
-        remove_shard(store, job.name)
         refused: dict[str, str] = {}
         contents = _fill_all(job, utterances, templates, refused)
         first = next(contents, None)
         if first is not None:
             shard = write_shard(store, job.name, job.bucket, chain([first], contents), made_of, refused)
+        else:
+            remove_shard(store, job.name)  # of another plan
     else:
         refused = dict(shard.refused)
         count_done(len(job.members))

@@ -403,7 +403,7 @@ def _read_document(store: Reader, name: str) -> dict[str, Any]:
     return document
 
 
-_VERIFY_HINT = "the copy may be incomplete; run `python -m sharding verify` on the shard set"
+_VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
 
 
 def _index_from(document: dict[str, Any], table: SampleTable) -> ShardIndex:

@@ -39,6 +39,11 @@ def normalize(text: str, track: str) -> str:
     return normalize_words(text) if track == "word" else normalize_ipa(text)
 
 
+def alphabet_of(track: str) -> frozenset[str]:
+    """The symbols that labels of the phonetic or the word track are made of."""
+    return LETTERS if track == "word" else ALPHABET
+
+
 def foreign_symbols(text: str, alphabet: frozenset[str] = ALPHABET) -> str:
     """The symbols of a normalised label that are not in the alphabet, each once, in order of appearance."""
     if alphabet.issuperset(text):

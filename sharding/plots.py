@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sharding.audio import SAMPLE_RATE
 from sharding.format import SPLITS, ShardIndex
-from sharding.ipa import SYMBOLS
+from sharding.ipa import alphabet_of
 
 COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "unlabelled": "#909090"}
 DPI = 120
@@ -56,7 +56,8 @@ def plot_symbols(index: ShardIndex, counts: Mapping[str, int]) -> bytes:
 
     A validation label may hold symbols beyond the alphabet, which are drawn last and paler.
     """
-    alphabet = sorted(SYMBOLS + " ", key=lambda symbol: -counts.get(symbol, 0))
+    symbols_of_track = sorted(alphabet_of(index.settings.get("track", "phonetic")))
+    alphabet = sorted(symbols_of_track, key=lambda symbol: -counts.get(symbol, 0))
     foreign = sorted(set(counts) - set(alphabet))
     symbols = alphabet + foreign
     heights = [counts.get(symbol, 0) for symbol in symbols]

@@ -37,11 +37,12 @@ def repair(
     store = open_store(url)
     with sole_build(store):
         outline = read_outline(store)
-        if outline.base:
-            raise ShardError(
-                f"{url}: was appended to, and can only be built anew", "keep it until the new one is whole"
-            )
         faults = find_faults(url, outline.shards, with_audio, workers)
+        if faults and outline.base:
+            raise ShardError(
+                f"{url}: was appended to, and can only be built anew; damaged are {', '.join(faults)}",
+                "keep it until the new one is whole",
+            )
         if faults:
             settings = BuildSettings(**outline.settings)
             sources = read_sources(locations, Reading(settings.track, columns, settings.group_by))
@@ -49,6 +50,10 @@ def repair(
                 where = Where(url, scratch, tuple(source.layout for source in sources), settings.track, dry=True)
                 plan = _plan(sources, outline.sources_hash, settings, where, pool, url)
                 _rewrite(plan, {shard.name: shard for shard in outline.shards if shard.name in faults}, pool)
+        if faults:
+            still = find_faults(url, [shard for shard in outline.shards if shard.name in faults], with_audio, workers)
+            if still:
+                raise ShardError(f"{'; '.join(still.values())}: so it was built", "build the shard set anew")
         columns_are_whole = _columns_are_whole(store)
         if not columns_are_whole:
             repair_samples(store)

@@ -3,7 +3,7 @@
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import zstandard
 
 from sharding.archive import MISSING
 from sharding.audio import SAMPLE_RATE
-from sharding.errors import ShardError
+from sharding.errors import MissingError, ShardError
 from sharding.format import SPLITS, ShardIndex
 from sharding.manifest import Utterance, printable
 from sharding.store import Reader, Store
@@ -73,10 +73,14 @@ class Tally:
     worst: list[dict[str, Any]] = field(default_factory=list)
     declared_off: list[dict[str, Any]] = field(default_factory=list)
 
-    def __add__(self, other: "Tally") -> "Tally":
-        added = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__
-                 if name != "seconds"}  # fmt: skip
-        return Tally(**added, seconds={fate: self.seconds[fate] + other.seconds[fate] for fate in FATES})
+    def add(self, other: "Tally") -> None:
+        for name in ("clips", "corpora", "reasons", "unlabelled", "validation"):
+            getattr(self, name).update(getattr(other, name))
+        for fate in FATES:
+            self.seconds[fate] += other.seconds[fate]
+        self.unlabelled_pieces += other.unlabelled_pieces
+        self.worst += other.worst
+        self.declared_off += other.declared_off
 
     def count(self, row: Row) -> None:
         fate, seconds, declared = row["fate"], row["seconds"], row["declared_sec"]
@@ -123,7 +127,7 @@ def publish(
     from sharding.plots import plot_durations  # matplotlib takes a second to import
 
     store.write(LEDGER_NAME, _join([part.lines for part in parts]))
-    tally = add_up(part.tally for part in parts)
+    tally = add_up(parts)
     summary = _summarize(tally, index, orphans, ignored_fields)
     store.write(SUMMARY_NAME, json.dumps(summary, ensure_ascii=False, indent=1).encode())
     store.write(ORPHANS_NAME, "".join(f"{name}\n" for name in orphans).encode())
@@ -131,29 +135,41 @@ def publish(
     return summary
 
 
-def add_up(tallies: Iterable[Tally]) -> Tally:
+def add_up(parts: Iterable[LedgerPart]) -> Tally:
     total = Tally()
-    for tally in tallies:
-        total += tally
+    for part in parts:
+        total.add(part.tally)
     return total
 
 
-def read_summary(store: Reader) -> dict[str, Any]:
+def read_summary(store: Reader) -> dict[str, Any] | None:
+    """The summary of a shard set, or None where its report was left behind."""
     try:
         document: dict[str, Any] = json.loads(store.read(SUMMARY_NAME))
+    except MissingError:
+        return None
     except ValueError as error:
         raise ShardError(f"{store.url}/{SUMMARY_NAME}: damaged ({error})", "the shards may still be well") from error
     return document
 
 
-def read_ledger(store: Reader) -> Iterator[Row]:
-    """Every row of the ledger."""
-    lines = zstandard.ZstdDecompressor().decompress(store.read(LEDGER_NAME))
-    return (json.loads(line) for line in lines.splitlines())
+def keep_old(store: Store, digest: str) -> tuple[list[Row], list[str]]:
+    """The ledger and the orphans as they were with the index of that digest, which is about to be appended to.
 
-
-def read_orphans(store: Reader) -> list[str]:
-    return store.read(ORPHANS_NAME).decode().splitlines()
+    They are kept under its name: should this build be killed before its index is there, the next one begins with them.
+    """
+    kept = []
+    for name in (LEDGER_NAME, ORPHANS_NAME):
+        old = name.replace(".", f"-{digest}.", 1)
+        if not store.exists(old):
+            try:
+                store.write(old, store.read(name))
+            except MissingError as error:
+                hint = "without it the report of what is added cannot be whole; build into another --out"
+                raise ShardError(error.message, hint) from error
+        kept.append(store.read(old if store.exists(old) else name))
+    lines = zstandard.ZstdDecompressor().decompress(kept[0])
+    return [json.loads(line) for line in lines.splitlines()], kept[1].decode().splitlines()
 
 
 def _join(parts: Sequence[bytes]) -> bytes:
@@ -190,8 +206,8 @@ def _summarize(
     }
 
 
-def render(summary: dict[str, Any]) -> str:
-    """The summary as a person reads it in a terminal."""
+def render(summary: dict[str, Any], dry: bool = False) -> str:
+    """The summary as a person reads it in a terminal; a `dry` run has left no files to look into."""
     fates, notes = summary["fates"], summary["notes"]
     lines = [
         f"{summary['clips_in']:,} clips in ({summary['seconds_in'] / 3600:.2f} h) = "
@@ -204,7 +220,7 @@ def render(summary: dict[str, Any]) -> str:
             f" {row['bucket_padding']:18.1%}"
         )
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:WORST]]
-    lines += _name_worst(summary)
+    lines += _name_worst(summary, dry)
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
     if summary["unlabelled_pieces"]:
         lines.append(
@@ -212,9 +228,8 @@ def render(summary: dict[str, Any]) -> str:
             "certain, so they are kept and not trained on"
         )
     if summary["orphan_audio"]:
-        lines.append(
-            f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error; {ORPHANS_NAME})"
-        )
+        where = "" if dry else f"; {ORPHANS_NAME}"
+        lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error{where})")
     if summary["orphan_rows"]:
         lines.append(f"{summary['orphan_rows']:,} rows of the transcripts have no audio file")
     if summary["declared_off"]:
@@ -229,13 +244,14 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _name_worst(summary: dict[str, Any]) -> list[str]:
+def _name_worst(summary: dict[str, Any], dry: bool) -> list[str]:
     """The files behind the counts: the longest first, for they cost most."""
     if not summary["worst"]:
         return []
     count = summary["fates"]["rejected"]["clips"]
     more = f", the {len(summary['worst'])} longest" if count > len(summary["worst"]) else ""
-    return [f"rejected files{more} ({LEDGER_NAME} has all):"] + [
+    where = "" if dry else f" ({LEDGER_NAME} has all)"
+    return [f"rejected files{more}{where}:"] + [
         f"{row['seconds']:8.2f} s  {row['source']}/{row['audio_path']}: {row['reason']}" for row in summary["worst"]
     ]
 

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -110,6 +111,8 @@ class Workers:
                     with _interrupts_held():
                         for number, job in islice(waiting, max(0, self.count * AHEAD - len(running))):
                             running[self._executor.submit(function, job)] = number
+                    if not running:  # there is nobody to work, for the moment
+                        time.sleep(0.2)
                     done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                     for future in sorted(done, key=running.__getitem__):
                         number = running.pop(future)

@@ -168,3 +168,25 @@ def test_bytes_that_are_no_audio_are_refused_not_crashed_on(data: bytes) -> None
 
 def test_frames_are_those_of_the_convolutions() -> None:
     assert [frame_count(samples) for samples in (0, 399, 400, 719, 720, 16_000)] == [0, 0, 1, 1, 2, 49]
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 48_000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_an_mp3_is_decoded_whole_or_refused(rate: int, channels: int) -> None:
+    """Without its first frame, which says its length, a file of variable bit rate looks shorter than it is."""
+    seconds = 14
+    fading = np.linspace(1, 0.001, rate * seconds)[:, None]
+    sound = np.random.default_rng(0).normal(0, 0.1, (rate * seconds, channels)) * fading
+    buffer = io.BytesIO()
+    soundfile.write(buffer, sound, rate, format="MP3")
+    data = buffer.getvalue()
+    waveform, _ = decode(data)
+    assert len(waveform) / SAMPLE_RATE == pytest.approx(seconds, abs=0.05)
+    second_frame = data.index(data[:2], 2)
+    for other, wanted in ((data[second_frame:], seconds), (data + data, 2 * seconds)):
+        try:
+            waveform, _ = decode(other)
+        except AudioError as error:
+            assert "decode" in error.message
+        else:
+            assert len(waveform) / SAMPLE_RATE == pytest.approx(wanted, abs=0.5)

@@ -131,6 +131,46 @@ def test_appending_with_other_settings_is_refused(built: Path, sources: list[Pat
     assert digest_of(built) == before
 
 
+def test_an_id_that_another_corpus_has_is_refused(
+    built: Path, sources: list[Path], run_sharding: Command, tmp_path: Path
+) -> None:
+    other = shutil.copytree(sources[0], tmp_path / "other")
+    before = digest_of(built)
+    done = run_sharding("build", other, "--out", built, "--append", *SMALL_SHARDS)
+    assert done.returncode == 1
+    assert "is in" in done.stderr
+    assert "already, of corpus 'first'" in done.stderr
+    assert digest_of(built) == before
+
+
+def test_an_append_that_was_killed_before_its_index_leaves_no_trace_in_the_next(
+    built: Path, sources: list[Path], run_sharding: Command
+) -> None:
+    index = (built / "index.json").read_bytes()
+    assert run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS).returncode == 0
+    (built / "index.json").write_bytes(index)  # as a kill leaves it: the report is there, the index is not
+    third = make_corpus(built.parent / "third", clips=3, seed=2)
+    assert run_sharding("build", third, "--out", built, "--append", *SMALL_SHARDS).returncode == 0
+    assert {row["source"] for row in read_ledger(built)} == {"first", "third"}
+    assert_balanced(built)
+
+
+def test_what_is_refused_again_makes_no_other_index_and_counts_by_itself(
+    built: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    bad = make_corpus(tmp_path / "bad", clips=2, seed=3)
+    (bad / read_manifest(bad)[0]["audio_path"]).write_bytes(b"")
+    arguments = ("build", bad, "--out", built, "--append", "--shard-mb", 0.2, "--max-rejected", 0.4)
+    indexes = []
+    for _ in range(3):
+        done = run_sharding(*arguments)
+        assert done.returncode == 1
+        indexes.append((built / "index.json").read_bytes())
+        assert_balanced(built)
+    assert indexes[0] == indexes[1] == indexes[2]
+    assert "of the clips were rejected, --max-rejected allows 40.0%" in done.stderr
+
+
 # --- a dry run, and the size of shards --------------------------------------------------------------------------
 
 
