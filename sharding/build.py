@@ -100,7 +100,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
     store = open_store(out, dry=how.dry)
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:
         examined = examine(sources, settings.track, pool)
-        orphans = find_orphans(sources, examined.clips, pool)
+        orphans = find_orphans(examined, pool)
         built = _built_before(store, settings, examined, how.append)
         if built:
             return built  # from a place, too, where nothing can be written
@@ -109,32 +109,43 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             if built:
                 return built
             base = read_index(store) if store.exists(INDEX_NAME) else None
-            known = _are_known(store, base, examined, sources) if base else np.zeros(len(examined.clips), bool)
+            known = _are_known(store, base, examined) if base else np.zeros(len(examined.clips), bool)
             examined = examined.select(~known)
-            old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
             if base and not len(examined.clips):
                 return Built(base, report.read_summary(store), 0.0, fresh=False, known=len(known))
-            with _scratch(store, shared=bool(how.scheduler)) as scratch:
-                layouts = tuple(source.layout for source in sources)
-                where = Where(_absolute(out), f"{scratch}/{lease.token}", layouts, settings.track, how.dry, lease.token)
-                plan, ledger = plan_build(sources, examined, settings, where, pool, base)
-                _clear_unfinished(store, plan, base, lease)
-                results = write_shards(plan, plan.shards, pool)
-                _clear_unfinished(store, plan, base, lease)  # a worker may have died, and another done its work
-            ledger += [result.ledger for result in results]
+            old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
+            plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
             rejected = report.add_up(ledger).clips["rejected"] / max(len(examined.clips), 1)
-            if base:
-                ledger.insert(0, _rows_that_stay(old_rows, examined))
-                orphans = sorted({*old_orphans, *orphans})
+            ledger.insert(0, _rows_that_stay(old_rows, examined))
             index = _index(plan, results, report.add_up(ledger), base)
-            summary = report.publish(store, ledger, index, orphans, examined.ignored_fields)
+            summary = report.publish(store, ledger, index, sorted({*old_orphans, *orphans}), examined.ignored_fields)
             lease.check()
-            if base and index.samples.size == base.samples.size:  # all were refused; no run need see another index
-                return Built(base, summary, rejected, known=int(known.sum()))
-            if base:
-                keep_old_index(store, base)
-            index = write_index(store, index)  # last: the index says that all the rest is there
+            if base is None or len(index.samples) > len(base.samples):  # else no run need see another index
+                if base:
+                    keep_old_index(store, base)
+                index = write_index(store, index)  # last: the index says that all the rest is there
             return Built(index, summary, rejected, known=int(known.sum()))
+
+
+def _make_shards(
+    store: Store,
+    lease: Lease,
+    pool: Workers,
+    examined: Examined,
+    settings: BuildSettings,
+    how: HowToRun,
+    base: ShardIndex | None,
+) -> tuple["Plan", list[ShardResult], list[report.LedgerPart]]:
+    """Plan the shards, and write them."""
+    with _scratch(store, shared=bool(how.scheduler)) as scratch:
+        layouts = tuple(source.layout for source in examined.sources)
+        out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
+        where = Where(out, scratch, layouts, settings.track, how.dry, lease.token)
+        plan, ledger = plan_build(examined, settings, where, pool, base)
+        _clear_unfinished(store, plan, base, lease)
+        results = write_shards(plan, plan.shards, pool)
+        _clear_unfinished(store, plan, base, lease)  # a worker may have died, and another done its work
+    return plan, results, ledger + [result.ledger for result in results]
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------
@@ -144,7 +155,6 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
 class Plan:
     """What every shard is to hold."""
 
-    sources: Sequence[Source]
     examined: Examined
     settings: BuildSettings
     where: Where
@@ -157,7 +167,7 @@ class Plan:
     def job(self, shard: PlannedShard) -> ShardJob:
         name, bucket, rows = shard
         members = self.members[rows]
-        lines = _read_rows(self.sources, self.examined, members["clip"])
+        lines = _read_rows(self.examined, members["clip"])
         sizes = self.examined.clips["bytes"][members["clip"]].tolist()
         pieces = [None if whole else self._piece(clip, piece)
                   for whole, clip, piece in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
@@ -170,7 +180,6 @@ class Plan:
 
 
 def plan_build(
-    sources: Sequence[Source],
     examined: Examined,
     settings: BuildSettings,
     where: Where,
@@ -186,12 +195,12 @@ def plan_build(
     valid = is_validation(clips["speaker"], settings.valid_fraction, stand_in)
     usable, refused = _refuse(examined, valid)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
-    segments, cuts = _cut(sources, examined, settings, where, pool, long, valid)
+    segments, cuts = _cut(examined, settings, where, pool, long, valid)
     members = list_members(clips, usable & ~long, segments, valid)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     taken = _numbers_taken(base) if base else None
     shards = assign_shards(members, bins, round(settings.shard_mb * 2**20), settings.min_shards, taken)
-    return Plan(sources, examined, settings, where, segments, members, bins, shards, stand_in), [refused, *cuts]
+    return Plan(examined, settings, where, segments, members, bins, shards, stand_in), [refused, *cuts]
 
 
 def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> list[ShardResult]:
@@ -215,7 +224,6 @@ def _refuse(examined: Examined, valid: Mask) -> tuple[Mask, report.LedgerPart]:
 
 
 def _cut(
-    sources: Sequence[Source],
     examined: Examined,
     settings: BuildSettings,
     where: Where,
@@ -226,7 +234,7 @@ def _cut(
     """Split the long recordings, longest first."""
     clips, rows = examined.clips, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    lines, sizes = _read_rows(sources, examined, rows), clips["bytes"][rows].tolist()
+    lines, sizes = _read_rows(examined, rows), clips["bytes"][rows].tolist()
     splits = np.where(valid[rows], "valid", "train").tolist()
     jobs = (CutJob(where, *job, settings.limit_sec) for job in zip(lines, sizes, splits, strict=True))
     results = pool.map(cut, jobs, [1] * len(rows), "splitting")
@@ -234,7 +242,8 @@ def _cut(
     return segments, [result.ledger for result in results]
 
 
-def _read_rows(sources: Sequence[Source], examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:
+def _read_rows(examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:
+    sources = examined.sources
     places = examined.clips[["source", "row"]][clips].tolist()
     return [Row(source, int(sources[source].numbers[row]), sources[source].line(row)) for source, row in places]
 
@@ -293,7 +302,7 @@ def _built_before(store: Store, settings: BuildSettings, examined: Examined, app
     return Built(index, report.read_summary(store), rejected, fresh=False)
 
 
-def _are_known(store: Store, base: ShardIndex, examined: Examined, sources: Sequence[Source]) -> Mask:
+def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:
     """Which clips the shards hold already, whole or in pieces; told by the shards, not by the report beside them.
 
     Raises ManifestError for one whose id is there, but is another corpus's.
@@ -301,22 +310,22 @@ def _are_known(store: Store, base: ShardIndex, examined: Examined, sources: Sequ
     listed = (read_listed(store, shard) for shard in base.shards)
     known = {hash_pair(whole_key(key)): who.corpus for shard in listed
              for key, who in zip(shard.keys, shard.who, strict=True)}  # fmt: skip
-    corpora = [source.layout.corpus for source in sources]
+    corpora = [source.layout.corpus for source in examined.sources]
     mask = np.zeros(len(examined.clips), bool)
     for row, (pair, source) in enumerate(examined.clips[["key", "source"]].tolist()):
         corpus = known.get(tuple(pair))
         mask[row] = corpus is not None
         if corpus not in (None, corpora[source]):
             raise ManifestError(
-                f"{_place(sources, examined, row)}: its utterance_id is in {store.url} already, of corpus {corpus!r}",
+                f"{_place(examined, row)}: its utterance_id is in {store.url} already, of corpus {corpus!r}",
                 "every clip needs an id of its own; rename those of the corpus that is to be added",
             )
     return mask
 
 
-def _place(sources: Sequence[Source], examined: Examined, clip: int) -> str:
-    row = _read_rows(sources, examined, np.array([clip]))[0]
-    return f"{sources[row.source].layout.transcripts}:{row.number}"
+def _place(examined: Examined, clip: int) -> str:
+    row = _read_rows(examined, np.array([clip]))[0]
+    return f"{examined.sources[row.source].layout.transcripts}:{row.number}"
 
 
 def _stand_in_of(base: ShardIndex) -> int | None:

@@ -5,7 +5,7 @@ A clip becomes one row of a table of numbers, so that a plan of millions fits in
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -52,15 +52,18 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Examined:
+    """The clips of some sources, and where the rest of what is said of them can be read."""
+
     clips: ClipTable
     refusals: dict[int, Refusal]  # by row of `clips`
     ignored_fields: frozenset[str]
+    sources: tuple[Source, ...] = ()
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> "Examined":
         """The chosen clips alone."""
         row_of = dict(zip(np.flatnonzero(chosen).tolist(), range(len(self.clips)), strict=False))
         refusals = {row_of[row]: refusal for row, refusal in self.refusals.items() if row in row_of}
-        return Examined(self.clips[chosen], refusals, self.ignored_fields)
+        return replace(self, clips=self.clips[chosen], refusals=refusals)
 
 
 def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
@@ -84,7 +87,8 @@ def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
     refusals = {int(start) + row: refusal for start, part in zip(starts, parts, strict=False)
                 for row, refusal in part.refusals.items()}  # fmt: skip
     _check_ids(clips, sources)
-    return Examined(clips, refusals, frozenset().union(*(part.ignored_fields for part in parts)))
+    ignored = frozenset[str]().union(*(part.ignored_fields for part in parts))
+    return Examined(clips, refusals, ignored, tuple(sources))
 
 
 def hash_sources(clips: ClipTable) -> str:
@@ -93,9 +97,9 @@ def hash_sources(clips: ClipTable) -> str:
     return hashlib.sha256(said[np.lexsort((said[:, 1], said[:, 0]))].tobytes()).hexdigest()
 
 
-def find_orphans(sources: Sequence[Source], clips: ClipTable, pool: Workers) -> list[str]:
+def find_orphans(examined: Examined, pool: Workers) -> list[str]:
     """Audio files that no row speaks of, as corpus/path, each on a line whatever its name."""
-    orphans = []
+    sources, clips, orphans = examined.sources, examined.clips, []
     listings = pool.map(_list_audio, [source.layout for source in sources], [0] * len(sources), "listing")
     for number, (names, hashes) in enumerate(listings):
         audio = sources[number].layout.audio  # which several transcripts may share

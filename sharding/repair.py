@@ -69,7 +69,7 @@ def _plan(
             f"{url}: was built of other sources, or of sources that have changed since; nothing was repaired",
             "name all the sources that it was built of",
         )
-    plan, _ = plan_build(sources, examined, settings, where, pool)
+    plan, _ = plan_build(examined, settings, where, pool)
     return plan
 
 
