@@ -164,7 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     parser_build = command("build", _build, "Turn audio and labels into tar shards bucketed by duration.")
     add = parser_build.add_argument
     add("sources", nargs="*", metavar="SOURCE",
-        help="a folder with a transcripts JSONL beside audio/ or audio.zip, or the JSONL itself "
+        help="a folder with its transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, "
+             "a Common Voice folder, or the transcripts file itself "
              f"(default: every folder in {DEFAULT_SOURCES})")  # fmt: skip
     add("--out", default=DEFAULT_OUT, help="folder or s3://bucket/prefix of the shard set (default: %(default)s)")
     add("--workers", type=_between(1, 1024, int), default=available_cores(),
