@@ -31,6 +31,7 @@ from sharding.assign import (
     list_members,
 )
 from sharding.audio import SAMPLE_RATE
+from sharding.bucket import BucketStore
 from sharding.buckets import fit_bins
 from sharding.cluster import ClusterWorkers
 from sharding.errors import ManifestError, ShardError
@@ -50,7 +51,7 @@ from sharding.format import (
 )
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
-from sharding.store import BucketStore, FolderStore, Store, open_store
+from sharding.store import FolderStore, Store, open_store
 from sharding.workers import Workers, available_cores
 
 

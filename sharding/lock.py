@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sharding.bucket import BucketStore, Found, Tag
 from sharding.errors import MissingError, StoreError
-from sharding.store import BucketStore, FolderStore, Found, Store, Tag
+from sharding.store import FolderStore, Store
 
 LOCK_NAME = ".building"
 RENEW_SEC = 15.0

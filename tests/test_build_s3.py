@@ -14,7 +14,7 @@ from corpus import make_corpus
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from seaweed import BUCKET, Seaweed
 
-from sharding.store import BucketStore
+from sharding.bucket import BucketStore
 
 SMALL = ("--num-buckets", "3", "--shard-mb", "0.1", "--workers", "2")
 LARGE = ("--num-buckets", "1", "--shard-mb", "64", "--workers", "1")  # shards that go up in parts

@@ -21,9 +21,10 @@ from fault_proxy import Action, Fault, FaultProxy, fault_proxy
 from seaweed import BUCKET, Seaweed
 
 from sharding import lock
+from sharding.bucket import BucketStore
 from sharding.errors import StoreError
 from sharding.lock import LOCK_NAME, sole_build
-from sharding.store import BucketStore, open_store
+from sharding.store import open_store
 
 HOLD = """
 import sys

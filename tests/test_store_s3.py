@@ -21,9 +21,10 @@ from fault_proxy import Fault, FaultProxy, fault_proxy
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 from test_stream import VOCAB, keys_of, plan_of, training_keys, write_set
 
+from sharding.bucket import BucketStore
 from sharding.errors import ShardError, StoreError
 from sharding.format import read_index, read_sample
-from sharding.store import BucketStore, open_store
+from sharding.store import open_store
 from streamtrain.cache import ShardCache
 from streamtrain.stream import ShardStream, open_for_reading
 from streamtrain.world import World
@@ -323,7 +324,7 @@ def test_only_unfinished_uploads_under_the_prefix_are_aborted(url: str, seaweed:
 def test_what_a_killed_upload_left_is_aborted(url: str, proxy: FaultProxy) -> None:
     boto3 = pytest.importorskip("boto3")
     proxy.plan(Fault("stall", "PUT .*partNumber=2"))
-    code = "import sys; from sharding.store import *; BucketStore(sys.argv[1]).write('x.tar', bytes(12 * 2**20))"
+    code = "import sys; from sharding.bucket import *; BucketStore(sys.argv[1]).write('x.tar', bytes(12 * 2**20))"
     with subprocess.Popen([sys.executable, "-c", code, url], cwd=ROOT) as process:
         while not proxy.count("PUT .*partNumber=2"):
             time.sleep(0.01)
