@@ -141,7 +141,8 @@ def _make_shards(
     with _scratch(store, shared=bool(how.scheduler)) as scratch:
         layouts = tuple(source.layout for source in examined.sources)
         out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
-        where = Where(out, scratch, layouts, settings.track, how.dry, lease.token)
+        token = lease.token if how.scheduler else ""  # workers of this machine die with the build
+        where = Where(out, scratch, layouts, settings.track, how.dry, token)
         plan, ledger = plan_build(examined, settings, where, pool, base)
         _clear_unfinished(store, plan, base, lease)
         results = write_shards(plan, plan.shards, pool)
