@@ -117,7 +117,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
             rejected = report.add_up(ledger).clips["rejected"] / max(len(examined.clips), 1)
-            ledger.insert(0, _rows_that_stay(old_rows, examined))
+            if base:
+                ledger.insert(0, _rows_that_stay(old_rows, examined))
             index = _index(plan, results, report.add_up(ledger), base)
             summary = report.publish(store, ledger, index, sorted({*old_orphans, *orphans}), examined.ignored_fields)
             lease.check()

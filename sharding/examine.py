@@ -61,8 +61,8 @@ class Examined:
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> "Examined":
         """The chosen clips alone."""
-        row_of = dict(zip(np.flatnonzero(chosen).tolist(), range(len(self.clips)), strict=False))
-        refusals = {row_of[row]: refusal for row, refusal in self.refusals.items() if row in row_of}
+        new_row = np.cumsum(chosen) - 1
+        refusals = {int(new_row[row]): refusal for row, refusal in self.refusals.items() if chosen[row]}
         return replace(self, clips=self.clips[chosen], refusals=refusals)
 
 
