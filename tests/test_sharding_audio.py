@@ -104,6 +104,29 @@ def test_any_flipped_byte_of_a_flac_frame_is_noticed(name: str) -> None:
             decode(bytes(damaged), prove=True)
 
 
+def test_a_damaged_flac_is_taken_only_as_libsndfile_reads_it() -> None:
+    """The quicker decoder of plain FLAC must not pass through what training, or anyone, could then not read."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
+        file.title, file.artist = "kæt", "a child"
+        file.write(SOUND)
+    flac = buffer.getvalue()
+    first_frame = flac.index(b"\xff\xf8")
+    rng = np.random.default_rng(0)
+    flips = [(position, bit) for position in range(first_frame + 16) for bit in range(8)]
+    flips += [(int(position), int(position) % 8) for position in rng.integers(first_frame, len(flac), 200)]
+    taken = 0
+    for position, bit in flips:
+        damaged = bytearray(flac)
+        damaged[position] ^= 1 << bit
+        with suppress(AudioError):
+            waveform, final = decode(bytes(damaged))
+            taken += final
+            if final:
+                np.testing.assert_array_equal(waveform, soundfile.read(io.BytesIO(damaged), dtype="float32")[0])
+    assert 200 < taken < len(flips) - 200  # of what says nothing of the samples, such as a title
+
+
 @pytest.mark.parametrize("position", [21, 24, 25, 26, 41])  # depth and length, length, its MD5
 def test_a_flac_header_that_belies_its_samples_is_noticed(position: int) -> None:
     flac = encode(SOUND)
