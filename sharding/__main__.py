@@ -15,7 +15,7 @@ from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
-from sharding.format import read_index
+from sharding.format import index_names, read_index
 from sharding.ipa import normalize_ipa
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, TRACKS, parse_columns
 from sharding.repair import find_faults, repair
@@ -91,15 +91,15 @@ def _find_sources(named: Sequence[str]) -> list[Path]:
 def _verify(options: argparse.Namespace) -> int:
     if options.repair:
         return _repair(options)
-    index = read_index(open_store(options.shards))
+    store = open_store(options.shards)
+    *_, index = [read_index(store, name) for name in index_names(store)]  # the last is the one that counts
     faults = find_faults(options.shards, index.shards, options.decode, options.workers)
     for fault in faults.values():
         print(fault, file=sys.stderr)
     if faults:
-        again = f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…"
         raise ShardError(
             f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged",
-            "it was appended to, and has to be built anew" if index.base else again,
+            f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…",
         )
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0
@@ -107,13 +107,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _repair(options: argparse.Namespace) -> int:
     columns = parse_columns(options.columns)
-    faults, columns_mended = repair(
-        options.shards, _find_sources(options.repair), columns, options.decode, options.workers
-    )
+    faults, indexes = repair(options.shards, _find_sources(options.repair), columns, options.decode, options.workers)
     for name, fault in faults.items():
         print(f"{name}: made again ({fault})")
-    if columns_mended:
-        print("the sample columns: made again")
+    for name in indexes:
+        print(f"the sample columns of {name}: made again")
     print(f"{options.shards}: " + (f"{len(faults)} shards repaired" if faults else "no shard is damaged"))
     return 0
 

@@ -259,7 +259,7 @@ def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base
         duration_bins=plan.bins,
         settings=asdict(plan.settings),
         settings_hash=plan.settings.hash,
-        sources_hash=hash_sources(clips),
+        sources_hash=hash_sources(clips, base.sources_hash if base else ""),
         notes={
             "clips": sum(tally.clips.values()),
             "rejected": tally.clips["rejected"],
@@ -319,16 +319,12 @@ def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:
         corpus = known.get(tuple(pair))
         mask[row] = corpus is not None
         if corpus not in (None, corpora[source]):
+            place, utterance = examined.find(row)
             raise ManifestError(
-                f"{_place(examined, row)}: its utterance_id is in {store.url} already, of corpus {corpus!r}",
+                f"{place}: utterance_id {utterance.utterance_id!r} is in {store.url} already, of corpus {corpus!r}",
                 "every clip needs an id of its own; rename those of the corpus that is to be added",
             )
     return mask
-
-
-def _place(examined: Examined, clip: int) -> str:
-    row = _read_rows(examined, np.array([clip]))[0]
-    return f"{examined.sources[row.source].layout.transcripts}:{row.number}"
 
 
 def _stand_in_of(base: ShardIndex) -> int | None:
@@ -360,7 +356,6 @@ def _grown(base: ShardIndex, added: ShardIndex) -> ShardIndex:
     return replace(
         added,
         base=base.digest,
-        sources_hash=hashlib.sha256((base.sources_hash + added.sources_hash).encode()).hexdigest(),
         shards=base.shards + added.shards,
         samples=np.concatenate([base.samples, more]),
     )

@@ -65,6 +65,13 @@ class Examined:
         refusals = {int(new_row[row]): refusal for row, refusal in self.refusals.items() if chosen[row]}
         return replace(self, clips=self.clips[chosen], refusals=refusals)
 
+    def find(self, clip: int) -> tuple[str, Utterance]:
+        """Where the user finds the row of a clip, and the row."""
+        number, row = self.clips[["source", "row"]][clip].item()
+        source = self.sources[number]
+        line = int(source.numbers[row])
+        return f"{source.layout.transcripts}:{line}", source.layout.parse(source.line(row), line)[0]
+
 
 def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
     """Examine every row of every source. Raises ManifestError for a row that is none, or an id that comes twice."""
@@ -86,15 +93,17 @@ def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
     starts = np.cumsum([0, *sizes])
     refusals = {int(start) + row: refusal for start, part in zip(starts, parts, strict=False)
                 for row, refusal in part.refusals.items()}  # fmt: skip
-    _check_ids(clips, sources)
     ignored = frozenset[str]().union(*(part.ignored_fields for part in parts))
-    return Examined(clips, refusals, ignored, tuple(sources))
+    examined = Examined(clips, refusals, ignored, tuple(sources))
+    _check_ids(examined)
+    return examined
 
 
-def hash_sources(clips: ClipTable) -> str:
-    """What the sources say, whatever their order and wherever they lie."""
+def hash_sources(clips: ClipTable, base: str = "") -> str:
+    """What the sources say, whatever their order and wherever they lie; with the hash of the `base` appended to."""
     said = clips["said"]
-    return hashlib.sha256(said[np.lexsort((said[:, 1], said[:, 0]))].tobytes()).hexdigest()
+    added = hashlib.sha256(said[np.lexsort((said[:, 1], said[:, 0]))].tobytes()).hexdigest()
+    return hashlib.sha256((base + added).encode()).hexdigest() if base else added
 
 
 def find_orphans(examined: Examined, pool: Workers) -> list[str]:
@@ -184,20 +193,13 @@ def _hash_path(path: str) -> int:
     return xxhash.xxh3_64_intdigest("/".join(part for part in path.split("/") if part not in ("", ".")).encode())
 
 
-def _check_ids(clips: ClipTable, sources: Sequence[Source]) -> None:
-    ids = clips["id"]
+def _check_ids(examined: Examined) -> None:
+    ids = examined.clips["id"]
     order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of two the same the first given comes first
     twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]).all(axis=1))
-    if not len(twice):
-        return
-    first, second = sorted((int(order[twice[0]]), int(order[twice[0] + 1])))
-    places = []
-    for row in (first, second):
-        source = sources[clips[row]["source"]]
-        number = int(source.numbers[clips[row]["row"]])
-        utterance, _ = source.layout.parse(source.line(clips[row]["row"]), number)
-        places.append(f"{source.layout.transcripts}:{number}")
-    raise ManifestError(
-        f"{places[1]}: utterance_id {utterance.utterance_id!r} was seen before, at {places[0]}",
-        "every clip needs an id of its own; rename one, or leave one of the sources out",
-    )
+    if len(twice):
+        (first, _), (second, utterance) = map(examined.find, sorted(order[twice[0] : twice[0] + 2].tolist()))
+        raise ManifestError(
+            f"{second}: utterance_id {utterance.utterance_id!r} was seen before, at {first}",
+            "every clip needs an id of its own; rename one, or leave one of the sources out",
+        )

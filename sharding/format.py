@@ -351,6 +351,15 @@ def old_index_name(digest: str) -> str:
     return f"index-{digest}.json"
 
 
+def index_names(store: Reader) -> list[str]:
+    """Every index of a shard set: the first build's, those of the appends since, and last the one that counts."""
+    names, base = [INDEX_NAME], read_outline(store).base
+    while base:
+        names.insert(0, old_index_name(base))
+        base = read_outline(store, names[0]).base
+    return names
+
+
 def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     """Read `index.json` and the sample columns. Raises ShardError that names the file where either is damaged."""
     document = _read_document(store, name)
@@ -364,18 +373,18 @@ def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     return _index_from(document, _table_from(_decompress(columns), wanted["count"]))
 
 
-def read_outline(store: Reader) -> ShardIndex:
+def read_outline(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     """The index without its samples, for those who find these damaged."""
-    return _index_from(_read_document(store, INDEX_NAME), np.zeros(0, SAMPLE_DTYPE))
+    return _index_from(_read_document(store, name), np.zeros(0, SAMPLE_DTYPE))
 
 
-def repair_samples(store: Store) -> None:
-    """Write the sample columns anew, from the indexes of the shards. Raises ShardError where one of them is damaged."""
-    document = _read_document(store, INDEX_NAME)
+def repair_samples(store: Store, name: str) -> None:
+    """Write the columns of an index anew, from the indexes of its shards. Raises ShardError where one is damaged."""
+    document = _read_document(store, name)
     shards = [ShardEntry(**row) for row in document["shards"]]
     columns = _pack_columns(join_samples([read_listed(store, shard).samples for shard in shards]))
     if xxhash.xxh3_64_hexdigest(columns) != document["samples"]["checksum"]:
-        raise ShardError(f"{store.url}/{INDEX_NAME}: the sample columns cannot be made again as they were")
+        raise ShardError(f"{store.url}/{name}: its sample columns cannot be made again as they were")
     store.write(document["samples"]["name"], columns)
 
 
@@ -392,15 +401,21 @@ def _read_document(store: Reader, name: str) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(text)
         wanted, version = str(document["digest"]), document["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{where}: damaged ({error})", _VERIFY_HINT) from error
+        raise ShardError(f"{where}: damaged ({error})", _anew(name)) from error
     if version != FORMAT_VERSION:
         raise ShardError(
             f"{where}: format version is {version}, this program reads {FORMAT_VERSION}", "build the shard set anew"
         )
     seen = _digest(text.replace(wanted.encode(), b""))
     if seen != wanted:
-        raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", _VERIFY_HINT)
+        raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", _anew(name))
     return document
+
+
+def _anew(name: str) -> str:
+    if name == INDEX_NAME:
+        return "remove it and build again from the same sources: shards that are whole are kept"
+    return "only a training run that began with it needs it"
 
 
 _VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"

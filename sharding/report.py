@@ -160,7 +160,7 @@ def keep_old(store: Store, digest: str) -> tuple[list[Row], list[str]]:
     """
     kept = []
     for name in (LEDGER_NAME, ORPHANS_NAME):
-        old = name.replace(".", f"-{digest}.", 1)
+        old = _name_with(digest, name)
         if not store.exists(old):
             try:
                 store.write(old, store.read(name))
@@ -168,8 +168,20 @@ def keep_old(store: Store, digest: str) -> tuple[list[Row], list[str]]:
                 hint = "without it the report of what is added cannot be whole; build into another --out"
                 raise ShardError(error.message, hint) from error
         kept.append(store.read(old if store.exists(old) else name))
-    lines = zstandard.ZstdDecompressor().decompress(kept[0])
-    return [json.loads(line) for line in lines.splitlines()], kept[1].decode().splitlines()
+    return _parse_ledger(kept[0]), kept[1].decode().splitlines()
+
+
+def read_ledger(store: Reader, digest: str = "") -> list[Row]:
+    """The ledger, or the one kept with an index before. Raises StoreError where it is missing."""
+    return _parse_ledger(store.read(_name_with(digest, LEDGER_NAME) if digest else LEDGER_NAME))
+
+
+def _parse_ledger(packed: bytes) -> list[Row]:
+    return [json.loads(line) for line in zstandard.ZstdDecompressor().decompress(packed).splitlines()]
+
+
+def _name_with(digest: str, name: str) -> str:
+    return name.replace(".", f"-{digest}.", 1)
 
 
 def _join(parts: Sequence[bytes]) -> bytes:

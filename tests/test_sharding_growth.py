@@ -12,7 +12,7 @@ from conftest import Command
 from corpus import describe, make_corpus, read_manifest, write_manifest
 from test_sharding_build import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.format import read_index, read_keys
+from sharding.format import index_names, read_index, read_keys
 from sharding.store import open_store
 
 
@@ -242,6 +242,45 @@ def test_what_is_damaged_is_made_again_to_the_same_bytes(
     assert digest_of(built) == before
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in others.items())
     assert run_sharding("verify", built, "--decode").returncode == 0
+
+
+@pytest.mark.parametrize("given_again", [False, True])
+def test_what_was_appended_is_made_again_too(
+    given_again: bool, tmp_path: Path, sources: list[Path], run_sharding: Command
+) -> None:
+    """Whether a clip that was refused at first was given again with what was appended, or not."""
+    first, out = shutil.copytree(sources[0], tmp_path / "first"), tmp_path / "out"
+    rows = read_manifest(first)
+    (first / rows[0]["audio_path"]).write_bytes(b"")
+    build = ("build", "--out", out, "--max-rejected", 1, *SMALL_SHARDS)
+    assert run_sharding(*build, first).returncode == 0
+    given = [first, sources[1]] if given_again else [sources[1]]
+    assert run_sharding(*build, *given, "--append").returncode == 0
+    before = digest_of(out)
+    generations = [read_index(open_store(out), name) for name in index_names(open_store(out))]
+    old = {shard.name for shard in generations[0].shards}
+    new = {shard.name for shard in generations[1].shards} - old
+    doomed = [out / min(old), out / min(new), next(out.glob("samples-*.bin.zst")), out / "samples.bin.zst"]
+    for path in doomed:
+        flip_in_the_middle(path)
+    assert run_sharding("verify", out).returncode == 1
+    assert run_sharding("verify", out, "--repair", sources[1]).returncode == 1  # not all of the sources
+    done = run_sharding("verify", out, "--repair", first, sources[1])
+    assert done.returncode == 0, done.stderr
+    assert digest_of(out) == before
+    assert run_sharding("verify", out, "--decode").returncode == 0
+
+
+def test_verify_looks_at_the_index_that_an_older_run_may_need(
+    built: Path, sources: list[Path], run_sharding: Command
+) -> None:
+    assert run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS).returncode == 0
+    old = next(built.glob("index-*.json"))
+    flip_in_the_middle(old)
+    done = run_sharding("verify", built)
+    assert done.returncode == 1
+    assert old.name in done.stderr
+    assert "only a training run that began with it needs it" in done.stderr
 
 
 def test_a_sound_shard_set_needs_no_repair(built: Path, sources: list[Path], run_sharding: Command) -> None:
