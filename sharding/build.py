@@ -102,27 +102,31 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:
         examined = examine(sources, settings.track, pool)
         orphans = find_orphans(examined, pool)
-        built = _built_before(store, settings, examined, how.append)
-        if built:
-            return built  # from a place, too, where nothing can be written
+        base = _read_base(store, settings)
+        if base and not how.append:
+            return _built_before(store, base, examined)  # in a place, maybe, where nothing can be written
         with nullcontext(Lease()) if how.dry else sole_build(store) as lease:
-            built = _built_before(store, settings, examined, how.append)  # by another build, a moment ago
-            if built:
-                return built
-            base = read_index(store) if store.exists(INDEX_NAME) else None
+            base = _read_base(store, settings)  # another build may have ended a moment ago
+            if base and not how.append:
+                return _built_before(store, base, examined)
             known = _are_known(store, base, examined) if base else np.zeros(len(examined.clips), bool)
             examined = examined.select(~known)
             if base and not len(examined.clips):
                 return Built(base, report.read_summary(store), 0.0, fresh=False, known=len(known))
             old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
-            rejected = report.add_up(ledger).clips["rejected"] / max(len(examined.clips), 1)
+            tally = report.add_up(ledger)
+            rejected = tally.clips["rejected"] / max(len(examined.clips), 1)
             if base:
                 ledger.insert(0, _rows_that_stay(old_rows, examined))
-            index = _index(plan, results, report.add_up(ledger), base)
-            summary = report.publish(store, ledger, index, sorted({*old_orphans, *orphans}), examined.ignored_fields)
+                tally = report.add_up(ledger)
+            index = _index(plan, results, tally, base)
+            orphans = sorted({*old_orphans, *orphans})
+            summary = report.publish(store, ledger, tally, index, orphans, examined.ignored_fields)
             lease.check()
-            if base is None or len(index.samples) > len(base.samples):  # else no run need see another index
+            if base and len(index.samples) == len(base.samples):
+                index = base  # nothing new to train on: no run need see another
+            else:
                 if base:
                     keep_old_index(store, base)
                 index = write_index(store, index)  # last: the index says that all the rest is there
@@ -279,11 +283,8 @@ def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base
 # --- what was there before --------------------------------------------------------------------------------------
 
 
-def _built_before(store: Store, settings: BuildSettings, examined: Examined, append: bool) -> Built | None:
-    """The shard set that is there already, where it holds all that is asked for; None where there is work to do.
-
-    Raises ShardError, which says what differs, where it was built otherwise.
-    """
+def _read_base(store: Store, settings: BuildSettings) -> ShardIndex | None:
+    """The index of the shard set that is there already, if one is. Raises ShardError where it was built otherwise."""
     if not store.exists(INDEX_NAME):
         return None
     index, wanted = read_index(store), asdict(settings)
@@ -294,8 +295,11 @@ def _built_before(store: Store, settings: BuildSettings, examined: Examined, app
             f"{store.url}: holds a shard set built otherwise: {'; '.join(differ)}",
             "choose another --out, ask for the same, or remove this folder first",
         )
-    if append:
-        return None
+    return index
+
+
+def _built_before(store: Store, index: ShardIndex, examined: Examined) -> Built:
+    """What is there already, where that is what is asked for. Raises ShardError where it is of other sources."""
     if index.sources_hash != hash_sources(examined.clips):
         raise ShardError(
             f"{store.url}: holds a shard set of other sources, or of sources that have changed",

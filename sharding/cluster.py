@@ -26,7 +26,7 @@ class ClusterWorkers(Workers):
             from distributed import Client, Security
         except ImportError as error:
             raise StreamtrainError(
-                "--executor dask: distributed is not installed", "pip install 'streamtrain[dask]'"
+                "--executor dask: distributed is not installed", "pip install distributed"
             ) from error
         for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # tracebacks of an end; what matters is raised

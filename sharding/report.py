@@ -121,13 +121,17 @@ def write_ledger(rows: Iterable[Row]) -> LedgerPart:
 
 
 def publish(
-    store: Store, parts: Sequence[LedgerPart], index: ShardIndex, orphans: Sequence[str], ignored_fields: Iterable[str]
+    store: Store,
+    parts: Sequence[LedgerPart],
+    tally: Tally,
+    index: ShardIndex,
+    orphans: Sequence[str],
+    ignored_fields: Iterable[str],
 ) -> dict[str, Any]:
-    """Write the ledger, the summary and the plot; returns the summary."""
+    """Write the ledger, which adds up to the tally, the summary and the plot; returns the summary."""
     from sharding.plots import plot_durations  # matplotlib takes a second to import
 
     store.write(LEDGER_NAME, _join([part.lines for part in parts]))
-    tally = add_up(parts)
     summary = _summarize(tally, index, orphans, ignored_fields)
     store.write(SUMMARY_NAME, json.dumps(summary, ensure_ascii=False, indent=1).encode())
     store.write(ORPHANS_NAME, "".join(f"{name}\n" for name in orphans).encode())

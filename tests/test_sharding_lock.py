@@ -18,7 +18,7 @@ import obstore
 import pytest
 from conftest import ROOT
 from fault_proxy import Action, Fault, FaultProxy, fault_proxy
-from seaweed import BUCKET, Seaweed
+from seaweed import Seaweed
 
 from sharding import lock
 from sharding.bucket import BucketStore
@@ -34,13 +34,6 @@ with sole_build(open_store(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture
-def url(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in seaweed.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture

@@ -30,14 +30,6 @@ from streamtrain.stream import ShardStream, open_for_reading
 from streamtrain.world import World
 
 
-@pytest.fixture
-def url(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty prefix of the bucket, and the environment in which it can be reached."""
-    for name, value in seaweed.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{tmp_path.name}"
-
-
 @pytest.fixture(scope="module")
 def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set on disk, of some ten shards, that nobody changes."""
