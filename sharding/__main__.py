@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser_verify.add_argument("--decode", action="store_true", help="decode every clip as well")
     parser_verify.add_argument(
         "--repair", nargs="+", metavar="SOURCE",
-        help="all the sources that it was built of: make what is damaged again from them, to the same bytes",
+        help="all the sources that it was built of, appended ones too: make what is damaged again, to the same bytes",
     )  # fmt: skip
     parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
     parser_verify.add_argument(
