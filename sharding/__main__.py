@@ -15,7 +15,7 @@ from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
-from sharding.format import index_names, read_index
+from sharding.format import read_index, read_outlines
 from sharding.ipa import normalize_ipa
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, TRACKS, parse_columns
 from sharding.repair import find_faults, repair
@@ -92,7 +92,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.repair:
         return _repair(options)
     store = open_store(options.shards)
-    *_, index = [read_index(store, name) for name in index_names(store)]  # the last is the one that counts
+    index = read_index(store)
     faults = find_faults(options.shards, index.shards, options.decode, options.workers)
     for fault in faults.values():
         print(fault, file=sys.stderr)
@@ -101,6 +101,8 @@ def _verify(options: argparse.Namespace) -> int:
             f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged",
             f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…",
         )
+    for name, _ in read_outlines(store):  # those that it grew from too
+        read_index(store, name)
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0
 
@@ -112,7 +114,8 @@ def _repair(options: argparse.Namespace) -> int:
         print(f"{name}: made again ({fault})")
     for name in indexes:
         print(f"the sample columns of {name}: made again")
-    print(f"{options.shards}: " + (f"{len(faults)} shards repaired" if faults else "no shard is damaged"))
+    if not faults and not indexes:
+        print(f"{options.shards}: nothing is damaged")
     return 0
 
 

@@ -48,8 +48,9 @@ def open_audio(root: AudioRoot, audio_path: str) -> Iterator[tuple[IO[bytes], in
     if _leads_outside(audio_path):
         raise AudioError(OUTSIDE)
     try:
-        with _open_member(root, audio_path) if _is_archive(root.path) else _open_file(root.path, audio_path) as file:
-            yield file, file.size if isinstance(file, _Member) else os.fstat(file.fileno()).st_size
+        opened = _open_member(root, audio_path) if _is_archive(root.path) else _open_file(root.path, audio_path)
+        with opened[0]:
+            yield opened
     except (FileNotFoundError, NotADirectoryError, KeyError) as error:
         _check_presence(root)
         raise AudioError(MISSING) from error
@@ -110,7 +111,7 @@ def _check_presence(root: AudioRoot) -> None:
 
 
 def _leads_outside(audio_path: str) -> bool:
-    return audio_path.startswith("/") or ".." in audio_path.split("/") or "\\" in audio_path
+    return audio_path.startswith("/") or "\\" in audio_path or (".." in audio_path and ".." in audio_path.split("/"))
 
 
 @functools.cache
@@ -124,15 +125,16 @@ def _real(root: str) -> tuple[str, str]:
     return os.path.join(os.path.realpath(root), ""), os.path.join(os.path.realpath(f"{root}/{AUDIO_FOLDER}"), "")
 
 
-def _open_file(root: str, path: str) -> IO[bytes]:
+def _open_file(root: str, path: str) -> tuple[IO[bytes], int]:
     """Open first, then look at what was opened: nobody can swap the file in between, and it costs one walk."""
     descriptor = os.open(f"{root}/{path}", os.O_RDONLY | os.O_NONBLOCK)  # else to open a pipe waits for ever
     try:
         if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_real(root)):  # a link may lead outside
             raise AudioError(OUTSIDE)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise AudioError("audio_path is not a file")
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return os.fdopen(descriptor, "rb", buffering=0), status.st_size
     except AudioError:
         os.close(descriptor)
         raise
@@ -179,7 +181,7 @@ def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence
     return fits.most_common(1)[0][0] if fits else None
 
 
-def _open_member(root: AudioRoot, path: str) -> "_Member":
+def _open_member(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
     name = _plain(path)
     if not name.startswith(root.said):
         raise KeyError(name)
@@ -187,7 +189,7 @@ def _open_member(root: AudioRoot, path: str) -> "_Member":
     if member.file_size > min(MAX_MEMBER_BYTES, max(SMALL_BYTES, MAX_UNPACKING * member.compress_size)):
         raise AudioError(f"zip member of {member.compress_size} bytes would unpack to {member.file_size}")
     try:
-        return _Member(_open_archive(root.path).open(member), member.file_size)
+        return _Member(_open_archive(root.path).open(member), member.file_size), member.file_size
     except ValueError as error:  # its header has a name that is no UTF-8, or lies before the start of the zip
         raise zipfile.BadZipFile(str(error)) from error
 

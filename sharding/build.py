@@ -126,6 +126,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             lease.check()
             if base and len(index.samples) == len(base.samples):
                 index = base  # nothing new to train on: no run need see another
+                report.forget_old(store, base.digest)
             else:
                 if base:
                     keep_old_index(store, base)

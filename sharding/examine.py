@@ -19,7 +19,7 @@ from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, normal
 from sharding.manifest import Layout, Source, Utterance, printable
 from sharding.workers import Workers, count_done
 
-CHUNK = 256  # rows per task
+CHUNK, CHUNKS_PER_WORKER = 256, 8  # rows of a task at most; tasks of a worker at least, as far as there are rows
 
 CLIP_DTYPE = np.dtype(
     [
@@ -75,13 +75,14 @@ class Examined:
 
 def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
     """Examine every row of every source. Raises ManifestError for a row that is none, or an id that comes twice."""
-    chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), CHUNK)]
-    sizes = [min(CHUNK, len(sources[number]) - start) for number, start in chunks]
+    chunk = max(1, min(CHUNK, sum(map(len, sources)) // (CHUNKS_PER_WORKER * pool.count)))
+    chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), chunk)]
+    sizes = [min(chunk, len(sources[number]) - start) for number, start in chunks]
 
     def jobs() -> Iterator[tuple[Layout, str, list[tuple[int, bytes]]]]:
         for number, start in chunks:
             source = sources[number]
-            rows = range(start, min(start + CHUNK, len(source)))
+            rows = range(start, min(start + chunk, len(source)))
             yield source.layout, track, [(int(source.numbers[row]), source.line(row)) for row in rows]
 
     parts = pool.map(_examine_chunk, jobs(), sizes, "examining")

@@ -143,7 +143,7 @@ def sample_to_bytes(sample: Sample) -> bytes:
     if sample.parent_id is None:
         del meta["piece"], meta["pieces"]
     document = _write_json(meta).encode()
-    return _member(f"{sample.key}.flac", sample.audio) + _member(f"{sample.key}.json", document)
+    return b"".join([*_member(f"{sample.key}.flac", sample.audio), *_member(f"{sample.key}.json", document)])
 
 
 def sample_from_bytes(raw: bytes) -> Sample:
@@ -162,13 +162,13 @@ def sample_from_bytes(raw: bytes) -> Sample:
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
-def _member(name: str, body: bytes) -> bytes:
+def _member(name: str, body: bytes) -> tuple[bytes | bytearray, bytes, bytes]:
     header = bytearray(_HEADER)
     header[: len(name)] = name.encode("ascii")  # a key has at most 84 bytes, the field 100
     header[124:136] = b"%011o\0" % len(body)
     header[148:156] = b" " * 8  # as which the checksum counts itself
     header[148:156] = b"%06o\0 " % sum(header)
-    return b"".join([header, body, bytes(-len(body) % BLOCK)])
+    return header, body, bytes(-len(body) % BLOCK)
 
 
 def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
@@ -351,13 +351,17 @@ def old_index_name(digest: str) -> str:
     return f"index-{digest}.json"
 
 
-def index_names(store: Reader) -> list[str]:
-    """Every index of a shard set: the first build's, those of the appends since, and last the one that counts."""
-    names, base = [INDEX_NAME], read_outline(store).base
-    while base:
-        names.insert(0, old_index_name(base))
-        base = read_outline(store, names[0]).base
-    return names
+def read_outlines(store: Reader) -> Iterator[tuple[str, ShardIndex]]:
+    """Every index of a shard set with its name, without samples: the one that counts, and those it grew from.
+
+    Raises ShardError where one is damaged or missing.
+    """
+    name, outline = INDEX_NAME, read_outline(store)
+    yield name, outline
+    while outline.base:
+        name = old_index_name(outline.base)
+        outline = read_outline(store, name)
+        yield name, outline
 
 
 def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
@@ -389,10 +393,12 @@ def repair_samples(store: Store, name: str) -> None:
 
 
 def _read_document(store: Reader, name: str) -> dict[str, Any]:
-    where = f"{store.url}/{name}"
+    where, hint = f"{store.url}/{name}", INDEX_HINT if name == INDEX_NAME else OLD_INDEX_HINT
     try:
         text = store.read(name)
     except MissingError as error:
+        if name != INDEX_NAME:
+            raise ShardError(f"{where}: is missing", OLD_INDEX_HINT) from error
         raise ShardError(
             f"{where}: there is no shard set here ({error.message})",
             f"build one with `python -m sharding build SOURCE --out {store.url}`",
@@ -401,21 +407,24 @@ def _read_document(store: Reader, name: str) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(text)
         wanted, version = str(document["digest"]), document["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{where}: damaged ({error})", _anew(name)) from error
+        raise ShardError(f"{where}: damaged ({error})", hint) from error
     if version != FORMAT_VERSION:
         raise ShardError(
             f"{where}: format version is {version}, this program reads {FORMAT_VERSION}", "build the shard set anew"
         )
     seen = _digest(text.replace(wanted.encode(), b""))
     if seen != wanted:
-        raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", _anew(name))
+        raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", hint)
+    if name not in (INDEX_NAME, old_index_name(wanted)):
+        raise ShardError(f"{where}: is the index {wanted[:16]}… under another's name", hint)
     return document
 
 
-def _anew(name: str) -> str:
-    if name == INDEX_NAME:
-        return "remove it and build again from the same sources: shards that are whole are kept"
-    return "only a training run that began with it needs it"
+INDEX_HINT = (
+    "copy it again, if this is a copy; or, unless the set was appended to, remove it and build again: shards that are "
+    "whole are kept"
+)
+OLD_INDEX_HINT = "a training run that began with it needs it, and so does a repair; copy it again, if this is a copy"
 
 
 _VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"

@@ -4,6 +4,7 @@ A corpus may have a hundred million rows, so they stay what they are on disk, li
 few hundred at a time, where they are needed.
 """
 
+import codecs
 import difflib
 import functools
 import json
@@ -254,7 +255,7 @@ def _find_transcripts(folder: Path, track: str) -> Path:
 def _json_object(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
     where = f"{transcripts}:{number}"
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # a byte-order mark is what Windows tools begin a file with
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())  # which Windows tools begin a file with
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not JSON: {error}", "one JSON object per line is expected, in UTF-8") from error
     if not isinstance(row, dict):

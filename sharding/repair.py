@@ -1,27 +1,30 @@
 """Check every shard against the index, and make again from the sources what is damaged."""
 
+import io
+import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
-from sharding import report
 from sharding.audio import decode
 from sharding.build import BuildSettings, Plan, plan_build, write_shards
-from sharding.errors import AudioError, ShardError, StreamtrainError
-from sharding.examine import Examined, examine, hash_pair, hash_sources
+from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
+from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
 from sharding.format import (
     ShardEntry,
     ShardIndex,
     check_shard,
-    escape_key,
-    index_names,
     read_index,
+    read_listed,
     read_outline,
+    read_outlines,
     repair_samples,
+    whole_key,
 )
 from sharding.lock import sole_build
 from sharding.manifest import Reading, read_sources
@@ -42,62 +45,87 @@ def find_faults(url: str, shards: Sequence[ShardEntry], with_audio: bool, worker
 def repair(
     url: str, locations: Sequence[Path], columns: Mapping[str, str], with_audio: bool, workers: int
 ) -> tuple[Faults, list[str]]:
-    """Make damaged shards again, to the same bytes; returns what was wrong, and whose sample columns were.
+    """Make damaged shards again, to the same bytes; returns what was wrong, and the indexes whose sample columns were.
 
-    Raises ShardError, and changes nothing, where the sources are not those that the shard set was built of.
+    Raises ShardError, and changes no shard, where the sources are not those that the shard set was built of.
     """
     store = open_store(url)
     with sole_build(store):
-        names = index_names(store)
-        generations = [read_outline(store, name) for name in names]
-        shards = generations[-1].shards
+        shards = read_outline(store).shards
         faults = find_faults(url, shards, with_audio, workers)
         if faults:
+            generations = [outline for _, outline in read_outlines(store)][::-1]
             settings = BuildSettings(**generations[-1].settings)
             sources = read_sources(locations, Reading(settings.track, columns, settings.group_by))
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 where = Where(url, scratch, tuple(source.layout for source in sources), settings.track, dry=True)
-                examined = examine(sources, settings.track, pool)
-                plans = [plan_build(part, settings, where, pool, base)[0]
-                         for part, base in _tell_apart(store, examined, generations)]  # fmt: skip
+                given = _tell_apart(store, examine(sources, settings.track, pool), generations, faults)
+                plans = [plan_build(part, settings, where, pool, base)[0] for part, base in given]
                 _rewrite(plans, {shard.name: shard for shard in shards if shard.name in faults}, pool)
             still = find_faults(url, [shard for shard in shards if shard.name in faults], with_audio, workers)
             if still:
                 raise ShardError(f"{'; '.join(still.values())}: so it was built", "build the shard set anew")
-        damaged = [name for name in names if not _columns_are_whole(store, name)]
-        for name in damaged:
-            repair_samples(store, name)
-    return faults, damaged
+        mended = []
+        for name, _ in read_outlines(store):
+            if not _columns_are_whole(store, name):
+                repair_samples(store, name)
+                mended.append(name)
+    return faults, mended
 
 
 def _tell_apart(
-    store: Store, examined: Examined, generations: Sequence[ShardIndex]
-) -> Iterator[tuple[Examined, ShardIndex | None]]:
-    """What each build was given, the first and every append since, with the index that it added to.
+    store: Store, examined: Examined, generations: Sequence[ShardIndex], faults: Faults
+) -> list[tuple[Examined, ShardIndex]]:
+    """For each build that made a damaged shard, the first or an append: its clips, and the index that it added to.
 
-    The ledgers tell, but for one thing: a clip that was refused once may have been given again with the next.
+    The shards tell which clips they hold. What none of them tells of is of the build whose indexes are damaged.
     """
-    keys = [tuple(key) for key in examined.clips["key"].tolist()]
-    base, before = None, dict[tuple[int, int], str]()
-    for index in generations:
-        fates = dict.fromkeys(keys, "") if len(generations) == 1 else _read_fates(store, index, generations)
-        new = np.array([key in fates and key not in before for key in keys], bool)
-        again = np.array([key in fates and before.get(key) == "rejected" for key in keys], bool)
-        for given in (new, new | again):
-            if hash_sources(examined.clips[given], base.sources_hash if base else "") == index.sources_hash:
-                yield examined.select(given), base
-                break
-        else:
+    keys = examined.clips["key"][:, 0]
+    parts, silent, made = [], [], 0
+    for generation in generations:
+        own, made = generation.shards[made:], len(generation.shards)
+        lists = [_read_keys(store, shard) for shard in own]
+        listed = sorted({whole_key(key) for names, _ in lists for key in names})
+        hashes = np.array([hash_pair(key)[0] for key in listed], np.uint64)
+        missing = np.flatnonzero(~np.isin(hashes, keys))
+        if len(missing):
             raise ShardError(
-                f"{store.url}: was built of other sources, or of sources that have changed since; nothing was repaired",
+                f"{store.url}: was built of other sources: {listed[missing[0]]!r} is in none of these; "
+                "nothing was repaired",
                 "name all the sources that it was built of",
             )
-        base, before = index, fates
+        parts.append(np.isin(keys, hashes))
+        silent.append(not all(complete for _, complete in lists))
+    untold = ~np.any(parts, axis=0)
+    if untold.any() and sum(silent) > 1:
+        raise ShardError(f"{store.url}: the indexes of shards of several builds are damaged; nothing was repaired",
+                         "who added which clips cannot be told: build it anew")  # fmt: skip
+    result: list[tuple[Examined, ShardIndex]] = []
+    before: tuple[ShardEntry, ...] = ()
+    for generation, part, is_silent in zip(generations, parts, silent, strict=True):
+        if any(shard.name in faults for shard in generation.shards[len(before) :]):
+            base = replace(generations[-1], shards=before)  # its bins and its stand-in are those of the first
+            result.append((examined.select(part | untold if is_silent else part), base))
+        before = generation.shards
+    return result
 
 
-def _read_fates(store: Store, index: ShardIndex, generations: Sequence[ShardIndex]) -> dict[tuple[int, int], str]:
-    rows = report.read_ledger(store, "" if index is generations[-1] else index.digest)
-    return {hash_pair(escape_key(row["utterance_id"])): row["fate"] for row in rows}
+def _read_keys(store: Store, shard: ShardEntry) -> tuple[list[str], bool]:
+    """The keys of a shard as far as it tells, also of what was refused; and whether these are all."""
+    try:
+        listed = read_listed(store, shard)
+        return [*listed.keys, *listed.refused], True
+    except ShardError:
+        pass
+    try:
+        tar = store.read(shard.name)
+    except MissingError:
+        return [], False
+    if xxhash.xxh3_64_hexdigest(tar) != shard.checksum:
+        return [], False
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        names = members.getnames()
+    return [name.removesuffix(".flac") for name in names if name.endswith(".flac")], False
 
 
 def _rewrite(plans: Sequence[Plan], damaged: Mapping[str, ShardEntry], pool: Workers) -> None:

@@ -172,16 +172,18 @@ def keep_old(store: Store, digest: str) -> tuple[list[Row], list[str]]:
                 hint = "without it the report of what is added cannot be whole; build into another --out"
                 raise ShardError(error.message, hint) from error
         kept.append(store.read(old if store.exists(old) else name))
-    return _parse_ledger(kept[0]), kept[1].decode().splitlines()
+    try:
+        lines = zstandard.ZstdDecompressor().decompress(kept[0]).splitlines()
+        return [json.loads(line) for line in lines], kept[1].decode().splitlines()
+    except (zstandard.ZstdError, ValueError) as error:
+        where = f"{store.url}/{_name_with(digest, LEDGER_NAME)}"
+        raise ShardError(f"{where}: damaged ({error})", "without it the report cannot grow; copy it again") from error
 
 
-def read_ledger(store: Reader, digest: str = "") -> list[Row]:
-    """The ledger, or the one kept with an index before. Raises StoreError where it is missing."""
-    return _parse_ledger(store.read(_name_with(digest, LEDGER_NAME) if digest else LEDGER_NAME))
-
-
-def _parse_ledger(packed: bytes) -> list[Row]:
-    return [json.loads(line) for line in zstandard.ZstdDecompressor().decompress(packed).splitlines()]
+def forget_old(store: Store, digest: str) -> None:
+    """Undo `keep_old`, where all that was to be appended was rejected: the index stays, and the ledger has grown."""
+    for name in (LEDGER_NAME, ORPHANS_NAME):
+        store.delete(_name_with(digest, name))
 
 
 def _name_with(digest: str, name: str) -> str:
@@ -190,7 +192,8 @@ def _name_with(digest: str, name: str) -> str:
 
 def _join(parts: Sequence[bytes]) -> bytes:
     """One frame of them all, which says how long it is: many a reader stops after the first, or asks for its size."""
-    compressor = zstandard.ZstdCompressor(level=9).compressobj(size=sum(map(zstandard.frame_content_size, parts)))
+    size = sum(map(zstandard.frame_content_size, parts))
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj(size=size)
     chunks = [compressor.compress(zstandard.decompress(part)) for part in parts]
     return b"".join([*chunks, compressor.flush()])
 

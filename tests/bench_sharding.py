@@ -24,7 +24,6 @@ import soundfile
 
 from tests.bench_corpora import flac_corpus, tiny_corpus, wav_corpus
 from tests.bench_timing import (
-    DR_FLAC,
     ROOT,
     WORK,
     Loop,
@@ -127,12 +126,6 @@ def measure_pass_through(bench: Bench) -> None:
         f"pass-through, bare loop: read, md5, decode to {dtype} (the quicker), write; nothing is flushed"
     )
     beside_loop(bench, "pass-through", corpus, handful, partial(bare_copy, dtype=dtype))
-    quick = "pass-through: bare loop with dr_flac"
-    for _ in range(bench.sizes.repetitions):
-        bench.take(quick, run_loops(partial(bare_copy, dtype=DR_FLAC), clips, 1))
-    ours = bench.quote("pass-through: build ×1", less="pass-through: start-up ×1")
-    bench.lines.append(Line("  beside a bare loop with our decoder, workers: 1", ours, bench.quote(quick)))
-    bench.notes.append("  ours decodes with the quicker dr_flac where the manifest's md5 vouches for the bytes")
 
 
 def measure_resample(bench: Bench) -> None:

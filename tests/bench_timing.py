@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import IO
 
-import miniaudio
 import soundfile
 import soxr
 
@@ -26,23 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "data/bench"
 OUT, LOG = WORK / "out", WORK / "last.log"
 WATCH_SEC = 0.05
-DR_FLAC = "int16 by dr_flac"
 
 Loop = Callable[[Sequence[Path]], float]
 
 
 def bare_copy(clips: Sequence[Path], dtype: str) -> float:
-    """Decoded by libsndfile to a dtype, or by DR_FLAC."""
     with scratch_file() as copy:
         start = time.perf_counter()
         for path in clips:
             with open(path, "rb") as file:
                 data = file.read()
             hashlib.md5(data, usedforsecurity=False).hexdigest()
-            if dtype == DR_FLAC:
-                miniaudio.flac_read_s16(data)
-            else:
-                soundfile.read(io.BytesIO(data), dtype=dtype)
+            soundfile.read(io.BytesIO(data), dtype=dtype)
             copy.write(data)
         return time.perf_counter() - start
 

@@ -12,7 +12,7 @@ from conftest import Command
 from corpus import describe, make_corpus, read_manifest, write_manifest
 from test_sharding_build import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.format import index_names, read_index, read_keys
+from sharding.format import read_index, read_keys, read_outlines
 from sharding.store import open_store
 
 
@@ -169,6 +169,18 @@ def test_what_is_refused_again_makes_no_other_index_and_counts_by_itself(
         assert_balanced(built)
     assert indexes[0] == indexes[1] == indexes[2]
     assert "of the clips were rejected, --max-rejected allows 40.0%" in done.stderr
+    good = make_corpus(tmp_path / "good", clips=3, seed=4)
+    assert run_sharding("build", good, *arguments[2:]).returncode == 0
+    assert {row["source"] for row in read_ledger(built)} == {"first", "bad", "good"}
+    assert_balanced(built)
+
+
+def test_a_damaged_ledger_is_named(built: Path, sources: list[Path], run_sharding: Command) -> None:
+    flip_in_the_middle(built / "report" / "ledger.jsonl.zst")
+    done = run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS)
+    assert done.returncode == 1
+    assert "ledger" in done.stderr
+    assert "damaged" in done.stderr
 
 
 # --- a dry run, and the size of shards --------------------------------------------------------------------------
@@ -244,23 +256,26 @@ def test_what_is_damaged_is_made_again_to_the_same_bytes(
     assert run_sharding("verify", built, "--decode").returncode == 0
 
 
-@pytest.mark.parametrize("given_again", [False, True])
+@pytest.mark.parametrize("given_again", ["", "as it was", "mended"])
 def test_what_was_appended_is_made_again_too(
-    given_again: bool, tmp_path: Path, sources: list[Path], run_sharding: Command
+    given_again: str, tmp_path: Path, sources: list[Path], run_sharding: Command
 ) -> None:
     """Whether a clip that was refused at first was given again with what was appended, or not."""
     first, out = shutil.copytree(sources[0], tmp_path / "first"), tmp_path / "out"
-    rows = read_manifest(first)
-    (first / rows[0]["audio_path"]).write_bytes(b"")
+    refused = first / read_manifest(first)[0]["audio_path"]
+    refused.write_bytes(b"")
     build = ("build", "--out", out, "--max-rejected", 1, *SMALL_SHARDS)
     assert run_sharding(*build, first).returncode == 0
+    if given_again == "mended":
+        shutil.copy(sources[0] / refused.relative_to(first), refused)
     given = [first, sources[1]] if given_again else [sources[1]]
     assert run_sharding(*build, *given, "--append").returncode == 0
     before = digest_of(out)
-    generations = [read_index(open_store(out), name) for name in index_names(open_store(out))]
-    old = {shard.name for shard in generations[0].shards}
-    new = {shard.name for shard in generations[1].shards} - old
-    doomed = [out / min(old), out / min(new), next(out.glob("samples-*.bin.zst")), out / "samples.bin.zst"]
+    latest, first_index = (outline for _, outline in read_outlines(open_store(out)))
+    old = {shard.name for shard in first_index.shards}
+    new = {shard.name for shard in latest.shards} - old
+    doomed = [out / min(old), out / min(new), next(out.glob("samples-*.bin.zst")), out / "samples.bin.zst",
+              (out / max(new)).with_suffix(".idx.zst")]  # fmt: skip
     for path in doomed:
         flip_in_the_middle(path)
     assert run_sharding("verify", out).returncode == 1
@@ -280,13 +295,20 @@ def test_verify_looks_at_the_index_that_an_older_run_may_need(
     done = run_sharding("verify", built)
     assert done.returncode == 1
     assert old.name in done.stderr
-    assert "only a training run that began with it needs it" in done.stderr
+    assert "a training run that began with it needs it" in done.stderr
+    doomed = sorted(built.glob("train/*.tar"))[0]
+    flip_in_the_middle(doomed)
+    assert doomed.name in run_sharding("verify", built).stderr  # shards first
+    old.write_bytes((built / "index.json").read_bytes())
+    assert "under another's name" in run_sharding("verify", built, "--repair", *sources).stderr
+    old.unlink()
+    assert f"{old.name}: is missing" in run_sharding("verify", built, "--repair", *sources).stderr
 
 
 def test_a_sound_shard_set_needs_no_repair(built: Path, sources: list[Path], run_sharding: Command) -> None:
     done = run_sharding("verify", built, "--repair", sources[0])
     assert done.returncode == 0
-    assert "no shard is damaged" in done.stdout
+    assert "nothing is damaged" in done.stdout
 
 
 def test_repair_from_other_sources_is_refused_and_changes_nothing(
