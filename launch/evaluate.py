@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher puts launch/ there, not the repository
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
     parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
@@ -24,8 +24,7 @@ def main() -> int:
         from streamtrain.evaluate import evaluate_model
 
         evaluate_model(options.model, options.shards, options.split, options.batch_seconds, Path(options.out), world)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

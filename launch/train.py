@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher puts launch/ there, not the repository
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with data, model, train, eval and deepspeed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
@@ -25,8 +25,7 @@ def main() -> int:
         from streamtrain.train import train
 
         train(load_config(options.config, options.set), world, options.resume)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
