@@ -1,4 +1,4 @@
-"""`python -m sharding`: build, verify and look at shard sets; make a demo corpus; try the splitter on one file."""
+"""`python -m sharding`: build, index, verify and look at shard sets; make a demo corpus; try the splitter on a file."""
 
 import argparse
 import glob
@@ -15,9 +15,10 @@ from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
+from sharding.foreign import index_tars
 from sharding.format import read_index, read_outlines
-from sharding.ipa import normalize_ipa
-from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, TRACKS, parse_columns
+from sharding.ipa import TRACKS, normalize_ipa
+from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, parse_columns
 from sharding.repair import find_faults, repair
 from sharding.split import MIN_PIECE_SEC, split_recording
 from sharding.store import open_store
@@ -26,6 +27,7 @@ from sharding.workers import available_cores
 DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
 MAX_BUCKETS = 100  # a shard's name has two digits for its bucket
+REJECTED_HINT = f"{report.LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
 LIMITS_SEC = (2 * MIN_PIECE_SEC, 86_400)  # below, there may be no way to cut without tiny pieces
 
 
@@ -54,14 +56,16 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{built.known:,} of the clips to append were there already, and stay as they are")
     done = "would be built so; nothing was written" if options.dry_run else "built"
     print(f"{options.out}: " + (done if built.fresh else "was built before from the same sources; nothing to do"))
-    if built.rejected > options.max_rejected:
-        ledger = f"{report.LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
-        raise ShardError(
-            f"{options.out}: {built.rejected:.1%} of the clips were rejected, "
-            f"--max-rejected allows {options.max_rejected:.1%}",
-            "look at the files named above" if options.dry_run else ledger,
-        )
+    hint = "look at the files named above" if options.dry_run else REJECTED_HINT
+    _check_rejected(options.out, built.rejected, options.max_rejected, hint)
     return 0
+
+
+def _check_rejected(where: str, rejected: float, allowed: float, hint: str) -> None:
+    if rejected > allowed:
+        raise ShardError(
+            f"{where}: {rejected:.1%} of the clips were rejected, --max-rejected allows {allowed:.1%}", hint
+        )
 
 
 def _check_executor(options: argparse.Namespace) -> None:
@@ -116,6 +120,16 @@ def _repair(options: argparse.Namespace) -> int:
         print(f"the sample columns of {name}: made again")
     if not faults and not indexes:
         print(f"{options.shards}: nothing is damaged")
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    index, summary, rejected = index_tars(
+        options.shards, options.track, options.valid, options.limit_sec, options.workers
+    )
+    print(report.render(summary))
+    print(f"{options.shards}: indexed, {len(index.samples):,} samples in {len(index.shards):,} tars")
+    _check_rejected(options.shards, rejected, options.max_rejected, REJECTED_HINT)
     return 0
 
 
@@ -226,6 +240,20 @@ def _parser() -> argparse.ArgumentParser:
              "this reads all the audio")  # fmt: skip
     add("--workers", type=_between(1, 1024, int), default=available_cores(),
         help="processes that read the audio for --plots (default: the cores, %(default)s)")  # fmt: skip
+
+    parser_index = command("index", _index, "Make an index for WebDataset tars that others wrote.")
+    add = parser_index.add_argument
+    add("shards", help="folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in "
+                       "a json as text, phonetic_text or orthographic_text")  # fmt: skip
+    add("--valid", nargs="+", default=["*val*", "*dev*"], metavar="PATTERN",
+        help="tars to validate on, by their names below that folder (default: *val* *dev*)")  # fmt: skip
+    add("--track", choices=TRACKS, default="phonetic", help="what the labels are (default: %(default)s)")
+    add("--limit-sec", type=_between(*LIMITS_SEC), default=25.0,
+        help="longer samples are rejected, s (default: %(default)s)")  # fmt: skip
+    add("--workers", type=_between(1, 1024, int), default=available_cores(),
+        help="processes (default: the cores, %(default)s)")  # fmt: skip
+    add("--max-rejected", type=_between(0, 1), default=0.01,
+        help="share of rejected samples above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_split = command(
         "split", _split, "Show where one long recording would be cut, and what each piece would hold."

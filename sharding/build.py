@@ -41,16 +41,15 @@ from sharding.format import (
     INDEX_NAME,
     SPLITS,
     ShardIndex,
-    escape_key,
     join_samples,
     keep_old_index,
     read_index,
     read_listed,
-    whole_key,
     write_index,
 )
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
+from sharding.sample import escape_key, whole_key
 from sharding.store import FolderStore, Store, open_store
 from sharding.workers import Workers, available_cores
 

@@ -14,9 +14,9 @@ import xxhash
 from sharding.archive import AudioRoot, list_audio, open_audio
 from sharding.audio import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
-from sharding.format import escape_key, piece_key
 from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, normalize
 from sharding.manifest import Layout, Source, Utterance, printable
+from sharding.sample import escape_key, piece_key
 from sharding.workers import Workers, count_done
 
 CHUNK, CHUNKS_PER_WORKER = 256, 8  # rows of a task at most; tasks of a worker at least, as far as there are rows

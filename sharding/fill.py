@@ -18,13 +18,10 @@ from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_consta
 from sharding.errors import AudioError, MissingError, ShardError
 from sharding.format import (
     FORMAT_VERSION,
-    Sample,
     SampleTable,
     Shard,
     ShardEntry,
     check_shard,
-    escape_key,
-    piece_key,
     read_shard_index,
     remove_shard,
     write_shard,
@@ -32,6 +29,7 @@ from sharding.format import (
 from sharding.ipa import normalize
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
+from sharding.sample import Sample, escape_key, piece_key
 from sharding.split import Segment, split_recording
 from sharding.store import Store, open_store
 from sharding.workers import count_done

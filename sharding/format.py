@@ -1,18 +1,14 @@
-"""The only file that knows the bytes of a shard and of an index.
+"""The only file that knows the bytes of an index.
 
-A shard is a WebDataset tar: `<key>.flac` and `<key>.json` for each sample, in ustar headers that carry no date and
-no owner, so that the same samples always make the same bytes. Beside it stands `<shard>.idx.zst`; over all of them
-`index.json` and `samples.bin.zst`.
+A shard is a WebDataset tar, sample after sample. Beside it stands `<shard>.idx.zst`; over all of them `index.json` and
+`samples.bin.zst`.
 """
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +17,13 @@ import zstandard
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import MissingError, ShardError
+from sharding.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
 from sharding.store import Reader, Store
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 SPLITS = ("train", "valid", "unlabelled")
-BLOCK = 512  # a tar is made of blocks of this many bytes
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 SAMPLE_DTYPE = np.dtype(
@@ -41,33 +37,6 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 SampleTable = npt.NDArray[np.void]  # (N,) of SAMPLE_DTYPE
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One clip, or one piece of a long recording, as it lies in a shard."""
-
-    key: str
-    audio: bytes  # FLAC, 16 kHz, mono
-    text: str
-    label_status: str  # labelled | quarantine | unlabelled | reference
-    utterance_id: str
-    child_id: str = ""
-    session_id: str = ""
-    corpus: str = ""
-    age_bucket: str = ""
-    parent_id: str | None = None  # the recording that this piece was cut from
-    parent_text: str | None = None  # its whole label, where the piece's own is not certain
-    piece: int = 0
-    pieces: int = 1
-    start_sec: float | None = None
-    end_sec: float | None = None
-
-    @property
-    def recording_id(self) -> str:
-        """What is scored as one: the sample itself, or the recording whose whole label the pieces share."""
-        shared = self.label_status == "reference" and self.parent_id is not None
-        return str(self.parent_id) if shared else self.utterance_id
 
 
 class Who(NamedTuple):
@@ -110,76 +79,14 @@ class ShardIndex:
     base: str = ""  # digest of the index that this one was appended to
     digest: str = ""
 
+    @property
+    def track(self) -> str:
+        return str(self.settings.get("track", "phonetic"))
+
     def split(self, name: str) -> npt.NDArray[np.int64]:
         """Rows of `samples` that belong to the shards of a split, in shard order, shape (n,)."""
         wanted = np.array([shard.split == name for shard in self.shards], bool)
         return np.flatnonzero(wanted[self.samples["shard"]]) if len(self.samples) else np.zeros(0, np.int64)
-
-
-def escape_key(utterance_id: str) -> str:
-    """A key WebDataset and ustar can carry: no dot, no slash, at most 80 bytes; different ids stay different."""
-    key = quote(utterance_id, safe="").replace(".", "%2E")
-    if len(key) > 80:
-        key = f"{key[:60]}%{hashlib.sha256(utterance_id.encode()).hexdigest()[:16]}"
-    return key
-
-
-def piece_key(key: str, piece: int) -> str:
-    return f"{key}+{piece:03d}"  # quote() escapes "+", so no utterance id can collide with a piece
-
-
-def whole_key(key: str) -> str:
-    """The key of the clip that a piece was cut from; of a whole clip, its own."""
-    return key.partition("+")[0]
-
-
-_write_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
-_META = [field.name for field in fields(Sample) if field.name not in ("key", "audio")]
-
-
-def sample_to_bytes(sample: Sample) -> bytes:
-    """The two members of a sample as they stand in a tar: headers, bodies and padding."""
-    meta = {name: value for name in _META if (value := getattr(sample, name)) is not None}
-    if sample.parent_id is None:
-        del meta["piece"], meta["pieces"]
-    document = _write_json(meta).encode()
-    return b"".join([*_member(f"{sample.key}.flac", sample.audio), *_member(f"{sample.key}.json", document)])
-
-
-def sample_from_bytes(raw: bytes) -> Sample:
-    """The inverse of `sample_to_bytes`. Raises ShardError where the bytes are not a sample."""
-    try:
-        (audio_name, audio), (meta_name, document) = _members(raw)
-        key = audio_name.removesuffix(".flac")
-        if meta_name != f"{key}.json":
-            raise ValueError(f"members are named {audio_name} and {meta_name}")
-        return Sample(key=key, audio=audio, **json.loads(document))
-    except (ValueError, TypeError, tarfile.TarError) as error:
-        raise ShardError(f"these bytes are not a sample: {error}") from error
-
-
-# A ustar header without name, size and checksum: mtime, uid and gid are 0, so the same samples make the same bytes.
-_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-
-
-def _member(name: str, body: bytes) -> tuple[bytes | bytearray, bytes, bytes]:
-    header = bytearray(_HEADER)
-    header[: len(name)] = name.encode("ascii")  # a key has at most 84 bytes, the field 100
-    header[124:136] = b"%011o\0" % len(body)
-    header[148:156] = b" " * 8  # as which the checksum counts itself
-    header[148:156] = b"%06o\0 " % sum(header)
-    return header, body, bytes(-len(body) % BLOCK)
-
-
-def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    position = 0
-    while position < len(raw):
-        info = tarfile.TarInfo.frombuf(raw[position : position + BLOCK], "utf-8", "strict")
-        body = raw[position + BLOCK : position + BLOCK + info.size]
-        if len(body) != info.size:
-            raise ValueError(f"{info.name} has {len(body)} of {info.size} bytes")
-        yield PurePosixPath(info.name).name, body
-        position += BLOCK + info.size + -info.size % BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,10 +139,14 @@ def write_shard(
         samples=int(table["samples"].sum()),
         checksum=checksum.hexdigest(),
     )
-    shard = Shard(entry, tuple(keys), tuple(who), table, made_of, refused or {})
+    return write_listed(store, Shard(entry, tuple(keys), tuple(who), table, made_of, refused or {}))
+
+
+def write_listed(store: Store, shard: Shard) -> Shard:
+    """Write the `.idx.zst` of a tar that is there."""
     idx = _compress(_idx_document(shard))
-    store.write(_idx_name(name), idx)
-    return replace(shard, entry=replace(entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)))
+    store.write(_idx_name(shard.entry.name), idx)
+    return replace(shard, entry=replace(shard.entry, idx_checksum=xxhash.xxh3_64_hexdigest(idx)))
 
 
 def remove_shard(store: Store, name: str) -> None:
@@ -276,22 +187,27 @@ def read_listed(store: Reader, shard: ShardEntry) -> Shard:
     return listed
 
 
+def read_samples(store: Reader, index: ShardIndex, shard: ShardEntry, rows: SampleTable) -> list[Sample]:
+    """Read samples of one shard by their byte ranges, and check each against its row of the index."""
+    offsets = rows["offset"].tolist()
+    parts = store.read_ranges(shard.name, list(zip(offsets, rows["bytes"].tolist(), strict=True)))
+    for raw, offset, wanted in zip(parts, offsets, rows["checksum"].tolist(), strict=True):
+        seen = xxhash.xxh3_64_intdigest(raw)
+        if seen != wanted:
+            raise ShardError(
+                f"{store.url}/{shard.name}: checksum of the sample at byte {offset} is {seen:016x}, "
+                f"the index says {wanted:016x}",
+                _VERIFY_HINT,
+            )
+    return [sample_from_bytes(raw, index.track) for raw in parts]
+
+
 def read_sample(store: Reader, index: ShardIndex, row: int) -> Sample:
-    """Read one sample by its byte range and check it against the index."""
-    column = index.samples[row]
-    shard = index.shards[column["shard"]]
-    raw = store.read_range(shard.name, int(column["offset"]), int(column["bytes"]))
-    seen = xxhash.xxh3_64_intdigest(raw)
-    if seen != column["checksum"]:
-        raise ShardError(
-            f"{store.url}/{shard.name}: checksum of the sample at byte {column['offset']} is {seen:016x}, "
-            f"the index says {column['checksum']:016x}",
-            _VERIFY_HINT,
-        )
-    return sample_from_bytes(raw)
+    """Read one sample by its byte range, and check it against the index."""
+    return read_samples(store, index, index.shards[index.samples["shard"][row]], index.samples[row : row + 1])[0]
 
 
-def check_shard(store: Reader, shard: ShardEntry) -> list[Sample]:
+def check_shard(store: Reader, shard: ShardEntry, track: str = "phonetic") -> list[Sample]:
     """Read a whole shard, check every promise its index entry makes, and return its samples."""
     data = store.read(shard.name)
     where = f"{store.url}/{shard.name}"
@@ -301,7 +217,7 @@ def check_shard(store: Reader, shard: ShardEntry) -> list[Sample]:
     if not data.endswith(END_OF_ARCHIVE):
         raise ShardError(f"{where}: the end-of-archive block is missing", _VERIFY_HINT)
     listed = read_listed(store, shard)
-    samples = [sample_from_bytes(data[row["offset"] : row["offset"] + row["bytes"]]) for row in listed.samples]
+    samples = [sample_from_bytes(data[row["offset"] : row["offset"] + row["bytes"]], track) for row in listed.samples]
     if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
         raise ShardError(f"{where}: holds other keys than its index", _VERIFY_HINT)
     return samples

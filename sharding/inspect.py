@@ -154,7 +154,7 @@ def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> N
     durations, rates, loudness, symbols = PLOTS
     out.write(durations, plots.plot_durations(index))  # the two that need no audio first: is `out` a place to write?
     out.write(rates, plots.plot_symbol_rates(index))
-    jobs = [(store.url, shard) for shard in index.shards]
+    jobs = [(store.url, shard, index.track) for shard in index.shards]
     with Workers(workers) as pool:
         measured = pool.map(measure_shard, jobs, [shard.count for shard in index.shards], "measuring")
     levels = np.concatenate([np.zeros(0), *(levels for levels, _ in measured)])  # (N,), in the order of index.samples
@@ -162,11 +162,11 @@ def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> N
     out.write(symbols, plots.plot_symbols(index, sum((counts for _, counts in measured), Counter())))
 
 
-def measure_shard(job: tuple[str, ShardEntry]) -> tuple[npt.NDArray[np.float64], Counter[str]]:
+def measure_shard(job: tuple[str, ShardEntry, str]) -> tuple[npt.NDArray[np.float64], Counter[str]]:
     """The level of each clip of a shard, dBFS, and how often each symbol stands in its labels."""
-    store, shard = open_store(job[0]), job[1]
+    store, shard, track = open_store(job[0]), *job[1:]
     levels, counts = [], Counter[str]()
-    for sample in check_shard(store, shard):
+    for sample in check_shard(store, shard, track):
         count_done()
         try:
             waveform, _ = decode(sample.audio)

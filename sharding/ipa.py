@@ -13,6 +13,7 @@ _REWRITE = str.maketrans(
     dict.fromkeys("͜͡ˈˌ̃" + string.punctuation)  # tie bars, stress, nasality
     | dict(zip("ẽĩõũɝ", "eiouɚ", strict=True))
 )
+TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
 _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))

@@ -21,13 +21,13 @@ import numpy.typing as npt
 
 from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio
 from sharding.errors import ManifestError
+from sharding.ipa import TRACKS
 from sharding.tables import is_table, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can spell and UTF-8 cannot
 SAMPLED_ROWS = 256  # of a file are looked at before the work begins
 SHOWN = 20  # columns in a message
 MAX_NUMBER = 2**53  # beyond it a float skips whole numbers
-TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
 REQUIRED_FIELDS = ("utterance_id", "audio_path", "text")
 OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
 NUMBER_FIELDS = ("audio_duration_sec", "filesize_bytes")

@@ -15,6 +15,7 @@ from sharding.build import BuildSettings, Plan, plan_build, write_shards
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
+from sharding.foreign import FOREIGN
 from sharding.format import (
     ShardEntry,
     ShardIndex,
@@ -24,10 +25,10 @@ from sharding.format import (
     read_outline,
     read_outlines,
     repair_samples,
-    whole_key,
 )
 from sharding.lock import sole_build
 from sharding.manifest import Reading, read_sources
+from sharding.sample import whole_key
 from sharding.store import Store, open_store
 from sharding.workers import Workers, count_done
 
@@ -53,6 +54,8 @@ def repair(
     with sole_build(store):
         shards = read_outline(store).shards
         faults = find_faults(url, shards, with_audio, workers)
+        if faults and FOREIGN in read_outline(store).settings:
+            raise ShardError(f"{url}: its tars were written by others", "copy the damaged ones again")
         if faults:
             generations = [outline for _, outline in read_outlines(store)][::-1]
             settings = BuildSettings(**generations[-1].settings)

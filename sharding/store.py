@@ -3,12 +3,12 @@
 import os
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from sharding.bucket import PATIENCE_SEC, BucketStore, Content
+from sharding.bucket import PATIENCE_SEC, BucketStore, Content, Range
 from sharding.errors import MissingError, StoreError
 
 FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of it is made, and leaves the page cache
@@ -17,14 +17,15 @@ FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of 
 class Reader(Protocol):
     """Names are relative, with forward slashes. Every verb raises StoreError, with the name, when bytes do not come.
 
-    Of a range only what lies within the object is read, so that a shard cut short fails its checksum.
+    Of a range, (offset, length), only what lies within the object is read, so that a shard cut short fails its
+    checksum.
     """
 
     url: str
     remote: bool
 
     def read(self, name: str) -> bytes: ...
-    def read_range(self, name: str, offset: int, length: int) -> bytes: ...
+    def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]: ...
 
 
 class Store(Reader, Protocol):
@@ -65,10 +66,10 @@ class FolderStore:
         except OSError as error:
             raise StoreError(f"{self.folder / name}: {error.strerror}") from error
 
-    def read_range(self, name: str, offset: int, length: int) -> bytes:
+    def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         try:
             with open(self.folder / name, "rb") as file:
-                return os.pread(file.fileno(), length, offset)
+                return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
         except OSError as error:
             raise StoreError(f"{self.folder / name}: {error.strerror}") from error
 
@@ -109,7 +110,7 @@ class DryStore:
 
     def __init__(self, store: Store) -> None:
         self.url, self.remote = store.url, store.remote
-        self.read, self.read_range, self.exists, self.names = store.read, store.read_range, store.exists, store.names
+        self.read, self.read_ranges, self.exists, self.names = store.read, store.read_ranges, store.exists, store.names
 
     def write(self, name: str, data: Content) -> None:
         """Nothing comes, but the work is done."""

@@ -93,9 +93,14 @@ class Workers:
         return StreamtrainError(f"a worker process died while {label}", "out of memory? try fewer: --workers 1")
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Iterable[Job], clips: Sequence[int], label: str
+        self,
+        function: Callable[[Job], Result],
+        jobs: Iterable[Job],
+        clips: Sequence[int],
+        label: str,
+        unit: str = "clip",
     ) -> list[Result]:
-        """Run every job; results in the order of the jobs, `clips[i]` of them in job i.
+        """Run every job; results in the order of the jobs, `clips[i]` (or other units) of them in job i.
 
         What a worker raised is raised here at once.
         """
@@ -104,7 +109,7 @@ class Workers:
         running: dict[Future[Result], int] = {}
         waiting = enumerate(jobs)
         finished = 0
-        with tqdm(total=sum(clips), desc=f"{label:>10}", unit="clip", smoothing=0.05, disable=not sum(clips)) as bar:
+        with tqdm(total=sum(clips), desc=f"{label:>10}", unit=unit, smoothing=0.05, disable=not sum(clips)) as bar:
             while len(results) < len(clips):
                 try:
                     self.look_after()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from streamtrain.forecast import forecast, render, write_keys
+    from streamtrain.forecast import Machines, forecast, plot, render, write_fetches, write_keys
 
-    prediction = forecast(options.shards, options.config, options.set, options.world_size, options.epoch)
-    if options.keys:
-        write_keys(prediction, options.world_size, Path(options.keys))
-    print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary))
+    machines = Machines(options.world_size, options.ranks_per_node, options.speed)
+    prediction = forecast(options.shards, options.config, options.set, machines, options.epoch)
+    for write, out in ((write_keys, options.keys), (write_fetches, options.fetches), (plot, options.plot)):
+        if out:
+            write(prediction, Path(out))
+    print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary, machines))
     return 0
 
 
@@ -82,11 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
         help="override settings of the configuration")  # fmt: skip
     plan.add_argument("--world-size", type=int, default=1, help="ranks (default: %(default)s)")
+    plan.add_argument("--ranks-per-node", type=_positive(int), default=8,
+        help="ranks of a machine, which share its cache (default: %(default)s)")  # fmt: skip
+    plan.add_argument("--speed", type=_positive(float), default=200.0,
+        help="seconds of speech that a rank trains on in a second, as a run's log says: tells how long an epoch takes "
+             "(default: %(default)s)")  # fmt: skip
     plan.add_argument("--epoch", type=int, default=0, help="which epoch to plan (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument(
-        "--keys", metavar="FILE", help="write JSONL: step, micro_batch, rank and keys of each micro-batch"
-    )
+    plan.add_argument("--plot", metavar="FILE",
+        help="draw how even the steps are, what a cache must hold, and when which shard is needed, as PNG")  # fmt: skip
+    plan.add_argument("--keys", metavar="FILE",
+        help="write JSONL: step, micro_batch, rank and keys of each micro-batch")  # fmt: skip
+    plan.add_argument("--fetches", metavar="FILE",
+        help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
 
     summary = command("summary", _summary, "Show what a run has reached and where its files are.")
     summary.add_argument("run_dir", help="the run's folder, such as runs/zero2")
@@ -107,6 +118,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", help="folder of a trained model, such as RUN/best")
     export.add_argument("--out", required=True, help="folder to write")
     return parser
+
+
+def _positive(kind: type[float]) -> Any:
+    """A parser of numbers above 0 that says so when it is given something else."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is expected")
+        return value
+
+    return parse
 
 
 if __name__ == "__main__":

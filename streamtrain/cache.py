@@ -2,47 +2,70 @@
 
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 
+from sharding.bucket import Range
 from sharding.errors import ShardError, StoreError
 from sharding.format import ShardEntry, ShardIndex
 from sharding.store import Reader
+from streamtrain.plan import Uses
 
 log = logging.getLogger("streamtrain")
 
-RANGE_BYTES = 8 * 2**20  # a shard is fetched in ranges of this size, so that a broken body costs little
+RANGE_BYTES = 8 * 2**20  # a shard is fetched in ranges of this size, in parallel; a broken body costs one of them
+RANGES_AT_ONCE = 8
+SHARDS_AT_ONCE = 4
+STEPS_AHEAD = 32  # shards of these steps are fetched before they are needed
 FETCH_TRIES = 3
 EVICT_LOCK = "evict.lock"
 WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished writing, so that something can go
+IDLE_SEC = 600.0  # another run's shard that nobody asked for so long is no longer needed
+
+
+@dataclass
+class CacheCounts:
+    """What a rank has asked its cache for."""
+
+    hits: int = 0  # ranges of shards that were here already
+    misses: int = 0
+    bytes: int = 0  # fetched by this rank
+    refetched: int = 0  # shards whose bytes came or stood wrong
 
 
 class ShardCache:
     """A `Reader` of whole shards in a local folder that all ranks of a node share, and other runs too.
 
     A shard is fetched by whichever rank asks first (a file lock keeps the others waiting), checked against the index,
-    and renamed into place. Above `limit_bytes` the shards that nobody asked for longest are removed.
+    and renamed into place. Above `limit_bytes` those go that the plan needs last, or not again.
     """
 
     remote = False
 
     def __init__(self, store: Reader, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
         self.url = store.url
+        self.counts = CacheCounts()
         self._store = store
         self._entries = {shard.name: shard for shard in index.shards}
         self._root = folder
         self._folder = folder / index.digest[:16]  # two shard sets never collide
         self._limit = limit_bytes
-        self._pool = ThreadPoolExecutor(8, "fetch")
+        self._shards = ThreadPoolExecutor(SHARDS_AT_ONCE, "fetch")
+        self._ranges = ThreadPoolExecutor(RANGES_AT_ONCE, "range")
         self._ahead: dict[str, Future[None]] = {}
+        self._uses: list[tuple[int, int, str]] = []  # first step, last step, shard: in that order
+        self._spans: dict[Path, tuple[int, int]] = {}
+        self._step = 0
         self._lock = threading.Lock()
         largest = max((shard.bytes for shard in index.shards), default=0)
         if largest * 2 > limit_bytes:
@@ -56,16 +79,29 @@ class ShardCache:
         except OSError as error:
             raise StoreError(f"{self._folder}: {error.strerror}", "choose another data.cache_dir") from error
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Start to fetch shards that will be asked for soon, as many of the first as fit in half of the cache."""
+    # --- what is to come --------------------------------------------------------------------------------------------
+
+    def follow(self, index: ShardIndex, uses: Uses) -> None:
+        """Learn when each shard will be needed."""
+        names = [index.shards[shard].name for shard in uses.shard]
         with self._lock:
+            self._uses = sorted(zip(uses.first.tolist(), uses.last.tolist(), names, strict=True))
+            self._spans = {self._path(name): (first, last) for first, last, name in self._uses}
+            self._step = 0
+
+    def reach(self, step: int) -> None:
+        """Start to fetch what the steps from this one on need, as much of it as fits in half of the cache."""
+        with self._lock:
+            self._step = max(self._step, step)
             room = self._limit // 2
-            for name in names:
-                room -= self._entries[name].bytes
-                if room < 0:
+            while self._uses and self._uses[0][1] < self._step:
+                self._uses.pop(0)
+            for first, last, name in self._uses:
+                room -= self._entries[name].bytes if last >= self._step else 0
+                if room < 0 or first >= self._step + STEPS_AHEAD:
                     break
-                if name not in self._ahead or self._ahead[name].done():
-                    self._ahead[name] = self._pool.submit(self._touch, name)
+                if last >= self._step and (name not in self._ahead or self._ahead[name].done()):
+                    self._ahead[name] = self._shards.submit(self._touch, name)
 
     def stop_prefetching(self) -> None:
         """Forget what was to be fetched; what is under way comes to its end."""
@@ -73,16 +109,19 @@ class ShardCache:
             for future in self._ahead.values():
                 future.cancel()
 
+    # --- reading ----------------------------------------------------------------------------------------------------
+
     def read(self, name: str) -> bytes:
         return self._store.read(name)  # only shards are cached
 
-    def read_range(self, name: str, offset: int, length: int) -> bytes:
+    def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         with self._open(name) as file:
-            return os.pread(file.fileno(), length, offset)
+            return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
 
     def drop(self, name: str) -> None:
         """Remove a shard whose bytes have spoilt on this disk, so that it is fetched again."""
         log.warning("%s: spoilt in the cache, fetched again", self._path(name))
+        self.counts.refetched += 1
         with _locked(self._root / EVICT_LOCK):
             self._path(name).unlink(missing_ok=True)
 
@@ -90,49 +129,59 @@ class ShardCache:
         return self._folder / name.replace("/", "-")
 
     def _touch(self, name: str) -> None:
-        self._open(name).close()
+        if not self._path(name).exists():
+            self._open(name).close()
 
     def _open(self, name: str) -> BinaryIO:
         """The shard's file, fetched if it is not here. Once open it can be read, even if it is evicted meanwhile."""
         path = self._path(name)
         file = _opened(path)
         if file is None:
+            self.counts.misses += 1
             with _locked(path.with_suffix(".lock")):
                 file = _opened(path) or self._fetch(self._entries[name], path)
-        os.utime(file.fileno())  # when it was last asked for: what eviction goes by
+        else:
+            self.counts.hits += 1
+        os.utime(file.fileno())  # when it was last asked for
         return file
 
+    # --- fetching ---------------------------------------------------------------------------------------------------
+
     def _fetch(self, shard: ShardEntry, path: Path) -> BinaryIO:
-        for _ in range(FETCH_TRIES):
-            data = b"".join(self._ranges(shard))
-            seen = xxhash.xxh3_64_hexdigest(data)
-            if seen == shard.checksum:
-                return self._keep(path, data)
+        """Write a shard under its name, and return it opened."""
+        partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
+        try:
+            self._reserve(partial, shard.bytes)
+            with open(partial, "r+b") as file:
+                for _ in range(FETCH_TRIES):
+                    self._fill(shard, file)
+                    seen = _checksum(file)
+                    if seen == shard.checksum:
+                        kept = open(partial, "rb")  # noqa: SIM115
+                        os.replace(partial, path)
+                        return kept
+                    self.counts.refetched += 1
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}", "is the disk of data.cache_dir full?") from error
+        finally:
+            partial.unlink(missing_ok=True)
         raise ShardError(
             f"{self.url}/{shard.name}: checksum is {seen} after {FETCH_TRIES} fetches, the index says {shard.checksum}",
             "the upload may be incomplete; run `python -m sharding verify` on the shard set",
         )
 
-    def _ranges(self, shard: ShardEntry) -> Iterator[bytes]:
-        for start in range(0, shard.bytes, RANGE_BYTES):
-            yield self._store.read_range(shard.name, start, min(RANGE_BYTES, shard.bytes - start))
+    def _fill(self, shard: ShardEntry, file: BinaryIO) -> None:
+        """Fetch all ranges of a shard into its file; the first error ends it."""
 
-    def _keep(self, path: Path, data: bytes) -> BinaryIO:
-        """Write a shard under its name, and return it opened."""
-        partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
-        try:
-            self._reserve(partial, len(data))
-            with open(partial, "r+b") as file:
-                file.write(data)
-            kept = open(partial, "rb")  # noqa: SIM115
-            os.replace(partial, path)
-            return kept
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise StoreError(f"{path}: {error.strerror}", "is the disk of data.cache_dir full?") from error
+        def fetch(start: int) -> None:
+            (data,) = self._store.read_ranges(shard.name, [(start, min(RANGE_BYTES, shard.bytes - start))])
+            os.pwrite(file.fileno(), data, start)
+
+        list(self._ranges.map(fetch, range(0, shard.bytes, RANGE_BYTES)))
+        self.counts.bytes += shard.bytes
 
     def _reserve(self, partial: Path, needed: int) -> None:
-        """Make `partial` as large as it will be, once what others are writing leaves room; the oldest shards go."""
+        """Make `partial` as large as it will be, once what others are writing leaves room; what can go goes."""
         while True:
             with _locked(self._root / EVICT_LOCK):
                 # Parts first: one that is renamed meanwhile is counted twice rather than not at all
@@ -146,11 +195,19 @@ class ShardCache:
             time.sleep(WAIT_FOR_ROOM_SEC)
 
     def _evict(self, room: int) -> None:
-        """Remove the shards, of whatever set, that nobody asked for longest, until the others fit in `room`."""
-        for path in sorted(self._root.glob("*/*.tar"), key=lambda path: path.stat().st_mtime, reverse=True):
-            room -= path.stat().st_size
+        """Remove shards, of whatever set, until the others fit in `room`: those first that are needed last."""
+        files = [(path, path.stat()) for path in self._root.glob("*/*.tar")]
+        for path, stat in sorted(files, key=lambda file: (self._needed_at(*file), -file[1].st_mtime)):
+            room -= stat.st_size
             if room < 0:
                 path.unlink()
+
+    def _needed_at(self, path: Path, stat: os.stat_result) -> float:
+        """The step at which a shard is needed next; that of another set is at the end of the queue, or not in it."""
+        if path.parent != self._folder:
+            return math.inf if time.time() - stat.st_mtime > IDLE_SEC else 2**62
+        first, last = self._spans.get(path, (0, -1))
+        return max(first, self._step) if last >= self._step else math.inf
 
 
 def _opened(path: Path) -> BinaryIO | None:
@@ -158,6 +215,14 @@ def _opened(path: Path) -> BinaryIO | None:
         return open(path, "rb")
     except FileNotFoundError:
         return None
+
+
+def _checksum(file: BinaryIO) -> str:
+    state, position = xxhash.xxh3_64(), 0
+    while data := os.pread(file.fileno(), RANGE_BYTES, position):
+        state.update(data)
+        position += len(data)
+    return state.hexdigest()
 
 
 def _size(path: Path) -> int:

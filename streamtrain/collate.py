@@ -1,15 +1,14 @@
 """Samples become a `Batch`: decoded, normalised, padded. A clip that fails to decode becomes a silent row."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile
 import torch
 
-from sharding.audio import MIN_SAMPLES
-from sharding.format import Sample
+from sharding.audio import MIN_SAMPLES, decode
+from sharding.errors import AudioError
+from sharding.sample import Sample
 from streamtrain.vocab import Vocab
 
 
@@ -77,7 +76,6 @@ def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
 
 def _decode(audio: bytes) -> np.ndarray | None:
     try:
-        waveform: np.ndarray = soundfile.read(io.BytesIO(audio), dtype="float32")[0]
-    except (soundfile.LibsndfileError, RuntimeError):
+        return decode(audio)[0]
+    except AudioError:
         return None
-    return waveform

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from sharding.errors import StreamtrainError
 from streamtrain.plan import PlanSettings
@@ -24,10 +33,10 @@ class DataConfig(Section):
     shards: str = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
     window_shards: PositiveInt = 4  # shards of a bucket in use at a time: more mix better, fewer need less cache
-    length_jitter: float = Field(0.0, ge=0)  # spread of the sort key, e.g. 0.02: trades padding for variety
+    length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0
-    workers: PositiveInt = 2  # threads per rank that read and decode ahead
+    workers: NonNegativeInt = 2  # threads per rank that read and decode ahead; 0: none, when a batch is needed
 
 
 class ModelConfig(Section):

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.format import Sample, ShardIndex, read_index
+from sharding.format import ShardIndex, read_index
 from sharding.ipa import normalize_ipa
+from sharding.sample import Sample
 from sharding.store import open_store
 from streamtrain.decode import Hypothesis, greedy, join_pieces
 from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits

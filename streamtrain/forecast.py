@@ -1,28 +1,55 @@
-"""What a run will cost, told from the index before anyone pays for it: steps, padding, fill, rank idle."""
+"""What a run will cost, told from the index before anyone pays for it: steps, padding, idle ranks, reads, cache."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sharding.audio import SAMPLE_RATE
-from sharding.format import read_index, read_keys
+from sharding.format import ShardIndex, read_index, read_keys
 from sharding.store import open_store
+from streamtrain.cache import RANGE_BYTES, STEPS_AHEAD
 from streamtrain.config import load_config
-from streamtrain.plan import EpochPlan, PlanError, check_world_size, numbers_of_rank, plan_epoch, valid_world_sizes
+from streamtrain.plan import (
+    EpochPlan,
+    PlanError,
+    Uses,
+    check_world_size,
+    find_uses,
+    meet_again,
+    numbers_of_rank,
+    plan_epoch,
+    valid_world_sizes,
+)
+
+COLOURS = ("#33658a", "#86bbd8", "#5b8c5a", "#c8553d")
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What the run is to be run on."""
+
+    world_size: int = 1
+    ranks_per_node: int = 8
+    speed: float = 200.0  # seconds of speech that a rank trains on in a second
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
+    index: ShardIndex
     shards: str
     plan: EpochPlan
+    machines: Machines
+    uses: Uses
     summary: dict[str, Any]
 
 
-def forecast(shards: str | None, config: str, overrides: Sequence[str], world_size: int, epoch: int = 0) -> Forecast:
+def forecast(shards: str | None, config: str, overrides: Sequence[str], machines: Machines, epoch: int = 0) -> Forecast:
     """Plan one epoch of the configured run. Raises StreamtrainError where it cannot be run so."""
     if epoch < 0:
         raise PlanError(f"epoch {epoch}: epochs are counted from 0")
@@ -30,46 +57,86 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], world_si
     shards = shards or settings.data.shards
     index = read_index(open_store(shards))
     per_step = settings.train.micro_batches_per_step
-    check_world_size(world_size, per_step)
-    plan = plan_epoch(index, settings.plan, epoch)
+    check_world_size(machines.world_size, per_step)
+    plan, next_plan = (plan_epoch(index, settings.plan, number) for number in (epoch, epoch + 1))
+    uses = find_uses(index, plan, machines.world_size, machines.ranks_per_node)
     cap = round(settings.data.batch_seconds * SAMPLE_RATE)
-    used = np.unique(index.samples["shard"][plan.rows])
+    seconds = float(plan.lengths.sum() / SAMPLE_RATE)
+    duration = seconds / (machines.world_size * machines.speed * (1 - plan.rank_idle(machines.world_size)))
+    sizes = _sizes(index)
+    nodes = math.ceil(machines.world_size / machines.ranks_per_node)
+    by_node = np.bincount(uses.node, sizes[uses.shard], nodes)
+    requests = np.bincount(uses.node, np.ceil(sizes[uses.shard] / RANGE_BYTES), nodes)
     summary = {
         "epoch": epoch,
-        "world_size": world_size,
+        "world_size": machines.world_size,
+        "nodes": nodes,
         "steps_per_epoch": plan.steps,
         "clips": len(plan.rows),
-        "hours": float(plan.lengths.sum() / SAMPLE_RATE / 3600),
-        "seconds_per_step": float(plan.lengths.sum() / SAMPLE_RATE / plan.steps),
+        "hours": seconds / 3600,
+        "seconds_per_step": seconds / plan.steps,
+        "epoch_hours": duration / 3600,
         "padding": plan.padding,
         "fill": float(plan.padded.sum() / (plan.padded.size * cap)),
-        "rank_idle": plan.rank_idle(world_size),
+        "rank_idle": plan.rank_idle(machines.world_size),
         "over_cap": int((plan.padded > cap).sum()),
-        "bytes_per_epoch": int(sum(index.shards[shard].bytes for shard in used)),
+        "meet_again": meet_again(plan, next_plan),
+        "bytes_per_node": int(by_node.max()),
+        "requests_per_second": float(requests.sum() / duration),
+        "requests_per_second_uncached": len(plan.rows) / duration,
+        "cache_gb_needed": max(live.max() for live in live_bytes(index, plan, uses, nodes)) / 2**30,
         "world_sizes": valid_world_sizes(per_step),
     }
-    return Forecast(shards, plan, summary)
+    return Forecast(index, shards, plan, machines, uses, summary)
 
 
-def render(summary: dict[str, Any]) -> str:
+def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> list[npt.NDArray[np.float64]]:
+    """For each node, the bytes that its cache must hold at each step to fetch no shard twice, shape (steps,)."""
+    sizes, curves = _sizes(index)[uses.shard], []
+    for node in range(nodes):
+        here = uses.node == node
+        change = np.zeros(plan.steps + 1)
+        np.add.at(change, np.maximum(uses.first[here] - STEPS_AHEAD, 0), sizes[here])
+        np.add.at(change, uses.last[here] + 1, -sizes[here])
+        curves.append(np.cumsum(change)[:-1])
+    return curves
+
+
+def render(summary: dict[str, Any], machines: Machines) -> str:
     """The forecast as a person reads it in a terminal."""
     sizes = ", ".join(map(str, summary["world_sizes"]))
-    return "\n".join(
-        [
-            f"epoch {summary['epoch']}: {summary['steps_per_epoch']:,} steps over {summary['clips']:,} clips "
-            f"({summary['hours']:.2f} h, {summary['bytes_per_epoch'] / 2**20:,.0f} MiB of shards)",
-            f"{summary['seconds_per_step']:.0f} s of speech per step, in micro-batches {summary['fill']:.1%} full; "
-            f"padding {summary['padding']:.2%}; {summary['over_cap']} over the cap",
-            f"{summary['world_size']} ranks: idle {summary['rank_idle']:.2%}; possible numbers of ranks: {sizes}",
-        ]
-    )
+    rows = [
+        ("steps", f"{summary['steps_per_epoch']:,} over {summary['clips']:,} clips, {summary['hours']:,.2f} h;"
+                  f" {summary['seconds_per_step']:,.0f} s of speech in each"),
+        ("micro-batches", f"{summary['fill']:.1%} full, {summary['over_cap']} over the cap;"
+                          f" {summary['padding']:.2%} of them is padding"),
+        ("shuffle", f"{summary['meet_again']:.1%} of the pairs of clips in a micro-batch meet again in the next epoch"),
+        ("ranks", f"{summary['world_size']:,} on {summary['nodes']:,} nodes, idle {summary['rank_idle']:.2%};"
+                  f" possible are {sizes}"),
+        ("time", f"{summary['epoch_hours']:,.2f} h an epoch, if a rank trains on {machines.speed:g} s of speech a"
+                 " second (--speed)"),
+        ("reads", f"{summary['bytes_per_node'] / 2**30:,.2f} GiB a node and epoch;"
+                  f" {summary['requests_per_second']:,.1f} requests/s in all,"
+                  f" without a cache {summary['requests_per_second_uncached']:,.0f} at most"),
+        ("cache", f"{summary['cache_gb_needed']:,.2f} GiB a node (data.cache_gb), to fetch each shard once"),
+    ]  # fmt: skip
+    return f"epoch {summary['epoch']}\n" + "\n".join(f"  {name:<13}  {said}" for name, said in rows)
 
 
-def write_keys(prediction: Forecast, world_size: int, out: Path) -> None:
+def write_fetches(prediction: Forecast, out: Path) -> None:
+    """JSONL, a row for each node and shard: the steps at which it is needed first and last."""
+    uses, shards = prediction.uses, prediction.index.shards
+    columns = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
+    with open(out, "w", encoding="utf-8") as lines:
+        for node, shard, first, last in columns:
+            row = {"node": node, "shard": shards[shard].name, "first_step": first, "last_step": last}
+            lines.write(json.dumps(row) + "\n")
+
+
+def write_keys(prediction: Forecast, out: Path) -> None:
     """JSONL, a row per micro-batch: its step, its number, the rank that computes it, its keys."""
-    store = open_store(prediction.shards)
-    keys = read_keys(store, read_index(store))
-    plan = prediction.plan
+    keys = read_keys(open_store(prediction.shards), prediction.index)
+    plan, world_size = prediction.plan, prediction.machines.world_size
     with open(out, "w", encoding="utf-8") as lines:
         for step in range(plan.steps):
             for rank in range(world_size):
@@ -77,3 +144,40 @@ def write_keys(prediction: Forecast, world_size: int, out: Path) -> None:
                     chosen = keys[plan.micro_batch(step, number)].tolist()
                     row = {"step": step, "micro_batch": number, "rank": rank, "keys": chosen}
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def plot(prediction: Forecast, out: Path) -> None:
+    """How even the steps are, what the cache of the first node holds, and when it needs which shard."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    plan, uses, index = prediction.plan, prediction.uses, prediction.index
+    padded = plan.padded / SAMPLE_RATE
+    steps = np.arange(plan.steps)
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    even, cache, shards = figure.subplots(3, 1, sharex=True)
+    even.fill_between(steps, padded.min(axis=1), padded.max(axis=1), step="mid", color=COLOURS[1],
+                      label="shortest to longest micro-batch")  # fmt: skip
+    even.plot(steps, padded.mean(axis=1), color=COLOURS[0], linewidth=0.8, label="mean")
+    even.set(title="padded seconds of the micro-batches of a step", ylim=(0, None))
+    even.legend(frameon=False, loc="lower right")
+    cache.plot(steps, live_bytes(index, plan, uses, 1)[0] / 2**30, color=COLOURS[2], drawstyle="steps-mid")
+    cache.set(title="what the cache of the first node must hold, GiB", ylim=(0, None))
+    here = np.flatnonzero(uses.node == 0)
+    here = here[np.lexsort((uses.last[here], uses.first[here]))]
+    spans = zip(uses.first[here].tolist(), uses.last[here].tolist(), strict=True)
+    lines = [((first - 0.5, y), (last + 0.5, y)) for y, (first, last) in enumerate(spans)]
+    buckets = np.array([shard.bucket for shard in index.shards])[uses.shard[here]]
+    bars = LineCollection(lines, linewidths=max(0.3, min(6.0, 180 / max(len(lines), 1))), cmap="viridis")
+    bars.set_array(buckets)
+    shards.add_collection(bars)
+    shards.set(title="shards of the first node, from first to last use", xlabel="step", ylim=(len(lines), -1))
+    figure.colorbar(bars, ax=shards, label="bucket", location="right")
+    for axes in (even, cache, shards):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=120)
+
+
+def _sizes(index: ShardIndex) -> npt.NDArray[np.float64]:
+    return np.array([shard.bytes for shard in index.shards], float)

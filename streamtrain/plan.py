@@ -18,8 +18,8 @@ from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 
-PLANNER_VERSION = 1  # part of a checkpoint: another version may order clips otherwise
-BLOCK_STEPS = 16  # batches of about equal size are brought together within so many steps
+PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips otherwise
+BLOCK_STEPS = 48  # batches of about equal size are brought together within so many steps
 
 Rows = npt.NDArray[np.int64]  # rows of ShardIndex.samples
 
@@ -35,7 +35,7 @@ class PlanSettings:
     batch_seconds: float  # cap on clips × longest of a micro-batch
     micro_batches_per_step: int
     window_shards: int = 4
-    length_jitter: float = 0.0
+    length_jitter: float = 0.004  # spread of the sort key, s
     seed: int = 0
 
 
@@ -148,6 +148,40 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPl
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Uses:
+    """Which node needs which shard, and from which step to which: one row for each pair of them, by node and shard."""
+
+    node: Rows
+    shard: Rows  # row of ShardIndex.shards
+    first: Rows  # step
+    last: Rows
+
+
+def find_uses(index: ShardIndex, plan: EpochPlan, world_size: int = 1, ranks_per_node: int = 1) -> Uses:
+    """When each shard is needed, by default by all ranks together."""
+    per_step = plan.micro_batches_per_step
+    batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
+    pair = batch % per_step % world_size // ranks_per_node * len(index.shards) + index.samples["shard"][plan.rows]
+    pairs, first = np.unique(pair, return_index=True)
+    _, from_the_end = np.unique(pair[::-1], return_index=True)
+    last = len(pair) - 1 - from_the_end
+    node, shard = np.divmod(pairs, len(index.shards))
+    return Uses(node, shard, batch[first] // per_step, batch[last] // per_step)
+
+
+def meet_again(plan: EpochPlan, following: EpochPlan) -> float:
+    """Of the pairs of clips in one micro-batch of a plan, the share that the plan of the next epoch brings together."""
+    before, after = (
+        np.repeat(np.arange(len(each.starts) - 1), np.diff(each.starts))[np.argsort(each.rows)]  # batch of every clip
+        for each in (plan, following)
+    )
+    _, together = np.unique(before * len(following.starts) + after, return_counts=True)
+    sizes = np.diff(plan.starts)
+    pairs = int((sizes * (sizes - 1)).sum())
+    return float((together * (together - 1)).sum() / pairs) if pairs else 0.0
+
+
 def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seconds: float) -> list[Rows]:
     """Every clip once, in batches of like lengths, longest first; the same for every world size.
 
@@ -202,8 +236,9 @@ def _cut_bucket(
             position += 1
         rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
         lengths = index.samples["samples"][rows].astype(np.int64)
-        noise = np.exp(random.normal(0, settings.length_jitter, len(rows))) if settings.length_jitter else 1.0
-        order = np.argsort(lengths * noise, kind="stable")
+        # Milliseconds change the company of short clips, which form the largest batches, and pad long ones hardly
+        noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))
+        order = np.argsort(lengths + noise, kind="stable")
         rows, lengths = rows[order], lengths[order]
         first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
         made = list(cut(rows, lengths, cap, first_cap))

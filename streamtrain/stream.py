@@ -15,16 +15,16 @@ from typing import TypeVar
 import numpy as np
 
 from sharding.errors import ShardError
-from sharding.format import Sample, ShardIndex, read_sample
+from sharding.format import ShardEntry, ShardIndex, read_samples
+from sharding.sample import Sample
 from sharding.store import Reader
 from streamtrain.cache import ShardCache
 from streamtrain.collate import Batch, collate
-from streamtrain.plan import EpochPlan, numbers_of_rank
+from streamtrain.plan import EpochPlan, find_uses, numbers_of_rank
 from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
 BATCHES_AHEAD = 4  # per worker thread
-STEPS_AHEAD = 32  # shards of these steps are fetched from a bucket before they are needed
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,21 @@ class ShardStream:
         """This rank's micro-batches of every step from `first_step` on: M ÷ world size for each."""
         numbers = numbers_of_rank(self.world.rank, self.world.size, plan.micro_batches_per_step)
         places = ((step, number) for step in range(first_step, plan.steps) for number in numbers)
+        cache = self.store if isinstance(self.store, ShardCache) else None
+        if cache:
+            cache.follow(self.index, find_uses(self.index, plan))
 
         def load(place: tuple[int, int]) -> StepBatch:
             step, number = place
-            self._announce(plan, step)
+            if cache:
+                cache.reach(step)
             return StepBatch(step, number, self.load(plan.micro_batch(step, number)))
 
         try:
             yield from read_ahead(load, places, self.workers)
         finally:
-            if isinstance(self.store, ShardCache):
-                self.store.stop_prefetching()
+            if cache:
+                cache.stop_prefetching()
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Batch, list[Sample]]]:
         """The given batches of rows, in order, with their samples."""
@@ -79,29 +83,27 @@ class ShardStream:
         return self._collate(rows, self._read(rows))
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
-        return [self._read_one(int(row)) for row in rows]
+        """The samples of these rows, shard by shard, and in their order."""
+        samples = dict[int, Sample]()
+        shards = self.index.samples["shard"][rows]
+        for number in np.unique(shards).tolist():
+            chosen = rows[shards == number]
+            samples.update(zip(chosen.tolist(), self._read_from(self.index.shards[number], chosen), strict=True))
+        return [samples[row] for row in rows.tolist()]
 
-    def _read_one(self, row: int) -> Sample:
-        """A verified sample. What spoilt in the cache or on the way is fetched once more before it is an error."""
+    def _read_from(self, shard: ShardEntry, rows: np.ndarray) -> list[Sample]:
+        """Verified samples. What spoilt in the cache or on the way is fetched once more before it is an error."""
         try:
-            return read_sample(self.store, self.index, row)
+            return read_samples(self.store, self.index, shard, self.index.samples[rows])
         except ShardError:
             if isinstance(self.store, ShardCache):
-                self.store.drop(self.index.shards[self.index.samples["shard"][row]].name)
+                self.store.drop(shard.name)
             elif not self.store.remote:
                 raise
-            return read_sample(self.store, self.index, row)
+            return read_samples(self.store, self.index, shard, self.index.samples[rows])
 
     def _collate(self, rows: np.ndarray, samples: Sequence[Sample]) -> Batch:
         return collate(samples, self.index.samples["samples"][rows].tolist(), self.vocab, self.normalize)
-
-    def _announce(self, plan: EpochPlan, step: int) -> None:
-        if isinstance(self.store, ShardCache):
-            per_step = plan.micro_batches_per_step
-            rows = plan.rows[plan.starts[step * per_step] : plan.starts[min(step + STEPS_AHEAD, plan.steps) * per_step]]
-            shards = self.index.samples["shard"][rows]
-            _, first = np.unique(shards, return_index=True)
-            self.store.prefetch([self.index.shards[shards[i]].name for i in np.sort(first)])
 
 
 Place = TypeVar("Place")
@@ -109,7 +111,10 @@ Item = TypeVar("Item")
 
 
 def read_ahead(load: Callable[[Place], Item], places: Iterator[Place], workers: int) -> Iterator[Item]:
-    """`load` of every place, in order, with a bounded number of them under way in `workers` threads."""
+    """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: in this one."""
+    if workers == 0:
+        yield from map(load, places)
+        return
     with ThreadPoolExecutor(workers, "load") as pool:
         pending: deque[Future[Item]] = deque(
             pool.submit(load, place) for place in islice(places, workers * BATCHES_AHEAD)

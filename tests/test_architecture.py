@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sharding", "streamtrain", "launch")
-SEEN_BY_STREAMTRAIN = {"format", "store", "ipa", "audio", "pauses", "split", "errors", "archive", "workers"}
+SEEN_BY_STREAMTRAIN = {
+    "format",
+    "sample",
+    "store",
+    "bucket",
+    "ipa",
+    "audio",
+    "pauses",
+    "split",
+    "errors",
+    "archive",
+    "workers",
+}
 
 
 def module_name(path: Path) -> str:

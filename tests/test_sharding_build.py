@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 from sharding.assign import choose_stand_in, is_validation
 from sharding.audio import encode, frame_count
 from sharding.examine import speaker_hash
-from sharding.format import Sample, read_index, read_keys, read_sample
+from sharding.format import read_index, read_keys, read_sample
 from sharding.ipa import ctc_frames_needed
+from sharding.sample import Sample
 from sharding.store import open_store
 
 TEXT = "kæt sæt"

@@ -18,20 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import ShardError, StreamtrainError
-from sharding.format import (
-    FORMAT_VERSION,
-    Sample,
-    Who,
-    check_shard,
-    escape_key,
-    piece_key,
-    read_index,
-    read_keys,
-    read_sample,
-    read_shard_index,
-    sample_from_bytes,
-    sample_to_bytes,
-)
+from sharding.format import FORMAT_VERSION, Who, check_shard, read_index, read_keys, read_sample, read_shard_index
+from sharding.sample import Sample, escape_key, piece_key, sample_from_bytes, sample_to_bytes
 from sharding.store import Store, open_store
 
 STRANGE_IDS = ["a.b", "a/b", "../a", "a b", "über", "a%2Eb", "a+000", "con\tcat", "x" * 300, "x" * 299 + "y", "."]

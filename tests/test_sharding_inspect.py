@@ -247,7 +247,7 @@ def test_the_report_of_a_build_has_the_same_plot_of_durations(
 def test_levels_and_symbols_are_those_of_the_tars(shards: Path) -> None:
     entries = read_index(open_store(shards)).shards
     with Workers(2) as pool:
-        jobs = [(str(shards), entry) for entry in entries]
+        jobs = [(str(shards), entry, "phonetic") for entry in entries]
         measured = pool.map(measure_shard, jobs, [entry.count for entry in entries], "measuring")
     assert min(min(levels) for levels, _ in measured) == SILENCE_DB
     for entry, (levels, counts) in zip(entries, measured, strict=True):

@@ -17,7 +17,8 @@ from corpus import SAMPLE_RATE, make_corpus, read_manifest, recite
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.format import Sample, read_index, read_sample
+from sharding.format import read_index, read_sample
+from sharding.sample import Sample
 from sharding.split import Cut, choose_cuts, split_recording
 from sharding.store import open_store
 

@@ -26,6 +26,8 @@ from sharding.errors import ShardError, StoreError
 from sharding.format import read_index, read_sample
 from sharding.store import open_store
 from streamtrain.cache import ShardCache
+from streamtrain.forecast import live_bytes
+from streamtrain.plan import Uses, find_uses
 from streamtrain.stream import ShardStream, open_for_reading
 from streamtrain.world import World
 
@@ -94,13 +96,15 @@ def test_what_is_written_is_read_whole_and_in_ranges(slash: str, url: str) -> No
     assert store.read("train/b00.tar") == data
     assert store.read("empty") == b""
     for start, length in ((0, 1), (5, 512), (8 * 2**20 - 7, 14), (len(data) - 3, 3)):
-        assert store.read_range("train/b00.tar", start, length) == data[start : start + length]
+        assert store.read_ranges("train/b00.tar", [(start, length)]) == [data[start : start + length]]
+    ranges = [(0, 700), (800, 5), (2**22, 9), (805, 3), (11 * 2**20, 2**20)]  # some of them side by side
+    assert store.read_ranges("train/b00.tar", ranges) == [data[start : start + size] for start, size in ranges]
     store.write("train/b00.tar", b"anew")
     assert store.read("train/b00.tar") == b"anew"
 
 
 def verbs(name: str) -> list[Callable[[BucketStore], object]]:
-    return [lambda store: store.read(name), lambda store: store.read_range(name, 0, 3)]
+    return [lambda store: store.read(name), lambda store: store.read_ranges(name, [(0, 3)])]
 
 
 def test_a_missing_object_is_named(url: str) -> None:
@@ -190,7 +194,7 @@ def test_every_verb_outlives_a_fault_that_passes(fault: Fault, url: str, proxy: 
     store.write("train/b00.tar", LARGE)
     store.write("small", b"small")
     assert store.read("train/b00.tar") == LARGE
-    assert store.read_range("train/b00.tar", 2_000_000, 3_000_000) == LARGE[2_000_000:5_000_000]
+    assert store.read_ranges("train/b00.tar", [(2_000_000, 3_000_000)]) == [LARGE[2_000_000:5_000_000]]
     assert store.exists("small")
     assert sorted(store.names()) == ["small", "train/b00.tar"]
     store.delete("small")
@@ -427,6 +431,35 @@ def test_the_cache_keeps_within_its_limit_at_every_moment(
         watcher.join()
     assert keys == training_keys(meadow)
     assert 0 < most <= limit
+
+
+def test_with_the_room_that_the_forecast_tells_each_shard_is_fetched_once(
+    bucket: BucketStore, meadow: Path, tmp_path: Path
+) -> None:
+    index, plan = read_index(bucket), plan_of(meadow)
+    uses = find_uses(index, plan)
+    needed = int(max(live_bytes(index, plan, uses, nodes=1)[0]))
+    cache = cached(bucket, tmp_path / "cache", max(needed, 2 * max(shard.bytes for shard in index.shards)))
+    assert stream_all(cache, meadow) == training_keys(meadow)
+    assert cache.counts.bytes == sum(index.shards[shard].bytes for shard in uses.shard)
+    assert cache.counts.refetched == 0
+
+
+def test_what_the_plan_needs_last_is_evicted_first(bucket: BucketStore, tmp_path: Path) -> None:
+    index = read_index(bucket)
+    shards = [shard for shard in index.shards if shard.split == "train" and shard.bucket == 1][:4]
+    rows = np.array([index.shards.index(shard) for shard in shards])
+    cache = cached(bucket, tmp_path / "cache", sum(shard.bytes for shard in shards[:3]) + 2_000)
+    cache.follow(index, Uses(np.zeros(4, int), rows, np.array([0, 50, 60, 70]), np.array([0, 99, 99, 99])))
+    cache.reach(10)
+    for shard in (shards[1], shards[0], shards[3]):  # the first is behind us, the second needed at 50, the last at 70
+        cache.read_ranges(shard.name, [(0, 1)])
+    cache.read_ranges(shards[2].name, [(0, 1)])
+    assert {path.name for path in files(tmp_path / "cache")} == {
+        shard.name.replace("/", "-") for shard in (shards[1], shards[2], shards[3])
+    }
+    cache.read_ranges(shards[0].name, [(0, 1)])
+    assert shards[3].name.replace("/", "-") not in {path.name for path in files(tmp_path / "cache")}
 
 
 def test_a_cache_without_room_for_two_shards_is_refused(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:

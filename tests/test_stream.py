@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.errors import ShardError, StoreError
-from sharding.format import Sample, ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
+from sharding.format import ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
 from sharding.ipa import normalize_ipa
+from sharding.sample import Sample
 from sharding.store import FolderStore
 from streamtrain.collate import collate
 from streamtrain.plan import EpochPlan, PlanError, PlanSettings, plan_epoch
@@ -92,7 +94,7 @@ def training_keys(folder: Path) -> Counter[str]:
     return Counter(read_keys(store, index)[index.split("train")].tolist())
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_every_clip_is_seen_once_by_all_ranks_together(world_size: int, workers: int, meadow: Path) -> None:
     plan = plan_of(meadow)
@@ -144,18 +146,21 @@ def test_batches_come_in_the_plans_order(meadow: Path) -> None:
         assert list(item.batch.keys) == keys[plan.micro_batch(item.step, item.number)].tolist()
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 4), (8, 2)])
-def test_resumed_at_any_step_it_goes_on_as_if_uninterrupted(before: int, after: int, meadow: Path) -> None:
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1), (8, 2, 4)])
+@pytest.mark.parametrize("workers", [(2, 2, 2), (0, 3, 1)])
+def test_stopped_twice_at_any_step_it_goes_on_as_if_uninterrupted(
+    sizes: tuple[int, int, int], workers: tuple[int, int, int], meadow: Path
+) -> None:
+    """With other ranks and other threads each time."""
     plan = plan_of(meadow)
-    assert plan.steps >= 2
-    whole = run_epoch(meadow, 1, 2, plan)
-    for first_step in range(plan.steps + 1):
-        done = [item for item in run_epoch(meadow, before, 2, plan) if item.step < first_step]
-        rest = run_epoch(meadow, after, 2, plan, first_step)
-        assert keys_of(done) + keys_of(rest) == keys_of(whole)
-        assert {(item.step, item.number): item.batch.keys for item in rest} == {
-            (item.step, item.number): item.batch.keys for item in whole if item.step >= first_step
-        }
+    assert plan.steps >= 3
+    whole = {(item.step, item.number): item.batch.keys for item in run_epoch(meadow, 1, 2, plan)}
+    for stops in combinations(range(plan.steps + 1), 2):
+        seen = []
+        for size, threads, first, last in zip(sizes, workers, (0, *stops), (*stops, plan.steps), strict=True):
+            seen += [item for item in run_epoch(meadow, size, threads, plan, first) if item.step < last]
+        assert len(seen) == len(whole)
+        assert {(item.step, item.number): item.batch.keys for item in seen} == whole
 
 
 def test_a_world_that_does_not_divide_a_step_is_refused(meadow: Path) -> None:
@@ -238,7 +243,7 @@ def loaders() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
 def test_what_is_read_ahead_comes_in_order_though_threads_finish_out_of_order(workers: int) -> None:
     def load(place: int) -> int:
         time.sleep(0.003 * (place % 3 == 0))

@@ -1,0 +1,186 @@
+"""An index for WebDataset tars that others wrote, which stay as they are: no bucketing, no splitting, no conversion."""
+
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from sharding import report
+from sharding.audio import SAMPLE_RATE, decode, frame_count, is_constant
+from sharding.errors import AudioError, ShardError
+from sharding.format import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    Shard,
+    ShardEntry,
+    ShardIndex,
+    Who,
+    join_samples,
+    write_index,
+    write_listed,
+)
+from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols
+from sharding.manifest import Utterance
+from sharding.sample import BLOCK, Sample, sample_from_bytes, split_name
+from sharding.store import open_store
+from sharding.workers import Workers
+
+FOREIGN = "written by others"  # marks the settings of such a set
+
+
+@dataclass(frozen=True, slots=True)
+class TarJob:
+    url: str
+    name: str
+    split: str
+    track: str
+    limit_sec: float
+
+
+@dataclass(frozen=True)
+class TarResult:
+    shard: Shard | None  # None where no sample can be used
+    ledger: report.LedgerPart
+
+
+def index_tars(
+    url: str, track: str, valid: Sequence[str], limit_sec: float, workers: int
+) -> tuple[ShardIndex, dict[str, Any], float]:
+    """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
+
+    Tars whose name fits a pattern of `valid` validate. Raises ShardError where there are none, where an index is there
+    already, or where a key comes twice.
+    """
+    store = open_store(url)
+    if store.exists(INDEX_NAME):
+        raise ShardError(f"{url}: has an {INDEX_NAME} already", "remove it first, if it is to be made anew")
+    names = sorted(name for name in store.names() if name.endswith(".tar"))
+    if not names:
+        raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that holds them")
+    splits = ["valid" if any(fnmatch(name, pattern) for pattern in valid) else "train" for name in names]
+    jobs = [TarJob(url, name, split, track, limit_sec) for name, split in zip(names, splits, strict=True)]
+    with Workers(workers) as pool:
+        results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
+    shards = [result.shard for result in results if result.shard]
+    ledger = [result.ledger for result in results]
+    _check_keys(url, shards)
+    tally = report.add_up(ledger)
+    samples = join_samples([shard.samples for shard in shards])
+    index = ShardIndex(
+        duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
+        settings={"track": track, "limit_sec": limit_sec, "valid": list(valid), FOREIGN: True},
+        settings_hash="",
+        sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
+        notes={
+            "clips": sum(tally.clips.values()),
+            "rejected": tally.clips["rejected"],
+            "validation": {
+                "disjoint_by_speaker": _is_disjoint(shards),
+                "stand_in": None,
+                "clips": tally.validation["clips"],
+                "rejected": tally.validation["rejected"],
+            },
+        },
+        shards=tuple(shard.entry for shard in shards),
+        samples=samples,
+    )
+    summary = report.publish(store, ledger, tally, index, [], [])
+    return write_index(store, index), summary, tally.clips["rejected"] / max(sum(tally.clips.values()), 1)
+
+
+def index_tar(job: TarJob) -> TarResult:
+    """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
+    store = open_store(job.url)
+    data = store.read(job.name)
+    rows, keys, who, ledger = [], [], [], []
+    for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
+        raw = data[start:end]
+        sample, seconds, reason = None, 0.0, None
+        try:
+            sample = sample_from_bytes(raw, job.track)
+            samples = _measure(sample, job)
+            seconds = samples / SAMPLE_RATE
+            rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
+            keys.append(sample.key)
+            who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
+        except (AudioError, ShardError) as error:
+            reason = error.message
+        fate = "rejected" if reason else "written"
+        ledger.append(report.ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key))
+    if not rows:
+        return TarResult(None, report.write_ledger(ledger))
+    table = np.array(rows, SAMPLE_DTYPE)
+    checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
+    entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
+    shard = write_listed(store, Shard(entry, tuple(keys), tuple(who), table))
+    return TarResult(shard, report.write_ledger(ledger))
+
+
+def _measure(sample: Sample, job: TarJob) -> int:
+    """Samples at 16 kHz. Raises AudioError where the sample cannot be trained on."""
+    waveform, _ = decode(sample.audio, prove=True)
+    if len(waveform) > job.limit_sec * SAMPLE_RATE:
+        raise AudioError(f"longer than {job.limit_sec:g} s: `build` splits long recordings")
+    if job.split == "train":
+        foreign = foreign_symbols(sample.text, alphabet_of(job.track))
+        if not sample.text:
+            raise AudioError("no label")
+        if foreign:
+            raise AudioError(f"label has symbols outside the alphabet: {foreign!r}")
+        if ctc_frames_needed(sample.text) > frame_count(len(waveform)):
+            raise AudioError("label needs more frames than the clip has")
+        if is_constant(waveform):
+            raise AudioError("constant signal with a label")
+    return len(waveform)
+
+
+def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
+    """Of each sample of a tar its key, and the bytes from its first header to the end of its last member's padding."""
+    key, start, end = "", 0, 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                if not info.isfile() or info.name.startswith("__"):  # a note of the writer's
+                    continue
+                name, _ = split_name(info.name)
+                if name != key and key:
+                    yield key, start, end
+                if name != key:
+                    key, start = name, info.offset
+                end = info.offset_data + info.size + -info.size % BLOCK
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"{where}: not a whole tar: {error}", "copy it again") from error
+    if end > len(data):
+        raise ShardError(f"{where}: cut off", "copy it again")
+    if key:
+        yield key, start, end
+
+
+def _utterance(key: str, job: TarJob, sample: Sample | None) -> Utterance:
+    """What the ledger says of a sample."""
+    said = sample or Sample(key, b"", "", "", key)
+    corpus = said.corpus or job.url.rstrip("/").rpartition("/")[2]
+    return Utterance(said.utterance_id, said.child_id, said.session_id, "", corpus, f"{job.name}/{key}", None,
+                     said.age_bucket, "", None, said.text)  # fmt: skip
+
+
+def _check_keys(url: str, shards: Sequence[Shard]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for key in shard.keys:
+            if key in seen:
+                hint = "every sample needs a key of its own"
+                raise ShardError(f"{url}: the key {key!r} is in {seen[key]} and in {shard.entry.name}", hint)
+            seen[key] = shard.entry.name
+
+
+def _is_disjoint(shards: Sequence[Shard]) -> bool:
+    """Whether every sample names its child, and no child is both trained and validated on."""
+    children = {split: {one.child_id for shard in shards if shard.entry.split == split for one in shard.who}
+                for split in ("train", "valid")}  # fmt: skip
+    return not children["train"] & children["valid"] and "" not in children["train"] | children["valid"]

@@ -1,0 +1,155 @@
+"""A sample and its bytes in a tar.
+
+We write `<key>.flac` and `<key>.json` in ustar headers that carry no date and no owner, so that the same samples always
+make the same bytes. We read what other WebDataset writers make, too: sound as FLAC, WAV, MP3 or OGG, and a label in a
+`.txt` or a `.json`.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+from urllib.parse import quote
+
+from sharding.errors import ShardError
+from sharding.ipa import TRACKS, normalize
+
+BLOCK = 512  # a tar is made of blocks of this many bytes
+SOUNDS = ("flac", "wav", "mp3", "ogg")
+META = ("utterance_id", "child_id", "session_id", "corpus", "age_bucket")  # what another writer's JSON may say beside
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One clip, or one piece of a long recording, as it lies in a shard."""
+
+    key: str
+    audio: bytes  # FLAC, 16 kHz, mono; of another writer whatever it wrote
+    text: str
+    label_status: str  # labelled | quarantine | unlabelled | reference
+    utterance_id: str
+    child_id: str = ""
+    session_id: str = ""
+    corpus: str = ""
+    age_bucket: str = ""
+    parent_id: str | None = None  # the recording that this piece was cut from
+    parent_text: str | None = None  # its whole label, where the piece's own is not certain
+    piece: int = 0
+    pieces: int = 1
+    start_sec: float | None = None
+    end_sec: float | None = None
+
+    @property
+    def recording_id(self) -> str:
+        """What is scored as one: the sample itself, or the recording whose whole label the pieces share."""
+        shared = self.label_status == "reference" and self.parent_id is not None
+        return str(self.parent_id) if shared else self.utterance_id
+
+
+def escape_key(utterance_id: str) -> str:
+    """A key WebDataset and ustar can carry: no dot, no slash, at most 80 bytes; different ids stay different."""
+    key = quote(utterance_id, safe="").replace(".", "%2E")
+    if len(key) > 80:
+        key = f"{key[:60]}%{hashlib.sha256(utterance_id.encode()).hexdigest()[:16]}"
+    return key
+
+
+def piece_key(key: str, piece: int) -> str:
+    return f"{key}+{piece:03d}"  # quote() escapes "+", so no utterance id can collide with a piece
+
+
+def whole_key(key: str) -> str:
+    """The key of the clip that a piece was cut from; of a whole clip, its own."""
+    return key.partition("+")[0]
+
+
+_write_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+_META = [field.name for field in fields(Sample) if field.name not in ("key", "audio")]
+
+
+def sample_to_bytes(sample: Sample) -> bytes:
+    """The two members of a sample as they stand in a tar: headers, bodies and padding."""
+    meta = {name: value for name in _META if (value := getattr(sample, name)) is not None}
+    if sample.parent_id is None:
+        del meta["piece"], meta["pieces"]
+    document = _write_json(meta).encode()
+    return b"".join([*_member(f"{sample.key}.flac", sample.audio), *_member(f"{sample.key}.json", document)])
+
+
+def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
+    """The inverse of `sample_to_bytes`; of another writer's members a sample with its label normalised for the track.
+
+    Raises ShardError where the bytes are not a sample.
+    """
+    try:
+        members = dict(_members(raw))
+        key, _ = split_name(next(iter(members)))
+        document = json.loads(members.get(f"{key}.json", b"{}"))
+        if "label_status" in document:
+            return Sample(key=key, audio=members[f"{key}.flac"], **document)
+        return _sample_of_another(key, {split_name(name)[1]: body for name, body in members.items()}, document, track)
+    except (ValueError, TypeError, KeyError, StopIteration, tarfile.TarError) as error:
+        raise ShardError(f"these bytes are not a sample: {error}") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key of a member and its kind, as WebDataset tells them: at the first dot of the file's own name."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    return f"{folder}{slash}{stem}", kind.lower()
+
+
+def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[str, Any], track: str) -> Sample:
+    audio = next((bodies[kind] for kind in SOUNDS if kind in bodies), None)
+    if audio is None:
+        raise ValueError(f"{key} has no sound, only {', '.join(bodies)}")
+    if not {"txt", "json"} & bodies.keys():
+        raise ValueError(f"{key} has no label, only {', '.join(bodies)}")
+    said = {name: document.get(name) or "" for name in ("text", TRACKS[track], *META)}
+    if not all(isinstance(value, str) for value in said.values()):
+        raise TypeError(f"{key}.json: strings are expected in {', '.join(said)}")
+    text = bodies["txt"].decode("utf-8-sig") if "txt" in bodies else said["text"] or said[TRACKS[track]]
+    label = normalize(text, track)
+    return Sample(
+        key=escape_key(key),
+        audio=audio,
+        text=label,
+        label_status="labelled" if label else "unlabelled",
+        utterance_id=said["utterance_id"] or key,
+        child_id=said["child_id"],
+        session_id=said["session_id"],
+        corpus=said["corpus"],
+        age_bucket=said["age_bucket"],
+    )
+
+
+# A ustar header without name, size and checksum: mtime, uid and gid are 0, so the same samples make the same bytes.
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)  # other headers say more of the member that follows
+
+
+def _member(name: str, body: bytes) -> tuple[bytes | bytearray, bytes, bytes]:
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")  # a key has at most 84 bytes, the field 100
+    header[124:136] = b"%011o\0" % len(body)
+    header[148:156] = b" " * 8  # as which the checksum counts itself
+    header[148:156] = b"%06o\0 " % sum(header)
+    return header, body, bytes(-len(body) % BLOCK)
+
+
+def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    if raw[156:157] not in _PLAIN:
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
+            yield from ((info.name, tar.extractfile(info).read()) for info in tar if info.isfile())  # type: ignore[union-attr]
+        return
+    position = 0
+    while position < len(raw):
+        info = tarfile.TarInfo.frombuf(raw[position : position + BLOCK], "utf-8", "strict")
+        body = raw[position + BLOCK : position + BLOCK + info.size]
+        if len(body) != info.size:
+            raise ValueError(f"{info.name} has {len(body)} of {info.size} bytes")
+        yield info.name, body
+        position += BLOCK + info.size + -info.size % BLOCK

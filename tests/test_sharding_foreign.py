@@ -1,0 +1,168 @@
+"""Any WebDataset reader can take our shards, and we can take the tars of any WebDataset writer."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+from conftest import Command
+from corpus import say
+from test_stream import VOCAB, keys_of
+
+from sharding.audio import SAMPLE_RATE, decode, encode
+from sharding.format import read_index, read_keys, read_sample
+from sharding.ipa import normalize_ipa
+from sharding.store import open_store
+from streamtrain.plan import PlanSettings, plan_epoch
+from streamtrain.stream import ShardStream
+from streamtrain.world import World
+
+TEXTS = ["kæt sæt", "bɪg ˈdɔg", "tʃɪp", "mun sut"]
+
+
+def sound_as(kind: str, waveform: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform, rate, format=kind.upper())
+    return buffer.getvalue()
+
+
+def write_tars(folder: Path, kind: str, label: str, prefix: str = "", clips: int = 12) -> dict[str, tuple[bytes, str]]:
+    """As `webdataset.ShardWriter` writes them, some for training and some for validation; key → sound, text."""
+    folder.mkdir(parents=True)
+    written = {}
+    for split in ("train", "val"):
+        with webdataset.ShardWriter(str(folder / f"{split}-%04d.tar"), maxcount=5, verbose=0) as writer:
+            for number in range(clips if split == "train" else 4):
+                text = TEXTS[number % len(TEXTS)]
+                key = f"{prefix}{split}-{number:03d}"
+                audio = sound_as(kind, say(normalize_ipa(text), child=number % 3))
+                sample: dict[str, Any] = {"__key__": key, kind: audio}
+                document = {"child_id": f"{split}-{number % 3}"} | ({label: text} if label != "txt" else {})
+                sample |= {"json": json.dumps(document)} | ({"txt": text} if label == "txt" else {})
+                writer.write(sample)
+                written[key] = audio, text
+    return written
+
+
+@pytest.mark.parametrize("kind", ["flac", "wav", "mp3", "ogg"])
+@pytest.mark.parametrize("label", ["txt", "text", "phonetic_text"])
+def test_tars_of_shard_writer_are_indexed_and_stream(
+    kind: str, label: str, run_sharding: Command, tmp_path: Path
+) -> None:
+    written = write_tars(tmp_path / "tars", kind, label)
+    before = {path: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
+    done = run_sharding("index", tmp_path / "tars")
+    assert done.returncode == 0, done.stderr
+    assert "16 samples in 4 tars" in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+    store = open_store(tmp_path / "tars")
+    index = read_index(store)
+    assert set(read_keys(store, index).tolist()) == set(written)
+    assert (len(index.split("train")), len(index.split("valid"))) == (12, 4)
+    for row, key in enumerate(read_keys(store, index).tolist()):
+        sample = read_sample(store, index, row)
+        assert (sample.key, sample.audio, sample.text) == (key, written[key][0], normalize_ipa(written[key][1]))
+        assert sample.child_id == f"{key.split('-')[0]}-{int(key[-3:]) % 3}"
+    plan = plan_epoch(index, PlanSettings(batch_seconds=10, micro_batches_per_step=2), 0)
+    items = list(ShardStream(index, store, VOCAB, True, World()).epoch(plan))
+    assert keys_of(items) == Counter(key for key in written if key.startswith("train"))
+    assert not any(item.batch.failed for item in items)
+    assert run_sharding("verify", tmp_path / "tars", "--decode").returncode == 0
+    assert run_sharding("inspect", tmp_path / "tars", "--json").returncode == 0
+    assert "child validates" not in done.stdout
+    assert index.notes["validation"]["disjoint_by_speaker"]
+
+
+def test_keys_with_folders_and_dots_stay_apart_and_every_other_rate_is_brought_to_16_khz(
+    run_sharding: Command, tmp_path: Path
+) -> None:
+    tone = np.sin(np.arange(44_100) / 10).astype(np.float32)[:, None].repeat(2, axis=1)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, body in (("a/one.wav", sound_as("wav", tone, 44_100)), ("a/one.seg.txt", b"no label"),
+                           ("a/one.txt", "kæt".encode()), ("b/one.WAV", sound_as("wav", tone, 44_100)),
+                           ("b/one.txt", "sæt".encode())):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    assert run_sharding("index", tmp_path).returncode == 0
+    store = open_store(tmp_path)
+    index = read_index(store)
+    assert sorted(read_keys(store, index).tolist()) == ["a%2Fone", "b%2Fone"]
+    samples = [read_sample(store, index, row) for row in range(2)]
+    assert [sample.text for sample in samples] == ["kæt", "sæt"]
+    assert index.samples["samples"].tolist() == [len(decode(sample.audio)[0]) for sample in samples]
+    assert index.samples["samples"].tolist() == pytest.approx([SAMPLE_RATE] * 2, abs=2)
+    stream = ShardStream(index, store, VOCAB, True, World())
+    assert not stream.load(np.array([0, 1])).failed
+
+
+def test_what_cannot_be_trained_on_is_left_out_with_its_reason(run_sharding: Command, tmp_path: Path) -> None:
+    good = encode(say("kæt"))
+    clips = {
+        "good": {"flac": good, "txt": "kæt"},
+        "mute": {"flac": good},
+        "deaf": {"txt": "kæt"},
+        "torn": {"flac": good[:-300], "txt": "kæt"},
+        "greek": {"flac": good, "txt": "λ"},
+        "long": {"flac": encode(np.tile(say("kæt"), 100)), "txt": "kæt"},
+        "dense": {"flac": good, "txt": "kæt" * 100},
+    }
+    with webdataset.ShardWriter(str(tmp_path / "train-%d.tar"), verbose=0) as writer:
+        for key, members in clips.items():
+            writer.write({"__key__": key} | members)
+    done = run_sharding("index", tmp_path, "--max-rejected", 0.5)
+    assert done.returncode == 1
+    assert "85.7% of the clips were rejected" in done.stderr
+    for reason in ("no label", "deaf has no sound, only txt", "cut off", "outside the alphabet: 'λ'",
+                   "longer than 25 s", "more frames than the clip has"):  # fmt: skip
+        assert reason in done.stdout
+    store = open_store(tmp_path)
+    assert read_keys(store, read_index(store)).tolist() == ["good"]
+    assert run_sharding("verify", tmp_path, "--decode").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda folder: None, "there is no tar"),
+        (lambda folder: (folder / "x.tar").write_bytes(b"no tar at all" * 100), "x.tar: not a whole tar"),
+        (lambda folder: write_tars(folder / "a", "flac", "txt") and write_tars(folder / "b", "flac", "txt"), "the key"),
+    ],
+)
+def test_what_is_no_shard_set_is_told(prepare: Any, said: str, run_sharding: Command, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    prepare(tmp_path / "tars")
+    done = run_sharding("index", tmp_path / "tars")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not (tmp_path / "tars/index.json").exists()
+
+
+def test_an_index_that_is_there_is_not_overwritten(small_shards: Path, run_sharding: Command, tmp_path: Path) -> None:
+    out = shutil.copytree(small_shards, tmp_path / "shards")
+    before = (out / "index.json").read_bytes()
+    done = run_sharding("index", out)
+    assert done.returncode == 1
+    assert "has an index.json already" in done.stderr
+    assert (out / "index.json").read_bytes() == before
+    (out / "index.json").unlink()
+    assert run_sharding("index", out, "--valid", "valid/*", "--max-rejected", 1).returncode == 0  # ours are tars, too
+    assert run_sharding("verify", out, "--decode").returncode == 0
+
+
+def test_damaged_tars_of_others_cannot_be_made_again(run_sharding: Command, tmp_path: Path) -> None:
+    write_tars(tmp_path / "tars", "flac", "txt")
+    assert run_sharding("index", tmp_path / "tars").returncode == 0
+    path = sorted((tmp_path / "tars").glob("*.tar"))[0]
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert run_sharding("verify", tmp_path / "tars").returncode == 1
+    done = run_sharding("verify", tmp_path / "tars", "--repair", tmp_path)
+    assert done.returncode == 1
+    assert "written by others" in done.stderr
