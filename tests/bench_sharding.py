@@ -4,32 +4,25 @@ It drives the command line alone, so whatever the build does inside is measured 
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
-import platform
 import statistics
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
-
 from tests.bench_corpora import flac_corpus, tiny_corpus, wav_corpus
+from tests.bench_report import Line, Quoted, machine, say
 from tests.bench_timing import (
     ROOT,
     WORK,
     Loop,
     bare_copy,
     bare_resample,
-    read_text,
     run_build,
     run_lhotse,
     run_loops,
@@ -41,7 +34,6 @@ RESULT = WORK / "sharding.json"
 CORPUS = ROOT.parent / "shared/corpora/kids_a"  # where there is none, a demo corpus is spoken
 HANDFUL = 16  # clips of the run whose wall is called start-up
 LOOP_GOAL, LHOTSE_GOAL, MEMORY_GOAL_GB = 1.25, 4.0, 2.0
-PACKAGES = ("soundfile", "soxr", "numpy", "lhotse", "torch")
 
 
 class Sizes(NamedTuple):
@@ -52,43 +44,6 @@ class Sizes(NamedTuple):
 
 
 FULL, QUICK = Sizes(10_080, 2_100, 1_000_000, 3), Sizes(420, 84, 5_000, 1)
-
-
-@dataclass(frozen=True)
-class Quoted:
-    """What is said of several runs of one thing."""
-
-    median: float
-    minimum: float
-    clear: bool = True  # False where the start-up that was taken off outweighs what is left
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the table. Its ratio is ours ÷ reference or, of `at_least`, reference ÷ ours."""
-
-    what: str
-    ours: Quoted
-    reference: Quoted | None = None
-    goal: float | None = None
-    at_least: bool = False
-    unit: str = "s"
-
-    @property
-    def ratio(self) -> Quoted | None:
-        if self.reference is None:
-            return None
-        above, below = (self.reference, self.ours) if self.at_least else (self.ours, self.reference)
-        return Quoted(above.median / below.median, above.minimum / below.minimum)
-
-    @property
-    def verdict(self) -> str:
-        if self.goal is None:
-            return ""
-        if not self.ours.clear or (self.reference and not self.reference.clear):
-            return "too short to say"
-        value = (self.ratio or self.ours).median
-        return "ok" if (value >= self.goal if self.at_least else value <= self.goal) else "MISSED"
 
 
 @dataclass
@@ -215,42 +170,6 @@ MEASUREMENTS = {
     "memory": measure_memory,
 }
 
-# --- what is said -----------------------------------------------------------------------------------------------
-
-
-def table(lines: Sequence[Line]) -> str:
-    rows = [("median (minimum)", "ours", "reference", "ratio", "goal", "")]
-    for line in lines:
-        unit, sign = "×" if line.reference else line.unit, "≥" if line.at_least else "≤"
-        goal = "" if line.goal is None else f"{sign} {line.goal:g} {unit}"
-        said = show(line.ours, line.unit), show(line.reference, line.unit), show(line.ratio, "×")
-        rows.append((line.what, *said, goal, line.verdict))
-    what, *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    form = f"{{:<{what}}}" + "".join(f"  {{:>{width}}}" for width in widths) + "  {}"
-    return "\n".join(form.format(*row).rstrip() for row in rows)
-
-
-def show(quoted: Quoted | None, unit: str) -> str:
-    if quoted is None:
-        return ""
-    median, minimum = (f"{value:,.{2 if value < 100 else 0}f}" for value in (quoted.median, quoted.minimum))
-    return f"{median} {unit}" if quoted.median == quoted.minimum else f"{median} ({minimum}) {unit}"
-
-
-def machine() -> dict[str, str]:
-    cpus = [line.split(": ")[1] for line in read_text(Path("/proc/cpuinfo")).splitlines() if "model name" in line]
-    facts = {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "cpu": f"{cpus[0] if cpus else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "load before": f"{os.getloadavg()[0]:.2f}",
-        "python": platform.python_version(),
-        "libsndfile": soundfile.__libsndfile_version__,
-    }
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            facts[package] = importlib.metadata.version(package)
-    return facts
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -276,21 +195,7 @@ def main() -> None:
     for name in options.only or MEASUREMENTS:
         print(name, file=sys.stderr)
         MEASUREMENTS[name](bench)
-    print("  ".join(f"{name} {value}" for name, value in facts.items()), table(bench.lines), sep="\n\n", end="\n\n")
-    print("\n".join(bench.notes))
-    lines = [
-        asdict(line) | {"ratio": line.ratio and asdict(line.ratio), "verdict": line.verdict} for line in bench.lines
-    ]
-    result = {
-        "machine": facts,
-        "quick": options.quick,
-        "sizes": sizes._asdict(),
-        "lines": lines,
-        "runs": bench.runs,
-        "notes": bench.notes,
-    }
-    RESULT.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    print(f"\nall runs: {os.path.relpath(RESULT)}")
+    say(facts, bench.lines, bench.notes, RESULT, quick=options.quick, sizes=sizes._asdict(), runs=bench.runs)
 
 
 if __name__ == "__main__":
