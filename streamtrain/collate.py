@@ -38,34 +38,29 @@ def collate(samples: Sequence[Sample], lengths: Sequence[int], vocab: Vocab, nor
 
     No sample at all makes one silent row, so that every rank runs as many forwards as the others.
     """
-    waveforms, texts, failed = [], [], []
-    for sample, length in zip(samples, lengths, strict=True):
+    inputs = np.zeros((max(len(samples), 1), max(lengths, default=MIN_SAMPLES * 4)), np.float32)
+    failed = []
+    for row, sample, length in zip(inputs, samples, lengths, strict=bool(samples)):
         waveform = _decode(sample.audio)
         if waveform is None or len(waveform) != length:
             failed.append(sample.key)
-            waveform = np.zeros(length, np.float32)
-        elif normalize:
-            waveform = zero_mean_unit_variance(waveform)
-        waveforms.append(waveform)
-        texts.append(vocab.encode(sample.text))
-    keys = tuple(sample.key for sample in samples)
-    if not waveforms:
-        waveforms, texts, keys = [np.zeros(MIN_SAMPLES * 4, np.float32)], [[]], ("",)
-    broken = set(failed)
+        else:
+            row[:length] = zero_mean_unit_variance(waveform) if normalize else waveform
+    texts = [vocab.encode(sample.text) for sample in samples] or [[]]
+    targets = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for target, text in zip(targets, texts, strict=True):
+        target[: len(text)] = text
+    keys = tuple(sample.key for sample in samples) or ("",)
+    broken = {"", *failed}
     return Batch(
-        inputs=pad([torch.from_numpy(waveform) for waveform in waveforms]),
-        input_lengths=torch.tensor([len(waveform) for waveform in waveforms]),
-        targets=pad([torch.tensor(text, dtype=torch.int64) for text in texts]),
+        inputs=torch.from_numpy(inputs),
+        input_lengths=torch.tensor(list(lengths) or [inputs.shape[1]]),
+        targets=torch.from_numpy(targets),
         target_lengths=torch.tensor([len(text) for text in texts]),
-        weights=torch.tensor([float(key != "" and key not in broken) for key in keys]),
+        weights=torch.tensor([float(key not in broken) for key in keys]),
         keys=keys,
         failed=tuple(failed),
     )
-
-
-def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of shape (n_i,) as one (B, max n_i) tensor, zero beyond each."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from sharding.archive import AUDIO_SUFFIXES
 from sharding.audio import SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, StreamtrainError
 from sharding.split import split_recording
-from streamtrain.collate import pad, zero_mean_unit_variance
+from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import Hypothesis, greedy, join_pieces
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
@@ -91,7 +91,8 @@ def _transcribe_chunk(model: CTCModel, files: Sequence[Path], batch_seconds: flo
         rows = [zero_mean_unit_variance(pieces[i]) if model.normalize else pieces[i] for i in batch]
         lengths = torch.tensor([len(row) for row in rows])
         with torch.inference_mode():
-            log_probs = model(pad([torch.from_numpy(row) for row in rows]).to(device), lengths)  # (B, T, V)
+            inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+            log_probs = model(inputs.to(device), lengths)  # (B, T, V)
         for i, hypothesis in zip(batch, greedy(log_probs, model.frame_counts(lengths), model.vocab), strict=True):
             decoded[i] = hypothesis
     return [errors[number] if number in errors else _join(decoded, owners, number) for number in range(len(files))]
