@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sharding.audio import MIN_SAMPLES, decode
+from sharding.audio import MIN_SAMPLES, decode_native
 from sharding.errors import AudioError
 from sharding.sample import Sample
 from streamtrain.vocab import Vocab
@@ -41,11 +41,11 @@ def collate(samples: Sequence[Sample], lengths: Sequence[int], vocab: Vocab, nor
     inputs = np.zeros((max(len(samples), 1), max(lengths, default=MIN_SAMPLES * 4)), np.float32)
     failed = []
     for row, sample, length in zip(inputs, samples, lengths, strict=bool(samples)):
-        waveform = _decode(sample.audio)
-        if waveform is None or len(waveform) != length:
+        waveform = row[:length]
+        if not _decode_into(waveform, sample.audio):
             failed.append(sample.key)
-        else:
-            row[:length] = zero_mean_unit_variance(waveform) if normalize else waveform
+        elif normalize:
+            waveform[:] = zero_mean_unit_variance(waveform)
     texts = [vocab.encode(sample.text) for sample in samples] or [[]]
     targets = np.zeros((len(texts), max(map(len, texts))), np.int64)
     for target, text in zip(targets, texts, strict=True):
@@ -69,8 +69,13 @@ def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
     return normalized.astype(np.float32)
 
 
-def _decode(audio: bytes) -> np.ndarray | None:
+def _decode_into(waveform: np.ndarray, audio: bytes) -> bool:
+    """Fill a waveform with the sound, unless it does not decode or has another length."""
     try:
-        return decode(audio)[0]
+        sound, is_int16 = decode_native(audio)
     except AudioError:
-        return None
+        return False
+    if len(sound) != len(waveform):
+        return False
+    np.multiply(sound, np.float32(2**-15 if is_int16 else 1), out=waveform)
+    return True
