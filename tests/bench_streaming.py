@@ -133,7 +133,7 @@ def lhotse_steps(samples: np.ndarray, buckets: int, epoch: int) -> list[Step]:
             rank=rank,
         )
         sampler.set_epoch(epoch)
-        ranks.append([[int(cut.id) for cut in batch] for batch in sampler])
+        ranks.append([[int(cut.id.split("_")[0]) for cut in batch] for batch in sampler])
     return [list(step) for step in zip_longest(*ranks, fillvalue=[])]
 
 
