@@ -60,6 +60,7 @@ class BucketStore:
 
     def __init__(self, url: str, patience_sec: float = PATIENCE_SEC) -> None:
         self.url = url.rstrip("/")
+        self.retries = 0  # after what obstore itself repeats
         self._patience_sec = patience_sec
         patience = timedelta(seconds=patience_sec)
         options: dict[str, Any] = {
@@ -186,6 +187,7 @@ class BucketStore:
             except (BaseError, OSError) as error:
                 if not (left and isinstance(error, GenericError) and time.monotonic() < give_up):
                     raise self._explain(name, error) from error
+                self.retries += 1
                 time.sleep(PAUSE_SEC)
         raise AssertionError("unreachable")
 

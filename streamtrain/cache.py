@@ -40,7 +40,7 @@ class CacheCounts:
     hits: int = 0  # ranges of shards that were here already
     misses: int = 0
     bytes: int = 0  # fetched by this rank
-    refetched: int = 0  # shards whose bytes came or stood wrong
+    retries: int = 0  # requests that were repeated, and shards that came or stood wrong
 
 
 class ShardCache:
@@ -55,6 +55,7 @@ class ShardCache:
     def __init__(self, store: Reader, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
         self.url = store.url
         self.counts = CacheCounts()
+        self._repeated = 0  # requests, up to the last call of take_counts
         self._store = store
         self._entries = {shard.name: shard for shard in index.shards}
         self._root = folder
@@ -78,6 +79,14 @@ class ShardCache:
             (folder / EVICT_LOCK).touch()
         except OSError as error:
             raise StoreError(f"{self._folder}: {error.strerror}", "choose another data.cache_dir") from error
+
+    def take_counts(self) -> CacheCounts:
+        """What was asked of it since the last call."""
+        counts, self.counts = self.counts, CacheCounts()
+        repeated = getattr(self._store, "retries", 0)
+        counts.retries += repeated - self._repeated
+        self._repeated = repeated
+        return counts
 
     # --- what is to come --------------------------------------------------------------------------------------------
 
@@ -121,7 +130,7 @@ class ShardCache:
     def drop(self, name: str) -> None:
         """Remove a shard whose bytes have spoilt on this disk, so that it is fetched again."""
         log.warning("%s: spoilt in the cache, fetched again", self._path(name))
-        self.counts.refetched += 1
+        self.counts.retries += 1
         with _locked(self._root / EVICT_LOCK):
             self._path(name).unlink(missing_ok=True)
 
@@ -160,7 +169,7 @@ class ShardCache:
                         kept = open(partial, "rb")  # noqa: SIM115
                         os.replace(partial, path)
                         return kept
-                    self.counts.refetched += 1
+                    self.counts.retries += 1
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}", "is the disk of data.cache_dir full?") from error
         finally:

@@ -15,6 +15,7 @@ from streamtrain.evaluate import ClipScore, render_interval
 from streamtrain.metrics import EditCounts
 
 SAMPLES_SHOWN = 8
+RANKS_SHOWN = 64  # in TensorBoard
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,25 @@ class StepRow:
     grad_norm: float
     audio_sec_per_sec: float  # true seconds of speech trained on, per second
     padding: float  # 1 − true ÷ padded seconds
-    data_wait: float  # share of the step that this rank stood waiting for data
+    data_wait: float  # share of the step that the rank which waited longest stood waiting for data
+    silent: int  # clips that did not decode, on all ranks
     cer: float | None  # where an evaluation followed the step
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """A row of ranks.csv: what one rank's data took since the last one."""
+
+    step: int
+    rank: int
+    data_wait: float  # share of the steps that it stood waiting for data
+    look_ahead: float  # batches that were ready when one was taken, on average
+    read_ms: float  # of a loader thread, for each clip
+    decode_ms: float
+    cache_hits: float  # share of the shards asked for that were there; 1 without a cache
+    mb_fetched: float  # into the cache
+    retries: int  # requests that were repeated, and shards that came or stood wrong
+    silent: int  # clips that did not decode
 
 
 class Monitor:
@@ -45,6 +63,7 @@ class Monitor:
         self._rewrite()
         if done_steps == 0:
             (run_dir / "samples.txt").unlink(missing_ok=True)
+            (run_dir / "ranks.csv").unlink(missing_ok=True)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
         self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
 
@@ -58,8 +77,20 @@ class Monitor:
         if row.cer is not None:
             self._board.add_scalar("valid/cer", row.cer, row.step)
             plot_curves(self.rows, self._folder / "curves.png")
-        self._bar.set_postfix_str(f"loss {row.loss:.3f}, {row.audio_sec_per_sec:.0f} audio-s/s", refresh=False)
+        said = f"loss {row.loss:.3f}, {row.audio_sec_per_sec:.0f} audio-s/s, {row.data_wait:.1%} waiting for data"
+        self._bar.set_postfix_str(said, refresh=False)
         self._bar.update()
+
+    def ranks(self, rows: Sequence[RankRow]) -> None:
+        path = self._folder / "ranks.csv"
+        with open(path, "a", newline="") as file:
+            if path.stat().st_size == 0:
+                _writer(file).writerow([field.name for field in fields(RankRow)])
+            _writer(file).writerows(asdict(row).values() for row in rows)
+        for row in rows[:RANKS_SHOWN]:
+            for name, value in asdict(row).items():
+                if name not in ("step", "rank"):
+                    self._board.add_scalar(f"rank{row.rank}/{name}", value, row.step)
 
     def evaluated(self, step: int, total: EditCounts, clips: Sequence[ClipScore]) -> None:
         self.say(f"step {step}: CER {total.cer:.4f} on {len(clips):,} clips")
@@ -92,7 +123,7 @@ def read_log(path: Path) -> list[StepRow]:
     with open(path, newline="") as file:
         for cells in csv.DictReader(line for line in file if line.endswith("\n")):
             values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
-            rows.append(StepRow(**values | {"step": int(cells["step"]), "epoch": int(cells["epoch"])}))
+            rows.append(StepRow(**values | {name: int(cells[name]) for name in ("step", "epoch", "silent")}))
     return rows
 
 

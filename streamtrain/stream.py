@@ -4,6 +4,8 @@ Threads suffice: libsndfile and the object store work outside the interpreter's 
 to start, to hang or to leave shared memory behind.
 """
 
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +38,22 @@ class StepBatch:
     batch: Batch
 
 
+@dataclass
+class StreamCounts:
+    """What a rank's stream has done since it was last asked. Times are of all its threads together."""
+
+    batches: float = 0
+    clips: float = 0
+    silent: float = 0  # clips that did not decode
+    ready: float = 0  # batches that were there already when one was taken, summed over those taken
+    read_sec: float = 0
+    decode_sec: float = 0
+    hits: float = 0  # of shards that were to be read from, those in the cache
+    misses: float = 0
+    bytes: float = 0  # fetched into the cache
+    retries: float = 0  # requests that were repeated, and shards that came or stood wrong
+
+
 class ShardStream:
     """The batches of one rank."""
 
@@ -48,6 +66,17 @@ class ShardStream:
         self.normalize = normalize
         self.world = world
         self.workers = workers
+        self._counts = StreamCounts()
+        self._lock = threading.Lock()
+
+    def take_counts(self) -> StreamCounts:
+        """What was done since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, StreamCounts()
+        if isinstance(self.store, ShardCache):
+            done = self.store.take_counts()
+            counts.hits, counts.misses, counts.bytes, counts.retries = done.hits, done.misses, done.bytes, done.retries
+        return counts
 
     def epoch(self, plan: EpochPlan, first_step: int = 0) -> Iterator[StepBatch]:
         """This rank's micro-batches of every step from `first_step` on: M ÷ world size for each."""
@@ -64,7 +93,7 @@ class ShardStream:
             return StepBatch(step, number, self.load(plan.micro_batch(step, number)))
 
         try:
-            yield from read_ahead(load, places, self.workers)
+            yield from read_ahead(load, places, self.workers, self._count_ready)
         finally:
             if cache:
                 cache.stop_prefetching()
@@ -80,7 +109,21 @@ class ShardStream:
 
     def load(self, rows: np.ndarray) -> Batch:
         """Read, verify, decode and pad the clips of these rows."""
-        return self._collate(rows, self._read(rows))
+        started = time.perf_counter()
+        samples = self._read(rows)
+        read = time.perf_counter()
+        batch = self._collate(rows, samples)
+        with self._lock:
+            self._counts.batches += 1
+            self._counts.clips += len(samples)
+            self._counts.silent += len(batch.failed)
+            self._counts.read_sec += read - started
+            self._counts.decode_sec += time.perf_counter() - read
+        return batch
+
+    def _count_ready(self, batches: int) -> None:
+        with self._lock:
+            self._counts.ready += batches
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
         """The samples of these rows, shard by shard, and in their order."""
@@ -110,8 +153,13 @@ Place = TypeVar("Place")
 Item = TypeVar("Item")
 
 
-def read_ahead(load: Callable[[Place], Item], places: Iterator[Place], workers: int) -> Iterator[Item]:
-    """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: in this one."""
+def read_ahead(
+    load: Callable[[Place], Item], places: Iterator[Place], workers: int, tell: Callable[[int], None] = lambda _: None
+) -> Iterator[Item]:
+    """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: in this one.
+
+    `tell` is given the number of those that are ready when one is taken.
+    """
     if workers == 0:
         yield from map(load, places)
         return
@@ -121,6 +169,7 @@ def read_ahead(load: Callable[[Place], Item], places: Iterator[Place], workers: 
         )
         try:
             while pending:
+                tell(sum(future.done() for future in pending))
                 item = pending.popleft().result()
                 pending.extend(pool.submit(load, place) for place in islice(places, 1))
                 yield item

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,16 @@ from streamtrain.config import Config, ConfigError
 from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
 from streamtrain.export import save_best
 from streamtrain.model import CTCModel, ctc_sum, load_model
-from streamtrain.monitor import Monitor, StepRow
+from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
-from streamtrain.stream import ShardStream, StepBatch, open_for_reading
+from streamtrain.stream import ShardStream, StepBatch, StreamCounts, open_for_reading
 from streamtrain.world import World
 
 log = logging.getLogger("streamtrain")
 
 LOCK_TRIES = 5  # a second apart
+TELL_RANKS_EVERY = 20  # steps
+SILENT = [field.name for field in fields(StreamCounts)].index("silent")
 MAX_FAILED = 0.001  # share of clips that may fail to decode though their bytes are right: above it, something is wrong
 
 
@@ -148,6 +150,7 @@ class Trainer:
             _peak_rate(config), config.train.warmup_steps, plans.total_steps, config.train.schedule
         )
         self._failed: set[str] = set()  # clips of this rank that did not decode
+        self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
         self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
@@ -164,6 +167,8 @@ class Trainer:
                     row = replace(row, cer=self._evaluate())
                 if self.monitor is not None:
                     self.monitor.step(row)
+                if last or self.state.step % TELL_RANKS_EVERY == 0:
+                    self._tell_ranks()
                 if last or self.state.step % self.config.train.checkpoint_every == 0:
                     self._save()
                 if last:
@@ -195,8 +200,11 @@ class Trainer:
             self.engine.backward(summed * (plan.micro_batches_per_step / symbols))
             self.engine.step()
             nats += float(summed.detach())
-        loss = self.world.sum_float(nats) / symbols
+        counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
+        everyone = self.world.gather_floats([nats, waited, waited + here_sec, *astuple(counts)])
+        loss = float(everyone[:, 0].sum()) / symbols
         self._check(loss, micro_batches)
+        self._told += everyone
         seconds = waited + time.perf_counter() - started
         true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
         self.state = _advance(state, plan)
@@ -208,9 +216,33 @@ class Trainer:
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
             audio_sec_per_sec=true / SAMPLE_RATE / seconds,
             padding=1 - true / max(padded, 1),
-            data_wait=waited / seconds,
+            data_wait=float((everyone[:, 1] / everyone[:, 2]).max()),
+            silent=int(everyone[:, 3 + SILENT].sum()),
             cer=None,
         )
+
+    def _tell_ranks(self) -> None:
+        """What each rank's data took since this was last told."""
+        rows = []
+        for rank, (_, waited, seconds, *values) in enumerate(self._told.tolist()):
+            counts = StreamCounts(*values)
+            rows.append(
+                RankRow(
+                    step=self.state.step,
+                    rank=rank,
+                    data_wait=waited / max(seconds, 1e-9),
+                    look_ahead=counts.ready / max(counts.batches, 1),
+                    read_ms=1000 * counts.read_sec / max(counts.clips, 1),
+                    decode_ms=1000 * counts.decode_sec / max(counts.clips, 1),
+                    cache_hits=counts.hits / (counts.hits + counts.misses) if counts.hits + counts.misses else 1.0,
+                    mb_fetched=counts.bytes / 2**20,
+                    retries=int(counts.retries),
+                    silent=int(counts.silent),
+                )
+            )
+        if self.monitor is not None:
+            self.monitor.ranks(rows)
+        self._told[:] = 0
 
     def _forward(self, batch: Batch, number: int) -> torch.Tensor:
         """Summed CTC loss of a micro-batch. Dropout and masks depend on its place in the plan, not on the rank."""

@@ -6,11 +6,13 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
 
@@ -43,8 +45,14 @@ class World:
         values = [counts.substitutions, counts.deletions, counts.insertions, counts.reference_length]
         return EditCounts(*(int(value) for value in self._reduce(torch.tensor(values, dtype=torch.int64)).tolist()))
 
-    def sum_float(self, value: float) -> float:
-        return float(self._reduce(torch.tensor([value], dtype=torch.float64))[0])
+    def gather_floats(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
+        """The values of every rank, on every rank, shape (ranks, values)."""
+        row = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return row[None].numpy()
+        rows = [torch.empty_like(row, device=self.device) for _ in range(self.size)]
+        torch.distributed.all_gather(rows, row.to(self.device))
+        return torch.stack(rows).cpu().numpy()
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order, on every rank."""

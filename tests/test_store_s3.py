@@ -442,7 +442,7 @@ def test_with_the_room_that_the_forecast_tells_each_shard_is_fetched_once(
     cache = cached(bucket, tmp_path / "cache", max(needed, 2 * max(shard.bytes for shard in index.shards)))
     assert stream_all(cache, meadow) == training_keys(meadow)
     assert cache.counts.bytes == sum(index.shards[shard].bytes for shard in uses.shard)
-    assert cache.counts.refetched == 0
+    assert cache.counts.retries == 0
 
 
 def test_what_the_plan_needs_last_is_evicted_first(bucket: BucketStore, tmp_path: Path) -> None:
@@ -527,6 +527,78 @@ def test_what_a_killed_fetch_left_behind_is_cleared_away(bucket: BucketStore, me
         (folder / name).write_bytes(bytes(limit))
     assert stream_all(cache, meadow) == training_keys(meadow)
     assert not list(folder.glob("*.part"))
+
+
+# --- an epoch under faults --------------------------------------------------------------------------------------------
+
+TAR = r"GET .*\.tar"
+EPOCH_FAULTS = {
+    "a burst of 503": Fault("503", TAR, times=8),
+    "resets": Fault("reset", TAR, times=5),
+    "bodies cut at once": Fault("cut response", TAR, times=4),
+    "bodies cut within": Fault("cut response", TAR, times=4, at=1_003),
+    "stalls before the body": Fault("stall response", TAR, times=2, seconds=1.5),
+    "stalls within": Fault("stall response", TAR, times=2, at=1_003, seconds=1.5),
+    "a body that never ends": Fault("stall response", TAR, at=1_003),
+    "wrong bytes": Fault("flip", TAR, at=1_003, times=2),
+}
+
+
+@pytest.mark.parametrize("fault", EPOCH_FAULTS.values(), ids=EPOCH_FAULTS)
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_an_epoch_under_a_fault_that_passes_has_every_clip_once(
+    with_cache: bool, fault: Fault, bucket: BucketStore, proxy: FaultProxy, meadow: Path, tmp_path: Path
+) -> None:
+    store = BucketStore(bucket.url, patience_sec=5)
+    reader = cached(store, tmp_path / "cache") if with_cache else store
+    proxy.plan(replace(fault))
+    assert stream_all(reader, meadow) == training_keys(meadow)
+    assert proxy.left() == 0
+    if with_cache:
+        for path in files(tmp_path / "cache"):
+            assert path.read_bytes() == (meadow / path.name.replace("train-", "train/")).read_bytes()
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_an_epoch_outlives_a_server_that_is_away_for_a_while(
+    with_cache: bool, bucket: BucketStore, proxy: FaultProxy, meadow: Path, tmp_path: Path
+) -> None:
+    store = BucketStore(bucket.url, patience_sec=20)
+    reader = cached(store, tmp_path / "cache") if with_cache else store
+    index, plan = read_index(store), plan_of(meadow)
+    items = ShardStream(index, reader, VOCAB, True, World(), workers=2).epoch(plan)
+    seen = [next(items)]
+    proxy.down()
+    back = threading.Timer(4, proxy.up)
+    back.start()
+    seen += list(items)
+    back.join()
+    assert keys_of(seen) == training_keys(meadow)
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_epoch_without_its_server_ends_in_time_and_names_a_shard(
+    workers: int, with_cache: bool, bucket: BucketStore, proxy: FaultProxy, meadow: Path, tmp_path: Path
+) -> None:
+    store = BucketStore(bucket.url, patience_sec=1.5)
+    index = read_index(store)
+    reader = cached(store, tmp_path / "cache") if with_cache else store
+    proxy.down()
+    begun = time.monotonic()
+    with pytest.raises(StoreError) as told:
+        list(ShardStream(index, reader, VOCAB, True, World(), workers).epoch(plan_of(meadow)))
+    assert time.monotonic() - begun < 15
+    assert any(f"{store.url}/{shard.name}: " in str(told.value) for shard in index.shards)
+
+
+def test_a_shard_that_vanishes_while_it_is_streamed_is_named(bucket: BucketStore, meadow: Path) -> None:
+    stream = ShardStream(read_index(bucket), bucket, VOCAB, True, World(), workers=0)
+    items = stream.epoch(plan_of(meadow))
+    next(items)
+    delete_shards(bucket, meadow)
+    with pytest.raises(StoreError, match=r"/train/b0\d-0000\d\.tar: there is no such object"):
+        list(items)
 
 
 # --- what is wrong with the bucket ----------------------------------------------------------------------------------

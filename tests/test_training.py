@@ -90,9 +90,14 @@ def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformer
     run(training(work, "run", "train.max_steps=4", "eval.every_steps=2", "train.checkpoint_every=2"))
     folder = work / "run"
     rows = read_rows(folder)
-    assert ",".join(rows[0]) == "step,epoch,loss,lr,grad_norm,audio_sec_per_sec,padding,data_wait,cer"
+    assert ",".join(rows[0]) == "step,epoch,loss,lr,grad_norm,audio_sec_per_sec,padding,data_wait,silent,cer"
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert [bool(row["cer"]) for row in rows] == [False, True, False, True]
+    with open(folder / "ranks.csv", newline="") as file:
+        ranks = list(csv.DictReader(file))
+    assert [(row["step"], row["rank"]) for row in ranks] == [("4", "0"), ("4", "1")]
+    assert all(float(row["decode_ms"]) > 0 and 0 <= float(row["data_wait"]) < 1 for row in ranks)
+    assert all((row["cache_hits"], row["retries"], row["silent"]) == ("1.0", "0", "0") for row in ranks)
     for name in ("config.json", "samples.txt", "curves.png", "scorecard.json", "tensorboard", "best", "checkpoints"):
         assert (folder / name).exists(), name
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
@@ -212,9 +217,9 @@ def kill_after_a_checkpoint(command: list[object], run_dir: Path) -> None:
         list(map(str, command)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
-    newest = max((run_dir / "checkpoints").glob("step-*"), default=None)
+    newest = max((run_dir / "checkpoints").glob("step-*/state.json"), default=None)
     deadline = time.monotonic() + 120
-    while max((run_dir / "checkpoints").glob("step-*"), default=None) == newest:
+    while max((run_dir / "checkpoints").glob("step-*/state.json"), default=None) == newest:
         assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
