@@ -63,7 +63,11 @@ class Monitor:
         self._rewrite()
         if done_steps == 0:
             (run_dir / "samples.txt").unlink(missing_ok=True)
-            (run_dir / "ranks.csv").unlink(missing_ok=True)
+        self._ranks = run_dir / "ranks.csv"
+        head = ",".join(field.name for field in fields(RankRow))
+        _, *lines = self._ranks.read_text().splitlines() if self._ranks.is_file() else [head]
+        kept = [line for line in lines if int(line.partition(",")[0]) <= done_steps]
+        self._ranks.write_text("\n".join([head, *kept, ""]))
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
         self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
 
@@ -82,10 +86,7 @@ class Monitor:
         self._bar.update()
 
     def ranks(self, rows: Sequence[RankRow]) -> None:
-        path = self._folder / "ranks.csv"
-        with open(path, "a", newline="") as file:
-            if path.stat().st_size == 0:
-                _writer(file).writerow([field.name for field in fields(RankRow)])
+        with open(self._ranks, "a", newline="") as file:
             _writer(file).writerows(asdict(row).values() for row in rows)
         for row in rows[:RANKS_SHOWN]:
             for name, value in asdict(row).items():
