@@ -14,6 +14,7 @@ from sharding import report
 from sharding.audio import SAMPLE_RATE, decode, frame_count, is_constant
 from sharding.errors import AudioError, ShardError
 from sharding.format import (
+    END_OF_ARCHIVE,
     INDEX_NAME,
     SAMPLE_DTYPE,
     Shard,
@@ -26,7 +27,7 @@ from sharding.format import (
 )
 from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols
 from sharding.manifest import Utterance
-from sharding.sample import BLOCK, Sample, sample_from_bytes, split_name
+from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
 from sharding.workers import Workers
 
@@ -145,6 +146,7 @@ def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for info in tar:
+                check_member(info, len(data))
                 if not info.isfile() or info.name.startswith("__"):  # a note of the writer's
                     continue
                 name, _ = split_name(info.name)
@@ -153,10 +155,14 @@ def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
                 if name != key:
                     key, start = name, info.offset
                 end = info.offset_data + info.size + -info.size % BLOCK
-    except (tarfile.TarError, EOFError) as error:
+            rest = data[tar.offset :]  # where the headers end, at the archive's end or at one that is damaged
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         raise ShardError(f"{where}: not a whole tar: {error}", "copy it again") from error
-    if end > len(data):
-        raise ShardError(f"{where}: cut off", "copy it again")
+    if rest.strip(b"\0"):
+        raise ShardError(f"{where}: there is no header at byte {len(data) - len(rest)}",
+                         "copy it again; or are several tars joined in it?")  # fmt: skip
+    if len(rest) < len(END_OF_ARCHIVE):
+        raise ShardError(f"{where}: the end-of-archive block is missing", "copy it again")
     if key:
         yield key, start, end
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
@@ -67,6 +67,7 @@ def whole_key(key: str) -> str:
 
 
 _write_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+_NUMBERS = ("piece", "pieces", "start_sec", "end_sec")
 _META = [field.name for field in fields(Sample) if field.name not in ("key", "audio")]
 
 
@@ -88,10 +89,13 @@ def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
         members = dict(_members(raw))
         key, _ = split_name(next(iter(members)))
         document = json.loads(members.get(f"{key}.json", b"{}"))
+        if not isinstance(document, dict):
+            raise TypeError(f"{key}.json: an object is expected")
         if "label_status" in document:
+            _check_strings(document, [name for name in _META if name in document and name not in _NUMBERS])
             return Sample(key=key, audio=members[f"{key}.flac"], **document)
         return _sample_of_another(key, {split_name(name)[1]: body for name, body in members.items()}, document, track)
-    except (ValueError, TypeError, LookupError, StopIteration, tarfile.TarError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, StopIteration, tarfile.TarError) as error:
         raise ShardError(f"these bytes are not a sample: {error}") from error
 
 
@@ -109,8 +113,7 @@ def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[
     if not {"txt", "json"} & bodies.keys():
         raise ValueError(f"{key} has no label, only {', '.join(bodies)}")
     said = {name: document.get(name) or "" for name in ("text", TRACKS[track], *META)}
-    if not all(isinstance(value, str) for value in said.values()):
-        raise TypeError(f"{key}.json: strings are expected in {', '.join(said)}")
+    _check_strings(said, said)
     text = bodies["txt"].decode("utf-8-sig") if "txt" in bodies else said["text"] or said[TRACKS[track]]
     label = normalize(text, track)
     return Sample(
@@ -124,6 +127,12 @@ def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[
         corpus=said["corpus"],
         age_bucket=said["age_bucket"],
     )
+
+
+def _check_strings(document: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not isinstance(document[name], str):
+            raise TypeError(f"{name} is {document[name]!r:.50}, a string is expected")
 
 
 # A ustar header without name, size and checksum: mtime, uid and gid are 0, so the same samples make the same bytes.
@@ -147,7 +156,7 @@ def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
         if header[156:157] != tarfile.REGTYPE or header[257:263] != b"ustar\0" or header[345] or header[124] >= 128:
             yield from _members_of_any_kind(raw[position:])
             return
-        name, size = header[: header.index(0)].decode(), int(header[124:135], 8)
+        name, size = header[:100].partition(b"\0")[0].decode(), int(header[124:135], 8)
         body = raw[position + BLOCK : position + BLOCK + size]
         if len(body) != size:
             raise ValueError(f"{name} has {len(body)} of {size} bytes")
@@ -157,4 +166,13 @@ def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _members_of_any_kind(raw: bytes) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-        yield from ((info.name, tar.extractfile(info).read()) for info in tar if info.isfile())  # type: ignore[union-attr]
+        for info in tar:
+            check_member(info, len(raw))
+            if info.isfile():
+                yield info.name, raw[info.offset_data : info.offset_data + info.size]
+
+
+def check_member(info: tarfile.TarInfo, end: int) -> None:
+    """Raises ValueError for a member that is not as long as it says: one with a hole, or beyond the end of its tar."""
+    if info.size < 0 or info.issparse() or info.offset_data + info.size > end:
+        raise ValueError(f"{info.name} says that it has {info.size} bytes")

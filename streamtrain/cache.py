@@ -18,6 +18,7 @@ import xxhash
 from sharding.bucket import Range
 from sharding.errors import ShardError, StoreError
 from sharding.format import ShardEntry, ShardIndex
+from sharding.sample import escape_key
 from sharding.store import Reader
 from streamtrain.plan import Uses
 
@@ -30,14 +31,14 @@ STEPS_AHEAD = 32  # shards of these steps are fetched before they are needed
 FETCH_TRIES = 3
 EVICT_LOCK = "evict.lock"
 WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished writing, so that something can go
-IDLE_SEC = 600.0  # another run's shard that nobody asked for so long is no longer needed
+IDLE_SEC = 600.0  # a shard that is not in the plan, and that nobody asked for so long, is no longer needed
 
 
 @dataclass
 class CacheCounts:
     """What a rank has asked its cache for."""
 
-    hits: int = 0  # ranges of shards that were here already
+    hits: int = 0  # times that a shard was here already, when it was to be read from
     misses: int = 0
     bytes: int = 0  # fetched by this rank
     retries: int = 0  # requests that were repeated, and shards that came or stood wrong
@@ -62,7 +63,7 @@ class ShardCache:
         self._folder = folder / index.digest[:16]  # two shard sets never collide
         self._limit = limit_bytes
         self._shards = ThreadPoolExecutor(SHARDS_AT_ONCE, "fetch")
-        self._ranges = ThreadPoolExecutor(RANGES_AT_ONCE, "range")
+        self._ranges = {ahead: ThreadPoolExecutor(RANGES_AT_ONCE, "range") for ahead in (True, False)}
         self._ahead: dict[str, Future[None]] = {}
         self._uses: list[tuple[int, int, str]] = []  # first step, last step, shard: in that order
         self._spans: dict[Path, tuple[int, int]] = {}
@@ -91,7 +92,7 @@ class ShardCache:
     # --- what is to come --------------------------------------------------------------------------------------------
 
     def follow(self, index: ShardIndex, uses: Uses) -> None:
-        """Learn when each shard will be needed."""
+        """Learn when this machine will need which shard."""
         names = [index.shards[shard].name for shard in uses.shard]
         with self._lock:
             self._uses = sorted(zip(uses.first.tolist(), uses.last.tolist(), names, strict=True))
@@ -99,10 +100,10 @@ class ShardCache:
             self._step = 0
 
     def reach(self, step: int) -> None:
-        """Start to fetch what the steps from this one on need, as much of it as fits in half of the cache."""
+        """Start to fetch what the steps from this one on need, as much of it as fits into the cache together."""
         with self._lock:
             self._step = max(self._step, step)
-            room = self._limit // 2
+            room = self._limit
             while self._uses and self._uses[0][1] < self._step:
                 self._uses.pop(0)
             for first, last, name in self._uses:
@@ -135,20 +136,20 @@ class ShardCache:
             self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._folder / name.replace("/", "-")
+        return self._folder / f"{escape_key(name.removesuffix('.tar'))}.tar"
 
     def _touch(self, name: str) -> None:
         if not self._path(name).exists():
-            self._open(name).close()
+            self._open(name, ahead=True).close()
 
-    def _open(self, name: str) -> BinaryIO:
+    def _open(self, name: str, ahead: bool = False) -> BinaryIO:
         """The shard's file, fetched if it is not here. Once open it can be read, even if it is evicted meanwhile."""
         path = self._path(name)
         file = _opened(path)
         if file is None:
-            self.counts.misses += 1
+            self.counts.misses += not ahead
             with _locked(path.with_suffix(".lock")):
-                file = _opened(path) or self._fetch(self._entries[name], path)
+                file = _opened(path) or self._fetch(self._entries[name], path, ahead)
         else:
             self.counts.hits += 1
         os.utime(file.fileno())  # when it was last asked for
@@ -156,14 +157,14 @@ class ShardCache:
 
     # --- fetching ---------------------------------------------------------------------------------------------------
 
-    def _fetch(self, shard: ShardEntry, path: Path) -> BinaryIO:
-        """Write a shard under its name, and return it opened."""
+    def _fetch(self, shard: ShardEntry, path: Path, ahead: bool) -> BinaryIO:
+        """Write a shard under its name, and return it opened. What is needed now does not wait for what is `ahead`."""
         partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
         try:
             self._reserve(partial, shard.bytes)
             with open(partial, "r+b") as file:
                 for _ in range(FETCH_TRIES):
-                    self._fill(shard, file)
+                    self._fill(shard, file, self._ranges[ahead])
                     seen = _checksum(file)
                     if seen == shard.checksum:
                         kept = open(partial, "rb")  # noqa: SIM115
@@ -179,14 +180,14 @@ class ShardCache:
             "the upload may be incomplete; run `python -m sharding verify` on the shard set",
         )
 
-    def _fill(self, shard: ShardEntry, file: BinaryIO) -> None:
+    def _fill(self, shard: ShardEntry, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
         """Fetch all ranges of a shard into its file; the first error ends it."""
 
         def fetch(start: int) -> None:
             (data,) = self._store.read_ranges(shard.name, [(start, min(RANGE_BYTES, shard.bytes - start))])
             os.pwrite(file.fileno(), data, start)
 
-        list(self._ranges.map(fetch, range(0, shard.bytes, RANGE_BYTES)))
+        list(pool.map(fetch, range(0, shard.bytes, RANGE_BYTES)))
         self.counts.bytes += shard.bytes
 
     def _reserve(self, partial: Path, needed: int) -> None:
@@ -212,10 +213,11 @@ class ShardCache:
                 path.unlink()
 
     def _needed_at(self, path: Path, stat: os.stat_result) -> float:
-        """The step at which a shard is needed next; that of another set is at the end of the queue, or not in it."""
-        if path.parent != self._folder:
-            return math.inf if time.time() - stat.st_mtime > IDLE_SEC else 2**62
-        first, last = self._spans.get(path, (0, -1))
+        """The step at which a shard is needed next. Of another run's, or of validation, only its last use tells."""
+        span = self._spans.get(path)
+        if span is None:
+            return self._step if time.time() - stat.st_mtime < IDLE_SEC else math.inf
+        first, last = span
         return max(first, self._step) if last >= self._step else math.inf
 
 

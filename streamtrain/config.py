@@ -32,7 +32,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     shards: str = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
-    window_shards: PositiveInt = 4  # shards of a bucket in use at a time: more mix better, fewer need less cache
+    window_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
     length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0

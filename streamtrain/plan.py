@@ -157,6 +157,10 @@ class Uses:
     first: Rows  # step
     last: Rows
 
+    def of(self, node: int) -> "Uses":
+        here = self.node == node
+        return Uses(self.node[here], self.shard[here], self.first[here], self.last[here])
+
 
 def find_uses(index: ShardIndex, plan: EpochPlan, world_size: int = 1, ranks_per_node: int = 1) -> Uses:
     """When each shard is needed, by default by all ranks together."""
@@ -221,7 +225,7 @@ def _cut_bucket(
     shards = random.permutation(shards)
     batches: list[Rows] = []
     carried = np.zeros(0, np.int64)
-    position = 0
+    position, direction = 0, 1
     while position < len(shards):
         window = [carried]
         seconds = 0.0
@@ -238,7 +242,8 @@ def _cut_bucket(
         lengths = index.samples["samples"][rows].astype(np.int64)
         # Milliseconds change the company of short clips, which form the largest batches, and pad long ones hardly
         noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))
-        order = np.argsort(lengths + noise, kind="stable")
+        order = np.argsort(lengths + noise, kind="stable")[::direction]
+        direction = -direction  # what a window leaves over is cut first in the next, and waits no longer
         rows, lengths = rows[order], lengths[order]
         first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
         made = list(cut(rows, lengths, cap, first_cap))

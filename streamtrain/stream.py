@@ -84,7 +84,8 @@ class ShardStream:
         places = ((step, number) for step in range(first_step, plan.steps) for number in numbers)
         cache = self.store if isinstance(self.store, ShardCache) else None
         if cache:
-            cache.follow(self.index, find_uses(self.index, plan))
+            node = self.world.rank // self.world.local_size
+            cache.follow(self.index, find_uses(self.index, plan, self.world.size, self.world.local_size).of(node))
 
         def load(place: tuple[int, int]) -> StepBatch:
             step, number = place

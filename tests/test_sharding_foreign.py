@@ -145,6 +145,64 @@ def test_what_is_no_shard_set_is_told(prepare: Any, said: str, run_sharding: Com
     assert not (tmp_path / "tars/index.json").exists()
 
 
+def plain_tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    return buffer.getvalue()
+
+
+def with_size(tar: bytes, size: bytes) -> bytes:
+    """The first header says another size, and its checksum is right."""
+    header = bytearray(tar[:512])
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + tar[512:]
+
+
+GOOD = plain_tar({f"{name}.{kind}": body for name in "abc" for kind, body in (("flac", encode(say("kæt"))),
+                                                                            ("txt", "kæt".encode()))})  # fmt: skip
+THIRD_HEADER = GOOD.index(b"b.flac")
+ODD = {
+    "a damaged header": (GOOD[: THIRD_HEADER + 130] + b"8" + GOOD[THIRD_HEADER + 131 :], "there is no header at byte"),
+    "two tars in one": (GOOD + GOOD.replace(b"a.", b"d."), "several tars joined"),
+    "no end": (GOOD.rstrip(b"\0") + bytes(300), ""),
+    "cut off in a member": (GOOD[: THIRD_HEADER + 900], "says that it has"),
+    "a negative size": (with_size(GOOD, b"\xff" * 10 + b"\xfe\x00"), ""),
+    "an endless size": (with_size(GOOD, b"77777777777\0"), "says that it has"),
+}
+
+
+@pytest.mark.parametrize(("tar", "said"), ODD.values(), ids=ODD)
+def test_a_tar_that_is_not_whole_is_refused_and_named(
+    tar: bytes, said: str, run_sharding: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "train.tar").write_bytes(tar)
+    done = run_sharding("index", tmp_path)
+    assert done.returncode == 1
+    assert "train.tar: " in done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_odd_labels_are_rejected_and_names_of_any_length_read(run_sharding: Command, tmp_path: Path) -> None:
+    good, long = encode(say("kæt")), "x" * 95
+    documents = {"list": "[1, 2]", "text": '"kæt"', "number": '{"text": 5}', "deep": "[" * 100_000,
+                 "ours": '{"label_status": "labelled", "text": 5, "utterance_id": "x"}'}  # fmt: skip
+    members = {f"{key}.{kind}": body for key, document in documents.items()
+               for kind, body in (("flac", good), ("json", document.encode()))}  # fmt: skip
+    (tmp_path / "train.tar").write_bytes(
+        plain_tar(members | {f"{long}.flac": good, f"{long}.text": b"", f"{long}.txt": "kæt".encode()})
+    )
+    done = run_sharding("index", tmp_path, "--max-rejected", 1)
+    assert done.returncode == 0, done.stderr
+    assert "= 1 written + 0 split + 5 rejected" in done.stdout
+
+
 def test_an_index_that_is_there_is_not_overwritten(small_shards: Path, run_sharding: Command, tmp_path: Path) -> None:
     out = shutil.copytree(small_shards, tmp_path / "shards")
     before = (out / "index.json").read_bytes()

@@ -361,7 +361,7 @@ def test_a_shard_set_in_a_bucket_streams_as_from_a_folder(bucket: BucketStore, m
     assert stream_all(cached(bucket, tmp_path / "cache"), meadow, size=2) == training_keys(meadow)
     assert len(files(tmp_path / "cache")) == len(list((meadow / "train").glob("*.tar")))
     for path in files(tmp_path / "cache"):
-        assert path.read_bytes() == (meadow / path.name.replace("train-", "train/")).read_bytes()
+        assert path.read_bytes() == (meadow / path.name.replace("%2F", "/")).read_bytes()
 
 
 def test_what_is_cached_is_not_fetched_again(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
@@ -456,10 +456,41 @@ def test_what_the_plan_needs_last_is_evicted_first(bucket: BucketStore, tmp_path
         cache.read_ranges(shard.name, [(0, 1)])
     cache.read_ranges(shards[2].name, [(0, 1)])
     assert {path.name for path in files(tmp_path / "cache")} == {
-        shard.name.replace("/", "-") for shard in (shards[1], shards[2], shards[3])
+        shard.name.replace("/", "%2F") for shard in (shards[1], shards[2], shards[3])
     }
     cache.read_ranges(shards[0].name, [(0, 1)])
-    assert shards[3].name.replace("/", "-") not in {path.name for path in files(tmp_path / "cache")}
+    assert shards[3].name.replace("/", "%2F") not in {path.name for path in files(tmp_path / "cache")}
+
+
+def test_validation_stays_in_a_cache_that_training_has_filled(bucket: BucketStore, tmp_path: Path) -> None:
+    index = read_index(bucket)
+    valid = [shard for shard in index.shards if shard.split == "valid"]
+    train = [shard for shard in index.shards if shard.split == "train"]
+    rows = np.array([index.shards.index(shard) for shard in train])
+    room = max(sum(shard.bytes for shard in train[:4]), 2 * max(shard.bytes for shard in index.shards))
+    cache = cached(bucket, tmp_path / "cache", room + 2_000)
+    cache.follow(index, Uses(np.zeros_like(rows), rows, np.zeros_like(rows), np.full_like(rows, 99)))
+    for shard in train:
+        cache.read_ranges(shard.name, [(0, 1)])
+    cache.take_counts()
+    for _ in range(5):
+        for shard in valid:
+            cache.read_ranges(shard.name, [(0, 1)])
+    assert cache.take_counts().bytes == sum(shard.bytes for shard in valid)
+
+
+def test_what_will_be_needed_is_fetched_ahead_into_whatever_room_there_is(bucket: BucketStore, tmp_path: Path) -> None:
+    index = read_index(bucket)
+    shards = [shard for shard in index.shards if shard.split == "train"][:5]
+    rows = np.array([index.shards.index(shard) for shard in shards])
+    cache = cached(bucket, tmp_path / "cache", sum(shard.bytes for shard in shards) + 2_000)
+    cache.follow(index, Uses(np.zeros(5, int), rows, np.array([0, 0, 0, 0, 20]), np.full(5, 99)))
+    cache.reach(0)
+    deadline = time.monotonic() + 20
+    while len(files(tmp_path / "cache")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(files(tmp_path / "cache")) == 5
+    assert cache.take_counts().misses == 0
 
 
 def test_a_cache_without_room_for_two_shards_is_refused(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
@@ -523,7 +554,7 @@ def test_what_a_killed_fetch_left_behind_is_cleared_away(bucket: BucketStore, me
     cache = cached(bucket, tmp_path / "cache", limit)
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     shard = read_index(bucket).shards[0]
-    for name in (shard.name.replace("/", "-").replace(".tar", ".part"), "of-another-time.part"):
+    for name in (shard.name.replace("/", "%2F").replace(".tar", ".part"), "of-another-time.part"):
         (folder / name).write_bytes(bytes(limit))
     assert stream_all(cache, meadow) == training_keys(meadow)
     assert not list(folder.glob("*.part"))
@@ -556,7 +587,7 @@ def test_an_epoch_under_a_fault_that_passes_has_every_clip_once(
     assert proxy.left() == 0
     if with_cache:
         for path in files(tmp_path / "cache"):
-            assert path.read_bytes() == (meadow / path.name.replace("train-", "train/")).read_bytes()
+            assert path.read_bytes() == (meadow / path.name.replace("%2F", "/")).read_bytes()
 
 
 @pytest.mark.parametrize("with_cache", [True, False])
