@@ -52,9 +52,10 @@ def repair(
     """
     store = open_store(url)
     with sole_build(store):
-        shards = read_outline(store).shards
+        outline = read_outline(store)
+        shards = outline.shards
         faults = find_faults(url, shards, with_audio, workers)
-        if faults and FOREIGN in read_outline(store).settings:
+        if faults and FOREIGN in outline.settings:
             raise ShardError(f"{url}: its tars were written by others", "copy the damaged ones again")
         if faults:
             generations = [outline for _, outline in read_outlines(store)][::-1]

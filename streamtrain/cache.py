@@ -83,11 +83,18 @@ class ShardCache:
 
     def take_counts(self) -> CacheCounts:
         """What was asked of it since the last call."""
-        counts, self.counts = self.counts, CacheCounts()
+        with self._lock:
+            counts, self.counts = self.counts, CacheCounts()
         repeated = getattr(self._store, "retries", 0)
         counts.retries += repeated - self._repeated
         self._repeated = repeated
         return counts
+
+    def _count(self, **more: int) -> None:
+        """Threads count together."""
+        with self._lock:
+            for name, number in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + number)
 
     # --- what is to come --------------------------------------------------------------------------------------------
 
@@ -131,7 +138,7 @@ class ShardCache:
     def drop(self, name: str) -> None:
         """Remove a shard whose bytes have spoilt on this disk, so that it is fetched again."""
         log.warning("%s: spoilt in the cache, fetched again", self._path(name))
-        self.counts.retries += 1
+        self._count(retries=1)
         with _locked(self._root / EVICT_LOCK):
             self._path(name).unlink(missing_ok=True)
 
@@ -147,11 +154,11 @@ class ShardCache:
         path = self._path(name)
         file = _opened(path)
         if file is None:
-            self.counts.misses += not ahead
+            self._count(misses=not ahead)
             with _locked(path.with_suffix(".lock")):
                 file = _opened(path) or self._fetch(self._entries[name], path, ahead)
         else:
-            self.counts.hits += 1
+            self._count(hits=1)
         os.utime(file.fileno())  # when it was last asked for
         return file
 
@@ -170,7 +177,7 @@ class ShardCache:
                         kept = open(partial, "rb")  # noqa: SIM115
                         os.replace(partial, path)
                         return kept
-                    self.counts.retries += 1
+                    self._count(retries=1)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}", "is the disk of data.cache_dir full?") from error
         finally:
@@ -188,7 +195,7 @@ class ShardCache:
             os.pwrite(file.fileno(), data, start)
 
         list(pool.map(fetch, range(0, shard.bytes, RANGE_BYTES)))
-        self.counts.bytes += shard.bytes
+        self._count(bytes=shard.bytes)
 
     def _reserve(self, partial: Path, needed: int) -> None:
         """Make `partial` as large as it will be, once what others are writing leaves room; what can go goes."""

@@ -1,6 +1,7 @@
 """What a run shows: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -64,10 +65,10 @@ class Monitor:
         if done_steps == 0:
             (run_dir / "samples.txt").unlink(missing_ok=True)
         self._ranks = run_dir / "ranks.csv"
-        head = ",".join(field.name for field in fields(RankRow))
-        _, *lines = self._ranks.read_text().splitlines() if self._ranks.is_file() else [head]
-        kept = [line for line in lines if int(line.partition(",")[0]) <= done_steps]
-        self._ranks.write_text("\n".join([head, *kept, ""]))
+        lines = self._ranks.read_text().splitlines(keepends=True)[1:] if self._ranks.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one off
+        kept = [line for line in whole if int(line.partition(",")[0]) <= done_steps]
+        self._replace(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
         self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
 
@@ -108,12 +109,16 @@ class Monitor:
         self._board.close()
 
     def _rewrite(self) -> None:
-        partial = self._log.with_name(".log.csv.part")
-        with open(partial, "w", newline="") as file:
-            writer = _writer(file)
-            writer.writerow([field.name for field in fields(StepRow)])
-            writer.writerows(_cells(row) for row in self.rows)
-        os.replace(partial, self._log)
+        text = io.StringIO(newline="")
+        writer = _writer(text)
+        writer.writerow([field.name for field in fields(StepRow)])
+        writer.writerows(_cells(row) for row in self.rows)
+        self._replace(self._log, text.getvalue())
+
+    def _replace(self, path: Path, text: str) -> None:
+        partial = path.with_name(f".{path.name}.part")
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 def read_log(path: Path) -> list[StepRow]:
