@@ -1,6 +1,7 @@
 """Probe, decode, resample, encode. What comes out is always 16 kHz mono, and proved to decode."""
 
 import io
+import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import IO, Any
@@ -15,6 +16,7 @@ from sharding.errors import AudioError
 
 SAMPLE_RATE = 16_000
 CONV_LAYERS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # wav2vec2's (kernel, stride), in samples
+FRAME_SAMPLES = math.prod(stride for _, stride in CONV_LAYERS)  # 320: a frame every 20 ms
 MIN_SAMPLES = 400  # the receptive field of those layers: a shorter clip has no frame
 UNKNOWN_FRAMES = 2**40  # a streamed file says nothing of its length, and libsndfile something far above this
 MIN_RATE = 1_000  # Hz; below it nobody can be understood, and resampling would blow the clip up

@@ -9,6 +9,8 @@ import torch
 from sharding.audio import MIN_SAMPLES, decode_native
 from sharding.errors import AudioError
 from sharding.sample import Sample
+from streamtrain.augment import change_speed, length_at
+from streamtrain.plan import Sounds
 from streamtrain.vocab import Vocab
 
 
@@ -33,16 +35,18 @@ class Batch:
         return Batch(inputs, self.input_lengths, targets, self.target_lengths, weights, self.keys, self.failed)
 
 
-def collate(samples: Sequence[Sample], lengths: Sequence[int], vocab: Vocab, normalize: bool) -> Batch:
-    """Decode and pad. `lengths` are the planned ones, in samples: a clip that decodes otherwise is silenced too.
+def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: bool) -> Batch:
+    """Decode and pad. A clip that has another length than the planned one is silenced, as one that does not decode.
 
     No sample at all makes one silent row, so that every rank runs as many forwards as the others.
     """
+    lengths = sounds.lengths.tolist()
     inputs = np.zeros((max(len(samples), 1), max(lengths, default=MIN_SAMPLES * 4)), np.float32)
     failed = []
-    for row, sample, length in zip(inputs, samples, lengths, strict=bool(samples)):
+    heard = zip(lengths, sounds.speeds.tolist(), sounds.gains.tolist(), strict=True)
+    for row, sample, (length, speed, gain) in zip(inputs, samples, heard, strict=bool(samples)):
         waveform = row[:length]
-        if not _decode_into(waveform, sample.audio):
+        if not _decode_into(waveform, sample.audio, speed, gain):
             failed.append(sample.key)
         elif normalize:
             waveform[:] = zero_mean_unit_variance(waveform)
@@ -54,7 +58,7 @@ def collate(samples: Sequence[Sample], lengths: Sequence[int], vocab: Vocab, nor
     broken = {"", *failed}
     return Batch(
         inputs=torch.from_numpy(inputs),
-        input_lengths=torch.tensor(list(lengths) or [inputs.shape[1]]),
+        input_lengths=torch.tensor(lengths or [inputs.shape[1]]),
         targets=torch.from_numpy(targets),
         target_lengths=torch.tensor([len(text) for text in texts]),
         weights=torch.tensor([float(key not in broken) for key in keys]),
@@ -69,13 +73,16 @@ def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
     return normalized.astype(np.float32)
 
 
-def _decode_into(waveform: np.ndarray, audio: bytes) -> bool:
+def _decode_into(waveform: np.ndarray, audio: bytes, speed: float, gain: float) -> bool:
     """Fill a waveform with the sound, unless it does not decode or has another length."""
     try:
         sound, is_int16 = decode_native(audio)
     except AudioError:
         return False
-    if len(sound) != len(waveform):
+    if length_at(len(sound), speed) != len(waveform):
         return False
-    np.multiply(sound, np.float32(2**-15 if is_int16 else 1), out=waveform)
+    scale = np.float32(gain * (2**-15 if is_int16 else 1))
+    if speed != 1:
+        sound = change_speed(sound.astype(np.float32), speed)
+    np.multiply(sound, scale, out=waveform)
     return True

@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; beyond these it is no longer speech
+
+
 class DataConfig(Section):
     shards: str = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
@@ -37,6 +40,8 @@ class DataConfig(Section):
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0
     workers: NonNegativeInt = 2  # threads per rank that read and decode ahead; 0: none, when a batch is needed
+    speed_factors: tuple[Speed, ...] = ()  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
+    gain_db: float = Field(0.0, ge=0, le=60)  # and up to so much louder or softer, where the model hears loudness
 
 
 class ModelConfig(Section):
@@ -44,8 +49,10 @@ class ModelConfig(Section):
     scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
     dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
     freeze_cnn: bool = True
-    mask_time_prob: float = Field(0.05, ge=0, lt=1)  # share of frames that start or lie in a masked span
-    mask_time_length: PositiveInt = 10  # frames
+    mask_time_prob: float = Field(0.0, ge=0, lt=1)  # share of a clip's frames that masked spans cover
+    mask_time_length: PositiveInt = 10  # frames of a span; a clip that is shorter stays as it is
+    mask_feature_prob: float = Field(0.0, ge=0, lt=1)  # share of the encoder's input features that masked spans cover
+    mask_feature_length: PositiveInt = 10  # features of a span
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
@@ -87,6 +94,8 @@ class Config(Section):
             window_shards=self.data.window_shards,
             length_jitter=self.data.length_jitter,
             seed=self.train.seed,
+            speed_factors=self.data.speed_factors,
+            gain_db=self.data.gain_db,
         )
 
     @property
@@ -94,7 +103,7 @@ class Config(Section):
         """All that decides what a step computes: not where things lie, nor when a run is evaluated or saved."""
         elsewhere = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
         rhythm = {"run_dir", "keep_checkpoints", "checkpoint_every"}
-        return self.model_dump(exclude={"data": elsewhere, "train": rhythm, "eval": True})
+        return self.model_dump(mode="json", exclude={"data": elsewhere, "train": rhythm, "eval": True})
 
 
 # What the engine reads at the top of its section; anything else it would ignore without a word.

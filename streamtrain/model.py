@@ -61,11 +61,16 @@ class CTCModel(nn.Module):
             first.layer_norm = _masked(first.layer_norm)
 
     def forward(
-        self, inputs: torch.Tensor, input_lengths: torch.Tensor, time_mask: torch.Tensor | None = None
+        self,
+        inputs: torch.Tensor,
+        input_lengths: torch.Tensor,
+        time_mask: torch.Tensor | None = None,
+        feature_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Log-probabilities (B, T, V) in fp32 of `inputs` (B, S) with `input_lengths` (B,) in samples.
 
-        `time_mask` (B, T) hides frames from the encoder. What lies beyond a clip's frames is meaningless.
+        `time_mask` (B, T) hides frames from the encoder, `feature_mask` (B, H) features, by zeros. What lies beyond a
+        clip's frames is meaningless.
         """
         padded = bool((input_lengths != inputs.shape[1]).any())
         features = self._features(inputs.to(self.dtype), input_lengths if padded else None)  # (B, C, T)
@@ -73,6 +78,8 @@ class CTCModel(nn.Module):
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # wav2vec2 also gives the normed features
         if time_mask is not None:
             hidden = torch.where(time_mask[..., None], self._base.masked_spec_embed.to(hidden.dtype), hidden)
+        if feature_mask is not None:
+            hidden = hidden.masked_fill(feature_mask[:, None], 0)
         frames = self.frame_counts(input_lengths).to(hidden.device)
         mask = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
         hidden = self._base.encoder(hidden, attention_mask=mask).last_hidden_state
@@ -84,6 +91,11 @@ class CTCModel(nn.Module):
         for kernel, stride in self._geometry:
             samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
         return samples
+
+    @property
+    def features(self) -> int:
+        """H, of the encoder's input."""
+        return int(self.network.config.hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:

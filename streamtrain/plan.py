@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.format import ShardIndex
+from sharding.format import SampleTable, ShardIndex
+from streamtrain.augment import Floats, keyed_uniform, length_at
 
 PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips otherwise
 BLOCK_STEPS = 48  # batches of about equal size are brought together within so many steps
@@ -37,6 +38,22 @@ class PlanSettings:
     window_shards: int = 4
     length_jitter: float = 0.004  # spread of the sort key, s
     seed: int = 0
+    speed_factors: tuple[float, ...] = ()  # each clip is played at one of these
+    gain_db: float = 0.0  # and up to so much louder or softer
+
+
+@dataclass(frozen=True, eq=False)
+class Sounds:
+    """How the clips of a micro-batch are to be heard."""
+
+    lengths: Rows  # (clips,) samples at 16 kHz, at that speed
+    speeds: Floats  # (clips,) 1: as recorded
+    gains: Floats  # (clips,) factors
+
+    @classmethod
+    def as_recorded(cls, lengths: Rows) -> "Sounds":
+        ones = np.ones(len(lengths), np.float32)
+        return cls(lengths, ones, ones)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +64,9 @@ class EpochPlan:
     starts: Rows  # (steps · M + 1,)
     micro_batches_per_step: int
     label_characters: Rows  # (steps,) of the whole step
-    lengths: Rows  # (clips,) samples at 16 kHz, in the order of `rows`
+    lengths: Rows  # (clips,) samples at 16 kHz, as heard, in the order of `rows`
+    speeds: Floats | None = None  # (clips,) likewise; None: as recorded
+    gains: Floats | None = None
 
     @property
     def steps(self) -> int:
@@ -59,12 +78,25 @@ class EpochPlan:
         state = xxhash.xxh3_128(self.rows.tobytes())
         state.update(self.starts.tobytes())
         state.update(self.micro_batches_per_step.to_bytes(8, "little"))
+        for drawn in (self.speeds, self.gains):
+            state.update(b"" if drawn is None else drawn.tobytes())
         return state.hexdigest()
 
     def micro_batch(self, step: int, number: int) -> Rows:
         """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none."""
         at = step * self.micro_batches_per_step + number
         return self.rows[self.starts[at] : self.starts[at + 1]]
+
+    def sounds(self, step: int, number: int) -> Sounds:
+        """How the clips of a micro-batch are to be heard, in the order of its rows."""
+        at = step * self.micro_batches_per_step + number
+        here = slice(self.starts[at], self.starts[at + 1])
+        recorded = Sounds.as_recorded(self.lengths[here])
+        return Sounds(
+            recorded.lengths,
+            recorded.speeds if self.speeds is None else self.speeds[here],
+            recorded.gains if self.gains is None else self.gains[here],
+        )
 
     @cached_property
     def padded(self) -> npt.NDArray[np.int64]:
@@ -133,8 +165,12 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPl
             f"{lengths[longest] / SAMPLE_RATE:.2f} s, data.batch_seconds is {settings.batch_seconds:g}",
             "raise data.batch_seconds, or build the shards with a lower --limit-sec",
         )
+    speeds = _draw_speeds(index.samples, cap, settings, epoch)
+    if speeds is not None:
+        lengths = length_at(lengths, speeds)
     random = np.random.default_rng([settings.seed, epoch])
-    batches = _interleave([_cut_bucket(index, bucket, cap, settings, random) for bucket in _buckets(index)], random)
+    cuts = [_cut_bucket(index, lengths, bucket, cap, settings, random) for bucket in _buckets(index)]
+    batches = _interleave(cuts, random)
     ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
     rows = np.concatenate(ordered)
     starts = np.concatenate([[0], np.cumsum([len(batch) for batch in ordered])])
@@ -145,6 +181,8 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPl
         micro_batches_per_step=settings.micro_batches_per_step,
         label_characters=np.diff(labels[:: settings.micro_batches_per_step]),
         lengths=lengths[rows].astype(np.int64),
+        speeds=None if speeds is None else speeds[rows],
+        gains=_draw_gains(index.samples["checksum"][rows], settings, epoch),
     )
 
 
@@ -211,12 +249,41 @@ def cut(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> It
         start, limit = start + size, cap
 
 
+def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: int) -> Floats | None:
+    """The speed of every clip of the index in this epoch, shape (N,); None where all are heard as recorded.
+
+    A clip whose length would then exceed the cap, or hold too few frames for CTC to emit its label, stays as it is.
+    """
+    if not settings.speed_factors:
+        return None
+    drawn = keyed_uniform(samples["checksum"], "speed", settings.seed, epoch)
+    factors = np.array(settings.speed_factors, np.float32)
+    speeds = factors[(drawn * len(factors)).astype(np.intp)]
+    lengths = length_at(samples["samples"], speeds)
+    frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
+    fits = (lengths <= cap) & (frames >= np.maximum(2 * samples["label_length"].astype(np.int64), 1))
+    return np.where(fits, speeds, np.float32(1))  # 2 × symbols: as many as if each were followed by its like
+
+
+def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch: int) -> Floats | None:
+    """By which factor each clip is louder in this epoch, even in decibels; None where none is."""
+    if settings.gain_db == 0:
+        return None
+    decibels = settings.gain_db * (2 * keyed_uniform(checksums, "gain", settings.seed, epoch) - 1)
+    return (10 ** (decibels / 20)).astype(np.float32)
+
+
 def _buckets(index: ShardIndex) -> list[int]:
     return sorted({shard.bucket for shard in index.shards if shard.split == "train"})
 
 
 def _cut_bucket(
-    index: ShardIndex, bucket: int, cap: int, settings: PlanSettings, random: np.random.Generator
+    index: ShardIndex,
+    clip_lengths: npt.NDArray[np.integer],
+    bucket: int,
+    cap: int,
+    settings: PlanSettings,
+    random: np.random.Generator,
 ) -> list[Rows]:
     """The batches of one bucket, window by window, so that only a few of its shards are in use at a time."""
     shards = np.array([i for i, s in enumerate(index.shards) if (s.split, s.bucket) == ("train", bucket)])
@@ -239,7 +306,7 @@ def _cut_bucket(
             seconds += index.shards[shard].seconds
             position += 1
         rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
-        lengths = index.samples["samples"][rows].astype(np.int64)
+        lengths = clip_lengths[rows].astype(np.int64)
         # Milliseconds change the company of short clips, which form the largest batches, and pad long ones hardly
         noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))
         order = np.argsort(lengths + noise, kind="stable")[::direction]

@@ -22,7 +22,7 @@ from sharding.sample import Sample
 from sharding.store import Reader
 from streamtrain.cache import ShardCache
 from streamtrain.collate import Batch, collate
-from streamtrain.plan import EpochPlan, find_uses, numbers_of_rank
+from streamtrain.plan import EpochPlan, Sounds, find_uses, numbers_of_rank
 from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
@@ -91,7 +91,7 @@ class ShardStream:
             step, number = place
             if cache:
                 cache.reach(step)
-            return StepBatch(step, number, self.load(plan.micro_batch(step, number)))
+            return StepBatch(step, number, self.load(plan.micro_batch(step, number), plan.sounds(step, number)))
 
         try:
             yield from read_ahead(load, places, self.workers, self._count_ready)
@@ -104,16 +104,16 @@ class ShardStream:
 
         def load(rows: np.ndarray) -> tuple[Batch, list[Sample]]:
             samples = self._read(rows)
-            return self._collate(rows, samples), samples
+            return self._collate(samples, self._as_recorded(rows)), samples
 
         return read_ahead(load, iter(batches), self.workers)
 
-    def load(self, rows: np.ndarray) -> Batch:
-        """Read, verify, decode and pad the clips of these rows."""
+    def load(self, rows: np.ndarray, sounds: Sounds | None = None) -> Batch:
+        """Read, verify, decode and pad the clips of these rows, to be heard so, or else as recorded."""
         started = time.perf_counter()
         samples = self._read(rows)
         read = time.perf_counter()
-        batch = self._collate(rows, samples)
+        batch = self._collate(samples, sounds or self._as_recorded(rows))
         with self._lock:
             self._counts.batches += 1
             self._counts.clips += len(samples)
@@ -146,8 +146,11 @@ class ShardStream:
                 raise
             return read_samples(self.store, self.index, shard, self.index.samples[rows])
 
-    def _collate(self, rows: np.ndarray, samples: Sequence[Sample]) -> Batch:
-        return collate(samples, self.index.samples["samples"][rows].tolist(), self.vocab, self.normalize)
+    def _as_recorded(self, rows: np.ndarray) -> Sounds:
+        return Sounds.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
+
+    def _collate(self, samples: Sequence[Sample], sounds: Sounds) -> Batch:
+        return collate(samples, sounds, self.vocab, self.normalize)
 
 
 Place = TypeVar("Place")

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
@@ -20,7 +20,7 @@ from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
-from streamtrain.augment import keyed_random, time_mask
+from streamtrain.augment import keyed_random, span_mask
 from streamtrain.checkpoint import RunState, find_checkpoint, index_digest_of, load_checkpoint, save_checkpoint
 from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
@@ -76,6 +76,8 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
         log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
         torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
         model = load_model(config.model).to(world.device)
+        if config.data.gain_db and model.normalize:
+            log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
         log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
         engine = _start_engine(model, config, world)
         source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
@@ -246,17 +248,29 @@ class Trainer:
 
     def _forward(self, batch: Batch, number: int) -> torch.Tensor:
         """Summed CTC loss of a micro-batch. Dropout and masks depend on its place in the plan, not on the rank."""
-        settings, state = self.config.model, self.state
-        seed = self.config.train.seed
+        seed, state = self.config.train.seed, self.state
         torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, number).integers(2**62)))
         frames = self.model.frame_counts(batch.input_lengths)
-        hidden = np.zeros((len(batch.keys), int(frames.max())), bool)
-        for row, (key, count) in enumerate(zip(batch.keys, frames.tolist(), strict=True)):
-            random = keyed_random("mask", seed, state.epoch, key)
-            hidden[row, :count] = time_mask(count, settings.mask_time_prob, settings.mask_time_length, random)
-        mask = torch.from_numpy(hidden).to(self.world.device)
-        log_probs = self.engine(batch.inputs, batch.input_lengths, mask)  # (B, T, V)
+        log_probs = self.engine(batch.inputs, batch.input_lengths, *self._masks(batch.keys, frames))  # (B, T, V)
         return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
+
+    def _masks(self, keys: Sequence[str], frames: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What is hidden of each clip in this epoch: frames (B, T) and features (B, H); None where nothing ever is."""
+        settings, key_of_epoch = self.config.model, (self.config.train.seed, self.state.epoch)
+
+        def draw(kind: str, lengths: Sequence[int], share: float, span: int) -> torch.Tensor | None:
+            if share == 0:
+                return None
+            hidden = np.zeros((len(keys), max(lengths)), bool)
+            for row, key, length in zip(hidden, keys, lengths, strict=True):
+                row[:length] = span_mask(length, share, span, keyed_random(kind, *key_of_epoch, key))
+            return torch.from_numpy(hidden).to(self.world.device)
+
+        features = [self.model.features] * len(keys)
+        return (
+            draw("mask", frames.tolist(), settings.mask_time_prob, settings.mask_time_length),
+            draw("features", features, settings.mask_feature_prob, settings.mask_feature_length),
+        )
 
     def _check(self, loss: float, micro_batches: list[StepBatch]) -> None:
         if not math.isfinite(loss):  # the sum is the same on all ranks, so all stop here together

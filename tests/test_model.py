@@ -18,7 +18,7 @@ from transformers import AutoModelForCTC
 
 from sharding.audio import MIN_SAMPLES, SAMPLE_RATE, frame_count
 from sharding.ipa import SYMBOLS
-from streamtrain.augment import keyed_random, time_mask
+from streamtrain.augment import keyed_random, span_mask
 from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.config import ModelConfig
 from streamtrain.decode import greedy, join_pieces
@@ -131,6 +131,22 @@ def test_a_hidden_frame_cannot_be_heard_and_its_mask_is_the_clips_own(model: CTC
     assert torch.allclose(everywhere[0, : frames[0]], other_sounds[0, : frames[0]], rtol=0, atol=1e-5)
 
 
+def test_a_hidden_feature_cannot_be_heard_and_its_mask_is_the_clips_own(model: CTCModel) -> None:
+    lengths = torch.tensor([8_000, 16_000])
+    frames = model.frame_counts(lengths).tolist()
+    clips = torch.stack([F.pad(noise(8_000), (0, 8_000)), noise(16_000, 1)])
+    mask = torch.zeros(2, model.features, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 10:20] = True
+    with torch.inference_mode():
+        masked, plain = model(clips, lengths, None, mask), model(clips, lengths)
+        alone = model(clips[:1, :8_000], lengths[:1], None, mask[:1])[0]
+        everywhere = model(clips, lengths, None, torch.ones_like(mask))
+        other_sounds = model(clips.flip(1), lengths, None, torch.ones_like(mask))
+    assert torch.allclose(masked[0, : frames[0]], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(masked[0, : frames[0]], plain[0, : frames[0]], atol=1e-3)
+    assert torch.allclose(everywhere[0, : frames[0]], other_sounds[0, : frames[0]], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("samples", [MIN_SAMPLES, MIN_SAMPLES + 1, 1_599, 16_000, 123_457])
 def test_frames_are_counted_as_the_planner_counts_them(samples: int) -> None:
     model = CTCModel(make_network("wav2vec2, group norm"), VOCAB, normalize=True)
@@ -206,7 +222,7 @@ def test_a_batch_of_one_silent_row_has_no_loss_and_touches_every_weight() -> Non
 
 def test_a_time_mask_depends_on_seed_epoch_and_clip_alone() -> None:
     def mask(*key: object) -> list[bool]:
-        hidden: list[bool] = time_mask(200, 0.3, 10, keyed_random("mask", *key)).tolist()
+        hidden: list[bool] = span_mask(200, 0.3, 10, keyed_random("mask", *key)).tolist()
         return hidden
 
     first = mask(0, 0, "clip-1")
@@ -219,7 +235,7 @@ def test_a_time_mask_depends_on_seed_epoch_and_clip_alone() -> None:
 
 @pytest.mark.parametrize("frames", [1, 9, 10, 11, 50, 400])
 def test_a_time_mask_hides_spans_up_to_its_share_and_never_a_whole_clip(frames: int) -> None:
-    masks = [time_mask(frames, 0.3, 10, keyed_random(number)) for number in range(300)]
+    masks = [span_mask(frames, 0.3, 10, keyed_random(number)) for number in range(300)]
     shares = [float(mask.mean()) for mask in masks]
     assert all(mask.shape == (frames,) for mask in masks)
     assert max(shares) < 1
@@ -227,7 +243,7 @@ def test_a_time_mask_hides_spans_up_to_its_share_and_never_a_whole_clip(frames: 
         assert max(shares) == 0
     else:  # overlaps take a little of it away
         assert 0.3 * 0.8 < sum(shares) / len(shares) < 0.3 * 1.05
-    assert not time_mask(frames, 0.0, 10, keyed_random(0)).any()
+    assert not span_mask(frames, 0.0, 10, keyed_random(0)).any()
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from conftest import ROOT, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import SAMPLE_RATE, frame_count
 from sharding.buckets import bucket_of, fit_bins
 from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex, read_index, read_keys
 from sharding.store import open_store
@@ -57,6 +57,7 @@ def make_index(
         rows = table[row : row + len(group)]
         rows["shard"], rows["samples"] = number, group
         rows["label_length"] = 1 + np.arange(row, row + len(group)) % 17
+        rows["checksum"] = np.random.default_rng(number).integers(2**64, size=len(group), dtype=np.uint64)
         name = f"{split}/b{bucket:02d}-{number:05d}.tar"
         size = round(sum(group) / SAMPLE_RATE * BYTES_PER_SECOND)
         shards.append(ShardEntry(name, split, bucket, len(group), size, sum(group), "0" * 16))
@@ -77,6 +78,8 @@ plan_settings = st.builds(
     window_shards=st.integers(1, 5),
     length_jitter=st.sampled_from([0.0, 0.02, 0.5]),
     seed=st.integers(0, 2**31),
+    speed_factors=st.sampled_from([(), (0.9, 1.0, 1.1), (0.5, 2.0)]),
+    gain_db=st.sampled_from([0.0, 6.0]),
 )
 indices = st.builds(
     make_index,
@@ -126,9 +129,10 @@ def test_a_micro_batch_is_empty_only_where_none_could_be_split(
 @given(indices, plan_settings, epochs)
 def test_padded_seconds_never_exceed_the_cap(index: ShardIndex, wanted: PlanSettings, epoch: int) -> None:
     plan = plan_epoch(index, wanted, epoch)
-    lengths = index.samples["samples"]
+    lengths = dict(zip(plan.rows.tolist(), plan.lengths.tolist(), strict=True))  # as heard
     for step in range(plan.steps):
         for number, batch in enumerate(batches_of(plan, step)):
+            assert plan.sounds(step, number).lengths.tolist() == [lengths[row] for row in batch]
             padded = len(batch) * max((int(lengths[row]) for row in batch), default=0)
             assert padded == plan.padded[step, number]
             assert plan.true[step, number] == sum(int(lengths[row]) for row in batch)
@@ -200,6 +204,71 @@ def test_the_ranks_of_every_valid_world_size_share_a_step_between_them(per_step:
             assert f"{size} ranks cannot share {per_step} micro-batches" in str(refused.value)
 
 
+@settings(max_examples=300)
+@given(indices, plan_settings, epochs)
+def test_a_clip_is_played_at_one_of_the_speeds_where_its_label_and_the_cap_allow_it(
+    index: ShardIndex, wanted: PlanSettings, epoch: int
+) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    clips = index.samples[plan.rows]
+    if plan.speeds is None:
+        assert not wanted.speed_factors
+        assert np.array_equal(plan.lengths, clips["samples"])
+        return
+    factors = {float(np.float32(factor)) for factor in wanted.speed_factors}
+    for clip, speed, length in zip(clips, plan.speeds.tolist(), plan.lengths.tolist(), strict=True):
+        assert speed in factors | {1.0}
+        assert length == round(int(clip["samples"]) / speed)
+        if speed != 1:
+            assert frame_count(length) >= max(2 * int(clip["label_length"]) - 1, 1)
+
+
+def test_speeds_and_gains_depend_on_seed_epoch_and_clip_alone(meadow: ShardIndex) -> None:
+    """Not on what shapes the batches, nor on where in the index a clip stands."""
+
+    def drawn(settings: PlanSettings, epoch: int = 0, index: ShardIndex = meadow) -> list[tuple[float, float]]:
+        plan = plan_epoch(index, settings, epoch)
+        assert plan.speeds is not None
+        assert plan.gains is not None
+        by_clip = dict(zip(index.samples["checksum"][plan.rows].tolist(),
+                           zip(plan.speeds.tolist(), plan.gains.tolist(), strict=True), strict=True))  # fmt: skip
+        return [by_clip[checksum] for checksum in sorted(by_clip)]
+
+    wanted = PlanSettings(batch_seconds=20, micro_batches_per_step=4, speed_factors=(0.9, 1.0, 1.1), gain_db=6)
+    first = drawn(wanted)
+    assert drawn(replace(wanted, batch_seconds=40, micro_batches_per_step=2, length_jitter=0.1)) == first
+    table = meadow.samples.copy()
+    last = meadow.shards[-1]
+    table[-last.count :] = table[-last.count :][::-1]
+    assert drawn(wanted, index=replace(meadow, samples=table)) == first
+    others = [drawn(wanted, epoch=1), drawn(replace(wanted, seed=1))]
+    for other in others:
+        assert 0.5 < np.mean([a[0] != b[0] for a, b in zip(first, other, strict=True)]) < 0.8  # two thirds by chance
+        assert all(a[1] != b[1] for a, b in zip(first, other, strict=True))
+
+
+def test_speeds_and_gains_are_drawn_evenly() -> None:
+    settings = replace(REAL, speed_factors=(0.9, 1.0, 1.1), gain_db=6)
+    plan = plan_epoch(pasketti_index(), settings, 0)
+    assert plan.speeds is not None
+    assert plan.gains is not None
+    for factor in settings.speed_factors:
+        free = (
+            pasketti_index().samples["samples"][plan.rows] > 3 * SAMPLE_RATE
+        )  # short ones are often too dense for another speed
+        assert np.mean(plan.speeds[free] == np.float32(factor)) == pytest.approx(1 / 3, abs=0.02)
+    decibels = 20 * np.log10(plan.gains)
+    assert abs(decibels).max() <= 6
+    assert np.histogram(decibels, 6, (-6, 6))[0] / len(decibels) == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_played_at_other_speeds_the_real_shape_is_packed_as_tightly() -> None:
+    plan = plan_epoch(pasketti_index(), replace(REAL, speed_factors=(0.9, 1.0, 1.1)), 0)
+    assert plan.padding <= 0.01
+    assert plan.rank_idle(8) <= 0.01
+    assert plan.padded.max() <= 160 * SAMPLE_RATE
+
+
 @pytest.fixture(scope="module")
 def meadow() -> ShardIndex:
     random = np.random.default_rng(5)
@@ -215,6 +284,9 @@ def test_another_epoch_seed_or_micro_batch_count_makes_another_plan(meadow: Shar
         plan_epoch(meadow, replace(wanted, micro_batches_per_step=2), 0),
         plan_epoch(meadow, replace(wanted, batch_seconds=21), 0),
         plan_epoch(meadow, replace(wanted, length_jitter=0.02), 0),
+        plan_epoch(meadow, replace(wanted, speed_factors=(0.9, 1.0)), 0),
+        plan_epoch(meadow, replace(wanted, gain_db=3), 0),
+        plan_epoch(meadow, replace(wanted, gain_db=6), 0),
     ]
     assert len({plan.hash for plan in plans}) == len(plans)
 

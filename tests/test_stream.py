@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from sharding.audio import SAMPLE_RATE, encode
+from sharding.audio import SAMPLE_RATE, decode, encode
 from sharding.errors import ShardError, StoreError
 from sharding.format import ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
 from sharding.ipa import normalize_ipa
 from sharding.sample import Sample
 from sharding.store import FolderStore
 from streamtrain.collate import collate
-from streamtrain.plan import EpochPlan, PlanError, PlanSettings, plan_epoch
+from streamtrain.plan import EpochPlan, PlanError, PlanSettings, Sounds, plan_epoch
 from streamtrain.stream import BATCHES_AHEAD, ShardStream, StepBatch, read_ahead
 from streamtrain.vocab import ipa_vocab
 from streamtrain.world import World
@@ -29,7 +30,12 @@ SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards
 
 
 def write_set(
-    folder: Path, clips: int = 60, per_shard: int = 7, seed: int = 0, spoilt: dict[int, bytes] | None = None
+    folder: Path,
+    clips: int = 60,
+    per_shard: int = 7,
+    seed: int = 0,
+    spoilt: dict[int, bytes] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> ShardIndex:
     """Shards of noise in two buckets, 0.3 to 2 s, and two clips of validation; `spoilt` replaces a clip's audio."""
     random = np.random.default_rng(seed)
@@ -39,6 +45,7 @@ def write_set(
         bucket, split = number % 2, "train" if number < clips else "valid"
         length = int(random.integers(4_800, 16_000) * (bucket + 1))
         audio = encode(random.normal(0, 0.1, length).astype(np.float32))
+        length = lengths[number] if lengths and number < clips else length
         text = normalize_ipa("".join(random.choice(list("kæt ʃ"), 5))) or "k"
         sample = Sample(
             key=f"clip-{seed}-{number:03d}",
@@ -70,9 +77,9 @@ def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> ShardStream:
+def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2, normalize: bool = True) -> ShardStream:
     store = FolderStore(folder)
-    return ShardStream(read_index(store), store, VOCAB, True, World(rank, size), workers)
+    return ShardStream(read_index(store), store, VOCAB, normalize, World(rank, size), workers)
 
 
 def run_epoch(folder: Path, size: int, workers: int, plan: EpochPlan, first_step: int = 0) -> list[StepBatch]:
@@ -176,13 +183,79 @@ def test_a_batch_holds_each_clip_normalised_padded_and_labelled(meadow: Path) ->
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
     assert batch.input_lengths.tolist() == stream.index.samples["samples"][rows].tolist()
     assert batch.inputs.shape == (len(rows), batch.input_lengths.max())
-    raw = collate(samples, batch.input_lengths.tolist(), VOCAB, normalize=False)
+    raw = collate(samples, Sounds.as_recorded(batch.input_lengths.numpy()), VOCAB, normalize=False)
     for row, (sample, length) in enumerate(zip(samples, batch.input_lengths.tolist(), strict=True)):
         expected = extractor(raw.inputs[row, :length].numpy(), sampling_rate=SAMPLE_RATE)["input_values"][0]
         assert torch.allclose(batch.inputs[row, :length], torch.from_numpy(expected), atol=1e-6)
         assert not batch.inputs[row, length:].any()
         assert VOCAB.decode(batch.targets[row, : batch.target_lengths[row]].tolist()) == sample.text
     assert batch.weights.tolist() == [1.0] * len(rows)
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+LOUD_AND_FAST = replace(SETTINGS, speed_factors=(0.8, 1.0, 1.25), gain_db=6)
+
+
+def heard(folder: Path, settings: PlanSettings, normalize: bool = False, epoch: int = 0) -> dict[str, torch.Tensor]:
+    """What a model is given of each clip, (samples,)."""
+    plan = plan_epoch(read_index(FolderStore(folder)), settings, epoch)
+    batches = [item.batch for item in stream_of(folder, normalize=normalize).epoch(plan)]
+    return {
+        key: row[:length]
+        for batch in batches
+        for key, row, length in zip(batch.keys, batch.inputs, batch.input_lengths.tolist(), strict=True)
+        if key
+    }
+
+
+def test_a_faster_clip_is_shorter_and_higher(tmp_path: Path) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(32_000) / SAMPLE_RATE).astype(np.float32) / 2
+    write_set(tmp_path, clips=60, lengths=[32_000] * 60, spoilt=dict.fromkeys(range(60), encode(tone)))
+    clips = heard(tmp_path, replace(SETTINGS, speed_factors=(0.8, 1.0, 1.25)))
+    seen = set()
+    for clip in clips.values():
+        speed = 32_000 / len(clip)
+        seen.add(speed)
+        loudest = np.abs(np.fft.rfft(clip.numpy())).argmax() * SAMPLE_RATE / len(clip)  # Hz
+        assert loudest == pytest.approx(440 * speed, abs=1)
+        assert float(clip.abs()[400:-400].max()) == pytest.approx(0.5, abs=0.01)
+    assert seen == {0.8, 1.0, 1.25}
+
+
+def test_gain_changes_loudness_alone_and_nothing_where_the_model_normalises(meadow: Path) -> None:
+    plain, louder = heard(meadow, SETTINGS), heard(meadow, replace(SETTINGS, gain_db=6))
+    gains = set()
+    for key, clip in plain.items():
+        gain = float(louder[key].square().sum().sqrt() / clip.square().sum().sqrt())
+        assert torch.allclose(louder[key], gain * clip, atol=1e-6)
+        gains.add(round(20 * np.log10(gain), 3))
+    assert len(gains) == len(plain)
+    assert -6 <= min(gains) < -3
+    assert 3 < max(gains) <= 6
+    plain, louder = heard(meadow, SETTINGS, normalize=True), heard(meadow, replace(SETTINGS, gain_db=6), normalize=True)
+    assert all(torch.allclose(louder[key], clip, atol=1e-3) for key, clip in plain.items())
+
+
+def test_a_resume_hears_the_same_whoever_computes_it_and_the_next_epoch_something_else(meadow: Path) -> None:
+    plan = plan_epoch(read_index(FolderStore(meadow)), LOUD_AND_FAST, 0)
+    whole = {(item.step, item.number): item.batch for item in run_epoch(meadow, 1, 2, plan)}
+    for item in run_epoch(meadow, 4, 1, plan, first_step=1):
+        assert torch.equal(item.batch.inputs, whole[item.step, item.number].inputs)
+        assert not item.batch.failed
+    now, then = heard(meadow, LOUD_AND_FAST), heard(meadow, LOUD_AND_FAST, epoch=1)
+    assert now.keys() == then.keys()
+    same = [key for key in now if now[key].shape == then[key].shape and torch.equal(now[key], then[key])]
+    assert not same
+
+
+def test_augmentation_leaves_validation_as_it_was_recorded(meadow: Path) -> None:
+    stream = stream_of(meadow, normalize=False)
+    rows = stream.index.split("valid")
+    ((batch, samples),) = stream.batches([rows])
+    for row, sample in zip(batch.inputs, samples, strict=True):
+        sound, _ = decode(sample.audio)
+        assert np.array_equal(row[: len(sound)].numpy(), sound)
 
 
 # --- what is wrong with the bytes -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from sharding.ipa import normalize_ipa
 from sharding.store import open_store
 
 ROOT = Path(__file__).parent.parent
+AUGMENTED = ["data.speed_factors=[0.9,1,1.1]", "model.mask_feature_prob=0.2", "model.mask_feature_length=4"]
 EXACT = ["model.dropout=0", "deepspeed.torch_autocast.enabled=false"]  # fp32 without dropout
 
 
@@ -133,7 +134,7 @@ def test_one_and_two_ranks_compute_the_same_losses_and_the_same_score(work: Path
     cards = []
     for ranks in (1, 2):
         name = f"ranks-{ranks}"
-        run(training(work, name, *EXACT, "train.max_steps=6", "eval.every_steps=3", ranks=ranks))
+        run(training(work, name, *EXACT, *AUGMENTED, "train.max_steps=6", "eval.every_steps=3", ranks=ranks))
         cards.append(json.loads((work / name / "scorecard.json").read_text()))
     one, two = ([float(loss) for loss in losses(work / f"ranks-{ranks}")] for ranks in (1, 2))
     assert one == pytest.approx(two, rel=1e-5)
@@ -190,6 +191,7 @@ def test_a_killed_run_goes_on_and_repeats_the_uninterrupted_losses_to_the_bit(wo
         "train.checkpoint_every=3",
         "eval.every_steps=6",
         "deepspeed.torch_autocast.enabled=false",
+        *AUGMENTED,
     )
     run(training(work, "whole", *settings))
     for _ in range(2):  # killed twice in a row, each time after another checkpoint
