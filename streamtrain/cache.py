@@ -34,6 +34,10 @@ WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished wr
 IDLE_SEC = 600.0  # a shard that is not in the plan, and that nobody asked for so long, is no longer needed
 
 
+class FetchError(ShardError):
+    """A shard whose bytes came wrong from the store, however often it was asked for them."""
+
+
 @dataclass
 class CacheCounts:
     """What a rank has asked its cache for."""
@@ -182,7 +186,7 @@ class ShardCache:
             raise StoreError(f"{path}: {error.strerror}", "is the disk of data.cache_dir full?") from error
         finally:
             partial.unlink(missing_ok=True)
-        raise ShardError(
+        raise FetchError(
             f"{self.url}/{shard.name}: checksum is {seen} after {FETCH_TRIES} fetches, the index says {shard.checksum}",
             "the upload may be incomplete; run `python -m sharding verify` on the shard set",
         )
@@ -192,7 +196,9 @@ class ShardCache:
 
         def fetch(start: int) -> None:
             (data,) = self._store.read_ranges(shard.name, [(start, min(RANGE_BYTES, shard.bytes - start))])
-            os.pwrite(file.fileno(), data, start)
+            view = memoryview(data)
+            while view:  # a disk that fills up takes a part first, and then says so
+                view = view[os.pwrite(file.fileno(), view, start + len(data) - len(view)) :]
 
         list(pool.map(fetch, range(0, shard.bytes, RANGE_BYTES)))
         self._count(bytes=shard.bytes)

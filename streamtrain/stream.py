@@ -20,7 +20,7 @@ from sharding.errors import ShardError
 from sharding.format import ShardEntry, ShardIndex, read_samples
 from sharding.sample import Sample
 from sharding.store import Reader
-from streamtrain.cache import ShardCache
+from streamtrain.cache import FetchError, ShardCache
 from streamtrain.collate import Batch, collate
 from streamtrain.plan import EpochPlan, Sounds, find_uses, numbers_of_rank
 from streamtrain.vocab import Vocab
@@ -139,6 +139,8 @@ class ShardStream:
         """Verified samples. What spoilt in the cache or on the way is fetched once more before it is an error."""
         try:
             return read_samples(self.store, self.index, shard, self.index.samples[rows])
+        except FetchError:
+            raise
         except ShardError:
             if isinstance(self.store, ShardCache):
                 self.store.drop(shard.name)

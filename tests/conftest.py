@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 from corpus import make_corpus
+from fault_proxy import FaultProxy, fault_proxy
 from hypothesis import settings
 from seaweed import BUCKET, Seaweed, find_weed, running_seaweed
+from stream_sets import upload, write_set
+
+from sharding.bucket import BucketStore
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -50,6 +54,28 @@ def url(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
     for name, value in seaweed.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
+def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set on disk, of some ten shards of noise, that nobody changes."""
+    folder = tmp_path_factory.mktemp("meadow")
+    write_set(folder)
+    return folder
+
+
+@pytest.fixture
+def bucket(url: str, meadow: Path) -> BucketStore:
+    """The same, copied to the bucket."""
+    return upload(meadow, url)
+
+
+@pytest.fixture
+def proxy(url: str, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Stands from now on between this process and the server."""
+    with fault_proxy(seaweed.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

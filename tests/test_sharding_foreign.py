@@ -14,7 +14,7 @@ import soundfile
 import webdataset
 from conftest import Command
 from corpus import say
-from test_stream import VOCAB, keys_of
+from stream_sets import VOCAB, keys_of
 
 from sharding.audio import SAMPLE_RATE, decode, encode
 from sharding.format import read_index, read_keys, read_sample

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -11,94 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stream_sets import (
+    SETTINGS,
+    VOCAB,
+    keys_of,
+    plan_of,
+    run_epoch,
+    stream_of,
+    training_keys,
+    write_set,
+)
 from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.audio import SAMPLE_RATE, decode, encode
 from sharding.errors import ShardError, StoreError
-from sharding.format import ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
-from sharding.ipa import normalize_ipa
-from sharding.sample import Sample
+from sharding.format import read_index, read_keys
 from sharding.store import FolderStore
 from streamtrain.collate import collate
-from streamtrain.plan import EpochPlan, PlanError, PlanSettings, Sounds, plan_epoch
-from streamtrain.stream import BATCHES_AHEAD, ShardStream, StepBatch, read_ahead
-from streamtrain.vocab import ipa_vocab
-from streamtrain.world import World
-
-VOCAB = ipa_vocab()
-SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards=2)
-
-
-def write_set(
-    folder: Path,
-    clips: int = 60,
-    per_shard: int = 7,
-    seed: int = 0,
-    spoilt: dict[int, bytes] | None = None,
-    lengths: Sequence[int] | None = None,
-) -> ShardIndex:
-    """Shards of noise in two buckets, 0.3 to 2 s, and two clips of validation; `spoilt` replaces a clip's audio."""
-    random = np.random.default_rng(seed)
-    store = FolderStore(folder)
-    samples: dict[tuple[str, int], list[tuple[Sample, int]]] = {}
-    for number in range(clips + 2):
-        bucket, split = number % 2, "train" if number < clips else "valid"
-        length = int(random.integers(4_800, 16_000) * (bucket + 1))
-        audio = encode(random.normal(0, 0.1, length).astype(np.float32))
-        length = lengths[number] if lengths and number < clips else length
-        text = normalize_ipa("".join(random.choice(list("kæt ʃ"), 5))) or "k"
-        sample = Sample(
-            key=f"clip-{seed}-{number:03d}",
-            audio=(spoilt or {}).get(number, audio),
-            text=text,
-            label_status="labelled",
-            utterance_id=f"clip-{seed}-{number:03d}",
-            child_id=f"child-{number % 5}",
-        )
-        samples.setdefault((split, bucket), []).append((sample, length))
-    shards = [
-        write_shard(
-            store, f"{split}/b{bucket:02d}-{start // per_shard:05d}.tar", bucket, group[start : start + per_shard]
-        )
-        for (split, bucket), group in sorted(samples.items())
-        for start in range(0, len(group), per_shard)
-    ]
-    entries = tuple(shard.entry for shard in shards)
-    return write_index(
-        store, ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, join_samples([shard.samples for shard in shards]))
-    )
-
-
-@pytest.fixture(scope="module")
-def meadow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard set that nobody changes."""
-    folder = tmp_path_factory.mktemp("meadow")
-    write_set(folder)
-    return folder
-
-
-def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2, normalize: bool = True) -> ShardStream:
-    store = FolderStore(folder)
-    return ShardStream(read_index(store), store, VOCAB, normalize, World(rank, size), workers)
-
-
-def run_epoch(folder: Path, size: int, workers: int, plan: EpochPlan, first_step: int = 0) -> list[StepBatch]:
-    """What all ranks get, rank by rank."""
-    return [item for rank in range(size) for item in stream_of(folder, rank, size, workers).epoch(plan, first_step)]
-
-
-def keys_of(items: list[StepBatch]) -> Counter[str]:
-    return Counter(key for item in items for key in item.batch.keys if key)
-
-
-def plan_of(folder: Path, epoch: int = 0) -> EpochPlan:
-    return plan_epoch(read_index(FolderStore(folder)), SETTINGS, epoch)
-
-
-def training_keys(folder: Path) -> Counter[str]:
-    store = FolderStore(folder)
-    index = read_index(store)
-    return Counter(read_keys(store, index)[index.split("train")].tolist())
+from streamtrain.plan import PlanError, PlanSettings, Sounds, plan_epoch
+from streamtrain.stream import BATCHES_AHEAD, read_ahead
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])

@@ -1,0 +1,121 @@
+"""Shard sets of noise for tests of the stream, and what all ranks read of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import obstore
+
+from sharding.audio import encode
+from sharding.bucket import BucketStore
+from sharding.format import ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
+from sharding.ipa import normalize_ipa
+from sharding.sample import Sample
+from sharding.store import FolderStore, open_store
+from streamtrain.cache import ShardCache
+from streamtrain.plan import EpochPlan, PlanSettings, plan_epoch
+from streamtrain.stream import ShardStream, StepBatch, open_for_reading
+from streamtrain.vocab import ipa_vocab
+from streamtrain.world import World
+
+VOCAB = ipa_vocab()
+SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards=2)
+
+
+def write_set(
+    folder: Path,
+    clips: int = 60,
+    per_shard: int = 7,
+    seed: int = 0,
+    spoilt: dict[int, bytes] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> ShardIndex:
+    """Shards of noise in two buckets, 0.3 to 2 s, and two clips of validation; `spoilt` replaces a clip's audio."""
+    random = np.random.default_rng(seed)
+    store = FolderStore(folder)
+    samples: dict[tuple[str, int], list[tuple[Sample, int]]] = {}
+    for number in range(clips + 2):
+        bucket, split = number % 2, "train" if number < clips else "valid"
+        length = int(random.integers(4_800, 16_000) * (bucket + 1))
+        audio = encode(random.normal(0, 0.1, length).astype(np.float32))
+        length = lengths[number] if lengths and number < clips else length
+        text = normalize_ipa("".join(random.choice(list("kæt ʃ"), 5))) or "k"
+        sample = Sample(
+            key=f"clip-{seed}-{number:03d}",
+            audio=(spoilt or {}).get(number, audio),
+            text=text,
+            label_status="labelled",
+            utterance_id=f"clip-{seed}-{number:03d}",
+            child_id=f"child-{number % 5}",
+        )
+        samples.setdefault((split, bucket), []).append((sample, length))
+    shards = [
+        write_shard(
+            store, f"{split}/b{bucket:02d}-{start // per_shard:05d}.tar", bucket, group[start : start + per_shard]
+        )
+        for (split, bucket), group in sorted(samples.items())
+        for start in range(0, len(group), per_shard)
+    ]
+    entries = tuple(shard.entry for shard in shards)
+    return write_index(
+        store, ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, join_samples([shard.samples for shard in shards]))
+    )
+
+
+def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2, normalize: bool = True) -> ShardStream:
+    store = FolderStore(folder)
+    return ShardStream(read_index(store), store, VOCAB, normalize, World(rank, size), workers)
+
+
+def run_epoch(folder: Path, size: int, workers: int, plan: EpochPlan, first_step: int = 0) -> list[StepBatch]:
+    """What all ranks get, rank by rank."""
+    return [item for rank in range(size) for item in stream_of(folder, rank, size, workers).epoch(plan, first_step)]
+
+
+def keys_of(items: list[StepBatch]) -> Counter[str]:
+    return Counter(key for item in items for key in item.batch.keys if key)
+
+
+def plan_of(folder: Path, epoch: int = 0) -> EpochPlan:
+    return plan_epoch(read_index(FolderStore(folder)), SETTINGS, epoch)
+
+
+def training_keys(folder: Path) -> Counter[str]:
+    store = FolderStore(folder)
+    index = read_index(store)
+    return Counter(read_keys(store, index)[index.split("train")].tolist())
+
+
+def upload(folder: Path, url: str) -> BucketStore:
+    store = open_store(url)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            store.write(path.relative_to(folder).as_posix(), path.read_bytes())
+    assert isinstance(store, BucketStore)
+    return store
+
+
+def cached(store: BucketStore, folder: Path, limit_bytes: int = 2**30) -> ShardCache:
+    cache = open_for_reading(read_index(store), store, str(folder), limit_bytes / 2**30)
+    assert isinstance(cache, ShardCache)
+    return cache
+
+
+def stream_all(store: BucketStore | ShardCache, folder: Path, size: int = 1) -> Counter[str]:
+    """The keys of an epoch over all ranks; `folder` holds the same set, for its plan."""
+    keys: Counter[str] = Counter()
+    for rank in range(size):
+        stream = ShardStream(read_index(store), store, VOCAB, True, World(rank, size), workers=3)
+        items = list(stream.epoch(plan_of(folder)))
+        keys += keys_of(items)
+        assert not any(item.batch.failed for item in items)
+    return keys
+
+
+def delete_shards(store: BucketStore, folder: Path) -> None:
+    obstore.delete(store._store, [f"train/{path.name}" for path in (folder / "train").glob("*.tar")])
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.tar"))
