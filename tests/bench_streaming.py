@@ -45,7 +45,7 @@ JITTERS = (0.0, 0.002, REAL.length_jitter, 0.008, 0.02)
 CAP = round(REAL.batch_seconds * SAMPLE_RATE)
 GOALS = {"padding": 0.01, "idle": 0.01, "over the cap": 0, "meet again": 0.4}
 SCALES = {1_000_000: (3.0, None), 100_000_000: (90.0, 8.0)}  # clips → seconds, GB
-COST_GOAL, BUCKET_GOAL = 1.25, 1.1
+COST_GOAL, BUCKET_GOAL, FLAT_GOAL = 1.25, 1.1, 1.1
 BARE = "libsndfile alone"
 FORKED = {"multiprocessing_context": "fork"}  # as loaders are by default, where nobody spawned their parent
 
@@ -215,15 +215,23 @@ def bare_decode(corpus: Path, workers: int) -> float:
         return measured(lambda: sum(pool.map(decode, range(threads))) / SAMPLE_RATE)
 
 
-def ours(shards: Path, workers: int) -> float:
+def ours(shards: Path, workers: int, with_libflac: bool = True) -> float:
+    from streamtrain import libflac
+
+    if not with_libflac:
+        libflac._library = None  # of this process, which is made for this run alone
+    index = read_index(open_store(shards))
+    plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
+    stream = stream_of(shards, index, workers)
+    return measured(lambda: sum(int(item.batch.input_lengths.sum()) for item in stream.epoch(plan)) / SAMPLE_RATE)
+
+
+def stream_of(shards: Path, index: ShardIndex, workers: int) -> Any:
     from streamtrain.stream import ShardStream
     from streamtrain.vocab import ipa_vocab
     from streamtrain.world import World
 
-    index = read_index(open_store(shards))
-    plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
-    stream = ShardStream(index, open_store(shards), ipa_vocab(), False, World(), workers)
-    return measured(lambda: sum(int(item.batch.input_lengths.sum()) for item in stream.epoch(plan)) / SAMPLE_RATE)
+    return ShardStream(index, open_store(shards), ipa_vocab(), False, World(), workers)
 
 
 def pad(clips: list[tuple[np.ndarray, str]]) -> tuple[Any, int]:
@@ -288,6 +296,7 @@ def measure_cost(bench: Bench) -> None:
     for workers in (0, 2):
         runs[f"{BARE}, {workers} workers"] = partial(in_a_process, bare_decode, corpus, workers)
         runs[f"ours, {workers} workers"] = partial(in_a_process, ours, shards, workers)
+        runs[f"ours without libFLAC, {workers} workers"] = partial(in_a_process, ours, shards, workers, False)
         runs[f"webdataset, {workers} workers"] = partial(in_a_process, plain_webdataset, shards, workers)
     if importlib.util.find_spec("lhotse"):
         run("-m", "tests.bench_lhotse", corpus, shar, 2)
@@ -302,13 +311,66 @@ def measure_cost(bench: Bench) -> None:
     for name, value in quoted.items():
         if name.startswith(BARE):
             continue
-        goal = COST_GOAL if name.startswith("ours") else None
+        goal = COST_GOAL if name.startswith("ours, ") else None
         bare = quoted[f"{BARE}, {name.split(', ')[1]}"]
         bench.lines.append(Line(f"CPU s an audio hour: {name}", value, bare, goal))
     bench.notes.append(
         "cost: from local shards to padded float32 batches, imports excluded; the reference is libsndfile's decoding\n"
         "  alone, in as many threads; ours verifies the bytes of each clip too"
     )
+    if not find_libflac():
+        bench.notes.append("cost: there is no libFLAC on this machine, so both rows of ours are the same")
+
+
+def find_libflac() -> bool:
+    from streamtrain import libflac
+
+    return libflac._library is not None
+
+
+# --- memory, and where a resume begins --------------------------------------------------------------------------
+
+
+def memory_by_epoch(shards: Path) -> list[float]:
+    """GB resident after each of 20 epochs."""
+    index = read_index(open_store(shards))
+    stream, found = stream_of(shards, index, 2), []
+    for epoch in range(20):
+        for _ in stream.epoch(plan_epoch(index, replace(REAL, batch_seconds=60), epoch)):
+            pass
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e9)
+    return found
+
+
+def first_batches(shards: Path, copies: int) -> list[float]:
+    """Seconds to the first batch at places all over an epoch of the shard set, of which the index holds many copies."""
+    one = read_index(open_store(shards))
+    samples = np.tile(one.samples, copies)
+    samples["shard"] += np.repeat(np.arange(copies, dtype=np.uint32) * len(one.shards), len(one.samples))
+    index = replace(one, shards=one.shards * copies, samples=samples)
+    plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
+    stream, found = stream_of(shards, index, 2), []
+    for step in np.linspace(0, plan.steps - 1, 11, dtype=int).tolist():
+        start = time.perf_counter()
+        next(stream.epoch(plan, step))
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def measure_memory(bench: Bench) -> None:
+    found = in_a_process(memory_by_epoch, build_shards(bench))
+    early, late = (Quoted(max(part), min(part)) for part in (found[1:5], found[-4:]))
+    bench.lines.append(Line("resident after epochs 17 to 20, beside epochs 2 to 5", late, early, FLAT_GOAL, unit="GB"))
+
+
+def measure_resume(bench: Bench) -> None:
+    shards = build_shards(bench)
+    clips = len(read_index(open_store(shards)).samples)
+    copies = -(-(10_000 if bench.quick else 1_000_000) // clips)
+    found = in_a_process(first_batches, shards, copies)
+    what = f"to the first batch at the slowest of 11 places of an epoch of {copies * clips:,} clips"
+    bench.lines.append(Line(what, Quoted(max(found), min(found)), goal=1.0))
 
 
 # --- a bucket beside a folder -----------------------------------------------------------------------------------
@@ -371,7 +433,14 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
 
 
-MEASUREMENTS = {"plan": measure_plan, "scale": measure_scale, "cost": measure_cost, "bucket": measure_bucket}
+MEASUREMENTS = {
+    "plan": measure_plan,
+    "scale": measure_scale,
+    "cost": measure_cost,
+    "memory": measure_memory,
+    "resume": measure_resume,
+    "bucket": measure_bucket,
+}
 
 
 def main() -> None:
