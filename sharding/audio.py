@@ -13,6 +13,7 @@ import soxr
 
 from sharding import flac
 from sharding.errors import AudioError
+from sharding.libflac import decode_plain
 
 SAMPLE_RATE = 16_000
 CONV_LAYERS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # wav2vec2's (kernel, stride), in samples
@@ -74,13 +75,19 @@ def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
 
 def decode_native(data: bytes, prove: bool = False) -> tuple[npt.NDArray[Any], bool]:
     """`decode`, but what is 16-bit FLAC at 16 kHz and mono stays the int16 that it is."""
+    plain = _samples_of_plain(data)
+    pcm = decode_plain(data, plain) if plain is not None else None
+    if pcm is not None:
+        if prove:
+            flac.check_md5(data, pcm.tobytes())
+        return pcm, True
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(_not_audio(error)) from error
     with file:
         rate, channels, streamed = file.samplerate, file.channels, file.frames >= UNKNOWN_FRAMES
-        final = _samples_of_plain(data) is not None
+        final = plain is not None
         sound = _read_streamed(file) if streamed else _read_whole(file, "int16" if final else "float32")
         if not final and file.format == "MP3":
             _check_mp3_length(data, len(sound), rate)

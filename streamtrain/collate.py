@@ -10,7 +10,6 @@ from sharding.audio import MIN_SAMPLES, decode_native
 from sharding.errors import AudioError
 from sharding.sample import Sample
 from streamtrain.augment import change_speed, length_at
-from streamtrain.libflac import decode_plain
 from streamtrain.plan import Sounds
 from streamtrain.vocab import Vocab
 
@@ -76,9 +75,8 @@ def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
 
 def _decode_into(waveform: np.ndarray, audio: bytes, speed: float, gain: float) -> bool:
     """Fill a waveform with the sound, unless it does not decode or has another length."""
-    pcm = decode_plain(audio)
     try:
-        sound, is_int16 = decode_native(audio) if pcm is None else (pcm, True)
+        sound, is_int16 = decode_native(audio)
     except AudioError:
         return False
     if length_at(len(sound), speed) != len(waveform):

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from sharding import libflac
 from sharding.audio import SAMPLE_RATE
 from sharding.buckets import bucket_of, fit_bins
 from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex, read_index
@@ -216,8 +217,6 @@ def bare_decode(corpus: Path, workers: int) -> float:
 
 
 def ours(shards: Path, workers: int, with_libflac: bool = True) -> float:
-    from streamtrain import libflac
-
     if not with_libflac:
         libflac._library = None  # of this process, which is made for this run alone
     index = read_index(open_store(shards))
@@ -318,14 +317,8 @@ def measure_cost(bench: Bench) -> None:
         "cost: from local shards to padded float32 batches, imports excluded; the reference is libsndfile's decoding\n"
         "  alone, in as many threads; ours verifies the bytes of each clip too"
     )
-    if not find_libflac():
+    if libflac._library is None:
         bench.notes.append("cost: there is no libFLAC on this machine, so both rows of ours are the same")
-
-
-def find_libflac() -> bool:
-    from streamtrain import libflac
-
-    return libflac._library is not None
 
 
 # --- memory, and where a resume begins --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Plain FLAC decoded by libFLAC itself, where the machine has it: half of the time that libsndfile takes.
 
-The build proves with libsndfile that a clip decodes; this makes the same samples of it, with one call into Python per
-frame of a quarter of a second instead of several, so loader threads stand less in each other's way.
+It takes what libsndfile takes, and makes the same samples of it: whatever is odd about a clip is left to libsndfile.
+One call into Python per frame of a quarter of a second also keeps threads less in each other's way.
 """
 
 import ctypes
@@ -11,12 +11,11 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from sharding.audio import MAX_VALUES, SAMPLE_RATE
-from sharding.flac import samples_of_plain
+from sharding.flac import has_usual_blocks
 
 LIBRARIES = ("libFLAC.so.14", "libFLAC.so.12", "libFLAC.14.dylib", "libFLAC.12.dylib")  # FLAC 1.5 and 1.4
 FRAME_HEAD = struct.Struct("=IIIIIIQ")  # of FLAC__Frame: samples, rate, channels, assignment, bits, "sample", position
-PLAIN_FRAME = (SAMPLE_RATE, 1, 16)  # rate, channels, bits
+PLAIN_FRAME = (16_000, 1, 16)  # rate, channels, bits
 GO_ON, ABORT = 0, 1  # what the callback for a frame answers
 END_OF_STREAM = 4  # a state of the decoder
 
@@ -26,13 +25,12 @@ TakeHeader = ctypes.CFUNCTYPE(None, Pointer, Pointer, Pointer)
 TakeError = ctypes.CFUNCTYPE(None, Pointer, ctypes.c_int, Pointer)
 
 
-def decode_plain(data: bytes) -> npt.NDArray[np.int16] | None:
-    """The samples of a FLAC that is 16-bit mono at 16 kHz, shape (samples,); None where libsndfile should judge.
+def decode_plain(data: bytes, samples: int) -> npt.NDArray[np.int16] | None:
+    """The samples of a plain FLAC that says it has so many, shape (samples,); None where libsndfile should judge.
 
-    That is: where it is something else, where there is no libFLAC, and where anything is not as it should be.
+    That is: where there is no libFLAC, and where anything at all is not as it should be.
     """
-    samples = samples_of_plain(data)
-    if _library is None or samples is None or not 0 < samples <= MAX_VALUES:
+    if _library is None or not has_usual_blocks(data):
         return None
     if not hasattr(_own, "decoder"):
         _own.decoder = _Decoder(_library)
