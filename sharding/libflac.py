@@ -19,6 +19,8 @@ PLAIN_FRAME = (16_000, 1, 16)  # rate, channels, bits
 GO_ON, ABORT = 0, 1  # what the callback for a frame answers
 END_OF_STREAM = 4  # a state of the decoder
 
+FrameHead = ctypes.c_char * FRAME_HEAD.size
+Address = ctypes.c_size_t
 Pointer = ctypes.c_void_p
 TakeFrame = ctypes.CFUNCTYPE(ctypes.c_int, Pointer, Pointer, Pointer, Pointer)
 TakeHeader = ctypes.CFUNCTYPE(None, Pointer, Pointer, Pointer)
@@ -47,12 +49,14 @@ class _Decoder:
         # Kept, as libFLAC only borrows them
         self._callbacks = TakeFrame(self._take_frame), TakeHeader(self._take_header), TakeError(self._take_error)
         self._sound = np.empty(0, np.int32)
+        self._address = 0
         self._position = 0
         self._headers = 0
         self._failed = False
 
     def decode(self, data: bytes, samples: int) -> npt.NDArray[np.int16] | None:
         self._sound, self._position = np.empty(samples, np.int32), 0
+        self._address = self._sound.ctypes.data
         self._headers, self._failed = 0, False
         library, decoder = self._library, self._decoder
         file = _libc.fmemopen(data, len(data), b"r")  # libFLAC closes it
@@ -65,15 +69,14 @@ class _Decoder:
         return self._sound.astype(np.int16) if whole else None
 
     def _take_frame(self, _: int, frame: int, channels: int, __: int) -> int:
-        count, rate, channel_count, _, bits, _, position = FRAME_HEAD.unpack(ctypes.string_at(frame, FRAME_HEAD.size))
-        start, end = self._position, self._position + count
-        if position != start or (rate, channel_count, bits) != PLAIN_FRAME or end > len(self._sound):
+        count, rate, channel_count, _, bits, _, position = FRAME_HEAD.unpack_from(FrameHead.from_address(frame))
+        start, end, sound = self._position, self._position + count, self._sound
+        if position != start or (rate, channel_count, bits) != PLAIN_FRAME or end > len(sound):
             return ABORT
-        sound = Pointer.from_address(channels).value or 0  # of the first and only channel, int32
-        ctypes.memmove(self._sound.ctypes.data + 4 * start, sound, 4 * count)
+        ctypes.memmove(self._address + 4 * start, Address.from_address(channels).value, 4 * count)
         self._position = end
         # Where a frame is missing libFLAC makes up silence and says nothing, so silence is libsndfile's to judge
-        return GO_ON if self._sound[start:end].any() else ABORT
+        return GO_ON if sound[start] or sound[end - 1] or sound[start:end].any() else ABORT
 
     def _take_header(self, _: int, __: int, ___: int) -> None:
         self._headers += 1  # a second STREAMINFO would change what libsndfile makes of the rest
