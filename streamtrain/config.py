@@ -40,7 +40,7 @@ class DataConfig(Section):
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0
     workers: NonNegativeInt = 2  # threads per rank that read and decode ahead; 0: none, when a batch is needed
-    speed_factors: tuple[Speed, ...] = ()  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
+    speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
     gain_db: float = Field(0.0, ge=0, le=60)  # and up to so much louder or softer, where the model hears loudness
 
 
@@ -94,7 +94,7 @@ class Config(Section):
             window_shards=self.data.window_shards,
             length_jitter=self.data.length_jitter,
             seed=self.train.seed,
-            speed_factors=self.data.speed_factors,
+            speed_factors=tuple(self.data.speed_factors),
             gain_db=self.data.gain_db,
         )
 

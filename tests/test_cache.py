@@ -52,11 +52,13 @@ def test_what_is_cached_is_not_fetched_again(bucket: BucketStore, meadow: Path, 
 def test_ranks_of_a_node_share_one_cache_at_the_same_time(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
     plan = plan_of(meadow)
     seen: list[Counter[str]] = []
+    fetched: list[int] = []
 
     def run(rank: int) -> None:
         store = cached(bucket, tmp_path / "cache")
-        stream = ShardStream(read_index(bucket), store, VOCAB, True, World(rank, 4), workers=2)
+        stream = ShardStream(read_index(bucket), store, VOCAB, True, World(rank, 4, local_size=4), workers=2)
         seen.append(keys_of(list(stream.epoch(plan))))
+        fetched.append(store.counts.bytes)
 
     ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
     for thread in ranks:
@@ -64,6 +66,7 @@ def test_ranks_of_a_node_share_one_cache_at_the_same_time(bucket: BucketStore, m
     for thread in ranks:
         thread.join(60)
     assert sum(seen, Counter[str]()) == training_keys(meadow)
+    assert sum(fetched) == sum(path.stat().st_size for path in files(tmp_path / "cache"))  # each shard once
     assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {".tar", ".lock"}
 
 
