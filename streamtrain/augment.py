@@ -10,7 +10,7 @@ import xxhash
 
 from sharding.audio import SAMPLE_RATE, Waveform
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 
 def keyed_random(*key: object) -> np.random.Generator:
@@ -32,7 +32,7 @@ def keyed_uniform(names: npt.NDArray[np.uint64], *key: object) -> npt.NDArray[np
 
 def length_at(samples: npt.NDArray[np.integer] | int, speed: Floats | float) -> npt.NDArray[np.int64]:
     """Samples that a clip has when it is played at a speed."""
-    return np.rint(samples / np.float64(speed)).astype(np.int64)
+    return np.rint(samples / np.asarray(speed)).astype(np.int64)
 
 
 def change_speed(waveform: Waveform, speed: float) -> Waveform:
@@ -48,7 +48,8 @@ def change_speed(waveform: Waveform, speed: float) -> Waveform:
 def span_mask(count: int, share: float, span: int, random: np.random.Generator) -> npt.NDArray[np.bool_]:
     """Frames or features to hide from the encoder, shape (count,): spans that cover about `share` of all.
 
-    SpecAugment (Park et al. 2019) as wav2vec2 does it (Baevski et al. 2020, arXiv 2006.11477): spans may overlap.
+    SpecAugment (Park et al. 2019) as wav2vec2 does it (Baevski et al. 2020, arXiv 2006.11477): spans may overlap. Some
+    of a clip is always left.
     """
     hidden = np.zeros(count, bool)
     if share <= 0 or count <= span:  # a clip shorter than a span would vanish whole
@@ -56,6 +57,9 @@ def span_mask(count: int, share: float, span: int, random: np.random.Generator) 
     spans = int(share * count / span + random.random())
     for start in random.choice(count - span + 1, min(spans, count - span + 1), replace=False):
         hidden[start : start + span] = True
+    if hidden.all():
+        start = int(random.integers(count - span + 1))
+        hidden[start : start + span] = False
     return hidden
 
 

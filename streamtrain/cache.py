@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ RANGE_BYTES = 8 * 2**20  # a shard is fetched in ranges of this size, in paralle
 RANGES_AT_ONCE = 8
 SHARDS_AT_ONCE = 4
 STEPS_AHEAD = 32  # shards of these steps are fetched before they are needed
+STEPS_BEHIND = 16  # shards of these steps are kept if there is room: a slower thread or rank may still read from them
 FETCH_TRIES = 3
 EVICT_LOCK = "evict.lock"
 WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished writing, so that something can go
@@ -114,11 +115,11 @@ class ShardCache:
         """Start to fetch what the steps from this one on need, as much of it as fits into the cache together."""
         with self._lock:
             self._step = max(self._step, step)
-            room = self._limit
-            while self._uses and self._uses[0][1] < self._step:
+            room, oldest = self._limit, self._step - STEPS_BEHIND
+            while self._uses and self._uses[0][1] < oldest:
                 self._uses.pop(0)
             for first, last, name in self._uses:
-                room -= self._entries[name].bytes if last >= self._step else 0
+                room -= self._entries[name].bytes if last >= oldest else 0
                 if room < 0 or first >= self._step + STEPS_AHEAD:
                     break
                 if last >= self._step and (name not in self._ahead or self._ahead[name].done()):
@@ -200,7 +201,14 @@ class ShardCache:
             while view:  # a disk that fills up takes a part first, and then says so
                 view = view[os.pwrite(file.fileno(), view, start + len(data) - len(view)) :]
 
-        list(pool.map(fetch, range(0, shard.bytes, RANGE_BYTES)))
+        parts = [pool.submit(fetch, start) for start in range(0, shard.bytes, RANGE_BYTES)]
+        wait(parts, return_when=FIRST_EXCEPTION)
+        for part in parts:
+            part.cancel()
+        wait(parts)  # before the file is closed, whose number another may get
+        for part in parts:
+            if not part.cancelled():
+                part.result()
         self._count(bytes=shard.bytes)
 
     def _reserve(self, partial: Path, needed: int) -> None:
@@ -231,7 +239,9 @@ class ShardCache:
         if span is None:
             return self._step if time.time() - stat.st_mtime < IDLE_SEC else math.inf
         first, last = span
-        return max(first, self._step) if last >= self._step else math.inf
+        if last >= self._step:
+            return max(first, self._step)
+        return self._step + STEPS_AHEAD if last >= self._step - STEPS_BEHIND else math.inf
 
 
 def _opened(path: Path) -> BinaryIO | None:

@@ -103,7 +103,7 @@ class Config(Section):
         """All that decides what a step computes: not where things lie, nor when a run is evaluated or saved."""
         elsewhere = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
         rhythm = {"run_dir", "keep_checkpoints", "checkpoint_every"}
-        return self.model_dump(mode="json", exclude={"data": elsewhere, "train": rhythm, "eval": True})
+        return self.model_dump(exclude={"data": elsewhere, "train": rhythm, "eval": True})
 
 
 # What the engine reads at the top of its section; anything else it would ignore without a word.
@@ -177,6 +177,8 @@ def _explain(error: ValidationError, path: str | Path) -> ConfigError:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, _all_keys(), 1, 0.5)
         return ConfigError(f"{path}: unknown key {where!r}", f"did you mean {near[0]!r}?" if near else None)
+    if first["type"] == "list_type":
+        return ConfigError(f"{path}: {where!r} is {first['input']!r}, not a list", f"write --set '{where}=[0.9,1,1.1]'")
     if first["type"] == "missing":
         return ConfigError(f"{path}: {where!r} is missing")
     said = first["msg"].removeprefix("Value error, ")

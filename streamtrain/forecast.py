@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sharding.audio import SAMPLE_RATE
 from sharding.format import ShardIndex, read_index, read_keys
 from sharding.store import open_store
-from streamtrain.cache import RANGE_BYTES, STEPS_AHEAD
+from streamtrain.cache import RANGE_BYTES, STEPS_AHEAD, STEPS_BEHIND
 from streamtrain.config import load_config
 from streamtrain.plan import (
     EpochPlan,
@@ -81,6 +81,7 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], machines
         "rank_idle": plan.rank_idle(machines.world_size),
         "over_cap": int((plan.padded > cap).sum()),
         "meet_again": meet_again(plan, next_plan),
+        "other_speed": 0.0 if plan.speeds is None else float((plan.speeds != 1).mean()),
         "bytes_per_node": int(by_node.max()),
         "requests_per_second": float(requests.sum() / duration),
         "requests_per_second_uncached": len(plan.rows) / duration,
@@ -97,7 +98,7 @@ def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> li
         here = uses.node == node
         change = np.zeros(plan.steps + 1)
         np.add.at(change, np.maximum(uses.first[here] - STEPS_AHEAD, 0), sizes[here])
-        np.add.at(change, uses.last[here] + 1, -sizes[here])
+        np.add.at(change, np.minimum(uses.last[here] + STEPS_BEHIND + 1, plan.steps), -sizes[here])
         curves.append(np.cumsum(change)[:-1])
     return curves
 
@@ -121,6 +122,9 @@ def render(summary: dict[str, Any], machines: Machines) -> str:
                   f" without a cache {summary['requests_per_second_uncached']:,.0f} at most"),
         ("cache", f"{summary['cache_gb_needed']:,.2f} GiB a node (data.cache_gb), to fetch each shard once"),
     ]  # fmt: skip
+    if summary["other_speed"]:
+        said = f"{summary['other_speed']:.1%} of the clips are played at another; hours and seconds are as heard"
+        rows.insert(1, ("speed", said))
     return f"epoch {summary['epoch']}\n" + "\n".join(f"  {name:<13}  {said}" for name, said in rows)
 
 

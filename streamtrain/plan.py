@@ -52,7 +52,7 @@ class Sounds:
 
     @classmethod
     def as_recorded(cls, lengths: Rows) -> "Sounds":
-        ones = np.ones(len(lengths), np.float32)
+        ones = np.ones(len(lengths))
         return cls(lengths, ones, ones)
 
 
@@ -252,17 +252,17 @@ def cut(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> It
 def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: int) -> Floats | None:
     """The speed of every clip of the index in this epoch, shape (N,); None where all are heard as recorded.
 
-    A clip whose length would then exceed the cap, or hold too few frames for CTC to emit its label, stays as it is.
+    A clip that would then exceed the cap, or be too short for CTC to emit its label for certain, stays as it is.
     """
     if not settings.speed_factors:
         return None
     drawn = keyed_uniform(samples["checksum"], "speed", settings.seed, epoch)
-    factors = np.array(settings.speed_factors, np.float32)
+    factors = np.array(settings.speed_factors)
     speeds = factors[(drawn * len(factors)).astype(np.intp)]
     lengths = length_at(samples["samples"], speeds)
     frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
-    fits = (lengths <= cap) & (frames >= np.maximum(2 * samples["label_length"].astype(np.int64), 1))
-    return np.where(fits, speeds, np.float32(1))  # 2 × symbols: as many as if each were followed by its like
+    needed = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
+    return np.where((lengths <= cap) & ((speeds < 1) | (frames >= needed)), speeds, 1.0)
 
 
 def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch: int) -> Floats | None:
@@ -270,7 +270,8 @@ def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch
     if settings.gain_db == 0:
         return None
     decibels = settings.gain_db * (2 * keyed_uniform(checksums, "gain", settings.seed, epoch) - 1)
-    return (10 ** (decibels / 20)).astype(np.float32)
+    gains: Floats = 10 ** (decibels / 20)
+    return gains
 
 
 def _buckets(index: ShardIndex) -> list[int]:
@@ -303,7 +304,7 @@ def _cut_bucket(
         ):
             shard = shards[position]
             window.append(np.arange(ends[shard] - counts[shard], ends[shard]))
-            seconds += index.shards[shard].seconds
+            seconds += float(clip_lengths[window[-1]].sum(dtype=np.int64) / SAMPLE_RATE)  # as heard
             position += 1
         rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
         lengths = clip_lengths[rows].astype(np.int64)

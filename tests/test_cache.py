@@ -27,7 +27,7 @@ from sharding.errors import ShardError, StoreError
 from sharding.format import read_index, read_sample
 from sharding.store import open_store
 from streamtrain.forecast import live_bytes
-from streamtrain.plan import Uses, find_uses
+from streamtrain.plan import PlanSettings, Uses, find_uses, plan_epoch
 from streamtrain.stream import ShardStream, open_for_reading
 from streamtrain.world import World
 
@@ -113,15 +113,23 @@ def test_the_cache_keeps_within_its_limit_at_every_moment(
     assert 0 < most <= limit
 
 
+@pytest.mark.parametrize("workers", [1, 3, 4])
 def test_with_the_room_that_the_forecast_tells_each_shard_is_fetched_once(
-    bucket: BucketStore, meadow: Path, tmp_path: Path
+    workers: int, url: str, tmp_path: Path
 ) -> None:
-    index, plan = read_index(bucket), plan_of(meadow)
+    """Though threads read from steps far apart."""
+    write_set(tmp_path / "set", clips=400, per_shard=5)
+    bucket = upload(tmp_path / "set", url)
+    index = read_index(bucket)
+    plan = plan_epoch(index, PlanSettings(batch_seconds=2, micro_batches_per_step=1, window_shards=1), 0)
     uses = find_uses(index, plan)
     needed = int(max(live_bytes(index, plan, uses, nodes=1)[0]))
-    cache = cached(bucket, tmp_path / "cache", max(needed, 2 * max(shard.bytes for shard in index.shards)))
-    assert stream_all(cache, meadow) == training_keys(meadow)
-    assert cache.counts.bytes == sum(index.shards[shard].bytes for shard in uses.shard)
+    total = sum(index.shards[shard].bytes for shard in uses.shard)
+    assert needed < 0.7 * total
+    cache = cached(bucket, tmp_path / "cache", needed)
+    seen = keys_of(list(ShardStream(index, cache, VOCAB, True, World(), workers).epoch(plan)))
+    assert seen == training_keys(tmp_path / "set")
+    assert cache.counts.bytes == total
     assert cache.counts.retries == 0
 
 
@@ -131,7 +139,7 @@ def test_what_the_plan_needs_last_is_evicted_first(bucket: BucketStore, tmp_path
     rows = np.array([index.shards.index(shard) for shard in shards])
     cache = cached(bucket, tmp_path / "cache", sum(shard.bytes for shard in shards[:3]) + 2_000)
     cache.follow(index, Uses(np.zeros(4, int), rows, np.array([0, 50, 60, 70]), np.array([0, 99, 99, 99])))
-    cache.reach(10)
+    cache.reach(20)
     for shard in (shards[1], shards[0], shards[3]):  # the first is behind us, the second needed at 50, the last at 70
         cache.read_ranges(shard.name, [(0, 1)])
     cache.read_ranges(shards[2].name, [(0, 1)])
