@@ -162,12 +162,14 @@ Item = TypeVar("Item")
 def read_ahead(
     load: Callable[[Place], Item], places: Iterator[Place], workers: int, tell: Callable[[int], None] = lambda _: None
 ) -> Iterator[Item]:
-    """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: in this one.
+    """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: none ahead.
 
     `tell` is given the number of those that are ready when one is taken.
     """
     if workers == 0:
-        yield from map(load, places)
+        with ThreadPoolExecutor(1, "load") as pool:  # not in this thread, which Ctrl-C must reach at once
+            for place in places:
+                yield pool.submit(load, place).result()
         return
     with ThreadPoolExecutor(workers, "load") as pool:
         pending: deque[Future[Item]] = deque(
