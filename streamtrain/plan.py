@@ -84,13 +84,15 @@ class EpochPlan:
 
     def micro_batch(self, step: int, number: int) -> Rows:
         """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none."""
+        return self.rows[self._slice(step, number)]
+
+    def _slice(self, step: int, number: int) -> slice:
         at = step * self.micro_batches_per_step + number
-        return self.rows[self.starts[at] : self.starts[at + 1]]
+        return slice(self.starts[at], self.starts[at + 1])
 
     def sounds(self, step: int, number: int) -> Sounds:
         """How the clips of a micro-batch are to be heard, in the order of its rows."""
-        at = step * self.micro_batches_per_step + number
-        here = slice(self.starts[at], self.starts[at + 1])
+        here = self._slice(step, number)
         recorded = Sounds.as_recorded(self.lengths[here])
         return Sounds(
             recorded.lengths,

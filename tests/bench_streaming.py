@@ -295,8 +295,7 @@ def measure_cost(bench: Bench) -> None:
     for workers in (0, 2):
         runs[f"{BARE}, {workers} workers"] = partial(in_a_process, bare_decode, corpus, workers)
         runs[f"ours, {workers} workers"] = partial(in_a_process, ours, shards, workers)
-        if workers:  # without any, it decodes in the main thread, and libsndfile does it
-            runs[f"ours without libFLAC, {workers} workers"] = partial(in_a_process, ours, shards, workers, False)
+        runs[f"ours without libFLAC, {workers} workers"] = partial(in_a_process, ours, shards, workers, False)
         runs[f"webdataset, {workers} workers"] = partial(in_a_process, plain_webdataset, shards, workers)
     if importlib.util.find_spec("lhotse"):
         run("-m", "tests.bench_lhotse", corpus, shar, 2)

@@ -1,6 +1,7 @@
 """What several tests need: the real command, and one small shard set that nobody changes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,14 @@ def run_module(module: str, *arguments: object) -> "subprocess.CompletedProcess[
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def own_mounts() -> list[str]:
+    """The beginning of a command that may mount what nobody else sees; skips the test where that is not permitted."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounts of one's own are not permitted here")
+    return namespace
 
 
 @pytest.fixture(scope="session")

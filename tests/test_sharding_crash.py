@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, Command
+from conftest import ROOT, Command, own_mounts
 from corpus import SAMPLE_RATE, describe, make_corpus, read_manifest, say, write_manifest
 from test_sharding_build import assert_balanced, read_ledger, read_summary
 
@@ -200,9 +200,7 @@ def wait_until_nobody_is_left(mark: str) -> None:
 
 def in_own_mounts(script: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Run a shell script that may mount what nobody else sees; `build OUT LOG` in it runs the real command."""
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("mounts of one's own are not permitted here")
+    namespace = own_mounts()
     settings = " ".join(map(str, SETTINGS))
     function = f'build() {{ {sys.executable} -m sharding build $SOURCES --out "$1" {settings} --workers 2 2>"$2"; }}\n'
     command = [*namespace, "sh", "-e", "-c", function + script, "sh", *map(str, arguments)]

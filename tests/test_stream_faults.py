@@ -5,7 +5,6 @@ Small counts run always; those marked `long` are the full ones.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, own_mounts
 from fault_proxy import Fault, FaultProxy
 from stream_sets import (
     VOCAB,
@@ -234,9 +233,7 @@ def keys_in(lines: str) -> Counter[str]:
 def test_a_full_cache_disk_is_named_and_with_room_the_epoch_is_whole(
     bucket: BucketStore, meadow: Path, tmp_path: Path
 ) -> None:
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("mounts of one's own are not permitted here")
+    namespace = own_mounts()
     disk = tmp_path / "disk"
     disk.mkdir()
     size_kb = 3 * max(shard.bytes for shard in read_index(bucket).shards) // 1024
