@@ -215,20 +215,21 @@ class ShardCache:
         """Make `partial` as large as it will be, once what others are writing leaves room; what can go goes."""
         while True:
             with _locked(self._root / EVICT_LOCK):
-                # Parts first: one that is renamed meanwhile is counted twice rather than not at all
+                # Parts first: one that is renamed meanwhile stands among the shards then, and is counted once
                 others = (part for part in self._root.glob("*/*.part") if part != partial and not _abandoned(part))
-                writing = sum(map(_size, others))
+                parts = {part.with_suffix(".tar"): _size(part) for part in others}
+                shards = {path: path.stat() for path in self._root.glob("*/*.tar")}
+                writing = sum(size for path, size in parts.items() if path not in shards)
                 if writing + needed <= self._limit:
-                    self._evict(self._limit - writing - needed)
+                    self._evict(shards, self._limit - writing - needed)
                     with open(partial, "wb") as file:
                         file.truncate(needed)
                     return
             time.sleep(WAIT_FOR_ROOM_SEC)
 
-    def _evict(self, room: int) -> None:
+    def _evict(self, shards: dict[Path, os.stat_result], room: int) -> None:
         """Remove shards, of whatever set, until the others fit in `room`: those first that are needed last."""
-        files = [(path, path.stat()) for path in self._root.glob("*/*.tar")]
-        for path, stat in sorted(files, key=lambda file: (self._needed_at(*file), -file[1].st_mtime)):
+        for path, stat in sorted(shards.items(), key=lambda file: (self._needed_at(*file), -file[1].st_mtime)):
             room -= stat.st_size
             if room < 0:
                 path.unlink()

@@ -168,17 +168,19 @@ def test_validation_stays_in_a_cache_that_training_has_filled(bucket: BucketStor
 
 
 def test_what_will_be_needed_is_fetched_ahead_into_whatever_room_there_is(bucket: BucketStore, tmp_path: Path) -> None:
+    """Many times over: a shard that is renamed while another looks for room was once counted twice, for one to go."""
     index = read_index(bucket)
     shards = [shard for shard in index.shards if shard.split == "train"][:5]
     rows = np.array([index.shards.index(shard) for shard in shards])
-    cache = cached(bucket, tmp_path / "cache", sum(shard.bytes for shard in shards) + 2_000)
-    cache.follow(index, Uses(np.zeros(5, int), rows, np.array([0, 0, 0, 0, 20]), np.full(5, 99)))
-    cache.reach(0)
-    deadline = time.monotonic() + 20
-    while len(files(tmp_path / "cache")) < 5 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(files(tmp_path / "cache")) == 5
-    assert cache.take_counts().misses == 0
+    for folder in (tmp_path / str(round_) for round_ in range(40)):
+        cache = cached(bucket, folder, sum(shard.bytes for shard in shards) + 2_000)
+        cache.follow(index, Uses(np.zeros(5, int), rows, np.array([0, 0, 0, 0, 20]), np.full(5, 99)))
+        cache.reach(0)
+        deadline = time.monotonic() + 20
+        while len(files(folder)) < 5 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(files(folder)) == 5
+        assert cache.take_counts().misses == 0
 
 
 def test_a_cache_without_room_for_two_shards_is_refused(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
