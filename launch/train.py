@@ -15,6 +15,11 @@ def main() -> None:
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
         help="auto: go on from the newest checkpoint of train.run_dir, if there is one (default); "
              "none: start over; or the folder of a checkpoint")  # fmt: skip
+    parser.add_argument(
+        "--find-batch-seconds",
+        action="store_true",
+        help="only search for the largest data.batch_seconds that this model and these machines hold, and print it",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
@@ -22,9 +27,13 @@ def main() -> None:
     from streamtrain.world import running
 
     with running() as world:
-        from streamtrain.train import train
+        from streamtrain.train import find_batch_seconds, train
 
-        train(load_config(options.config, options.set), world, options.resume)
+        config = load_config(options.config, options.set)
+        if options.find_batch_seconds:
+            find_batch_seconds(config, world)
+        else:
+            train(config, world, options.resume)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,31 @@
-"""Save and resume. A checkpoint is whole or absent: written under another name, synced, renamed, then pointed to."""
+"""Save and resume. A checkpoint is whole or absent: written under another name, synced, renamed, then pointed to.
+
+It holds whole tensors in fp32, so it belongs to no world size and to no ZeRO stage. `state.json` names every file with
+its checksum, and is written last.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from sharding.errors import StreamtrainError
-from streamtrain.world import World
+from streamtrain.engine import Parts
+from streamtrain.model import give_usual_mode
 
 STATE_NAME = "state.json"
+NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
+FILES = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "average": "average.safetensors"}
+CHUNK_BYTES = 8 * 2**20
 
 
 class CheckpointError(StreamtrainError):
@@ -20,41 +34,72 @@ class CheckpointError(StreamtrainError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, beside weights and optimizer, which the engine keeps."""
+    """Where a run stands, beside its tensors. Nothing random needs to be kept: all is drawn by seed, epoch and step."""
 
-    step: int  # optimizer steps done
-    epoch: int
-    step_in_epoch: int
-    world_size: int
     config: dict[str, Any]  # its decisive part
     index_digest: str
     planner_version: int
-    best_cer: float | None
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    step_in_epoch: int = 0
+    evaluated: int = -1  # step of the last evaluation
+    best_cer: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
 
 
-def save_checkpoint(engine: Any, state: RunState, folder: Path, world: World, keep: int) -> Path:
-    """Write `step-…` in `folder`; all ranks call it together. Keeps the newest `keep` checkpoints."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is there; its files are checked as they are read."""
+
+    path: Path
+    state: RunState
+    numbers: dict[str, Any]
+    files: dict[str, dict[str, Any]]  # name → bytes, checksum
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> Path:
+    """Write `step-…` in `folder`, by one rank. Keeps the newest `keep` checkpoints, and that of the best score."""
     name = f"step-{state.step:07d}"
     partial, final = folder / f".{name}.part", folder / name
-    if world.main:
+    try:
         for left_behind in folder.glob(".step-*"):
             shutil.rmtree(left_behind, ignore_errors=True)
         partial.mkdir(parents=True)
-    world.barrier()
-    engine.save_checkpoint(str(partial), tag="engine", client_state={}, save_latest=False)
-    world.barrier()
-    if world.main:
-        (partial / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        files = {}
+        for part, file in FILES.items():
+            if tensors := getattr(parts, part):
+                save_file(tensors, partial / file)
+                give_usual_mode(partial / file)
+                files[file] = _describe(partial / file)
+        document = {"state": asdict(state), "numbers": parts.numbers, "files": files}
+        (partial / STATE_NAME).write_text(json.dumps(document | {"digest": _digest(document)}, indent=1))
+        for path in partial.iterdir():
+            _sync(path)
+        _sync(partial)
         if final.exists():
             _remove(final)
         os.replace(partial, final)
         _sync(folder)
-        for old in list_checkpoints(folder)[:-keep]:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"{final}: cannot be written: {reason}",
+            "the checkpoints before it are whole; make room, and the same command goes on from the newest",
+        ) from error
+    _point(folder / NEWEST, name)
+    if state.best_step is not None and (folder / f"step-{state.best_step:07d}").is_dir():
+        _point(folder / BEST, f"step-{state.best_step:07d}")
+    best = (folder / BEST).resolve()
+    for old in list_checkpoints(folder)[:-keep]:
+        if old.resolve() != best:
             _remove(old)
-    world.barrier()
     return final
 
 
@@ -72,34 +117,48 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
-def load_checkpoint(engine: Any, path: Path, expected: RunState) -> RunState:
-    """Bring the engine to where the checkpoint stands. `expected` is the run's own state at step 0.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's state, and check that each of its files is whole."""
+    path = path.resolve()
+    try:
+        document = json.loads((path / STATE_NAME).read_text())
+        digest = document.pop("digest")
+        if digest != _digest(document):
+            raise ValueError("its digest is another")
+        checkpoint = Checkpoint(path, RunState(**document["state"]), document["numbers"], document["files"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _one_before(path)) from error
+    for name, described in checkpoint.files.items():
+        try:
+            seen = _describe(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}", _one_before(path)) from error
+        if seen != described:
+            raise CheckpointError(
+                f"{path / name}: damaged: it has {seen['bytes']:,} bytes with checksum {seen['checksum']}, "
+                f"{STATE_NAME} says {described['bytes']:,} with {described['checksum']}",
+                _one_before(path),
+            )
+    return checkpoint
 
-    Raises CheckpointError where the checkpoint belongs to another run, says what differs, and changes nothing.
-    """
-    state = _read_state(path)
-    differ = _differences(asdict(state), asdict(expected), _MUST_AGREE)
+
+def load_parts(checkpoint: Checkpoint) -> Parts:
+    """The tensors of a checkpoint, mapped into memory."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for part, file in FILES.items():
+        try:
+            tensors[part] = load_file(checkpoint.path / file) if file in checkpoint.files else {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{checkpoint.path / file}: {error}", _one_before(checkpoint.path)) from error
+    return Parts(**tensors, numbers=checkpoint.numbers)
+
+
+def check_same_run(checkpoint: Checkpoint, expected: RunState) -> None:
+    """Raises CheckpointError, and says what differs, where a checkpoint belongs to another run than `expected`."""
+    decisive = ("config", "index_digest", "planner_version")
+    differ = list(_differences(asdict(checkpoint.state), asdict(expected), decisive))
     if differ:
-        raise CheckpointError(f"{path}: belongs to another run: {'; '.join(differ)}", _OTHERWISE)
-    try:
-        loaded, _ = engine.load_checkpoint(str(path), tag="engine")
-    except Exception as error:  # DeepSpeed and torch raise whatever they met
-        raise CheckpointError(f"{path}: cannot be loaded: {error}", _OTHERWISE) from error
-    if loaded is None:
-        raise CheckpointError(f"{path}: holds no engine state", _OTHERWISE)
-    return state
-
-
-def index_digest_of(checkpoint: Path) -> str:
-    """The digest of the shard index that a checkpoint's run began with."""
-    return _read_state(checkpoint).index_digest
-
-
-def _read_state(checkpoint: Path) -> RunState:
-    try:
-        return RunState(**json.loads((checkpoint / STATE_NAME).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_NAME}: damaged ({error})", _OTHERWISE) from error
+        raise CheckpointError(f"{checkpoint.path}: belongs to another run: {'; '.join(differ)}", _OTHERWISE)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -111,19 +170,44 @@ _OTHERWISE = (
     "undo the change, resume another checkpoint with --resume PATH, or start over with --resume none; "
     "another train.run_dir with model.pretrained=RUN/best starts from this run's weights"
 )
-_MUST_AGREE = ("world_size", "config", "index_digest", "planner_version")
 
 
-def _differences(saved: dict[str, Any], here: dict[str, Any], keys: Iterable[str], path: str = "") -> list[str]:
+def _one_before(path: Path) -> str:
+    """The hint of an error about a checkpoint: where else the run can go on from."""
+    earlier = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    return f"--resume {earlier[-1]} goes on from the one before it" if earlier else "start over with --resume none"
+
+
+def _differences(saved: dict[str, Any], here: dict[str, Any], keys: Iterable[str], path: str = "") -> Iterator[str]:
     """Each value that differs, named by its place: `train.epochs was 20, is 30`."""
-    differ = []
     for key in keys:
         was, now = saved.get(key), here.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            differ += _differences(was, now, sorted(was.keys() | now.keys()), f"{path}{key}.")
+            yield from _differences(was, now, sorted(was.keys() | now.keys()), f"{path}{key}.")
         elif was != now:
-            differ.append(f"{path.removeprefix('config.')}{key} was {was}, is {now}")
-    return differ
+            yield f"{path.removeprefix('config.')}{key} was {was}, is {now}"
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    state, size = xxhash.xxh3_64(), 0
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK_BYTES):
+            state.update(data)
+            size += len(data)
+    return {"bytes": size, "checksum": state.hexdigest()}
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(document, sort_keys=True).encode())
+
+
+def _point(link: Path, name: str) -> None:
+    """Make a link point to a checkpoint, without a moment at which there is none."""
+    fresh = link.with_name(f".{link.name}.link")
+    with suppress(OSError):  # a convenience, and not every file system has links
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(name)
+        os.replace(fresh, link)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sharding.audio import MIN_SAMPLES, decode_native
 from sharding.errors import AudioError
@@ -65,6 +66,27 @@ def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: 
         keys=keys,
         failed=tuple(failed),
     )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Several micro-batches as one, to be run in a single forward."""
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(
+        inputs=_stack([batch.inputs for batch in batches]),
+        input_lengths=torch.cat([batch.input_lengths for batch in batches]),
+        targets=_stack([batch.targets for batch in batches]),
+        target_lengths=torch.cat([batch.target_lengths for batch in batches]),
+        weights=torch.cat([batch.weights for batch in batches]),
+        keys=tuple(key for batch in batches for key in batch.keys),
+        failed=tuple(key for batch in batches for key in batch.failed),
+    )
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of several tensors, each padded with zeros to the longest."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
 
 def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:

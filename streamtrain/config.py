@@ -35,6 +35,7 @@ Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; beyond these it is no
 class DataConfig(Section):
     shards: str = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
+    device_batch_seconds: PositiveFloat | None = None  # a rank's micro-batches of a step run merged up to this size
     window_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
     length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
@@ -43,12 +44,19 @@ class DataConfig(Section):
     speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
     gain_db: float = Field(0.0, ge=0, le=60)  # and up to so much louder or softer, where the model hears loudness
 
+    @model_validator(mode="after")
+    def _a_micro_batch_fits(self) -> "DataConfig":
+        if self.device_batch_seconds is not None and self.device_batch_seconds < self.batch_seconds:
+            raise ValueError("data.device_batch_seconds must hold a micro-batch, of data.batch_seconds")
+        return self
+
 
 class ModelConfig(Section):
     pretrained: str | None = None  # a hub name or a local folder
     scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
     dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
     freeze_cnn: bool = True
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
     mask_time_prob: float = Field(0.0, ge=0, lt=1)  # share of a clip's frames that masked spans cover
     mask_time_length: PositiveInt = 10  # frames of a span; a clip that is shorter stays as it is
     mask_feature_prob: float = Field(0.0, ge=0, lt=1)  # share of the encoder's input features that masked spans cover
@@ -66,10 +74,21 @@ class TrainConfig(Section):
     epochs: PositiveInt = 20
     max_steps: PositiveInt | None = None  # stop earlier; the schedule then ends there
     micro_batches_per_step: PositiveInt = 8  # over all ranks: the number of ranks must divide it
-    schedule: Literal["linear", "constant"] = "linear"  # after the warm-up: down to zero, or level
-    warmup_steps: int = Field(500, ge=0)
-    checkpoint_every: PositiveInt = 500  # steps
-    keep_checkpoints: PositiveInt = 2
+    schedule: Literal["linear", "cosine", "tri-stage", "constant"] = "linear"  # of the rate, after the warm-up
+    warmup_steps: NonNegativeInt = 500
+    hold_steps: NonNegativeInt | None = None  # at the peak, of tri-stage; none: 40 % of all
+    final_lr_ratio: float | None = Field(None, gt=0, le=1)  # where the rate ends; none: at 0, tri-stage at 5 %
+    head_lr: PositiveFloat | None = (
+        None  # peak rate of the new head; none: deepspeed.optimizer.params.lr, as the encoder
+    )
+    layer_decay: float = Field(1.0, gt=0, le=1)  # each layer of the encoder learns at this share of the next one's rate
+    freeze_encoder_steps: NonNegativeInt = 0  # at first only the head learns
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # average the weights, evaluate and save the average; 0: do not
+    patience: PositiveInt | None = None  # stop after so many evaluations without a better score
+    checkpoint_every: PositiveInt = 500  # steps; the best score makes one too
+    keep_checkpoints: PositiveInt = 2  # the newest, beside that of the best score
+    mirror: str | None = None  # such as s3://bucket/run: each checkpoint is copied there, to resume on another machine
+    probe: bool = True  # run the largest batches before the first step, to see that the memory holds them
     seed: int = Field(0, ge=0)
 
 
@@ -101,9 +120,18 @@ class Config(Section):
     @property
     def decisive(self) -> dict[str, Any]:
         """All that decides what a step computes: not where things lie, nor when a run is evaluated or saved."""
-        elsewhere = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
-        rhythm = {"run_dir", "keep_checkpoints", "checkpoint_every"}
-        return self.model_dump(exclude={"data": elsewhere, "train": rhythm, "eval": True})
+        where = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
+        how = {"device_batch_seconds"}  # the same step, up to rounding, as on another number of ranks or ZeRO stage
+        rhythm = {"run_dir", "keep_checkpoints", "checkpoint_every", "mirror", "patience", "probe"}
+        return self.model_dump(
+            exclude={
+                "data": where | how,
+                "model": {"gradient_checkpointing"},
+                "train": rhythm,
+                "eval": True,
+                "deepspeed": {"zero_optimization", "wall_clock_breakdown", "steps_per_print"},
+            }
+        )
 
 
 # What the engine reads at the top of its section; anything else it would ignore without a word.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex, read_index
-from sharding.ipa import normalize_ipa
+from sharding.ipa import normalize
 from sharding.sample import Sample
 from sharding.store import open_store
 from streamtrain.decode import Hypothesis, greedy, join_pieces
@@ -24,7 +24,7 @@ from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
 from streamtrain.stream import ShardStream
-from streamtrain.world import World
+from streamtrain.world import PreemptedError, Preemption, World
 
 DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, of the scorecard's groups
 WORST_CLIPS = 20
@@ -62,7 +62,8 @@ class ClipScore:
     reference: str
     hypothesis: str
     confidence: float
-    counts: EditCounts
+    counts: EditCounts  # over symbols
+    words: EditCounts | None  # over words, of the word track
 
     @property
     def speaker(self) -> str:
@@ -75,7 +76,9 @@ class Evaluation:
     """The total over all ranks, and, on every rank, the clips it is made of."""
 
     total: EditCounts
+    words: EditCounts | None  # of the word track
     clips: tuple[ClipScore, ...]  # sorted by id
+    track: str
 
 
 def evaluate(
@@ -84,17 +87,24 @@ def evaluate(
     split: str,
     batch_seconds: float,
     world: World,
+    preemption: Preemption | None = None,
     keep_bar: bool = False,
 ) -> Evaluation:
     """Decode every clip of a split once and add up its edits; the same counts at any world size.
 
     Batches are formed without regard to the ranks, then dealt out in turn; ranks run equally many forwards (ZeRO-3
-    needs that), the spare ones over a silent row. Raises StreamtrainError where a clip comes twice or never.
+    needs that), the spare ones over a silent row. Raises StreamtrainError where a clip comes twice or never, and
+    PreemptedError on all ranks where `preemption` was asked for on one.
     """
     rows = stream.index.split(split)
     if len(rows) == 0:
         raise StreamtrainError(
             f"the shard set has no clips in split {split!r}", "which splits it has: sharding inspect"
+        )
+    if model.vocab.track != stream.index.track:
+        raise StreamtrainError(
+            f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
+            "build the shard set with the other --track, or evaluate another model",
         )
     batches = [rows[batch] for batch in plan_evaluation(stream.index.samples["samples"][rows], batch_seconds)]
     mine = batches[world.rank :: world.size]
@@ -103,7 +113,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     pieces: list[Piece] = []
-    bar = tqdm(total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=not world.main)
+    bar = tqdm(
+        total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=None if world.main else True
+    )
     with torch.no_grad(), bar:  # inference mode would leave ZeRO-3 tensors that cannot be trained on
         for batch, samples in stream.batches(mine):
             on_device = batch.to(world.device)
@@ -115,6 +127,8 @@ def evaluate(
                 for sample, hypothesis, length in zip(samples, hypotheses, seconds, strict=False)
             ]
             bar.update(len(samples))
+            if preemption is not None and world.gather_floats([preemption.asked]).any():
+                raise PreemptedError("stopped while it was evaluated")
     model.train(was_training)
     return _score(pieces, stream.index, len(rows), world)
 
@@ -165,19 +179,24 @@ def _score(pieces: list[Piece], index: ShardIndex, expected: int, world: World) 
     for piece in everywhere:
         recordings[piece.recording_id].append(piece)
     names = sorted(recordings)
-    mine = {name: _count(recordings[name]) for name in names[world.rank :: world.size]}
-    total = world.sum(sum(mine.values(), EditCounts()))
+    mine = {name: _count(recordings[name], index.track) for name in names[world.rank :: world.size]}
+    total = world.sum(sum((symbols for symbols, _ in mine.values()), EditCounts()))
+    words = world.sum(sum((words for _, words in mine.values() if words), EditCounts()))
     counted = {name: counts for rank in world.gather(mine) for name, counts in rank.items()}
-    return Evaluation(total, tuple(_clip(name, recordings[name], counted[name]) for name in names))
+    clips = tuple(_clip(name, recordings[name], *counted[name]) for name in names)
+    return Evaluation(total, words if index.track == "word" else None, clips, index.track)
 
 
-def _count(pieces: Iterable[Piece]) -> EditCounts:
+def _count(pieces: Iterable[Piece], track: str) -> tuple[EditCounts, EditCounts | None]:
+    """Edits of a recording over symbols, and of the word track over words."""
     ordered = sorted(pieces, key=lambda piece: piece.piece)
-    hypothesis = join_pieces([piece.hypothesis for piece in ordered])
-    return count_edits(normalize_ipa(ordered[0].reference), normalize_ipa(hypothesis))
+    reference = normalize(ordered[0].reference, track)
+    hypothesis = normalize(join_pieces([piece.hypothesis for piece in ordered]), track)
+    words = count_edits(reference.split(), hypothesis.split()) if track == "word" else None
+    return count_edits(reference, hypothesis), words
 
 
-def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts) -> ClipScore:
+def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts, words: EditCounts | None) -> ClipScore:
     ordered = sorted(pieces, key=lambda piece: piece.piece)
     first = ordered[0]
     return ClipScore(
@@ -193,6 +212,7 @@ def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts) -> ClipScore:
         confidence=sum(piece.confidence * piece.seconds for piece in ordered)
         / max(sum(piece.seconds for piece in ordered), 1e-9),
         counts=counts,
+        words=words,
     )
 
 
@@ -208,28 +228,35 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
     by_child = _group(clips, lambda clip: clip.speaker)
     by_corpus = _group(clips, lambda clip: clip.corpus)
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
-    return context | {
-        "cer": total.cer,
-        "cer_interval_95": bootstrap_interval({child: _total(theirs) for child, theirs in by_child.items()}),
-        "edits": total.edits,
-        "reference_length": total.reference_length,
-        "clips": len(clips),
-        "substitutions": total.substitutions,
-        "deletions": total.deletions,
-        "insertions": total.insertions,
-        "macro_cer_by_child": _macro(by_child),
-        "macro_cer_by_corpus": _macro(by_corpus),
-        "children": len(by_child),
-        "groups": {
-            "corpus": _rows(by_corpus),
-            "age_bucket": _rows(_group(clips, lambda clip: clip.age_bucket or "unknown")),
-            "duration": _rows(_duration_groups(clips)),
-        },
-        "confusions": _confusions(clips),
-        "worst": [{**asdict(clip), "counts": asdict(clip.counts)} for clip in worst],
-        "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
-        "validation": notes.get("validation", {}),
-    }
+    words = evaluation.words
+    of_words = {"wer": words.cer, "word_edits": words.edits, "reference_words": words.reference_length} if words else {}
+    return (
+        context
+        | {
+            "track": evaluation.track,
+            "cer": total.cer,
+            "cer_interval_95": bootstrap_interval({child: _total(theirs) for child, theirs in by_child.items()}),
+            "edits": total.edits,
+            "reference_length": total.reference_length,
+            "clips": len(clips),
+            "substitutions": total.substitutions,
+            "deletions": total.deletions,
+            "insertions": total.insertions,
+            "macro_cer_by_child": _macro(by_child),
+            "macro_cer_by_corpus": _macro(by_corpus),
+            "children": len(by_child),
+            "groups": {
+                "corpus": _rows(by_corpus),
+                "age_bucket": _rows(_group(clips, lambda clip: clip.age_bucket or "unknown")),
+                "duration": _rows(_duration_groups(clips)),
+            },
+            "confusions": _confusions(clips, evaluation.track),
+            "worst": [asdict(clip) for clip in worst],
+            "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
+            "validation": notes.get("validation", {}),
+        }
+        | of_words
+    )
 
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
@@ -249,6 +276,8 @@ def render(card: dict[str, Any]) -> str:
         f"{card['substitutions']:,} substitutions, {card['deletions']:,} deletions, {card['insertions']:,} insertions"
         f"   macro CER: by child {card['macro_cer_by_child']:.4f}, by corpus {card['macro_cer_by_corpus']:.4f}",
     ]
+    if "wer" in card:
+        lines[0] += f"\nWER {card['wer']:.4f}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
     for title, group in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in group))
     if card["undecodable"]:
@@ -299,11 +328,11 @@ def _duration_groups(clips: Iterable[ClipScore]) -> dict[str, list[ClipScore]]:
     return {name: groups[name] for name in names if name in groups}
 
 
-def _confusions(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
+def _confusions(clips: Iterable[ClipScore], track: str) -> list[dict[str, Any]]:
     """The most frequent single edits: reference symbol, what was heard (empty: nothing), how often."""
     pairs: Counter[tuple[str, str]] = Counter()
     for clip in clips:
-        reference, hypothesis = normalize_ipa(clip.reference), normalize_ipa(clip.hypothesis)
+        reference, hypothesis = normalize(clip.reference, track), normalize(clip.hypothesis, track)
         for operation in Levenshtein.editops(reference, hypothesis):
             spoken = "" if operation.tag == "insert" else reference[operation.src_pos]
             heard = "" if operation.tag == "delete" else hypothesis[operation.dest_pos]

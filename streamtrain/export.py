@@ -10,7 +10,7 @@ import torch
 from sharding.errors import StreamtrainError
 from streamtrain.evaluate import render_interval
 from streamtrain.model import CTCModel, load_trained, save_model
-from streamtrain.world import World
+from streamtrain.vocab import load_vocab
 
 TOLERANCE = 1e-5
 
@@ -19,19 +19,16 @@ class ExportError(StreamtrainError):
     """An export that does not compute what the model computes."""
 
 
-def save_best(model: CTCModel, folder: Path, world: World) -> None:
-    """Write the model to `folder`, whole or not at all. All ranks call it: under ZeRO-3 each holds a part."""
-    weights = _full_weights(model, world)
-    if world.main:
-        partial, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(model, partial, weights)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    world.barrier()
+def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write the model with these weights to `folder`, whole or not at all."""
+    partial, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(model, partial, weights)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_model(source: Path, out: Path) -> float:
@@ -69,32 +66,8 @@ def _model_card(source: Path, scorecard: Path) -> str:
         if card
         else "Not scored."
     )
+    speech = "phones (IPA)" if load_vocab(source).track == "phonetic" else "words"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n---\n"
-        f"# {source.resolve().parent.name}\n\nA phonetic CTC recogniser (IPA), trained with streamtrain.\n\n{score}\n"
+        f"# {source.resolve().parent.name}\n\nA CTC recogniser of {speech}, trained with streamtrain.\n\n{score}\n"
     )
-
-
-def _full_weights(model: CTCModel, world: World) -> dict[str, torch.Tensor]:
-    """The network's weights on the CPU, on rank 0; empty elsewhere."""
-    parameters = list(model.network.parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3: gathered one by one
-        return _gather_partitioned(model, world)
-    if not world.main:
-        return {}
-    return {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
-
-
-def _gather_partitioned(model: CTCModel, world: World) -> dict[str, torch.Tensor]:
-    import deepspeed
-
-    weights: dict[str, torch.Tensor] = {}
-    partitioned = dict(model.network.named_parameters())
-    for name, parameter in partitioned.items():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if world.main:
-                weights[name] = parameter.detach().cpu().clone()
-    if world.main:
-        state = model.network.state_dict()
-        weights |= {name: value.cpu() for name, value in state.items() if name not in partitioned}
-    return weights

@@ -16,7 +16,7 @@ from torch import nn
 
 from sharding.errors import StreamtrainError
 from streamtrain.config import ModelConfig
-from streamtrain.vocab import Vocab, ipa_vocab, load_vocab
+from streamtrain.vocab import Vocab, load_vocab, vocab_of
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
@@ -51,6 +51,7 @@ class CTCModel(nn.Module):
         self.network = network
         self.vocab = vocab
         self.normalize = normalize  # whether inputs are brought to zero mean and unit variance
+        self.encoder_frozen = False  # whether only the head gets gradients
         config = network.config
         if getattr(config, "add_adapter", False):
             raise ModelError(f"{config.model_type} with a convolutional adapter is not supported")
@@ -72,19 +73,38 @@ class CTCModel(nn.Module):
         `time_mask` (B, T) hides frames from the encoder, `feature_mask` (B, H) features, by zeros. What lies beyond a
         clip's frames is meaningless.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            hidden = self._encode(inputs, input_lengths, time_mask, feature_mask)  # (B, T, H)
+        logits = self.network.lm_head(self.network.dropout(hidden))  # (B, T, V)
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def _encode(
+        self,
+        inputs: torch.Tensor,
+        input_lengths: torch.Tensor,
+        time_mask: torch.Tensor | None,
+        feature_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         padded = bool((input_lengths != inputs.shape[1]).any())
         features = self._features(inputs.to(self.dtype), input_lengths if padded else None)  # (B, C, T)
         hidden = self._base.feature_projection(features.transpose(1, 2))  # (B, T, H)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # wav2vec2 also gives the normed features
-        if time_mask is not None:
-            hidden = torch.where(time_mask[..., None], self._base.masked_spec_embed.to(hidden.dtype), hidden)
+        hidden = self._hide(hidden, time_mask)
         if feature_mask is not None:
             hidden = hidden.masked_fill(feature_mask[:, None], 0)
         frames = self.frame_counts(input_lengths).to(hidden.device)
         mask = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
-        hidden = self._base.encoder(hidden, attention_mask=mask).last_hidden_state
-        logits = self.network.lm_head(self.network.dropout(hidden))  # (B, T, V)
-        return F.log_softmax(logits.float(), dim=-1)
+        encoded: torch.Tensor = self._base.encoder(hidden, attention_mask=mask).last_hidden_state
+        return encoded
+
+    def _hide(self, hidden: torch.Tensor, time_mask: torch.Tensor | None) -> torch.Tensor:
+        """Put the learnt embedding where the mask is set; where it learns it is always used, as ZeRO-3 must foresee."""
+        embedding = getattr(self._base, "masked_spec_embed", None)
+        if time_mask is None and self.training and embedding is not None and embedding.requires_grad:
+            time_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if time_mask is None:
+            return hidden
+        return torch.where(time_mask[..., None], self._base.masked_spec_embed.to(hidden.dtype), hidden)
 
     def frame_counts(self, samples: torch.Tensor) -> torch.Tensor:
         """Frames of so many samples, elementwise."""
@@ -96,6 +116,11 @@ class CTCModel(nn.Module):
     def features(self) -> int:
         """H, of the encoder's input."""
         return int(self.network.config.hidden_size)
+
+    @property
+    def layers(self) -> int:
+        """N, of the encoder."""
+        return int(self.network.config.num_hidden_layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,22 +164,26 @@ def ctc_sum(
     return torch.where(weights > 0, losses, 0.0 * log_probs.sum()).sum()
 
 
-def load_model(config: ModelConfig) -> CTCModel:
-    """A pretrained encoder with a CTC head for the IPA vocabulary, or one from scratch.
+def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
+    """A pretrained encoder with a CTC head for the symbols of a track, or one from scratch.
 
-    A model that was trained here keeps its vocabulary and its head; one that speaks letters gets new ones.
+    A model that was trained for them here keeps its vocabulary and its head; another gets new ones.
     """
     settings: dict[str, Any] = dict.fromkeys(ACTIVE_DROPOUTS, config.dropout)
     # A share above 0 makes Transformers create the embedding of masked frames; the masks themselves are ours
     settings |= {"layerdrop": 0.0, "apply_spec_augment": False, "mask_feature_prob": 0.0, "mask_time_prob": 0.05}
     if config.scratch is not None:
-        vocab = ipa_vocab()
+        vocab = vocab_of(track)
         network = _from_scratch(config.scratch, settings | _ctc_settings(vocab))
     else:
-        vocab = _vocab_to_train(Path(str(config.pretrained)))
+        vocab = _vocab_to_train(Path(str(config.pretrained)), track)
         network = _from_pretrained(str(config.pretrained), settings | _ctc_settings(vocab))
     if config.freeze_cnn:
         network.freeze_feature_encoder()
+    if config.mask_time_prob == 0:
+        getattr(network, network.base_model_prefix).masked_spec_embed.requires_grad_(False)
+    if config.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
     return CTCModel(network, vocab, normalize=_normalizes(config.pretrained)).train()
 
 
@@ -172,9 +201,14 @@ def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) 
 
     model.network.save_pretrained(folder, state_dict=weights)
     save_vocab(model.vocab, folder, model.normalize, attention_mask=not model._group_norm)
-    os.umask(umask := os.umask(0))
     for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)  # safetensors writes for its owner alone
+        give_usual_mode(path)
+
+
+def give_usual_mode(path: Path) -> None:
+    """What safetensors writes, its owner alone could read."""
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)
 
 
 def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
@@ -187,12 +221,13 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
     }
 
 
-def _vocab_to_train(folder: Path) -> Vocab:
+def _vocab_to_train(folder: Path, track: str) -> Vocab:
+    wanted = vocab_of(track)
     try:
         own = load_vocab(folder)
     except StreamtrainError:
-        return ipa_vocab()
-    return own if set(ipa_vocab().tokens) <= set(own.tokens) else ipa_vocab()
+        return wanted
+    return own if set(wanted.tokens) <= set(own.tokens) else wanted
 
 
 def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:

@@ -4,18 +4,23 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
-from streamtrain.evaluate import ClipScore, render_interval
-from streamtrain.metrics import EditCounts
+from streamtrain.evaluate import Evaluation, render_interval
 
+LINE_EVERY_SEC = 60.0  # where the output is no terminal
 SAMPLES_SHOWN = 8
+SILENT_MODEL = (
+    "  it says nothing yet, all blank: as CTC does at first; if that lasts, raise the learning rate, lengthen "
+    "train.warmup_steps, lower model.dropout"
+)
 RANKS_SHOWN = 64  # in TensorBoard
 
 
@@ -28,10 +33,12 @@ class StepRow:
     loss: float  # nats per label symbol, over the whole step
     lr: float
     grad_norm: float
+    seconds: float  # that the step took, waiting included
     audio_sec_per_sec: float  # true seconds of speech trained on, per second
     padding: float  # 1 − true ÷ padded seconds
     data_wait: float  # share of the step that the rank which waited longest stood waiting for data
     silent: int  # clips that did not decode, on all ranks
+    skipped: int  # 1 where the gradient was not finite, and the step changed nothing
     cer: float | None  # where an evaluation followed the step
 
 
@@ -62,15 +69,19 @@ class Monitor:
         self._log = run_dir / "log.csv"
         self.rows = [row for row in read_log(self._log) if row.step <= done_steps]
         self._rewrite()
-        if done_steps == 0:
-            (run_dir / "samples.txt").unlink(missing_ok=True)
+        self._drop_later_samples(done_steps)
         self._ranks = run_dir / "ranks.csv"
         lines = self._ranks.read_text().splitlines(keepends=True)[1:] if self._ranks.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one off
         kept = [line for line in whole if int(line.partition(",")[0]) <= done_steps]
         self._replace(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
-        self._bar = tqdm(total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05)
+        # Where nobody watches, a bar would fill the log: there a line a minute says the same
+        self._bar = tqdm(
+            total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05, disable=None
+        )
+        self._total, self._began, self._began_at = total_steps, time.monotonic(), done_steps
+        self._said = self._began
 
     def step(self, row: StepRow) -> None:
         self.rows.append(row)
@@ -79,12 +90,22 @@ class Monitor:
         for name, value in asdict(row).items():
             if name not in ("step", "cer"):
                 self._board.add_scalar(f"train/{name}", value, row.step)
-        if row.cer is not None:
-            self._board.add_scalar("valid/cer", row.cer, row.step)
-            plot_curves(self.rows, self._folder / "curves.png")
-        said = f"loss {row.loss:.3f}, {row.audio_sec_per_sec:.0f} audio-s/s, {row.data_wait:.1%} waiting for data"
-        self._bar.set_postfix_str(said, refresh=False)
-        self._bar.update()
+        self._tell(row)
+
+    def _tell(self, row: StepRow) -> None:
+        said = (
+            f"loss {row.loss:.3f}, lr {row.lr:.2g}, grad norm {row.grad_norm:.2g}, "
+            f"{row.audio_sec_per_sec:,.0f} audio-s/s, padding {row.padding:.1%}, waiting {row.data_wait:.1%}"
+        )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(said, refresh=False)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY_SEC or row.step == self._total:
+            self._said = now
+            left = (now - self._began) / (row.step - self._began_at) * (self._total - row.step)
+            self.say(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")
 
     def ranks(self, rows: Sequence[RankRow]) -> None:
         with open(self._ranks, "a", newline="") as file:
@@ -94,8 +115,17 @@ class Monitor:
                 if name not in ("step", "rank"):
                     self._board.add_scalar(f"rank{row.rank}/{name}", value, row.step)
 
-    def evaluated(self, step: int, total: EditCounts, clips: Sequence[ClipScore]) -> None:
-        self.say(f"step {step}: CER {total.cer:.4f} on {len(clips):,} clips")
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        total, clips = evaluation.total, evaluation.clips
+        words = f", WER {evaluation.words.cer:.4f}" if evaluation.words else ""
+        self.say(f"step {step}: CER {total.cer:.4f}{words} on {len(clips):,} clips")
+        if not any(clip.hypothesis for clip in clips):
+            self.say(SILENT_MODEL)
+        if self.rows and self.rows[-1].step == step:
+            self.rows[-1] = replace(self.rows[-1], cer=total.cer)
+            self._rewrite()
+            plot_curves(self.rows, self._folder / "curves.png")
+        self._board.add_scalar("valid/cer", total.cer, step)
         with open(self._folder / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step}, CER {total.cer:.4f}\n")
             for clip in clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]:
@@ -108,6 +138,12 @@ class Monitor:
         self._bar.close()
         self._board.close()
 
+    def _drop_later_samples(self, done_steps: int) -> None:
+        path = self._folder / "samples.txt"
+        told = path.read_text(encoding="utf-8").split("--- step ")[1:] if path.is_file() else []
+        kept = [one for one in told if 0 < int(one.partition(",")[0]) <= done_steps]
+        self._replace(path, "".join(f"--- step {one}" for one in kept))
+
     def _rewrite(self) -> None:
         text = io.StringIO(newline="")
         writer = _writer(text)
@@ -117,7 +153,7 @@ class Monitor:
 
     def _replace(self, path: Path, text: str) -> None:
         partial = path.with_name(f".{path.name}.part")
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
 
 
@@ -129,7 +165,7 @@ def read_log(path: Path) -> list[StepRow]:
     with open(path, newline="") as file:
         for cells in csv.DictReader(line for line in file if line.endswith("\n")):
             values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
-            rows.append(StepRow(**values | {name: int(cells[name]) for name in ("step", "epoch", "silent")}))
+            rows.append(StepRow(**values | {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}))
     return rows
 
 

@@ -101,14 +101,24 @@ class EpochPlan:
         )
 
     @cached_property
+    def clips(self) -> npt.NDArray[np.int64]:
+        """Clips of each micro-batch, shape (steps, M)."""
+        return np.diff(self.starts).reshape(self.steps, self.micro_batches_per_step)
+
+    @cached_property
+    def longest(self) -> npt.NDArray[np.int64]:
+        """Samples of the longest clip of each micro-batch, shape (steps, M)."""
+        longest = np.zeros_like(self.clips)
+        filled = self.clips > 0
+        if filled.any():
+            longest[filled] = np.maximum.reduceat(self.lengths, self.starts[:-1][filled.ravel()])
+        return longest
+
+    @cached_property
     def padded(self) -> npt.NDArray[np.int64]:
         """Samples each micro-batch occupies, padding included, shape (steps, M)."""
-        counts = np.diff(self.starts)
-        longest = np.zeros(len(counts), np.int64)
-        filled = counts > 0
-        if filled.any():
-            longest[filled] = np.maximum.reduceat(self.lengths, self.starts[:-1][filled])
-        return (counts * longest).reshape(self.steps, self.micro_batches_per_step)
+        padded: npt.NDArray[np.int64] = self.clips * self.longest
+        return padded
 
     @cached_property
     def true(self) -> npt.NDArray[np.int64]:
@@ -148,6 +158,43 @@ def numbers_of_rank(rank: int, world_size: int, micro_batches_per_step: int) -> 
     """Which micro-batches of a step a rank computes: every `world_size`-th. All ranks have equally many."""
     check_world_size(world_size, micro_batches_per_step)
     return range(rank, micro_batches_per_step, world_size)
+
+
+def forwards_of(
+    plan: EpochPlan, step: int, world_size: int, device_batch_seconds: float | None
+) -> list[list[list[int]]]:
+    """Which of its micro-batches each rank runs merged in one forward: numbers[rank][forward], equally many for each.
+
+    As few forwards as all ranks can do within clips × longest ≤ `device_batch_seconds`; None: one for each micro-batch.
+    """
+    per_step = plan.micro_batches_per_step
+    numbers = [list(numbers_of_rank(rank, world_size, per_step)) for rank in range(world_size)]
+    if device_batch_seconds is None:
+        return [[[number] for number in mine] for mine in numbers]
+    cap = round(device_batch_seconds * SAMPLE_RATE)
+    clips, longest = np.maximum(plan.clips[step], 1).tolist(), plan.longest[step].tolist()  # an empty one is a row too
+    merged = [_merge(sorted(mine, key=lambda number: -longest[number]), clips, longest, cap) for mine in numbers]
+    forwards = max(map(len, merged))
+    for groups in merged:
+        while len(groups) < forwards:
+            group = max(groups, key=len)
+            groups.append(group[len(group) // 2 :])
+            del group[len(group) // 2 :]
+    return merged
+
+
+def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -> list[list[int]]:
+    """Consecutive micro-batches, longest first, in the fewest groups within the cap."""
+    groups: list[list[int]] = []
+    rows = 0  # of the last group
+    for number in ordered:
+        rows += clips[number]
+        if groups and longest[groups[-1][0]] * rows <= cap:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+            rows = clips[number]
+    return groups
 
 
 def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPlan:

@@ -8,35 +8,50 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, fields, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from sharding.audio import SAMPLE_RATE
-from sharding.errors import StreamtrainError
+from sharding.errors import StoreError, StreamtrainError
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
 from streamtrain.augment import keyed_random, span_mask
-from streamtrain.checkpoint import RunState, find_checkpoint, index_digest_of, load_checkpoint, save_checkpoint
-from streamtrain.collate import Batch
+from streamtrain.checkpoint import (
+    Checkpoint,
+    RunState,
+    check_same_run,
+    find_checkpoint,
+    load_parts,
+    open_checkpoint,
+    save_checkpoint,
+)
+from streamtrain.collate import Batch, join
 from streamtrain.config import Config, ConfigError
+from streamtrain.engine import Engine
 from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
 from streamtrain.export import save_best
-from streamtrain.model import CTCModel, ctc_sum, load_model
+from streamtrain.mirror import Mirror
+from streamtrain.model import ctc_sum, load_model
 from streamtrain.monitor import Monitor, RankRow, StepRow
-from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, forwards_of, plan_epoch
+from streamtrain.probe import Memory, largest_shapes, probe, render
+from streamtrain.recipe import make_recipe
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts, open_for_reading
-from streamtrain.world import World
+from streamtrain.world import PreemptedError, Preemption, World
 
 log = logging.getLogger("streamtrain")
 
-LOCK_TRIES = 5  # a second apart
+LOCK_TRIES = 10  # a second apart: a run that is being stopped still saves
 TELL_RANKS_EVERY = 20  # steps
+MIRROR_GRACE_SEC = 10.0  # after SIGTERM: the launcher kills after 30 s
 SILENT = [field.name for field in fields(StreamCounts)].index("silent")
+MAX_SKIPPED = 20  # steps in a row; fp16 skips some at its start, until its loss scale fits
 MAX_FAILED = 0.001  # share of clips that may fail to decode though their bytes are right: above it, something is wrong
 
 
@@ -44,71 +59,113 @@ class TrainError(StreamtrainError):
     """Training that cannot go on."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate over the exact number of steps: a linear warm-up, then down to zero or level."""
-
-    peak: float
-    warmup_steps: int
-    total_steps: int
-    kind: str
-
-    def at(self, step: int) -> float:
-        """The rate of optimizer step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        if self.kind == "constant":
-            return self.peak
-        return self.peak * (self.total_steps - step) / max(self.total_steps - self.warmup_steps, 1)
-
-
 def train(config: Config, world: World, resume: str = "auto") -> None:
     """Train as configured; leaves everything in `train.run_dir`. All ranks call it together."""
     check_world_size(world.size, config.train.micro_batches_per_step)
     store = open_store(config.data.shards)
+    index = read_index(store)
     run = Path(config.train.run_dir)
-    checkpoint = find_checkpoint(resume, run / "checkpoints")
-    index = _read_index_of(checkpoint, store)
-    plans = Plans(index, config)
-    _agree(world, json.dumps(config.decisive), index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
     with _only_run_in(run, world):
-        _check_run(run, index, config, checkpoint, resume)
-        log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
-        torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
-        model = load_model(config.model).to(world.device)
-        if config.data.gain_db and model.normalize:
-            log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
-        log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
-        engine = _start_engine(model, config, world)
-        source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
-        stream = ShardStream(index, source, model.vocab, model.normalize, world, config.data.workers)
-        state = RunState(0, 0, 0, world.size, config.decisive, index.digest, PLANNER_VERSION, None)
+        mirror = _open_mirror(config, run, resume, world)
+        found = find_checkpoint(resume, run / "checkpoints")
+        checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
-            state = load_checkpoint(engine, checkpoint, state)
-            log.info("resumed at step %d from %s", state.step, checkpoint)
+            index = _index_of_run(checkpoint, index, store)
+        plans = Plans(index, config)
+        decisive = json.dumps(config.decisive)
+        _agree(world, decisive, index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
+        _check_run(run, index, config, checkpoint, resume)
+        state = RunState(config.decisive, index.digest, PLANNER_VERSION)
+        if checkpoint is not None:
+            check_same_run(checkpoint, state)
+            state = checkpoint.state
+        engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
+        if checkpoint is not None:
+            log.info("resumed at step %d from %s", state.step, found)
         if not world.gather((run / "best").is_dir())[0]:
             state = replace(state, best_cer=None)  # resumed into a new run folder: its first score is its best
         if state.step == plans.total_steps:
             log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
+        elif config.train.probe:
+            log.info("%s", _probe(engine, plans.epoch(state.epoch), index, config)[0])
         if world.main:
             if resume == "none":
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
-        Trainer(config, world, engine, model, stream, plans, state).run()
+        source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
+        stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
+        Trainer(config, world, engine, stream, plans, state, mirror).run()
 
 
-def _read_index_of(checkpoint: Path | None, store: Store) -> ShardIndex:
+def find_batch_seconds(config: Config, world: World) -> None:
+    """Print the largest `data.batch_seconds` whose forward and backward the memory of every rank holds."""
+    check_world_size(world.size, config.train.micro_batches_per_step)
+    index = read_index(open_store(config.data.shards))
+    plan = plan_epoch(index, config.plan, 0)
+    engine = _start_engine(config, index.track, None, plan.steps, world)
+    said, memory = _probe(engine, plan, index, config)
+    fits = int(min(memory.largest for memory in world.gather(memory)))
+    if world.main:
+        print(said)
+        print(f"data.batch_seconds={fits} fits")
+
+
+def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -> tuple[str, Memory]:
+    """Run the largest forwards and backwards of a plan. Raises ProbeError where the memory does not hold them."""
+    shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
+    memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world)
+    return render(memory, shapes), memory
+
+
+def _open_mirror(config: Config, run: Path, resume: str, world: World) -> Mirror | None:
+    """Rank 0's mirror; where it is ahead of this machine, the run folder is brought up to it."""
+    mirror = None
+    if world.main and config.train.mirror is not None:
+        mirror = Mirror(open_store(config.train.mirror), run)
+        if resume == "auto":
+            mirror.fetch_newer()
+    world.barrier()
+    return mirror
+
+
+def _run_unweighted(engine: Engine, batch: Batch) -> None:
+    """Forward and backward of clips that weigh nothing: all gradients are 0, and no step follows."""
+    batch = batch.to(engine.world.device)
+    frames = engine.model.frame_counts(batch.input_lengths)
+    log_probs = engine.forward(batch.inputs, batch.input_lengths)
+    loss = ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, engine.model.vocab.blank)
+    engine.backward(loss, last=False)
+
+
+def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> ShardIndex:
     """The index that the run began with: of a shard set that has grown since, the old one, which was kept."""
-    index = read_index(store)
-    began_with = index_digest_of(checkpoint) if checkpoint else None
-    if began_with in (None, index.digest) or not store.exists(old_index_name(str(began_with))):
+    began_with = checkpoint.state.index_digest
+    if began_with == index.digest or not store.exists(old_index_name(began_with)):
         return index
-    old = read_index(store, old_index_name(str(began_with)))
+    old = read_index(store, old_index_name(began_with))
     more = len(index.samples) - len(old.samples)
     log.info(
         "%s has grown by %d samples; this run goes on with the %d it began with", store.url, more, len(old.samples)
     )
     return old
+
+
+def _start_engine(config: Config, track: str, checkpoint: Checkpoint | None, total_steps: int, world: World) -> Engine:
+    """The model as it begins, or as the checkpoint has it."""
+    log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
+    torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
+    model = load_model(config.model, track)
+    if config.data.gain_db and model.normalize:
+        log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
+    log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
+    parts = load_parts(checkpoint) if checkpoint else None
+    if parts is not None:
+        model.network.load_state_dict(parts.weights)
+    recipe = make_recipe(model, config.train, _peak_rate(config), total_steps)
+    engine = Engine(model.to(world.device), recipe, config.deepspeed, config.train.ema_decay, world)
+    if parts is not None:
+        engine.restore(parts)
+    return engine
 
 
 class Plans:
@@ -139,44 +196,72 @@ class Trainer:
         self,
         config: Config,
         world: World,
-        engine: Any,
-        model: CTCModel,
+        engine: Engine,
         stream: ShardStream,
         plans: Plans,
         state: RunState,
+        mirror: Mirror | None,
     ) -> None:
-        self.config, self.world, self.engine, self.model = config, world, engine, model
-        self.stream, self.plans, self.state = stream, plans, state
+        self.config, self.world, self.engine, self.model = config, world, engine, engine.model
+        self.stream, self.plans, self.state, self.mirror = stream, plans, state, mirror
         self.run_dir = Path(config.train.run_dir)
-        self.schedule = Schedule(
-            _peak_rate(config), config.train.warmup_steps, plans.total_steps, config.train.schedule
-        )
+        self._saved: RunState | None = None  # what the newest checkpoint holds
         self._failed: set[str] = set()  # clips of this rank that did not decode
+        self._skipped_in_a_row = 0
         self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
         self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
-        """Train to the last step; evaluate and save on the way and at the end."""
-        if self.state.step == 0:
-            self._save()  # before any result: from now on the same command always has a place to go on from
-            self._evaluate()
-        while self.state.step < self.plans.total_steps:
-            plan = self.plans.epoch(self.state.epoch)
-            for micro_batches, waited in self._steps(plan):
-                row = self._step(plan, micro_batches, waited)
-                last = self.state.step == self.plans.total_steps
-                if last or self.state.step % self.config.eval.every_steps == 0:
-                    row = replace(row, cer=self._evaluate())
+        """Train to the last step; evaluate and save on the way and at the end, and when the machine is taken away."""
+        with Preemption() as self._preemption:
+            try:
+                self._run()
+            except PreemptedError as error:
+                self._save()
+                self._finish_mirror(MIRROR_GRACE_SEC)
                 if self.monitor is not None:
-                    self.monitor.step(row)
-                if last or self.state.step % TELL_RANKS_EVERY == 0:
-                    self._tell_ranks()
-                if last or self.state.step % self.config.train.checkpoint_every == 0:
-                    self._save()
-                if last:
-                    break
+                    self.monitor.close()
+                said = f"stopped at step {self.state.step}; the same command goes on from there"
+                raise PreemptedError(said) from error
+        self._finish_mirror(None)
         if self.monitor is not None:
             self.monitor.close()
+
+    def _finish_mirror(self, wait_sec: float | None) -> None:
+        if self.mirror is not None:
+            try:
+                self.mirror.close(wait_sec)
+            except StoreError as error:
+                log.warning("%s", error)
+        self.world.barrier()
+
+    def _run(self) -> None:
+        if self.state.step == 0:
+            self._save()  # before any result: from now on the same command always has a place to go on from
+        self._evaluate_if_due()
+        while not self._finished:
+            plan = self.plans.epoch(self.state.epoch)
+            for micro_batches, waited in self._steps(plan):
+                row, asked = self._step(plan, micro_batches, waited)
+                if self.monitor is not None:
+                    self.monitor.step(row)
+                if self._finished or self.state.step % TELL_RANKS_EVERY == 0:
+                    self._tell_ranks()
+                if asked:
+                    raise PreemptedError("stopped after a step")
+                self._evaluate_if_due()
+                every = self.config.train.checkpoint_every
+                if self._finished or self.state.step % every == 0 or self.state.best_step == self.state.step:
+                    self._save()
+                if self._finished:
+                    break
+
+    @property
+    def _finished(self) -> bool:
+        patience = self.config.train.patience
+        if patience is not None and self.state.evaluations_since_best >= patience:
+            return True
+        return self.state.step == self.plans.total_steps
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
         """The rest of the epoch: this rank's micro-batches of each step, and the seconds it waited for them."""
@@ -187,41 +272,52 @@ class Trainer:
             yield micro_batches, time.perf_counter() - started
             started = time.perf_counter()
 
-    def _step(self, plan: EpochPlan, micro_batches: list[StepBatch], waited: float) -> StepRow:
-        """One optimizer step. The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step."""
+    def _step(self, plan: EpochPlan, micro_batches: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
+        """One optimizer step, and whether a rank was asked to stop.
+
+        The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step.
+        """
         started = time.perf_counter()
         state, here = self.state, self.state.step_in_epoch
         symbols = max(int(plan.label_characters[here]), 1)
-        rate = self.schedule.at(state.step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        merged = forwards_of(plan, here, self.world.size, self.config.data.device_batch_seconds)[self.world.rank]
+        by_number = {item.number: item.batch for item in micro_batches}
+        self.model.encoder_frozen = state.step < self.config.train.freeze_encoder_steps
         nats = 0.0
-        for item in micro_batches:
-            summed = self._forward(item.batch.to(self.world.device), item.number)
-            # The engine averages over ranks and over micro-batches: times M, divided by the step's symbols
-            self.engine.backward(summed * (plan.micro_batches_per_step / symbols))
-            self.engine.step()
+        for done, numbers in enumerate(merged, start=1):
+            batch = join([by_number[number] for number in numbers])
+            summed = self._forward(batch.to(self.world.device), numbers[0])
+            self.engine.backward(summed / symbols, last=done == len(merged))
             nats += float(summed.detach())
+        norm = self.engine.step(state.step)
+        reached = self.engine.take_reached()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
-        everyone = self.world.gather_floats([nats, waited, waited + here_sec, *astuple(counts)])
+        flags = [_fingerprint(reached), self._preemption.asked]
+        everyone = self.world.gather_floats([nats, waited, waited + here_sec, *astuple(counts), *flags])
+        everyone, fingerprints, asked = everyone[:, :-2], everyone[:, -2], bool(everyone[:, -1].any())
+        if (fingerprints != fingerprints[0]).any():
+            raise self._unlike(reached)
         loss = float(everyone[:, 0].sum()) / symbols
-        self._check(loss, micro_batches)
+        self._check(loss, norm, micro_batches)
         self._told += everyone
         seconds = waited + time.perf_counter() - started
         true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
-        self.state = _advance(state, plan)
-        return StepRow(
+        self.state = _advance(state, plan, skipped=norm is None)
+        row = StepRow(
             step=self.state.step,
             epoch=state.epoch,
             loss=loss,
-            lr=rate,
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            lr=self.engine.rate(state.step),
+            grad_norm=math.nan if norm is None else norm,
+            seconds=seconds,
             audio_sec_per_sec=true / SAMPLE_RATE / seconds,
             padding=1 - true / max(padded, 1),
             data_wait=float((everyone[:, 1] / everyone[:, 2]).max()),
             silent=int(everyone[:, 3 + SILENT].sum()),
+            skipped=int(norm is None),
             cer=None,
         )
+        return row, asked
 
     def _tell_ranks(self) -> None:
         """What each rank's data took since this was last told."""
@@ -251,7 +347,9 @@ class Trainer:
         seed, state = self.config.train.seed, self.state
         torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, number).integers(2**62)))
         frames = self.model.frame_counts(batch.input_lengths)
-        log_probs = self.engine(batch.inputs, batch.input_lengths, *self._masks(batch.keys, frames))  # (B, T, V)
+        log_probs = self.engine.forward(
+            batch.inputs, batch.input_lengths, *self._masks(batch.keys, frames)
+        )  # (B, T, V)
         return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
 
     def _masks(self, keys: Sequence[str], frames: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -272,13 +370,29 @@ class Trainer:
             draw("features", features, settings.mask_feature_prob, settings.mask_feature_length),
         )
 
-    def _check(self, loss: float, micro_batches: list[StepBatch]) -> None:
-        if not math.isfinite(loss):  # the sum is the same on all ranks, so all stop here together
+    def _unlike(self, reached: frozenset[str]) -> TrainError:
+        """Ranks whose gradients are of other weights add up what does not belong together."""
+        everyone = self.world.gather(reached)
+        differ = frozenset.union(*everyone) - frozenset.intersection(*everyone)
+        return TrainError(
+            f"step {self.state.step + 1}: gradients of {', '.join(sorted(differ)[:3])} came on some ranks and not on "
+            f"others ({len(differ)} weights)",
+            "ranks must run the same layers: is all that draws at random switched off, or drawn alike?",
+        )
+
+    def _check(self, loss: float, norm: float | None, micro_batches: list[StepBatch]) -> None:
+        """What all ranks see alike, so that all stop here together, or none."""
+        finite = norm is not None and math.isfinite(loss)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if not finite:
             keys = ", ".join(key for item in micro_batches for key in item.batch.keys[:3])
-            raise TrainError(
-                f"step {self.state.step + 1}: the loss is {loss} (rank {self.world.rank} had {keys}, …)",
-                "lower the learning rate or lengthen train.warmup_steps, then resume from the last checkpoint",
-            )
+            what = f"step {self.state.step + 1}: the loss is {loss:g}, its gradient is not finite"
+            log.warning("%s: the step is skipped (rank %d had %s, …)", what, self.world.rank, keys)
+            if self._skipped_in_a_row >= MAX_SKIPPED:
+                raise TrainError(
+                    f"{what}, as in the {MAX_SKIPPED - 1} steps before it (rank {self.world.rank} had {keys}, …)",
+                    "lower the learning rate or lengthen train.warmup_steps, then resume from an earlier checkpoint",
+                )
         for key in (key for item in micro_batches for key in item.batch.failed if key not in self._failed):
             log.warning("%s does not decode as planned: trained as silence, without its label", key)
             self._failed.add(key)
@@ -288,22 +402,31 @@ class Trainer:
                 "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`",
             )
 
-    def _evaluate(self) -> float:
-        """Score the model as it is; keep it as `best/` where no score was better."""
-        settings = self.config
-        batch_seconds = settings.data.batch_seconds
-        evaluation = evaluate(self.model, self.stream, settings.eval.split, batch_seconds, self.world)
+    def _evaluate_if_due(self) -> None:
+        """Score the model as it is, on every so many steps and at the end; keep it as `best/` where none was better."""
+        settings, state = self.config.eval, self.state
+        if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
+            return
+        with self.engine.averaged():
+            evaluation = evaluate(
+                self.model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
+            )
         cer = evaluation.total.cer
         if self.monitor is not None:
-            self.monitor.evaluated(self.state.step, evaluation.total, evaluation.clips)
-        if self.state.step == 0:
+            self.monitor.evaluated(state.step, evaluation)
+        if state.step == 0:
             self._first_cer(cer)
-        if self.state.best_cer is None or cer < self.state.best_cer:
-            self.state = replace(self.state, best_cer=cer)
-            save_best(self.model, self.run_dir / "best", self.world)
-            if self.world.main:
-                self._write_scorecard(evaluation)
-        return cer
+        if state.best_cer is not None and cer >= state.best_cer:
+            since = state.evaluations_since_best + 1
+            self.state = replace(state, evaluated=state.step, evaluations_since_best=since)
+            if since == self.config.train.patience:
+                log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
+            return
+        self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
+        weights = self.engine.gather_judged()
+        if self.world.main:
+            save_best(self.model, self.run_dir / "best", weights)
+            self._write_scorecard(evaluation)
 
     def _first_cer(self, cer: float) -> None:
         if self.world.main:
@@ -317,36 +440,29 @@ class Trainer:
         write_scorecard(card, evaluation.clips, self.run_dir)
 
     def _save(self) -> None:
-        folder = self.run_dir / "checkpoints"
-        save_checkpoint(self.engine, self.state, folder, self.world, self.config.train.keep_checkpoints)
+        if self.state == self._saved:
+            return
+        parts = self.engine.gather()
+        if self.world.main:
+            folder, keep = self.run_dir / "checkpoints", self.config.train.keep_checkpoints
+            saved = save_checkpoint(parts, self.state, folder, keep)
+            if self.mirror is not None:
+                self.mirror.offer(saved)
+        self.world.barrier()
+        self._saved = self.state
 
 
-def _advance(state: RunState, plan: EpochPlan) -> RunState:
-    step_in_epoch = state.step_in_epoch + 1
-    if step_in_epoch == plan.steps:
-        return replace(state, step=state.step + 1, epoch=state.epoch + 1, step_in_epoch=0)
-    return replace(state, step=state.step + 1, step_in_epoch=step_in_epoch)
+@cache
+def _fingerprint(names: frozenset[str]) -> float:
+    """Equal for equal sets; a float holds 53 bits."""
+    return float(xxhash.xxh3_64_intdigest("\n".join(sorted(names)).encode()) >> 11)
 
 
-def _start_engine(model: CTCModel, config: Config, world: World) -> Any:
-    import deepspeed
-
-    settings = json.loads(json.dumps(config.deepspeed))  # the engine writes into what it is given
-    settings["train_micro_batch_size_per_gpu"] = 1  # a micro-batch of the plan is one of the engine's
-    settings["gradient_accumulation_steps"] = config.train.micro_batches_per_step // world.size
-    settings.setdefault("steps_per_print", 2**31)
-    optimizer = settings.get("optimizer", {}).setdefault("params", {})
-    if world.device.type == "cpu" and not optimizer.get("torch_adam", False):
-        optimizer["torch_adam"] = True
-        log.info("on CPU the plain Adam of torch replaces the fused one, which would need a compiler")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
-    except (ValueError, TypeError, AssertionError) as error:  # what it raises for a setting it does not take
-        raise ConfigError(
-            f"DeepSpeed does not take the section 'deepspeed': {error}", "see configs/zero2.json"
-        ) from error
-    return engine
+def _advance(state: RunState, plan: EpochPlan, skipped: bool) -> RunState:
+    state = replace(state, step=state.step + 1, skipped=state.skipped + skipped)
+    if state.step_in_epoch + 1 == plan.steps:
+        return replace(state, epoch=state.epoch + 1, step_in_epoch=0)
+    return replace(state, step_in_epoch=state.step_in_epoch + 1)
 
 
 def _peak_rate(config: Config) -> float:
@@ -356,7 +472,7 @@ def _peak_rate(config: Config) -> float:
         raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
 
 
-def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Path | None, resume: str) -> None:
+def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpoint | None, resume: str) -> None:
     """What would fail only after minutes, or cost an earlier result, is refused before the model is loaded."""
     if len(index.split(config.eval.split)) == 0:
         raise TrainError(

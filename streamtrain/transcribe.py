@@ -11,6 +11,7 @@ from tqdm import tqdm
 from sharding.archive import AUDIO_SUFFIXES
 from sharding.audio import SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, StreamtrainError
+from sharding.ipa import TRACKS
 from sharding.split import split_recording
 from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import Hypothesis, greedy, join_pieces
@@ -25,12 +26,14 @@ CHUNK_FILES = 256  # files held in memory at a time
 def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seconds: float = 30.0) -> int:
     """Write a JSONL row per audio file; returns how many failed.
 
-    Its fields: `utterance_id` (the file's stem), `audio_path`, `phonetic_text`, `confidence`, `error`.
+    Its fields: `utterance_id` (the file's stem), `audio_path`, `phonetic_text` (of the word track
+    `orthographic_text`), `confidence`, `error`.
 
     A file that cannot be read gets a row with its error. The texts do not depend on `batch_seconds`.
     """
     files = find_audio(sources)
     model = load_trained(model_folder).to(World().device)
+    field = TRACKS[model.vocab.track]
     partial = out.with_name(f".{out.name}.part")
     failed = 0
     if out.is_dir():
@@ -46,10 +49,10 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seco
             for path, result in zip(chunk, _transcribe_chunk(model, chunk, batch_seconds), strict=True):
                 row: dict[str, object] = {"utterance_id": path.stem, "audio_path": str(path)}
                 if isinstance(result, str):
-                    row |= {"phonetic_text": "", "confidence": 0.0, "error": result}
+                    row |= {field: "", "confidence": 0.0, "error": result}
                     failed += 1
                 else:
-                    row |= {"phonetic_text": result.text, "confidence": round(result.confidence, 4), "error": None}
+                    row |= {field: result.text, "confidence": round(result.confidence, 4), "error": None}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
                 bar.update()
     os.replace(partial, out)

@@ -1,4 +1,4 @@
-"""IPA symbols to ids and back. The vocabulary travels with the model, as Transformers' tokenizer files."""
+"""Phones or letters to ids and back. The vocabulary travels with the model, as Transformers' tokenizer files."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.ipa import SYMBOLS
+from sharding.ipa import LETTERS, SYMBOLS
 
 BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer's padding token
 
@@ -25,6 +25,11 @@ class Vocab:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def track(self) -> str:
+        """What the model writes: phones, or else letters."""
+        return "phonetic" if set(SYMBOLS) <= set(self.tokens) else "word"
+
     def encode(self, text: str) -> list[int]:
         """One id per symbol of a normalised label, so a label's length is known without encoding it."""
         ids = self._ids()
@@ -39,9 +44,10 @@ class Vocab:
         return {token: number for number, token in enumerate(self.tokens)}
 
 
-def ipa_vocab() -> Vocab:
-    """Every phone of the challenge, in its order: the same for each corpus, so that models can be compared."""
-    return Vocab((BLANK, SPACE, *SYMBOLS, UNKNOWN))
+def vocab_of(track: str) -> Vocab:
+    """Every symbol of the phonetic or the word track: the same for each corpus, so that models can be compared."""
+    symbols = sorted(LETTERS - {" "}) if track == "word" else SYMBOLS
+    return Vocab((BLANK, SPACE, *symbols, UNKNOWN))
 
 
 def load_vocab(model: Path) -> Vocab:

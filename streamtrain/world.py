@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 import torch.distributed
 
@@ -20,7 +22,50 @@ from sharding.errors import StreamtrainError
 from sharding.workers import die_with_parent
 from streamtrain.metrics import EditCounts
 
+TAKEN_AWAY = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
+LOST_A_RANK = "look above for what that rank said; the same command goes on from the newest checkpoint"
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
+
+
+class PreemptedError(StreamtrainError):
+    """Raised on all ranks at the same step, where one of them was asked to stop."""
+
+
+class Preemption:
+    """While entered, SIGTERM, once or often, only sets `asked`, and so does the end of the `deepspeed` command.
+
+    That command dies of a SIGTERM without a word to the launcher that it has started, which would train on.
+    """
+
+    def __enter__(self) -> "Preemption":
+        self._asked = False
+        self._launcher = psutil.Process(os.getppid())
+        self._command = _command_of(self._launcher)
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    @property
+    def asked(self) -> bool:
+        if self._command is not None and _command_of(self._launcher) != self._command:
+            self._asked = True
+        return self._asked
+
+
+def _command_of(launcher: psutil.Process) -> int | None:
+    """The process of the `deepspeed` command that waits for this launcher; None where there is none."""
+    try:
+        if "deepspeed.launcher.launch" not in launcher.cmdline():
+            return None
+        parent = launcher.parent()
+        return parent.pid if parent and any("deepspeed" in part for part in parent.cmdline()) else None
+    except psutil.Error:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +147,20 @@ def running() -> Iterator[World]:
     try:
         _start_process_group(world)
         yield world
-    except (StreamtrainError, OSError) as error:
-        if not world.main:
-            time.sleep(LET_RANK_0_SPEAK_SEC)
-        prefix = "" if world.main else f"rank {world.rank}: "
-        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    except PreemptedError as stopped:
+        if world.main:
+            print(stopped, file=sys.stderr, flush=True)
         sys.stdout.flush()
+        os._exit(TAKEN_AWAY)
+    except (StreamtrainError, OSError) as error:
+        _tell(error, world)
         os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
+    except (RuntimeError, torch.distributed.DistError) as error:
+        if not _lost_a_rank(error):
+            raise
+        said = str(error).splitlines()[0].partition(". ")[0]
+        _tell(StreamtrainError(f"another rank is gone, or hangs: {said}", LOST_A_RANK), world)
+        os._exit(1)
     except KeyboardInterrupt:
         if world.main:
             print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
@@ -120,6 +172,23 @@ def running() -> Iterator[World]:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # as the interpreter ends, threads of its libraries now and then abort a rank that has done all
+
+
+def _tell(error: Exception, world: World) -> None:
+    """An error in words, once: rank 0's first, for the launcher ends the others."""
+    if not world.main:
+        time.sleep(LET_RANK_0_SPEAK_SEC)
+    prefix = "" if world.main else f"rank {world.rank}: "
+    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
+    said = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in said for word in ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting")
+    )
 
 
 def _start_process_group(world: World) -> None:

@@ -227,10 +227,10 @@ def ours(shards: Path, workers: int, with_libflac: bool = True) -> float:
 
 def stream_of(shards: Path, index: ShardIndex, workers: int) -> Any:
     from streamtrain.stream import ShardStream
-    from streamtrain.vocab import ipa_vocab
+    from streamtrain.vocab import vocab_of
     from streamtrain.world import World
 
-    return ShardStream(index, open_store(shards), ipa_vocab(), False, World(), workers)
+    return ShardStream(index, open_store(shards), vocab_of("phonetic"), False, World(), workers)
 
 
 def pad(clips: list[tuple[np.ndarray, str]]) -> tuple[Any, int]:
@@ -372,13 +372,15 @@ def measure_resume(bench: Bench) -> None:
 def epoch_speed(shards: str, cache_dir: str | None) -> float:
     """Hours of audio loaded in a second after the first tenth of an epoch, with one loader thread."""
     from streamtrain.stream import ShardStream, open_for_reading
-    from streamtrain.vocab import ipa_vocab
+    from streamtrain.vocab import vocab_of
     from streamtrain.world import World
 
     store = open_store(shards)
     index = read_index(store)
     plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
-    stream = ShardStream(index, open_for_reading(index, store, cache_dir, 10.0), ipa_vocab(), False, World(), 1)
+    stream = ShardStream(
+        index, open_for_reading(index, store, cache_dir, 10.0), vocab_of("phonetic"), False, World(), 1
+    )
     started, seconds = 0.0, 0
     for item in stream.epoch(plan):
         if item.step >= plan.steps // 10:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,16 @@ from fault_proxy import FaultProxy, fault_proxy
 from hypothesis import settings
 from seaweed import BUCKET, Seaweed, find_weed, running_seaweed
 from stream_sets import upload, write_set
+from tiny_model import make_tiny_model
+from training_runs import run
 
 from sharding.bucket import BucketStore
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start as well
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow example is no bug. The same examples each time, so a red test stays red.
 settings.register_profile("streamtrain", deadline=None, derandomize=True, max_examples=50)
@@ -85,6 +91,16 @@ def proxy(url: str, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterat
     with fault_proxy(seaweed.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny corpus, its shards and a tiny pretrained model, for runs of the training command."""
+    folder = tmp_path_factory.mktemp("work")
+    make_corpus(folder / "raw" / "tiny", clips=48, children=6, seconds=(0.6, 2.0), long_clips=1, symbols="ɑeiostkm")
+    run([sys.executable, "-m", "sharding", "build", folder / "raw" / "tiny", "--out", folder / "shards"])
+    make_tiny_model(folder / "model")
+    return folder
 
 
 @pytest.fixture(scope="session")

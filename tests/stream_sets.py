@@ -16,10 +16,10 @@ from sharding.store import FolderStore, open_store
 from streamtrain.cache import ShardCache
 from streamtrain.plan import EpochPlan, PlanSettings, plan_epoch
 from streamtrain.stream import ShardStream, StepBatch, open_for_reading
-from streamtrain.vocab import ipa_vocab
+from streamtrain.vocab import vocab_of
 from streamtrain.world import World
 
-VOCAB = ipa_vocab()
+VOCAB = vocab_of("phonetic")
 SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards=2)
 
 

@@ -142,7 +142,7 @@ def test_both_origins_of_a_model_or_none_are_refused(refusal: Callable[..., str]
         ("model.dropout=1", "model.dropout"),
         ("train.epochs=0", "train.epochs"),
         ("train.seed=-1", "train.seed"),
-        ("train.schedule=cosine", "train.schedule"),
+        ("train.schedule=cosinus", "train.schedule"),
         ("train.micro_batches_per_step=1.5", "train.micro_batches_per_step"),
         ("train=3", "train"),
         ("deepspeed=[]", "deepspeed"),

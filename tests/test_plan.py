@@ -1,5 +1,6 @@
 """The epoch plan keeps its promises for every corpus, cap and world size."""
 
+import itertools
 import json
 import subprocess
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from streamtrain.plan import (
     PlanSettings,
     cut,
     find_uses,
+    forwards_of,
     meet_again,
     numbers_of_rank,
     plan_epoch,
@@ -181,6 +183,28 @@ def test_a_node_uses_a_shard_from_the_first_to_the_last_step_at_which_one_of_its
 
 
 @settings(max_examples=300)
+@given(indices, plan_settings, epochs, st.one_of(st.none(), st.floats(1.0, 8.0)))
+def test_merged_forwards_hold_each_micro_batch_once_within_the_cap_and_are_equally_many(
+    index: ShardIndex, wanted: PlanSettings, epoch: int, times: float | None
+) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    cap = None if times is None else times * wanted.batch_seconds
+    for step, size in itertools.product(range(plan.steps), valid_world_sizes(wanted.micro_batches_per_step)):
+        ranks = forwards_of(plan, step, size, cap)
+        assert len({len(forwards) for forwards in ranks}) == 1
+        for rank, forwards in enumerate(ranks):
+            mine = numbers_of_rank(rank, size, wanted.micro_batches_per_step)
+            assert sorted(number for forward in forwards for number in forward) == list(mine)
+            assert all(forwards)
+            assert cap is not None or all(len(forward) == 1 for forward in forwards)
+            for forward in forwards:
+                rows = np.maximum(plan.clips[step, forward], 1).sum()
+                assert len(forward) == 1 or rows * plan.longest[step, forward].max() <= round((cap or 0) * SAMPLE_RATE)
+        rows = [np.maximum(plan.clips[step, rank::size], 1).sum() for rank in range(size)]
+        whole = [rows[rank] * plan.longest[step, rank::size].max() / SAMPLE_RATE for rank in range(size)]
+        assert cap is None or max(whole) > cap or len(ranks[0]) == 1
+
+
 @given(indices, plan_settings)
 def test_padding_and_idle_are_shares_and_one_rank_never_waits(index: ShardIndex, wanted: PlanSettings) -> None:
     plan = plan_epoch(index, wanted, 0)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from sharding.errors import StreamtrainError
 from sharding.ipa import SYMBOLS, normalize_ipa
-from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, ipa_vocab, load_vocab, save_vocab
+from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, load_vocab, save_vocab, vocab_of
 
-VOCAB = ipa_vocab()
+VOCAB = vocab_of("phonetic")
 
 
 @given(st.text(st.sampled_from(SYMBOLS + "   ˈ͡.")).map(normalize_ipa))

@@ -1,16 +1,17 @@
 """A pretrained model small enough for tests, in the format of facebook/wav2vec2-base: random weights, group norm."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def make_tiny_model(folder: Path, hidden: int = 32, layers: int = 2) -> Path:
+def make_tiny_model(folder: Path, hidden: int = 32, layers: int = 2, family: str = "Wav2Vec2", **settings: Any) -> Path:
     """Write FOLDER as `from_pretrained` expects it: an encoder without a CTC head, and its feature extractor."""
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    import transformers
 
     torch.manual_seed(0)
-    config = Wav2Vec2Config(
+    config = getattr(transformers, f"{family}Config")(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -18,7 +19,8 @@ def make_tiny_model(folder: Path, hidden: int = 32, layers: int = 2) -> Path:
         conv_dim=[16] * 7,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=2,
+        **settings,
     )
-    Wav2Vec2Model(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
     return folder

@@ -1,0 +1,169 @@
+"""A copy of the run in a bucket, for machines that vanish with their disks: made in the background, pointed to last.
+
+`newest.json` says of which pieces each file of the newest copy is made. A piece is named by its checksum: what has not
+changed is not sent again, what is read back is checked, and nothing that a pointer names is ever overwritten.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sharding.errors import MissingError, StoreError
+from sharding.store import Store
+from streamtrain.checkpoint import list_checkpoints
+
+log = logging.getLogger("streamtrain")
+
+POINTER = "newest.json"
+PIECE_BYTES = 32 * 2**20
+STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
+GROWING = ("log.csv", "ranks.csv")  # appended to in place: copied, where others are linked
+FILES = (*GROWING, "samples.txt", "before.json", "config.json", "curves.png", "scorecard.json", "hypotheses.jsonl")
+FOLDERS = ("best",)
+
+
+class Mirror:
+    """Copies each checkpoint that it is offered, with the run's other files; the newest where it falls behind."""
+
+    def __init__(self, store: Store, run: Path) -> None:
+        self._store, self._run = store, run
+        self._staging = run / STAGING
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._waiting: Path | None = None
+        self._changed = threading.Condition()
+        self._busy = self._closing = False
+        self._failed: StoreError | None = None  # the last copy, if it failed
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def fetch_newer(self) -> None:
+        """Bring the copy into the run folder where it is ahead of what is there; StoreError where it is not whole."""
+        pointer = _read_pointer(self._store)
+        local = list_checkpoints(self._run / "checkpoints")
+        if pointer is None or (local and local[-1].name >= pointer["checkpoint"]):
+            return
+        log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
+        part = self._run / ".mirrored.part"
+        shutil.rmtree(part, ignore_errors=True)
+        for name, pieces in pointer["files"].items():
+            path = part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                for piece in pieces:
+                    file.write(_read_piece(self._store, piece))
+                file.flush()
+                os.fsync(file.fileno())
+        checkpoint = f"checkpoints/{pointer['checkpoint']}"  # last: what has it is whole
+        (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in (*FOLDERS, *FILES, checkpoint):
+            if (part / name).exists():
+                if (self._run / name).is_dir():
+                    shutil.rmtree(self._run / name)
+                os.replace(part / name, self._run / name)
+        shutil.rmtree(part)
+
+    def offer(self, checkpoint: Path) -> None:
+        """Have a checkpoint copied, unless a newer one is offered before its turn comes."""
+        staged = self._staging / checkpoint.name
+        shutil.rmtree(staged, ignore_errors=True)
+        for name in self._files_of(checkpoint):
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            if name in GROWING:
+                shutil.copyfile(self._run / name, staged / name)
+            else:
+                os.link(self._run / name, staged / name)
+        with self._changed:
+            if self._waiting is not None and self._waiting != staged:
+                shutil.rmtree(self._waiting, ignore_errors=True)
+            self._waiting = staged
+            self._changed.notify_all()
+
+    def close(self, wait_sec: float | None = None) -> None:
+        """Wait for the last copy, at most so long. Raises StoreError where it failed or is not there by then."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: not self._busy and self._waiting is None, wait_sec)
+        if not done:
+            raise StoreError(f"{self._store.url}: the last checkpoint has not reached the mirror in {wait_sec:g} s")
+        if self._failed is not None:
+            raise self._failed
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _files_of(self, checkpoint: Path) -> list[str]:
+        folders = [checkpoint, *(self._run / name for name in FOLDERS)]
+        inside = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = [path.relative_to(self._run).as_posix() for path in inside]
+        return files + [name for name in FILES if (self._run / name).is_file()]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                staged, self._waiting = self._waiting, None
+                if staged is None:
+                    return
+                self._busy = True
+            try:
+                self._copy(staged)
+                self._failed = None
+            except (StoreError, OSError) as error:
+                self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
+                log.warning("%s has not reached the mirror; the next one is tried: %s", staged.name, error)
+            shutil.rmtree(staged, ignore_errors=True)
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _copy(self, staged: Path) -> None:
+        """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer."""
+        there = set(self._store.names())
+        before = _read_pointer(self._store)
+        files: dict[str, list[str]] = {}
+        for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+            pieces = files[path.relative_to(staged).as_posix()] = []
+            for data in _pieces(path):
+                pieces.append(name := _name(data))
+                if name not in there:
+                    self._store.write(name, data)
+                    _read_piece(self._store, name)
+                    there.add(name)
+        self._store.write(POINTER, json.dumps({"checkpoint": staged.name, "files": files}, indent=1).encode())
+        needed = {piece for pieces in files.values() for piece in pieces}
+        needed |= {piece for pieces in (before or {"files": {}})["files"].values() for piece in pieces}
+        for name in there - needed - {POINTER}:
+            self._store.delete(name)
+
+
+def _read_pointer(store: Store) -> dict[str, Any] | None:
+    try:
+        pointer = json.loads(store.read(POINTER))
+        return {"checkpoint": str(pointer["checkpoint"]), "files": dict(pointer["files"])}
+    except MissingError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", "name another prefix") from error
+
+
+def _read_piece(store: Store, name: str) -> bytes:
+    data = store.read(name)
+    if _name(data) != name:
+        raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", "is the server's disk or line faulty?")
+    return data
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(PIECE_BYTES):
+            yield data
+
+
+def _name(data: bytes) -> str:
+    return f"pieces/{xxhash.xxh3_128_hexdigest(data)}"

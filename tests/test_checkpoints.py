@@ -1,0 +1,337 @@
+"""A run that is killed, preempted, damaged or moved goes on as if nothing had been; real ranks, real kills."""
+
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import own_mounts
+from corpus import make_corpus
+from seaweed import Seaweed
+from training_runs import (
+    AUGMENTED,
+    PART_ALL,
+    kill,
+    kill_after_steps,
+    kill_at_a_random_moment,
+    losses,
+    processes,
+    read_rows,
+    run,
+    start,
+    steps_saved,
+    training,
+    wait_for_all,
+    wait_until,
+)
+
+from sharding.store import open_store
+from streamtrain.checkpoint import (
+    CheckpointError,
+    RunState,
+    find_checkpoint,
+    list_checkpoints,
+    load_parts,
+    open_checkpoint,
+    save_checkpoint,
+)
+from streamtrain.engine import Parts
+
+# With dropout, masks, speeds and an average of the weights: all that a resume could get wrong
+SETTINGS = (
+    "train.max_steps=60",
+    "train.checkpoint_every=2",
+    "eval.every_steps=15",
+    "train.ema_decay=0.9",
+    "deepspeed.torch_autocast.enabled=false",
+    *AUGMENTED,
+)
+
+
+TWO_STEPS = ("train.max_steps=2", "train.checkpoint_every=1", "eval.every_steps=5")
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> list[float]:
+    """The losses of the run that nobody disturbs."""
+    run(training(work, "whole", *SETTINGS))
+    assert len({row["epoch"] for row in read_rows(work / "whole")}) > 1  # over the border of an epoch too
+    return losses(work / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(work: Path) -> Path:
+    """The folder of a run that has done its two steps, for tests to copy."""
+    run(training(work, "finished", *TWO_STEPS, ranks=1))
+    return work / "finished"
+
+
+# --- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_killed_at_random_moments_repeats_the_undisturbed_losses_to_the_bit(
+    kills: int, work: Path, whole: list[float]
+) -> None:
+    """A rank, the launcher, the command, or all of them at once; within a step or within a save."""
+    moments, folder = random.Random(kills), work / f"killed-{kills}"
+    victims = ["rank 0", "rank 1", "launcher", "command", "all"]
+    for _ in range(kills):
+        kill_at_a_random_moment(training(work, folder.name, *SETTINGS), folder, moments, victims)
+        for path in list_checkpoints(folder / "checkpoints"):
+            open_checkpoint(path)  # what is there is whole
+        if folder.joinpath("log.csv").is_file() and len(read_rows(folder)) > 50:
+            shutil.rmtree(folder)  # begin anew, rather than kill a run that has ended
+    run(training(work, folder.name, *SETTINGS))
+    assert losses(folder) == whole
+    average, undisturbed = (average_of(work / name) for name in (folder.name, "whole"))
+    assert average.keys() == undisturbed.keys()
+    assert all(torch.equal(average[name], weight) for name, weight in undisturbed.items())
+
+
+def average_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_parts(open_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])).average
+
+
+def test_a_run_goes_on_at_other_numbers_of_ranks_and_under_other_zero_stages(work: Path, whole: list[float]) -> None:
+    folder = work / "moved"
+    for ranks, config in ((2, "zero2"), (1, "zero3"), (4, "zero1")):
+        settings = (*SETTINGS, *([PART_ALL] if config == "zero3" else []))
+        kill_after_steps(training(work, folder.name, *settings, ranks=ranks, config=config), folder, 4)
+    run(training(work, folder.name, *SETTINGS, PART_ALL, config="zero3"))
+    assert losses(folder) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_run_killed_before_its_first_step_goes_on_with_the_same_command(work: Path) -> None:
+    settings, folder = ("train.max_steps=2", "eval.every_steps=1"), work / "early"
+    process = start(training(work, "early", *settings), folder.with_suffix(".out"))
+    wait_until(lambda: bool(steps_saved(folder)), process, folder.with_suffix(".out"))
+    kill(process, "all")
+    run(training(work, "early", *settings))
+    assert len(losses(work / "early")) == 2
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["rank 1", pytest.param("launcher", marks=pytest.mark.long), "command"])
+def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(asked: str, work: Path, whole: list[float]) -> None:
+    """Asked often, so that what repeats the question does no harm."""
+    folder = work / f"asked-{asked.replace(' ', '-')}"
+    settings, log = (*SETTINGS, "train.checkpoint_every=1000"), folder.with_suffix(".out")
+    process = start(training(work, folder.name, *settings), log)
+    wait_until(lambda: (folder / "log.csv").is_file() and len(read_rows(folder)) >= 4, process, log)
+    everyone = processes(process)
+    for _ in range(5):
+        if everyone[asked].is_running():
+            everyone[asked].send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    process.wait()
+    wait_for_all(everyone)  # the launcher would kill after 30 s
+    (stopped_at,) = (step for step in steps_saved(folder) if step % 15)
+    assert stopped_at == len(read_rows(folder)) >= 4
+    assert f"stopped at step {stopped_at}; the same command goes on from there" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    run(training(work, folder.name, *SETTINGS))
+    assert losses(folder) == whole
+
+
+def test_a_run_that_is_asked_to_stop_while_it_evaluates_evaluates_again(work: Path) -> None:
+    folder, settings = work / "asked-early", ("train.max_steps=2", "eval.every_steps=1", "data.batch_seconds=2.1")
+    process = start(training(work, folder.name, *settings), folder.with_suffix(".out"))
+    wait_until(lambda: bool(steps_saved(folder)), process, folder.with_suffix(".out"))
+    everyone = processes(process)
+    everyone["rank 0"].send_signal(signal.SIGTERM)  # its first evaluation is under way
+    process.wait()
+    wait_for_all(everyone)
+    run(training(work, folder.name, *settings))
+    assert [bool(row["cer"]) for row in read_rows(folder)] == [True, True]
+    assert json.loads((folder / "before.json").read_text())["cer"] > 0
+
+
+# --- what is on the disk --------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def state(step: int, **values: object) -> RunState:
+    return RunState({"train": {"seed": 0}}, "digest", 1, step=step, **values)  # type: ignore[arg-type]
+
+
+def parts(step: int) -> Parts:
+    return Parts({"weight": torch.full((5,), float(step))}, {"exp_avg.weight": torch.zeros(5)}, {}, {"steps": step})
+
+
+@pytest.mark.parametrize("damage", [flip, cut_off, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
+    name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(parts(step), state(step), tmp_path, keep=2)
+    damage(tmp_path / "step-0000002" / name)
+    if (name, damage) == ("state.json", Path.unlink):  # it is not whole, and so is none
+        assert find_checkpoint("auto", tmp_path) == tmp_path / "step-0000001"
+        return
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(tmp_path / "step-0000002")
+    assert str(tmp_path / "step-0000002" / name) in refused.value.message
+    assert f"--resume {tmp_path / 'step-0000001'}" in str(refused.value.hint)
+    assert load_parts(open_checkpoint(tmp_path / "step-0000001")).weights["weight"].tolist() == [1.0] * 5
+
+
+def test_any_byte_of_a_state_matters(tmp_path: Path) -> None:
+    path = save_checkpoint(parts(1), state(1), tmp_path, keep=1) / "state.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"state\.json: damaged"):
+            open_checkpoint(tmp_path / "step-0000001")
+
+
+def test_the_last_checkpoints_are_kept_and_that_of_the_best_score(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save_checkpoint(parts(step), state(step, best_step=min(step, 3)), tmp_path, keep=2)
+    assert steps_saved_in(tmp_path) == [3, 6, 7]
+    assert (tmp_path / "newest").resolve() == tmp_path / "step-0000007"
+    assert open_checkpoint(tmp_path / "best").state.step == 3
+    assert open_checkpoint(tmp_path / "best").numbers == {"steps": 3}
+
+
+def steps_saved_in(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(folder)]
+
+
+def test_a_damaged_checkpoint_stops_the_run_in_words(work: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, work / "damaged", symlinks=True)
+    newest, before = (folder / "checkpoints" / name for name in ("step-0000002", "step-0000001"))
+    flip(newest / "optimizer.safetensors")
+    done = run(training(work, "damaged", *TWO_STEPS, ranks=1), expect=1)
+    assert f"CheckpointError: {newest / 'optimizer.safetensors'}: damaged" in done.stderr
+    assert f"--resume {before} goes on from the one before it" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(training(work, "damaged", *TWO_STEPS, ranks=1, resume=str(before)))
+    open_checkpoint(newest)
+    assert losses(folder) == losses(finished)
+
+
+def test_a_full_disk_costs_no_older_checkpoint(work: Path, tmp_path: Path) -> None:
+    """A disk that holds two checkpoints and a half; then there is room again."""
+    run_dir, settings = tmp_path / "run", ("train.max_steps=4", "train.checkpoint_every=1", "train.keep_checkpoints=9")
+    command = training(work, "unused", *settings, f"train.run_dir={run_dir}", "eval.every_steps=10")
+    words = " ".join(f"'{word}'" for word in command)
+    script = f"""
+        mkdir -p {run_dir}/checkpoints && mount -t tmpfs -o size=1000k tmpfs {run_dir}/checkpoints
+        {words}; echo "ended with $?"; ls {run_dir}/checkpoints
+        mount -o remount,size=9000k {run_dir}/checkpoints
+        {words}; echo "ended with $?"; ls {run_dir}/checkpoints"""
+    done = run([*own_mounts(), "bash", "-c", script])
+    first, second = done.stdout.split("ended with ")[1:]
+    assert first.split()[0] == "1"
+    assert "CheckpointError" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "make room" in done.stderr
+    kept = [name for name in first.split() if name.startswith("step-")]
+    assert 2 <= len(kept) < 5
+    assert second.split()[0] == "0"
+    assert f"resumed at step {int(kept[-1][5:])} from" in done.stderr  # so it is whole
+    assert second.count("step-") == 5
+
+
+# --- a mirror in a bucket -------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
+    work: Path, whole: list[float], seaweed: Seaweed, url: str
+) -> None:
+    settings, folder = (*SETTINGS, f"train.mirror={url}/run"), work / "mirrored"
+    log = folder.with_suffix(".out")
+    process = start(training(work, folder.name, *settings), log)
+    store = open_store(f"{url}/run")
+    wait_until(lambda: store.exists("newest.json") and len(read_rows(folder)) >= 20, process, log)
+    kill(process, "all")
+    shutil.rmtree(folder)
+    mirrored = json.loads(store.read("newest.json"))
+    done = run(training(work, folder.name, *settings), **seaweed.environment)
+    assert f"copying {mirrored['checkpoint']} from the mirror" in done.stderr
+    assert f"resumed at step {int(mirrored['checkpoint'][5:])} " in done.stderr
+    assert losses(folder) == whole
+    newest = json.loads(store.read("newest.json"))
+    assert newest["checkpoint"] == "step-0000060"
+    needed = {piece for pointer in (mirrored, newest) for pieces in pointer["files"].values() for piece in pieces}
+    assert {piece for pieces in newest["files"].values() for piece in pieces} <= set(store.names())
+    assert len(set(store.names()) - needed) < 40  # what older copies alone needed is gone
+
+
+def test_a_mirror_that_spoilt_is_refused(work: Path, seaweed: Seaweed, url: str) -> None:
+    settings, folder = ("train.max_steps=1", f"train.mirror={url}/spoilt"), work / "spoilt"
+    run(training(work, folder.name, *settings, ranks=1), **seaweed.environment)
+    store = open_store(f"{url}/spoilt")
+    pointer = json.loads(store.read("newest.json"))
+    (piece,) = pointer["files"]["checkpoints/step-0000001/model.safetensors"]
+    whole = store.read(piece)
+    store.write(piece, whole[:-1] + bytes([whole[-1] ^ 1]))
+    shutil.rmtree(folder)
+    done = run(training(work, folder.name, *settings, ranks=1), expect=1, **seaweed.environment)
+    assert f"{piece}: came back as" in done.stderr
+    assert not list_checkpoints(folder / "checkpoints")
+
+
+# --- which run a checkpoint belongs to ------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_the_clips_it_began_with_while_its_shard_set_grows(work: Path, finished: Path) -> None:
+    shards = shutil.copytree(work / "shards", work / "growing")
+    folder = shutil.copytree(finished, work / "over-growth", symlinks=True)
+    shutil.rmtree(folder / "checkpoints" / "step-0000002")
+    more = make_corpus(work / "raw" / "more", clips=12, symbols="ɑeiostkm", seed=1)
+    run([sys.executable, "-m", "sharding", "build", more, "--out", shards, "--append"])
+    done = run(training(work, "over-growth", *TWO_STEPS, f"data.shards={shards}", ranks=1))
+    assert "has grown by 12 samples" in done.stderr + done.stdout
+    assert "resumed at step 1 " in done.stderr
+    assert losses(folder) == losses(finished)
+
+
+def test_a_model_is_not_overwritten_by_a_run_that_lost_its_checkpoints(work: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, work / "lost", symlinks=True)
+    before = (folder / "best" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    done = run(training(work, "lost", *TWO_STEPS, ranks=1), expect=1)
+    assert "holds a model in best/" in done.stderr
+    done = run(training(work, "lost", "model.pretrained=nowhere", ranks=1, resume="none"), expect=1)
+    assert "nowhere" in done.stderr
+    assert (folder / "best" / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(work: Path, finished: Path) -> None:
+    shutil.copytree(finished, work / "other", symlinks=True)
+    done = run(training(work, "other", *TWO_STEPS, "train.seed=7", ranks=1), expect=1)
+    assert "CheckpointError" in done.stderr
+    assert "train.seed was 0, is 7" in done.stderr
+    assert "--resume none" in done.stderr
+    assert "RUN/best" in done.stderr
+    assert "Traceback" not in done.stderr
+    nowhere = training(work, "second", *TWO_STEPS, ranks=1, resume=str(work / "nothing"))
+    assert "not a checkpoint" in run(nowhere, expect=1).stderr
+
+
+def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, work / "again", symlinks=True)
+    assert "all 2 steps are done" in run(training(work, "again", *TWO_STEPS, ranks=1)).stderr
+    assert (folder / "log.csv").read_text() == (finished / "log.csv").read_text()
+    run(training(work, "again", *TWO_STEPS, ranks=1, resume="none"))
+    assert losses(folder) == losses(finished)
