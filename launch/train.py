@@ -27,7 +27,7 @@ def main() -> None:
     from streamtrain.world import running
 
     with running() as world:
-        from streamtrain.train import find_batch_seconds, train
+        from streamtrain.start import find_batch_seconds, train
 
         config = load_config(options.config, options.set)
         if options.find_batch_seconds:

@@ -73,6 +73,15 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)  # the engine takes the mean over the ranks
 
+    def try_reach(self, seed: int) -> frozenset[str]:
+        """The weights that a backward pass reaches, found on this rank alone: nothing is summed, nothing is kept."""
+        torch.manual_seed(seed)
+        names, weights = zip(*self._learning(), strict=True)
+        silence = torch.zeros(1, SAMPLE_RATE, device=self.world.device)
+        log_probs = self.model(silence, torch.tensor([SAMPLE_RATE]))
+        gradients = torch.autograd.grad(log_probs.sum(), weights, allow_unused=True)
+        return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+
     def take_reached(self) -> frozenset[str]:
         """The weights to which gradients have come since the last call."""
         reached, self._reached = frozenset(self._reached), set()

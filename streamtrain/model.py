@@ -19,6 +19,7 @@ from streamtrain.config import ModelConfig
 from streamtrain.vocab import Vocab, load_vocab, vocab_of
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
+PIECE_FRAMES = 8_192  # a norm over more loses digits
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
 
 
@@ -33,14 +34,34 @@ class MaskedGroupNorm(nn.GroupNorm):
         """`hidden` (B, C, T), `frames` (B,) true lengths, or None where no row is padded."""
         if frames is None:
             return super().forward(hidden)
-        inside = (torch.arange(hidden.shape[-1], device=hidden.device) < frames[:, None])[:, None]  # (B, 1, T)
+        full = _zero_beyond(hidden.float(), frames)
         count = frames[:, None, None].to(torch.float32)
-        full = hidden.float()
-        mean = (full * inside).sum(-1, keepdim=True) / count
-        variance = ((full - mean) * inside).square().sum(-1, keepdim=True) / count
-        normal = (full - mean) * torch.rsqrt(variance + self.eps)
-        weight, bias = self.weight, self.bias
-        return (normal * weight[:, None].float() + bias[:, None].float()).to(hidden.dtype)
+        mean = full.sum(-1, keepdim=True) / count  # (B, C, 1)
+        square = _sum_of_squares(full) / count
+        scale = self.weight[:, None].float() * torch.rsqrt((square - mean.square()).clamp_min(0) + self.eps)
+        shift = self.bias[:, None].float() - mean * scale
+        if full.requires_grad:
+            return torch.addcmul(shift, full, scale).to(hidden.dtype)
+        return full.mul_(scale).add_(shift).to(hidden.dtype)  # on CPU, fresh memory costs more than arithmetic
+
+
+def _sum_of_squares(full: torch.Tensor) -> torch.Tensor:
+    """Over time, (B, C, T) → (B, C, 1); where nothing learns in one pass, without memory for the squares."""
+    if full.requires_grad:
+        return full.square().sum(-1, keepdim=True)
+    pieces = torch.split(full, PIECE_FRAMES, dim=-1)
+    norms = torch.cat([torch.linalg.vector_norm(piece, dim=-1, keepdim=True) for piece in pieces], dim=-1)
+    return norms.square().sum(-1, keepdim=True)
+
+
+def _zero_beyond(hidden: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Zeros in place of what lies beyond each row's frames: (B, C, T), (B,)."""
+    if hidden.device.type == "cpu" and not hidden.requires_grad:  # rather than to pass over all that stays
+        for row, length in enumerate(frames.tolist()):
+            hidden[row, :, length:] = 0
+        return hidden
+    outside = torch.arange(hidden.shape[-1], device=hidden.device) >= frames[:, None]
+    return hidden.masked_fill_(outside[:, None], 0)
 
 
 class CTCModel(nn.Module):

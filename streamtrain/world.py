@@ -1,5 +1,6 @@
 """Who I am among the ranks, the few things ranks tell one another, and how a rank comes up and goes down."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from sharding.errors import StreamtrainError
 from sharding.workers import die_with_parent
 from streamtrain.metrics import EditCounts
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TAKEN_AWAY = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
 LOST_A_RANK = "look above for what that rank said; the same command goes on from the newest checkpoint"
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
@@ -32,20 +34,16 @@ class PreemptedError(StreamtrainError):
 
 
 class Preemption:
-    """While entered, SIGTERM, once or often, only sets `asked`, and so does the end of the `deepspeed` command.
+    """From now on SIGTERM, once or often, only sets `asked`, and so does the end of the `deepspeed` command.
 
     That command dies of a SIGTERM without a word to the launcher that it has started, which would train on.
     """
 
-    def __enter__(self) -> "Preemption":
+    def __init__(self) -> None:
         self._asked = False
         self._launcher = psutil.Process(os.getppid())
         self._command = _command_of(self._launcher)
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -197,6 +195,7 @@ def _start_process_group(world: World) -> None:
         # oneDNN keeps a kernel with its memory for every shape it meets, and each batch has a shape of its own:
         # 1.9 GB a rank after 600 steps of the demo at the default of 1,024
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
+        _keep_freed_memory()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
     else:
         torch.cuda.set_device(world.local_rank)
@@ -216,6 +215,14 @@ def _start_process_group(world: World) -> None:
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             "is another run using that port? give this one its own: deepspeed --master_port 29501 …",
         ) from error
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse what a step has freed: given back and asked for anew, each page costs a fault and is zeroed."""
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet_libraries() -> None:

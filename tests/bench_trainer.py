@@ -1,6 +1,6 @@
 """The reference recipe of `make bench`, as its users run it: Transformers' Trainer over clips that lie in memory.
 
-`python -m tests.bench_trainer CORPUS MODEL.json random|group_by_length STEPS` prints a JSON row a step.
+`python -m tests.bench_trainer CORPUS MODEL.json random|group_by_length EPOCHS` prints a JSON row a step.
 """
 
 import json
@@ -73,7 +73,7 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    corpus, model, sampling, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    corpus, model, sampling, epochs = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     torch.manual_seed(0)
     network = Wav2Vec2ForCTC(Wav2Vec2Config(**json.loads(model.read_text())))
     network.freeze_feature_encoder()
@@ -81,7 +81,7 @@ def main() -> None:
         output_dir=str(corpus.parent / "trainer"),
         per_device_train_batch_size=CLIPS_AT_ONCE,
         train_sampling_strategy=sampling,
-        max_steps=steps,
+        num_train_epochs=epochs,
         learning_rate=1e-3,
         max_grad_norm=1.0,
         save_strategy="no",

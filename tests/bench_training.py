@@ -1,7 +1,6 @@
 """`make bench`: seconds of speech trained on in a second, beside the reference recipe with the same model and clips."""
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -9,15 +8,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
 from sharding.audio import SAMPLE_RATE
 from sharding.ipa import SYMBOLS
-from streamtrain.monitor import Monitor, StepRow
+from streamtrain.model import ACTIVE_DROPOUTS
+from streamtrain.monitor import Monitor, StepRow, read_log
 from streamtrain.vocab import vocab_of
 from tests.bench_report import Line, Quoted, machine, say
 from tests.bench_timing import ROOT, WORK
@@ -34,10 +36,20 @@ MODEL = {
     "num_conv_pos_embeddings": 64,
     "num_conv_pos_embedding_groups": 8,
 }
-SAME = {"layerdrop": 0.0, "apply_spec_augment": False, "mask_time_prob": 0.0, "ctc_loss_reduction": "sum"}
+DROPOUT = 0.1  # each of the model's
+SAME = dict.fromkeys(ACTIVE_DROPOUTS, DROPOUT) | {
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+    "ctc_loss_reduction": "sum",
+}
 BATCH_SEC = 160.0
 RANDOM_GOAL, GROUPED_GOAL, WATCH_GOAL = 6.0, 1.0, 0.01
-WARM = 3  # steps that are not counted: libraries choose their kernels
+
+
+class Step(NamedTuple):
+    seconds: float
+    speech: float  # seconds
 
 
 def make_clips(folder: Path, count: int) -> Path:
@@ -60,48 +72,50 @@ def make_clips(folder: Path, count: int) -> Path:
     return folder
 
 
-def run_ours(shards: Path, steps: int) -> list[tuple[float, float]]:
-    """Seconds and seconds of speech of each step, through the command that users run."""
+def run_ours(shards: Path) -> list[Step]:
+    """Two epochs through the command that users run; the second is counted."""
     with TemporaryDirectory(dir=WORK) as home:
         config = {
             "data": {"shards": str(shards), "batch_seconds": BATCH_SEC},
-            "model": {"scratch": MODEL, "freeze_cnn": True, "dropout": 0.1},
-            "train": {"run_dir": f"{home}/run", "max_steps": steps, "micro_batches_per_step": 1, "warmup_steps": 0,
-                      "checkpoint_every": 10_000},
+            "model": {"scratch": MODEL, "freeze_cnn": True, "dropout": DROPOUT},
+            "train": {"run_dir": f"{home}/run", "epochs": 2, "micro_batches_per_step": 1, "warmup_steps": 0},
             "eval": {"every_steps": 10_000},
             "deepspeed": {
                 "zero_optimization": {"stage": 2, "reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000},
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
                 "gradient_clipping": 1.0,
             },
-        }  # fmt: skip
+        }
         (Path(home) / "config.json").write_text(json.dumps(config))
-        command = [sys.executable, "launch/train.py", "--config", f"{home}/config.json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
-        with open(f"{home}/run/log.csv", newline="") as file:
-            rows = [(float(row["audio_sec_per_sec"]), row) for row in csv.DictReader(file)]
-        return [(float(row["seconds"]), speed * float(row["seconds"])) for speed, row in rows]
+        said(["launch/train.py", "--config", f"{home}/config.json"])
+        return [
+            Step(row.seconds, row.audio_sec_per_sec * row.seconds)
+            for row in read_log(Path(home) / "run/log.csv")
+            if row.epoch == 1
+        ]
 
 
-def run_reference(corpus: Path, sampling: str, steps: int) -> list[tuple[float, float]]:
+def run_reference(corpus: Path, sampling: str, epochs: int) -> list[Step]:
+    """So many epochs of the Trainer; the last is counted."""
     with TemporaryDirectory(dir=WORK) as home:
         vocab = vocab_of("phonetic")
-        model = MODEL | SAME | {"vocab_size": len(vocab), "pad_token_id": vocab.blank, "final_dropout": 0.1}
+        model = MODEL | SAME | {"vocab_size": len(vocab), "pad_token_id": vocab.blank}
         (Path(home) / "model.json").write_text(json.dumps(model))
-        command = [sys.executable, "-m", "tests.bench_trainer", corpus, f"{home}/model.json", sampling, steps]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+        lines = said(["-m", "tests.bench_trainer", corpus, f"{home}/model.json", sampling, epochs]).splitlines()
+    steps = [Step(**json.loads(line)) for line in lines if line.startswith('{"seconds"')]
+    return steps[-len(steps) // epochs :]
+
+
+def said(command: list[object]) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [(row["seconds"], row["speech"]) for row in rows]
+    return done.stdout
 
 
-def speed(steps: list[tuple[float, float]]) -> float:
-    """Seconds of speech a second, over all steps but the first."""
-    seconds, speech = (sum(column) for column in zip(*steps[WARM:], strict=True))
-    return speech / seconds
+def speed(steps: list[Step]) -> float:
+    """Seconds of speech a second."""
+    return sum(step.speech for step in steps) / sum(step.seconds for step in steps)
 
 
 def watching(steps: int = 2_000) -> float:
@@ -119,23 +133,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small counts, to see that it runs")
     quick = parser.parse_args().quick
-    facts, steps, repetitions = machine(), 6 if quick else 24, 1 if quick else 2
+    facts, count, repetitions = machine(), 100 if quick else 800, 1 if quick else 2
     WORK.mkdir(parents=True, exist_ok=True)
-    corpus = make_clips(WORK / f"clips-{200 if quick else 4000}", 200 if quick else 4000)
+    corpus = make_clips(WORK / f"clips-{count}", count)
     shards = corpus.with_name(f"{corpus.name}-shards")
-    build = [sys.executable, "-m", "sharding", "build", corpus, "--out", shards]
-    subprocess.run(list(map(str, build)), cwd=ROOT, check=True, capture_output=True)
-    speeds: dict[str, list[float]] = {"ours": [], "random": [], "group_by_length": []}
-    ours: list[tuple[float, float]] = []
+    said(["-m", "sharding", "build", corpus, "--out", shards, "--valid-fraction", "0.01"])
+    runs: dict[str, Callable[[], list[Step]]] = {
+        "ours": lambda: run_ours(shards),
+        "group_by_length": lambda: run_reference(corpus, "group_by_length", 2),
+        "random": lambda: run_reference(corpus, "random", 1),  # its steps are so long that a warm-up does not show
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    step_sec = 0.0
     for _ in range(repetitions):
-        for name in speeds:
-            ran = run_ours(shards, 3 * steps) if name == "ours" else run_reference(corpus, name, steps)
-            ours = ran if name == "ours" else ours
-            speeds[name].append(speed(ran))
+        for name, once in runs.items():
+            steps = once()
+            speeds[name].append(speed(steps))
+            step_sec = statistics.median(step.seconds for step in steps) if name == "ours" else step_sec
             print(f"  {name}: {speeds[name][-1]:.1f} audio-seconds a second", file=sys.stderr)
     # Lines compare times: seconds for an hour of speech
     quoted = {name: Quoted(3600 / statistics.median(of), 3600 / max(of)) for name, of in speeds.items()}
-    step_sec = statistics.median(seconds for seconds, _ in ours[WARM:])
     share = watching() / step_sec
     lines = [
         Line("s to train on an hour of speech: beside Trainer, random batches of 27", quoted["ours"], quoted["random"],

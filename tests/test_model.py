@@ -357,7 +357,7 @@ def test_a_folder_that_holds_no_such_model_is_named(damage: Callable[[Path], Non
 
 
 def test_a_model_from_scratch_is_as_its_configuration_says() -> None:
-    model = load_model(ModelConfig(scratch=TINY, freeze_cnn=False, dropout=0.0))
+    model = load_model(ModelConfig(scratch=TINY, freeze_cnn=False, dropout=0.0, mask_time_prob=0.1))
     assert model.network.config.num_hidden_layers == 2
     assert all(weight.requires_grad for weight in model.network.parameters())
     assert model.vocab == VOCAB

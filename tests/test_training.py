@@ -12,7 +12,20 @@ import soundfile
 from corpus import make_corpus, read_manifest, write_manifest
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 from tiny_model import make_tiny_model
-from training_runs import AUGMENTED, EXACT, PART_ALL, free_port, losses, read_rows, run, start, training
+from training_runs import (
+    AUGMENTED,
+    EXACT,
+    PART_ALL,
+    free_port,
+    losses,
+    processes,
+    read_rows,
+    run,
+    start,
+    training,
+    wait_for_all,
+    wait_until,
+)
 
 from sharding.audio import SAMPLE_RATE
 from sharding.format import read_index, read_keys, read_sample
@@ -204,6 +217,51 @@ def test_a_batch_that_the_memory_does_not_hold_is_named_before_the_first_step(wo
     assert "hint: data.batch_seconds=" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (work / "too-large" / "log.csv").exists()
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_fatal(work: Path) -> None:
+    """A learning rate that breaks the model at its first step."""
+    broken = ("deepspeed.optimizer.params.lr=1e30", "train.warmup_steps=0", "train.max_steps=40", "eval.every_steps=50")
+    done = run(training(work, "broken", *EXACT, *broken, ranks=1), expect=1)
+    assert "its gradient is not finite, as in the 19 steps before it" in done.stderr
+    assert "hint: lower the learning rate" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = read_rows(work / "broken")
+    assert [row["skipped"] for row in rows] == ["0", *["1"] * (len(rows) - 1)]
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_ranks_whose_gradients_are_of_other_weights_are_stopped(config: str, work: Path) -> None:
+    command = training(work, f"unlike-{config}", *EXACT, "train.max_steps=20", "train.probe=false", config=config)
+    done = run(["tests/unlike_rank.py" if word == "launch/train.py" else word for word in command], expect=1)
+    assert "come on some ranks and not on others" in done.stderr
+    assert "encoder.layers." in done.stderr
+
+
+def test_machines_with_other_configurations_are_stopped(work: Path) -> None:
+    hosts, port = work / "unlike-hosts", free_port()
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    where = ["--hostfile", hosts, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
+    logs = [work / f"unlike-node-{node}.out" for node in (0, 1)]
+    machines = []
+    for node, log in enumerate(logs):
+        script = training(work, "unlike-nodes", f"train.seed={node}", ranks=1)[1:]
+        machines.append(start(["deepspeed", *where, "--node_rank", node, *script], log))
+    assert all(machine.wait(120) for machine in machines)
+    assert "ranks [1] have another configuration" in logs[0].read_text()
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_ends_the_others_within_the_time_out(work: Path) -> None:
+    folder, log = work / "hanging", work / "hanging.out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSPEED_TIMEOUT", "1")  # minutes
+        process = start(training(work, "hanging", "train.max_steps=500"), log)
+    wait_until(lambda: (folder / "log.csv").is_file() and len(read_rows(folder)) > 3, process, log)
+    everyone = processes(process)
+    everyone["rank 1"].suspend()
+    wait_for_all(everyone, 150)
+    assert "another rank is gone, or hangs" in log.read_text()
 
 
 def test_the_largest_batch_is_found(work: Path) -> None:

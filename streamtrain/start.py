@@ -1,0 +1,197 @@
+"""All before the first step: one run in its folder, one opinion among the ranks, the model as it begins or goes on."""
+
+import fcntl
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sharding.format import ShardIndex, old_index_name, read_index
+from sharding.store import Store, open_store
+from streamtrain.checkpoint import Checkpoint, RunState, check_same_run, find_checkpoint, load_parts, open_checkpoint
+from streamtrain.collate import Batch
+from streamtrain.config import Config, ConfigError
+from streamtrain.engine import Engine
+from streamtrain.mirror import Mirror
+from streamtrain.model import ctc_sum, load_model
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
+from streamtrain.probe import Memory, largest_shapes, probe, render
+from streamtrain.recipe import make_recipe
+from streamtrain.stream import ShardStream, open_for_reading
+from streamtrain.train import Plans, Trainer, TrainError, check_alike
+from streamtrain.world import World
+
+log = logging.getLogger("streamtrain")
+
+ATTEMPTS = 3  # to see whether a model draws at random which of its layers run
+LOCK_TRIES = 10  # a second apart: a run that is being stopped still saves
+
+
+def train(config: Config, world: World, resume: str = "auto") -> None:
+    """Train as configured; leaves everything in `train.run_dir`. All ranks call it together."""
+    check_world_size(world.size, config.train.micro_batches_per_step)
+    store = open_store(config.data.shards)
+    index = read_index(store)
+    run = Path(config.train.run_dir)
+    with _only_run_in(run, world):
+        mirror = _open_mirror(config, run, resume, world)
+        found = find_checkpoint(resume, run / "checkpoints")
+        checkpoint = open_checkpoint(found) if found else None
+        if checkpoint is not None:
+            index = _index_of_run(checkpoint, index, store)
+        plans = Plans(index, config)
+        decisive = json.dumps(config.decisive)
+        _agree(world, decisive, index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
+        _check_run(run, index, config, checkpoint, resume)
+        state = RunState(config.decisive, index.digest, PLANNER_VERSION)
+        if checkpoint is not None:
+            check_same_run(checkpoint, state)
+            state = checkpoint.state
+        engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
+        if checkpoint is not None:
+            log.info("resumed at step %d from %s", state.step, found)
+        if not world.gather((run / "best").is_dir())[0]:
+            state = replace(state, best_cer=None)  # resumed into a new run folder: its first score is its best
+        if state.step == plans.total_steps:
+            log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
+        elif config.train.probe:
+            log.info("%s", _probe(engine, plans.epoch(state.epoch), index, config)[0])
+        if world.main:
+            if resume == "none":
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+        source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
+        stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
+        Trainer(config, world, engine, stream, plans, state, mirror).run()
+
+
+def find_batch_seconds(config: Config, world: World) -> None:
+    """Print the largest `data.batch_seconds` whose forward and backward the memory of every rank holds."""
+    check_world_size(world.size, config.train.micro_batches_per_step)
+    index = read_index(open_store(config.data.shards))
+    plan = plan_epoch(index, config.plan, 0)
+    engine = _start_engine(config, index.track, None, plan.steps, world)
+    said, memory = _probe(engine, plan, index, config)
+    fits = int(min(memory.largest for memory in world.gather(memory)))
+    if world.main:
+        print(said)
+        print(f"data.batch_seconds={fits} fits")
+
+
+def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -> tuple[str, Memory]:
+    """Run the largest forwards and backwards of a plan. Raises ProbeError where the memory does not hold them."""
+    shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
+    memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world)
+    return render(memory, shapes), memory
+
+
+def _open_mirror(config: Config, run: Path, resume: str, world: World) -> Mirror | None:
+    """Rank 0's mirror; where it is ahead of this machine, the run folder is brought up to it."""
+    mirror = None
+    if world.main and config.train.mirror is not None:
+        mirror = Mirror(open_store(config.train.mirror), run)
+        if resume == "auto":
+            mirror.fetch_newer()
+    world.barrier()
+    return mirror
+
+
+def _run_unweighted(engine: Engine, batch: Batch) -> None:
+    """Forward and backward of clips that weigh nothing: all gradients are 0, and no step follows."""
+    batch = batch.to(engine.world.device)
+    frames = engine.model.frame_counts(batch.input_lengths)
+    log_probs = engine.forward(batch.inputs, batch.input_lengths)
+    loss = ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, engine.model.vocab.blank)
+    engine.backward(loss, last=False)
+
+
+def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> ShardIndex:
+    """The index that the run began with: of a shard set that has grown since, the old one, which was kept."""
+    began_with = checkpoint.state.index_digest
+    if began_with == index.digest or not store.exists(old_index_name(began_with)):
+        return index
+    old = read_index(store, old_index_name(began_with))
+    more = len(index.samples) - len(old.samples)
+    log.info(
+        "%s has grown by %d samples; this run goes on with the %d it began with", store.url, more, len(old.samples)
+    )
+    return old
+
+
+def _start_engine(config: Config, track: str, checkpoint: Checkpoint | None, total_steps: int, world: World) -> Engine:
+    """The model as it begins, or as the checkpoint has it."""
+    log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
+    torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
+    model = load_model(config.model, track)
+    if config.data.gain_db and model.normalize:
+        log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
+    log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
+    parts = load_parts(checkpoint) if checkpoint else None
+    if parts is not None:
+        model.network.load_state_dict(parts.weights)
+    recipe = make_recipe(model, config.train, _peak_rate(config), total_steps)
+    engine = Engine(model.to(world.device), recipe, config.deepspeed, config.train.ema_decay, world)
+    if parts is not None:
+        engine.restore(parts)
+    for attempt in range(ATTEMPTS):  # before gradients are summed, which would end in a crash, or go unnoticed
+        check_alike(world, engine.try_reach(seed=attempt * world.size + world.rank))
+    return engine
+
+
+def _peak_rate(config: Config) -> float:
+    try:
+        return float(config.deepspeed["optimizer"]["params"]["lr"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
+
+
+def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpoint | None, resume: str) -> None:
+    """What would fail only after minutes, or cost an earlier result, is refused before the model is loaded."""
+    if len(index.split(config.eval.split)) == 0:
+        raise TrainError(
+            f"the shard set has no clips in split {config.eval.split!r} to evaluate on",
+            "build it from at least two children, with --valid-fraction above 0",
+        )
+    if checkpoint is None and resume == "auto" and (run / "best").exists():
+        raise TrainError(
+            f"{run}: holds a model in best/, but no checkpoint to go on from",
+            "name another train.run_dir, or start over with --resume none",
+        )
+
+
+@contextmanager
+def _only_run_in(run: Path, world: World) -> Iterator[None]:
+    """Hold the run folder, so that no second run writes into it. The kernel lets go when the process ends."""
+    if not world.main:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a") as file:
+        for attempt in range(LOCK_TRIES):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if attempt == LOCK_TRIES - 1:
+                    raise TrainError(
+                        f"{run}: another run is writing here", "wait for it, stop it, or name another train.run_dir"
+                    ) from error
+                time.sleep(1)  # ranks that were just killed need a moment to go
+        yield
+
+
+def _agree(world: World, *hashes: str) -> None:
+    """Raises TrainError on every rank where ranks have other configurations or plans than rank 0."""
+    everyone = world.gather(hashes)
+    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if odd:
+        raise TrainError(
+            f"ranks {odd} have another configuration, shard set, epoch plan or checkpoint than rank 0",
+            "do all machines see the same configuration, shards and run folder, and the same version of streamtrain?",
+        )
