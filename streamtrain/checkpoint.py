@@ -25,6 +25,7 @@ from streamtrain.model import give_usual_mode
 STATE_NAME = "state.json"
 NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
 FILES = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "average": "average.safetensors"}
+REPLACED = ".old"
 CHUNK_BYTES = 8 * 2**20
 
 
@@ -68,6 +69,7 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
     name = f"step-{state.step:07d}"
     partial, final = folder / f".{name}.part", folder / name
     try:
+        put_back(folder)
         for left_behind in folder.glob(".step-*"):
             shutil.rmtree(left_behind, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -82,10 +84,12 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
         for path in partial.iterdir():
             _sync(path)
         _sync(partial)
+        aside = _aside(final)
         if final.exists():
-            _remove(final)
+            os.replace(final, aside)
         os.replace(partial, final)
         _sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -101,6 +105,18 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
         if old.resolve() != best:
             _remove(old)
     return final
+
+
+def put_back(folder: Path) -> None:
+    """A checkpoint that a kill caught while it was replaced by one of the same step gets its name again."""
+    for aside in folder.glob(_aside(Path("step-*")).name):
+        final = folder / aside.name[1:].removesuffix(REPLACED)
+        if not final.exists() and (aside / STATE_NAME).is_file():
+            os.replace(aside, final)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}{REPLACED}")
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -212,7 +228,7 @@ def _point(link: Path, name: str) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Out of sight first: one that is half removed must not look whole."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    doomed = checkpoint.with_name(f".{checkpoint.name}.gone")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

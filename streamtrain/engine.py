@@ -242,8 +242,9 @@ class WeightAverage:
     def gather(self, world: World) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, parameter), average in zip(self._parameters.items(), self._averages, strict=True):
             if hasattr(parameter, "ds_tensor"):
-                parts = [torch.empty_like(average) for _ in range(world.size)]
-                torch.distributed.all_gather(parts, average)
+                mine = average.to(world.device)  # with CPU offload it lies elsewhere
+                parts = [torch.empty_like(mine) for _ in range(world.size)]
+                torch.distributed.all_gather(parts, mine)
                 yield name, torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
             else:
                 yield name, average

@@ -14,7 +14,15 @@ import torch
 
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
-from streamtrain.checkpoint import Checkpoint, RunState, check_same_run, find_checkpoint, load_parts, open_checkpoint
+from streamtrain.checkpoint import (
+    Checkpoint,
+    RunState,
+    check_same_run,
+    find_checkpoint,
+    load_parts,
+    open_checkpoint,
+    put_back,
+)
 from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
@@ -40,6 +48,8 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     index = read_index(store)
     run = Path(config.train.run_dir)
     with _only_run_in(run, world):
+        if world.main:
+            put_back(run / "checkpoints")
         mirror = _open_mirror(config, run, resume, world)
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None

@@ -173,17 +173,17 @@ class Trainer:
         merged = forwards_of(plan, here, self.world.size, self.config.data.device_batch_seconds)[self.world.rank]
         by_number = {item.number: item.batch for item in micro_batches}
         self.model.encoder_frozen = state.step < self.config.train.freeze_encoder_steps
-        nats = 0.0
+        nats = torch.zeros((), dtype=torch.float64, device=self.world.device)  # read once: each look waits for a GPU
         for done, numbers in enumerate(merged, start=1):
             batch = join([by_number[number] for number in numbers])
             summed = self._forward(batch.to(self.world.device), numbers[0])
             self.engine.backward(summed / symbols, last=done == len(merged))
-            nats += float(summed.detach())
+            nats += summed.detach()
         norm = self.engine.step(state.step)
         reached = self.engine.take_reached()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
         flags = [_fingerprint(reached), self._preemption.asked]
-        everyone = self.world.gather_floats([nats, waited, waited + here_sec, *astuple(counts), *flags])
+        everyone = self.world.gather_floats([float(nats), waited, waited + here_sec, *astuple(counts), *flags])
         everyone, fingerprints, asked = everyone[:, :-2], everyone[:, -2], bool(everyone[:, -1].any())
         if (fingerprints != fingerprints[0]).any():
             check_alike(self.world, reached)

@@ -39,6 +39,7 @@ from streamtrain.checkpoint import (
     list_checkpoints,
     load_parts,
     open_checkpoint,
+    put_back,
     save_checkpoint,
 )
 from streamtrain.engine import Parts
@@ -201,6 +202,16 @@ def test_any_byte_of_a_state_matters(tmp_path: Path) -> None:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(CheckpointError, match=r"state\.json: damaged"):
             open_checkpoint(tmp_path / "step-0000001")
+
+
+def test_a_checkpoint_that_a_kill_caught_while_it_was_replaced_is_put_back(tmp_path: Path) -> None:
+    only = save_checkpoint(parts(1), state(1), tmp_path, keep=1)
+    only.rename(tmp_path / ".step-0000001.old")
+    put_back(tmp_path)
+    assert find_checkpoint("auto", tmp_path) == only
+    save_checkpoint(parts(1), state(1, best_cer=0.5), tmp_path, keep=1)
+    assert open_checkpoint(only).state.best_cer == 0.5
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_the_last_checkpoints_are_kept_and_that_of_the_best_score(tmp_path: Path) -> None:
