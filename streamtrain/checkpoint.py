@@ -107,6 +107,14 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
     return final
 
 
+def drop_later(folder: Path, chosen: Path) -> None:
+    """Remove the checkpoints after the one that the run goes on from: they are of another future."""
+    if chosen.resolve().parent == folder.resolve():
+        for later in list_checkpoints(folder):
+            if later.name > chosen.resolve().name:
+                _remove(later)
+
+
 def put_back(folder: Path) -> None:
     """A checkpoint that a kill caught while it was replaced by one of the same step gets its name again."""
     for aside in folder.glob(_aside(Path("step-*")).name):

@@ -59,6 +59,8 @@ class Engine:
             raise ConfigError(
                 f"DeepSpeed does not take the section 'deepspeed': {error}", "see configs/zero2.json"
             ) from error
+        if hasattr(self._engine.optimizer, "loss_scaler"):
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # it is told by the loop
         self._average = WeightAverage(model, ema_decay) if ema_decay else None
         self._reached: set[str] = set()
         for name, parameter in self._learning():

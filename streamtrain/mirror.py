@@ -21,11 +21,19 @@ from streamtrain.checkpoint import list_checkpoints
 
 log = logging.getLogger("streamtrain")
 
-POINTER = "newest.json"
+POINTER, PIECES = "newest.json", "pieces/"
 PIECE_BYTES = 32 * 2**20
 STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
-GROWING = ("log.csv", "ranks.csv")  # appended to in place: copied, where others are linked
-FILES = (*GROWING, "samples.txt", "before.json", "config.json", "curves.png", "scorecard.json", "hypotheses.jsonl")
+FILES = (
+    "log.csv",
+    "ranks.csv",
+    "samples.txt",
+    "before.json",
+    "config.json",
+    "curves.png",
+    "scorecard.json",
+    "hypotheses.jsonl",
+)  # written in place: copied, where others are linked
 FOLDERS = ("best",)
 
 
@@ -54,6 +62,8 @@ class Mirror:
         shutil.rmtree(part, ignore_errors=True)
         for name, pieces in pointer["files"].items():
             path = part / name
+            if not path.resolve().is_relative_to(part.resolve()):
+                raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 for piece in pieces:
@@ -69,16 +79,20 @@ class Mirror:
                 os.replace(part / name, self._run / name)
         shutil.rmtree(part)
 
+    def forget(self) -> None:
+        """No machine goes on from what is there: the run starts over."""
+        self._store.delete(POINTER)
+
     def offer(self, checkpoint: Path) -> None:
         """Have a checkpoint copied, unless a newer one is offered before its turn comes."""
         staged = self._staging / checkpoint.name
         shutil.rmtree(staged, ignore_errors=True)
         for name in self._files_of(checkpoint):
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            if name in GROWING:
+            if name in FILES:
                 shutil.copyfile(self._run / name, staged / name)
             else:
-                os.link(self._run / name, staged / name)
+                _link(self._run / name, staged / name)
         with self._changed:
             if self._waiting is not None and self._waiting != staged:
                 shutil.rmtree(self._waiting, ignore_errors=True)
@@ -114,7 +128,7 @@ class Mirror:
             try:
                 self._copy(staged)
                 self._failed = None
-            except (StoreError, OSError) as error:
+            except Exception as error:  # whatever it is, training goes on, and does not wait for a dead thread
                 self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
                 log.warning("%s has not reached the mirror; the next one is tried: %s", staged.name, error)
             shutil.rmtree(staged, ignore_errors=True)
@@ -124,7 +138,7 @@ class Mirror:
 
     def _copy(self, staged: Path) -> None:
         """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer."""
-        there = set(self._store.names())
+        there = {name for name in self._store.names() if name.startswith(PIECES)}  # what else lies there is not ours
         before = _read_pointer(self._store)
         files: dict[str, list[str]] = {}
         for path in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -138,8 +152,15 @@ class Mirror:
         self._store.write(POINTER, json.dumps({"checkpoint": staged.name, "files": files}, indent=1).encode())
         needed = {piece for pieces in files.values() for piece in pieces}
         needed |= {piece for pieces in (before or {"files": {}})["files"].values() for piece in pieces}
-        for name in there - needed - {POINTER}:
+        for name in there - needed:
             self._store.delete(name)
+
+
+def _link(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, to)
 
 
 def _read_pointer(store: Store) -> dict[str, Any] | None:
@@ -166,4 +187,4 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _name(data: bytes) -> str:
-    return f"pieces/{xxhash.xxh3_128_hexdigest(data)}"
+    return f"{PIECES}{xxhash.xxh3_128_hexdigest(data)}"

@@ -65,11 +65,12 @@ class Memory:
 def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | None) -> list[Shape]:
     """The micro-batch with the longest clip and the one with most padded seconds, with all it may be merged with."""
     shapes = []
+    whole_step = int(plan.clips.sum(axis=1).max())
     for name, sizes in (("the longest", plan.longest), ("the densest", plan.padded)):
         step, number = divmod(int(sizes.argmax()), plan.micro_batches_per_step)
         samples = int(plan.longest[step, number])
         merged = round((device_batch_seconds or 0) * SAMPLE_RATE) // samples
-        clips = max(int(plan.clips[step, number]), merged)
+        clips = max(int(plan.clips[step, number]), min(merged, whole_step))
         shapes.append(Shape(f"{name} micro-batch (number {number + 1} of step {step + 1})", clips, samples, symbols))
     return shapes
 
@@ -77,13 +78,11 @@ def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | 
 def probe(run: Run, shapes: list[Shape], world: World) -> Memory:
     """Run each shape, smaller ones before it; all ranks together. Raises ProbeError where one does not fit."""
     limit = _limit(world)
-    memory = Memory(limit, 0.0, 0.0)
-    _peak_of(run, shapes[0].of(1), memory, world)  # what libraries need once is no batch's
+    once = _peak_of(run, shapes[0].of(1), Memory(limit, 0.0, 0.0), world)  # what libraries need is no batch's
+    memory = Memory(limit, once, 0.0)
     seen: list[tuple[float, int]] = []
     for shape in shapes:
-        for clips in sorted({1, max(2, shape.clips // 4), shape.clips}):
-            if clips > shape.clips:
-                continue
+        for clips in _doubling(shape.clips):  # so that each foretells the next
             part = shape.of(clips)
             if world.device.type == "cpu" and memory.at(part.seconds) > limit:
                 raise _does_not_fit(part, memory)  # here memory never says no: the kernel kills
@@ -92,10 +91,15 @@ def probe(run: Run, shapes: list[Shape], world: World) -> Memory:
     return memory
 
 
+def _doubling(clips: int) -> list[int]:
+    """1, 2, 4, … and the number itself."""
+    return [2**power for power in range(clips.bit_length()) if 2**power < clips] + [clips]
+
+
 def _line_through(seen: list[tuple[float, int]], limit: int) -> Memory:
     """Through the smallest and the largest forward, by seconds."""
     (least, low), (most, high) = min(seen), max(seen)
-    slope = max(high - low, 0) / (most - least) if most > least else low / most
+    slope = max(high - low, 0) / (most - least) if most > least else 0.0
     return Memory(limit, high - slope * most, slope)
 
 
@@ -108,7 +112,7 @@ def render(memory: Memory, shapes: list[Shape]) -> str:
 
 
 def _does_not_fit(shape: Shape, memory: Memory) -> ProbeError:
-    longest, fits = shape.samples / SAMPLE_RATE, int(memory.largest)
+    longest, fits = shape.samples / SAMPLE_RATE, int(memory.largest) if memory.per_second else 0
     hint = f"data.batch_seconds={fits} would fit (and data.device_batch_seconds, where it is set)"
     if fits < longest:
         hint = "model.gradient_checkpointing=true takes less, and so do shards built with a lower --limit-sec"
@@ -121,7 +125,7 @@ def _peak_of(run: Run, shape: Shape, memory: Memory, world: World) -> int:
     try:
         run(_noise(shape))
     except RuntimeError as error:  # torch.OutOfMemoryError is one, and a CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise _does_not_fit(shape, memory) from error
     if world.device.type == "cuda":

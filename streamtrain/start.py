@@ -18,6 +18,7 @@ from streamtrain.checkpoint import (
     Checkpoint,
     RunState,
     check_same_run,
+    drop_later,
     find_checkpoint,
     load_parts,
     open_checkpoint,
@@ -75,6 +76,8 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
         if world.main:
             if resume == "none":
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            elif found is not None:
+                drop_later(run / "checkpoints", found)
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
         source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
         stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
@@ -108,6 +111,8 @@ def _open_mirror(config: Config, run: Path, resume: str, world: World) -> Mirror
         mirror = Mirror(open_store(config.train.mirror), run)
         if resume == "auto":
             mirror.fetch_newer()
+        elif resume == "none":
+            mirror.forget()
     world.barrier()
     return mirror
 

@@ -145,6 +145,7 @@ class Trainer:
                     self._save()
                 if self._finished:
                     break
+        self._save()  # where only the last evaluation was missing
 
     @property
     def _finished(self) -> bool:

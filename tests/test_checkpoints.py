@@ -35,6 +35,7 @@ from sharding.store import open_store
 from streamtrain.checkpoint import (
     CheckpointError,
     RunState,
+    drop_later,
     find_checkpoint,
     list_checkpoints,
     load_parts,
@@ -195,6 +196,15 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     assert load_parts(open_checkpoint(tmp_path / "step-0000001")).weights["weight"].tolist() == [1.0] * 5
 
 
+def test_what_comes_after_the_chosen_checkpoint_is_dropped(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(parts(step), state(step), tmp_path, keep=9)
+    drop_later(tmp_path, tmp_path / "step-0000002")
+    assert steps_saved_in(tmp_path) == [1, 2]
+    drop_later(tmp_path, tmp_path / "elsewhere" / "step-0000001")
+    assert steps_saved_in(tmp_path) == [1, 2]
+
+
 def test_any_byte_of_a_state_matters(tmp_path: Path) -> None:
     path = save_checkpoint(parts(1), state(1), tmp_path, keep=1) / "state.json"
     whole = path.read_bytes()
@@ -290,8 +300,10 @@ def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
 
 def test_a_mirror_that_spoilt_is_refused(work: Path, seaweed: Seaweed, url: str) -> None:
     settings, folder = ("train.max_steps=1", f"train.mirror={url}/spoilt"), work / "spoilt"
+    open_store(f"{url}/spoilt").write("mine", b"mine")
     run(training(work, folder.name, *settings, ranks=1), **seaweed.environment)
     store = open_store(f"{url}/spoilt")
+    assert store.read("mine") == b"mine"  # what else lies there is left alone
     pointer = json.loads(store.read("newest.json"))
     (piece,) = pointer["files"]["checkpoints/step-0000001/model.safetensors"]
     whole = store.read(piece)
