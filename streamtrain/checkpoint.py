@@ -52,7 +52,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is there; its files are checked as they are read."""
+    """One whose files were checked when it was opened."""
 
     path: Path
     state: RunState

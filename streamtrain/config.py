@@ -56,7 +56,7 @@ class ModelConfig(Section):
     scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
     dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
     freeze_cnn: bool = True
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     mask_time_prob: float = Field(0.0, ge=0, lt=1)  # share of a clip's frames that masked spans cover
     mask_time_length: PositiveInt = 10  # frames of a span; a clip that is shorter stays as it is
     mask_feature_prob: float = Field(0.0, ge=0, lt=1)  # share of the encoder's input features that masked spans cover

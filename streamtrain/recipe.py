@@ -22,7 +22,7 @@ class Schedule:
     warmup_steps: int
     hold_steps: int  # at the peak, of tri-stage
     total_steps: int
-    end: float  # share of the peak at the last step but one
+    end: float  # share of the peak that it falls to, after the last step
 
     def at(self, step: int) -> float:
         """Of optimizer step `step`, counted from 0: a linear warm-up, then as `kind` says."""

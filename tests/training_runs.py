@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -95,10 +95,12 @@ def processes(command: "subprocess.Popen[bytes]") -> dict[str, psutil.Process]:
     return everyone
 
 
-def wait_until(condition: "object", process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120
+) -> None:
     """Wait for `condition()`; it is a failure if the command ends before, or if it takes too long."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.01)
