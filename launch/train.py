@@ -15,6 +15,9 @@ def main() -> None:
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
         help="auto: go on from the newest checkpoint of train.run_dir, if there is one (default); "
              "none: start over; or the folder of a checkpoint")  # fmt: skip
+    parser.add_argument("--replan", action="store_true",
+        help="go on though the settings of the plan have changed, such as data.batch_seconds: the clips that the epoch "
+             "has left are planned anew, each once")  # fmt: skip
     parser.add_argument(
         "--find-batch-seconds",
         action="store_true",
@@ -33,7 +36,7 @@ def main() -> None:
         if options.find_batch_seconds:
             find_batch_seconds(config, world)
         else:
-            train(config, world, options.resume)
+            train(config, world, options.resume, options.replan)
 
 
 if __name__ == "__main__":

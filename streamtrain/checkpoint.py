@@ -7,9 +7,9 @@ its checksum, and is written last.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sharding.errors import StreamtrainError
+from streamtrain.config import Config
 from streamtrain.engine import Parts
 from streamtrain.model import give_usual_mode
+from streamtrain.plan import PLANNER_VERSION, Begun, PlanSettings
 
 STATE_NAME = "state.json"
 NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
 FILES = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "average": "average.safetensors"}
 REPLACED = ".old"
 CHUNK_BYTES = 8 * 2**20
+REPLANNED = frozenset(  # settings that may change on the way: they decide how the clips that are left come
+    [
+        "data.batch_seconds",
+        "data.window_shards",
+        "data.length_jitter",
+        "data.speed_factors",
+        "data.gain_db",
+        "train.micro_batches_per_step",
+        "train.epochs",
+        "train.max_steps",
+    ]
+)
 
 
 class CheckpointError(StreamtrainError):
@@ -43,6 +57,7 @@ class RunState:
     step: int = 0  # optimizer steps done
     epoch: int = 0
     step_in_epoch: int = 0
+    begun: tuple[Begun, ...] = ()  # how this epoch was planned before it was planned anew
     evaluated: int = -1  # step of the last evaluation
     best_cer: float | None = None
     best_step: int | None = None
@@ -149,7 +164,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         digest = document.pop("digest")
         if digest != _digest(document):
             raise ValueError("its digest is another")
-        checkpoint = Checkpoint(path, RunState(**document["state"]), document["numbers"], document["files"])
+        checkpoint = Checkpoint(path, _state_from(document["state"]), document["numbers"], document["files"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _one_before(path)) from error
     for name, described in checkpoint.files.items():
@@ -177,12 +192,24 @@ def load_parts(checkpoint: Checkpoint) -> Parts:
     return Parts(**tensors, numbers=checkpoint.numbers)
 
 
-def check_same_run(checkpoint: Checkpoint, expected: RunState) -> None:
-    """Raises CheckpointError, and says what differs, where a checkpoint belongs to another run than `expected`."""
-    decisive = ("config", "index_digest", "planner_version")
-    differ = list(_differences(asdict(checkpoint.state), asdict(expected), decisive))
-    if differ:
-        raise CheckpointError(f"{checkpoint.path}: belongs to another run: {'; '.join(differ)}", _OTHERWISE)
+def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan: bool) -> RunState:
+    """The state to go on with. Raises CheckpointError, and says what differs, where a checkpoint is of another run.
+
+    With `replan` the settings of the plan may differ: what is left of the epoch is then planned by those of `config`.
+    """
+    state = checkpoint.state
+    here = {"config": config.decisive, "index_digest": index_digest, "planner_version": PLANNER_VERSION}
+    differ = dict(_differences({name: getattr(state, name) for name in here}, here))
+    if not differ:
+        return state
+    if not differ.keys() <= REPLANNED or not replan:
+        said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
+        hint = _REPLAN if differ.keys() <= REPLANNED else _OTHERWISE
+        raise CheckpointError(f"{checkpoint.path}: belongs to another run: {said}", hint)
+    if state.step_in_epoch == 0:
+        return replace(state, config=config.decisive)
+    before = Begun(Config.model_validate(state.config).plan, state.step_in_epoch)
+    return replace(state, config=config.decisive, step_in_epoch=0, begun=(*state.begun, before))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -190,6 +217,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / STATE_NAME).is_file())
 
 
+_REPLAN = (
+    "undo the change, or add --replan: what this epoch has left is then planned by the new settings, each clip once"
+)
 _OTHERWISE = (
     "undo the change, resume another checkpoint with --resume PATH, or start over with --resume none; "
     "another train.run_dir with model.pretrained=RUN/best starts from this run's weights"
@@ -202,14 +232,27 @@ def _one_before(path: Path) -> str:
     return f"--resume {earlier[-1]} goes on from the one before it" if earlier else "start over with --resume none"
 
 
-def _differences(saved: dict[str, Any], here: dict[str, Any], keys: Iterable[str], path: str = "") -> Iterator[str]:
-    """Each value that differs, named by its place: `train.epochs was 20, is 30`."""
-    for key in keys:
+def _differences(
+    saved: dict[str, Any], here: dict[str, Any], path: str = ""
+) -> Iterator[tuple[str, tuple[object, object]]]:
+    """Each value that differs, by its place, such as train.epochs: what it was, and is."""
+    for key in sorted(saved.keys() | here.keys()):
         was, now = saved.get(key), here.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            yield from _differences(was, now, sorted(was.keys() | now.keys()), f"{path}{key}.")
+            yield from _differences(was, now, f"{path}{key}.")
         elif was != now:
-            yield f"{path.removeprefix('config.')}{key} was {was}, is {now}"
+            yield f"{path.removeprefix('config.')}{key}", (was, now)
+
+
+def _state_from(saved: dict[str, Any]) -> RunState:
+    """The inverse of `asdict`."""
+    begun = []
+    for before in saved["begun"]:
+        settings = before["settings"]
+        begun.append(
+            Begun(PlanSettings(**settings | {"speed_factors": tuple(settings["speed_factors"])}), before["steps"])
+        )
+    return RunState(**saved | {"begun": tuple(begun)})
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Samples become a `Batch`: decoded, normalised, padded. A clip that fails to decode becomes a silent row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,12 +28,11 @@ class Batch:
     failed: tuple[str, ...] = ()  # keys of clips that did not decode
 
     def to(self, device: torch.device) -> "Batch":
-        """On CPU, and for what stays there (lengths), itself."""
+        """On a device; lengths and weights stay where the loss is prepared, on CPU."""
         if device.type == "cpu":
             return self
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.inputs, self.targets, self.weights))
-        inputs, targets, weights = moved
-        return Batch(inputs, self.input_lengths, targets, self.target_lengths, weights, self.keys, self.failed)
+        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets)
 
 
 def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: bool) -> Batch:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.git_version_info import installed_ops
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -20,6 +22,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 from sharding.audio import SAMPLE_RATE
 from streamtrain.config import ConfigError
@@ -131,15 +134,22 @@ class Engine:
         """The weights that `averaged` shows: the average where one is kept. As `gather`."""
         return self._gather_weights() | self._gather_average()
 
-    def _make_moments(self) -> None:
-        """The optimizer makes its moments at its first step: one over silence, at rate 0, changes nothing else."""
+    def make_moments(self) -> None:
+        """Have the optimizer make its moments now, which it does at its first step: one over silence, at rate 0.
+
+        Nothing else changes; where there are moments already, nothing does.
+        """
+        if _moments_of(self._engine.optimizer.optimizer):
+            return
         silence = torch.zeros(1, SAMPLE_RATE, device=self.world.device)
         log_probs = self.forward(silence, torch.tensor([SAMPLE_RATE]))
         self.backward(0.0 * log_probs.sum(), last=True)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = 0.0
         self._engine.step()
+        _set_steps(self._engine.optimizer.optimizer, 0)
         self._link_moments()
+        self.take_reached()
 
     def _link_moments(self) -> None:
         """ZeRO 1 and 2 lead from a weight to its moments, but where there are several groups only of the first."""
@@ -170,7 +180,7 @@ class Engine:
     def restore(self, parts: Parts) -> None:
         """Take up what `gather` gave. The model must have been made with those weights (`model.load_weights`)."""
         if parts.moments:
-            self._make_moments()
+            self.make_moments()
         for name, parameter in self._learning():
             self._give(parameter, parts.weights[name], None)
             for kind in _moments_of(self._engine.optimizer.optimizer):
@@ -278,15 +288,23 @@ def _settings_here(settings: Mapping[str, Any], world: World) -> dict[str, Any]:
             f"DeepSpeed does not take the section 'deepspeed': zero_optimization.stage is {zero.get('stage')}",
             "1, 2 and 3 are trained here",
         )
+    optimizer = here.get("optimizer", {}).setdefault("params", {})
     if world.device.type == "cpu":
-        optimizer = here.get("optimizer", {}).setdefault("params", {})
         if not optimizer.get("torch_adam", False):
             optimizer["torch_adam"] = True
             log.info("on CPU the plain Adam of torch replaces the fused one, which would need a compiler")
         for name in [name for name in zero if name.startswith("offload_")]:
             del zero[name]
             log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
+    elif "offload_optimizer" not in zero and not optimizer.get("torch_adam", False) and not _has_fused_adam():
+        optimizer["torch_adam"] = True
+        log.info("the plain Adam of torch replaces the fused one, which needs nvcc and ninja")
     return here
+
+
+def _has_fused_adam() -> bool:
+    """DeepSpeed compiles it at its first use, unless it was built into it."""
+    return bool(installed_ops.get("fused_adam")) or bool(CUDA_HOME and shutil.which("ninja"))
 
 
 def _whole_weight(parameter: nn.Parameter) -> torch.Tensor:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from sharding.errors import StreamtrainError
 from streamtrain.evaluate import render_interval
@@ -20,15 +21,20 @@ class ExportError(StreamtrainError):
 
 
 def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write the model with these weights to `folder`, whole or not at all."""
+    """Write the model with these weights to `folder`, whole or not at all. Raises ExportError."""
     partial, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial, weights)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(model, partial, weights)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ExportError(f"{folder}: cannot be written: {reason}", "make room, and give the same command") from error
 
 
 def export_model(source: Path, out: Path) -> float:

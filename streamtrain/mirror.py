@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import xxhash
 
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
-from streamtrain.checkpoint import list_checkpoints
+from streamtrain.checkpoint import CheckpointError, list_checkpoints
 
 log = logging.getLogger("streamtrain")
 
@@ -51,8 +51,11 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def fetch_newer(self) -> None:
-        """Bring the copy into the run folder where it is ahead of what is there; StoreError where it is not whole."""
+    def fetch_newer(self, check: Callable[[Path], None]) -> None:
+        """Bring the copy into the run folder where it is ahead of what is there; StoreError where it is not whole.
+
+        `check` looks at the checkpoint first, and raises where it should not come in.
+        """
         pointer = _read_pointer(self._store)
         local = list_checkpoints(self._run / "checkpoints")
         if pointer is None or (local and local[-1].name >= pointer["checkpoint"]):
@@ -71,6 +74,13 @@ class Mirror:
                 file.flush()
                 os.fsync(file.fileno())
         checkpoint = f"checkpoints/{pointer['checkpoint']}"  # last: what has it is whole
+        try:
+            check(part / checkpoint)
+        except CheckpointError as error:
+            shutil.rmtree(part)
+            said = error.message.removeprefix(f"{part.resolve()}/")
+            hint = "another run's? name another train.mirror, or start over with --resume none, which forgets it"
+            raise StoreError(f"{self._store.url}: {said}", hint) from error
         (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in (*FOLDERS, *FILES, checkpoint):
             if (part / name).exists():

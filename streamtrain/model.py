@@ -178,11 +178,12 @@ def ctc_sum(
 
     Graves et al. 2006. In fp32, with true lengths; a silent row adds nothing and gets no gradient.
     """
-    counted = torch.where(weights.to(target_lengths.device) > 0, target_lengths, 0)  # else 0 × ∞ where no path fits
+    heard = weights > 0
+    counted = torch.where(heard, target_lengths, 0)  # else 0 × ∞ where no path fits
     losses = F.ctc_loss(
         log_probs.transpose(0, 1), targets, frames, counted, blank=blank, reduction="none", zero_infinity=False
     )
-    return torch.where(weights > 0, losses, 0.0 * log_probs.sum()).sum()
+    return torch.where(heard.to(losses.device, non_blocking=True), losses, 0.0 * log_probs.sum()).sum()
 
 
 def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:

@@ -158,14 +158,22 @@ class Monitor:
 
 
 def read_log(path: Path) -> list[StepRow]:
-    """The rows of a log.csv; none where there is no such file. A last line that was cut off is left out."""
+    """The rows of a log.csv; none where there is no such file. A last line that was cut off is left out.
+
+    Raises StreamtrainError where it is none.
+    """
     if not path.is_file():
         return []
     rows = []
     with open(path, newline="") as file:
-        for cells in csv.DictReader(line for line in file if line.endswith("\n")):
-            values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
-            rows.append(StepRow(**values | {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}))
+        try:
+            for cells in csv.DictReader(line for line in file if line.endswith("\n")):
+                values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
+                values |= {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}
+                rows.append(StepRow(**values))
+        except (ValueError, TypeError, KeyError) as error:
+            hint = "it is damaged, or another version's: move it away"
+            raise StreamtrainError(f"{path}: is not the log of a run ({error})", hint) from error
     return rows
 
 

@@ -197,10 +197,11 @@ def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -
     return groups
 
 
-def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPlan:
+def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Rows | None = None) -> EpochPlan:
     """Every labelled clip of the training split exactly once, in steps of M micro-batches under the cap.
 
-    Raises PlanError where a clip alone exceeds the cap, or where there is nothing to train on.
+    Rows that are `spent` are left out. Raises PlanError where a clip alone exceeds the cap, or where there is nothing
+    to train on.
     """
     lengths = index.samples["samples"]
     cap = round(settings.batch_seconds * SAMPLE_RATE)
@@ -218,8 +219,9 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPl
     if speeds is not None:
         lengths = length_at(lengths, speeds)
     random = np.random.default_rng([settings.seed, epoch])
-    cuts = [_cut_bucket(index, lengths, bucket, cap, settings, random) for bucket in _buckets(index)]
-    batches = _interleave(cuts, random)
+    left = None if spent is None else ~np.isin(np.arange(len(lengths)), spent)
+    cuts = [_cut_bucket(index, lengths, left, bucket, cap, settings, random) for bucket in _buckets(index)]
+    batches = _interleave([batches for batches in cuts if batches], random)
     ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
     rows = np.concatenate(ordered)
     starts = np.concatenate([[0], np.cumsum([len(batch) for batch in ordered])])
@@ -233,6 +235,27 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int) -> EpochPl
         speeds=None if speeds is None else speeds[rows],
         gains=_draw_gains(index.samples["checksum"][rows], settings, epoch),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How an epoch was planned at first, and how many of those steps were done before it was planned anew."""
+
+    settings: PlanSettings
+    steps: int
+
+
+def plan_rest(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequence[Begun]) -> EpochPlan:
+    """An epoch whose first steps were planned otherwise, maybe more than once: it still has each clip once.
+
+    Its steps are those that are left.
+    """
+    spent = None
+    for before in begun:
+        plan = plan_epoch(index, before.settings, epoch, spent)
+        done = plan.rows[: plan.starts[before.steps * plan.micro_batches_per_step]]
+        spent = done if spent is None else np.concatenate([spent, done])
+    return plan_epoch(index, settings, epoch, spent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,12 +353,13 @@ def _buckets(index: ShardIndex) -> list[int]:
 def _cut_bucket(
     index: ShardIndex,
     clip_lengths: npt.NDArray[np.integer],
+    left: npt.NDArray[np.bool_] | None,
     bucket: int,
     cap: int,
     settings: PlanSettings,
     random: np.random.Generator,
 ) -> list[Rows]:
-    """The batches of one bucket, window by window, so that only a few of its shards are in use at a time."""
+    """The batches of what is left of one bucket, window by window: only a few of its shards are in use at a time."""
     shards = np.array([i for i, s in enumerate(index.shards) if (s.split, s.bucket) == ("train", bucket)])
     counts = np.array([shard.count for shard in index.shards])
     ends = np.cumsum(counts)  # the samples of a shard lie together in the index
@@ -352,10 +376,13 @@ def _cut_bucket(
             or seconds < 2 * settings.micro_batches_per_step * settings.batch_seconds
         ):
             shard = shards[position]
-            window.append(np.arange(ends[shard] - counts[shard], ends[shard]))
+            rows = np.arange(ends[shard] - counts[shard], ends[shard])
+            window.append(rows if left is None else rows[left[rows]])
             seconds += float(clip_lengths[window[-1]].sum(dtype=np.int64) / SAMPLE_RATE)  # as heard
             position += 1
         rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
+        if len(rows) == 0:
+            continue
         lengths = clip_lengths[rows].astype(np.int64)
         # Milliseconds change the company of short clips, which form the largest batches, and pad long ones hardly
         noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))

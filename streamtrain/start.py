@@ -5,9 +5,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from sharding.store import Store, open_store
 from streamtrain.checkpoint import (
     Checkpoint,
     RunState,
-    check_same_run,
     drop_later,
     find_checkpoint,
+    go_on_from,
     load_parts,
     open_checkpoint,
     put_back,
@@ -42,8 +43,11 @@ ATTEMPTS = 3  # to see whether a model draws at random which of its layers run
 LOCK_TRIES = 10  # a second apart: a run that is being stopped still saves
 
 
-def train(config: Config, world: World, resume: str = "auto") -> None:
-    """Train as configured; leaves everything in `train.run_dir`. All ranks call it together."""
+def train(config: Config, world: World, resume: str = "auto", replan: bool = False) -> None:
+    """Train as configured; leaves everything in `train.run_dir`. All ranks call it together.
+
+    With `replan`, what a resumed epoch has left may be planned by other settings than those it began with.
+    """
     check_world_size(world.size, config.train.micro_batches_per_step)
     store = open_store(config.data.shards)
     index = read_index(store)
@@ -51,19 +55,18 @@ def train(config: Config, world: World, resume: str = "auto") -> None:
     with _only_run_in(run, world):
         if world.main:
             put_back(run / "checkpoints")
-        mirror = _open_mirror(config, run, resume, world)
+        mirror = _open_mirror(config, run, resume, world, partial(_check_mirrored, config, index, store, replan))
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
             index = _index_of_run(checkpoint, index, store)
-        plans = Plans(index, config)
-        decisive = json.dumps(config.decisive)
-        _agree(world, decisive, index.digest, plans.epoch(0).hash, checkpoint.name if checkpoint else "")
+        _agree(world, json.dumps(config.decisive), index.digest, checkpoint.name if checkpoint else "")
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.decisive, index.digest, PLANNER_VERSION)
         if checkpoint is not None:
-            check_same_run(checkpoint, state)
-            state = checkpoint.state
+            state = go_on_from(checkpoint, config, index.digest, replan)
+        plans = Plans(index, config, state)
+        _agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
@@ -98,19 +101,29 @@ def find_batch_seconds(config: Config, world: World) -> None:
 
 
 def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -> tuple[str, Memory]:
-    """Run the largest forwards and backwards of a plan. Raises ProbeError where the memory does not hold them."""
+    """Run the largest forwards and backwards of a plan, beside all that training keeps.
+
+    Raises ProbeError where the memory does not hold them.
+    """
+    engine.make_moments()
     shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
     memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world)
     return render(memory, shapes), memory
 
 
-def _open_mirror(config: Config, run: Path, resume: str, world: World) -> Mirror | None:
+def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:
+    """Raises CheckpointError where what a mirror holds is not of this run, or not whole."""
+    checkpoint = open_checkpoint(path)
+    go_on_from(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
+
+
+def _open_mirror(config: Config, run: Path, resume: str, world: World, check: Callable[[Path], None]) -> Mirror | None:
     """Rank 0's mirror; where it is ahead of this machine, the run folder is brought up to it."""
     mirror = None
     if world.main and config.train.mirror is not None:
         mirror = Mirror(open_store(config.train.mirror), run)
         if resume == "auto":
-            mirror.fetch_newer()
+            mirror.fetch_newer(check)
         elif resume == "none":
             mirror.forget()
     world.barrier()

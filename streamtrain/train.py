@@ -30,7 +30,7 @@ from streamtrain.export import save_best
 from streamtrain.mirror import Mirror
 from streamtrain.model import ctc_sum
 from streamtrain.monitor import Monitor, RankRow, StepRow
-from streamtrain.plan import EpochPlan, forwards_of, plan_epoch
+from streamtrain.plan import EpochPlan, forwards_of, plan_rest
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
 from streamtrain.world import PreemptedError, Preemption, World
 
@@ -60,23 +60,25 @@ def check_alike(world: World, reached: frozenset[str]) -> None:
 
 
 class Plans:
-    """The plan of each epoch, and how many steps the run has. Holds one epoch's plan at a time."""
+    """The plan of each epoch from a state on, and how many steps the run has. Holds one epoch's plan at a time."""
 
-    def __init__(self, index: ShardIndex, config: Config) -> None:
+    def __init__(self, index: ShardIndex, config: Config, state: RunState) -> None:
         self._index = index
         self._settings = config.plan
+        self._began_in, self._begun = state.epoch, state.begun
         self._kept: tuple[int, EpochPlan] | None = None
         limit = config.train.max_steps or math.inf
-        total = 0
-        for epoch in range(config.train.epochs):
+        total = state.step - state.step_in_epoch
+        for epoch in range(state.epoch, config.train.epochs):
             total += self.epoch(epoch).steps
             if total >= limit:
                 break
-        self.total_steps = int(min(total, limit))
+        self.total_steps = max(int(min(total, limit)), state.step)
 
     def epoch(self, number: int) -> EpochPlan:
         if self._kept is None or self._kept[0] != number:
-            self._kept = (number, plan_epoch(self._index, self._settings, number))
+            begun = self._begun if number == self._began_in else ()
+            self._kept = (number, plan_rest(self._index, self._settings, number, begun))
         return self._kept[1]
 
 
@@ -98,7 +100,7 @@ class Trainer:
         self.run_dir = Path(config.train.run_dir)
         self._preemption = Preemption()
         self._saved: RunState | None = None  # what the newest checkpoint holds
-        self._failed: set[str] = set()  # clips of this rank that did not decode
+        self._failed = 0  # clips of this epoch, of all ranks, that did not decode
         self._skipped_in_a_row = 0
         self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
         self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
@@ -183,13 +185,16 @@ class Trainer:
         norm = self.engine.step(state.step)
         reached = self.engine.take_reached()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
-        flags = [_fingerprint(reached), self._preemption.asked]
+        failed = [key for item in micro_batches for key in item.batch.failed]
+        flags = [len(failed), _fingerprint(reached), self._preemption.asked]
         everyone = self.world.gather_floats([float(nats), waited, waited + here_sec, *astuple(counts), *flags])
-        everyone, fingerprints, asked = everyone[:, :-2], everyone[:, -2], bool(everyone[:, -1].any())
+        everyone, flagged = everyone[:, : -len(flags)], everyone[:, -len(flags) :].T
+        all_failed, fingerprints, asked = int(flagged[0].sum()), flagged[1], bool(flagged[2].any())
         if (fingerprints != fingerprints[0]).any():
             check_alike(self.world, reached)
         loss = float(everyone[:, 0].sum()) / symbols
         self._check(loss, norm, micro_batches)
+        self._check_decoding(failed, all_failed, first_step=here == 0)
         self._told += everyone
         seconds = waited + time.perf_counter() - started
         true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
@@ -274,12 +279,15 @@ class Trainer:
                     f"{what}, as in the {MAX_SKIPPED - 1} steps before it (rank {self.world.rank} had {keys}, …)",
                     "lower the learning rate or lengthen train.warmup_steps, then resume from an earlier checkpoint",
                 )
-        for key in (key for item in micro_batches for key in item.batch.failed if key not in self._failed):
+
+    def _check_decoding(self, failed: list[str], all_failed: int, first_step: bool) -> None:
+        """Name the clips of this rank that did not decode. Raises TrainError where all ranks have had too many."""
+        for key in failed:
             log.warning("%s does not decode as planned: trained as silence, without its label", key)
-            self._failed.add(key)
-        if len(self._failed) > MAX_FAILED * len(self.stream.index.samples) + 1:
+        self._failed = all_failed if first_step else self._failed + all_failed
+        if self._failed > MAX_FAILED * len(self.stream.index.samples) + 1:
             raise TrainError(
-                f"{len(self._failed)} clips do not decode though their checksums hold, such as {min(self._failed)}",
+                f"{self._failed} clips of this epoch do not decode though their checksums hold; they are named above",
                 "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`",
             )
 
@@ -342,5 +350,5 @@ def _fingerprint(names: frozenset[str]) -> float:
 def _advance(state: RunState, plan: EpochPlan, skipped: bool) -> RunState:
     state = replace(state, step=state.step + 1, skipped=state.skipped + skipped)
     if state.step_in_epoch + 1 == plan.steps:
-        return replace(state, epoch=state.epoch + 1, step_in_epoch=0)
+        return replace(state, epoch=state.epoch + 1, step_in_epoch=0, begun=())
     return replace(state, step_in_epoch=state.step_in_epoch + 1)

@@ -26,6 +26,16 @@ from streamtrain.metrics import EditCounts
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TAKEN_AWAY = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
 LOST_A_RANK = "look above for what that rank said; the same command goes on from the newest checkpoint"
+LOST = (  # what gloo and NCCL say then
+    "gloo",
+    "connection closed by peer",
+    "connection reset by peer",
+    "timed out waiting",
+    "collective operation timeout",
+    "communicator was aborted",
+    "ncclremoteerror",
+    "remote process exited",
+)
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
 
 
@@ -174,6 +184,7 @@ def running() -> Iterator[World]:
 
 def _tell(error: Exception, world: World) -> None:
     """An error in words, once: rank 0's first, for the launcher ends the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the launcher, at rank 0's end: no question any longer
     if not world.main:
         time.sleep(LET_RANK_0_SPEAK_SEC)
     prefix = "" if world.main else f"rank {world.rank}: "
@@ -184,9 +195,7 @@ def _tell(error: Exception, world: World) -> None:
 def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
     said = str(error).lower()
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in said for word in ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting")
-    )
+    return any(word in said for word in LOST)
 
 
 def _start_process_group(world: World) -> None:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from training_runs import (
     wait_until,
 )
 
+from sharding.format import read_index
 from sharding.store import open_store
 from streamtrain.checkpoint import (
     CheckpointError,
@@ -43,7 +44,9 @@ from streamtrain.checkpoint import (
     put_back,
     save_checkpoint,
 )
+from streamtrain.config import load_config
 from streamtrain.engine import Parts
+from streamtrain.plan import Begun, PlanSettings, plan_rest
 
 # With dropout, masks, speeds and an average of the weights: all that a resume could get wrong
 SETTINGS = (
@@ -142,6 +145,36 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(asked: str, work: P
     assert "Traceback" not in log.read_text()
     run(training(work, folder.name, *SETTINGS))
     assert losses(folder) == whole
+
+
+def test_a_run_that_was_asked_to_stop_says_so_to_its_scheduler_and_may_go_on_by_another_plan(work: Path) -> None:
+    """Stopped within its first epoch, which then is planned anew for larger batches."""
+    folder, log = work / "replanned", work / "replanned.out"
+    one_epoch = ("train.epochs=1", "eval.every_steps=100", "data.batch_seconds=2.1", "train.micro_batches_per_step=1")
+    process = start(training(work, folder.name, *one_epoch, ranks=1), log)
+    wait_until(lambda: (folder / "log.csv").is_file() and len(read_rows(folder)) >= 3, process, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    (stopped_at,) = (step for step in steps_saved(folder) if step)
+    larger = (*one_epoch, "data.batch_seconds=6", "train.micro_batches_per_step=2")
+    refused = run(training(work, folder.name, *larger, ranks=1), expect=1).stderr
+    assert "data.batch_seconds was 2.1, is 6.0; train.micro_batches_per_step was 1, is 2" in refused
+    assert "add --replan: what this epoch has left is then planned by the new settings, each clip once" in refused
+    command = [*training(work, folder.name, *larger, ranks=2), "--replan"]
+    kill_after_steps(command, folder, 2)
+    run(training(work, folder.name, *larger, ranks=2))  # the other plan is its own now
+    index, small, large = (
+        read_index(open_store(work / "shards")),
+        *(settings_of(each) for each in (one_epoch, larger)),
+    )
+    rest = plan_rest(index, large, 0, [Begun(small, stopped_at)])
+    assert len(losses(folder)) == stopped_at + rest.steps
+    last = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state
+    assert (last.step, last.epoch, last.step_in_epoch, last.begun) == (stopped_at + rest.steps, 1, 0, ())
+
+
+def settings_of(overrides: Sequence[str]) -> PlanSettings:
+    return load_config("configs/zero2.json", overrides).plan
 
 
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_evaluates_again(work: Path) -> None:
@@ -273,6 +306,25 @@ def test_a_full_disk_costs_no_older_checkpoint(work: Path, tmp_path: Path) -> No
     assert second.count("step-") == 5
 
 
+def test_a_disk_that_is_full_when_the_best_model_is_written_is_told_in_words(work: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = training(work, "unused", "train.max_steps=1", "train.probe=false", f"train.run_dir={run_dir}", ranks=1)
+    words = " ".join(f"'{word}'" for word in command)
+    script = f"""
+        mkdir -p {run_dir} && mount -t tmpfs -o size=250k tmpfs {run_dir}
+        {words}; echo "ended with $?"; ls -A {run_dir}
+        mount -o remount,size=9000k {run_dir}
+        {words}; echo "ended with $?"; ls {run_dir}"""
+    done = run([*own_mounts(), "bash", "-c", script])
+    first, second = (text.split() for text in done.stdout.split("ended with ")[1:])
+    assert first[0] == "1"
+    assert "best" not in first
+    assert f"ExportError: {run_dir}/best: cannot be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert second[0] == "0"
+    assert "best" in second
+
+
 # --- a mirror in a bucket -------------------------------------------------------------------------------------------
 
 
@@ -312,6 +364,19 @@ def test_a_mirror_that_spoilt_is_refused(work: Path, seaweed: Seaweed, url: str)
     done = run(training(work, folder.name, *settings, ranks=1), expect=1, **seaweed.environment)
     assert f"{piece}: came back as" in done.stderr
     assert not list_checkpoints(folder / "checkpoints")
+
+
+def test_a_mirror_of_another_run_is_refused_before_it_touches_the_run(
+    work: Path, finished: Path, seaweed: Seaweed, url: str
+) -> None:
+    mirror = f"train.mirror={url}/another"
+    run(training(work, "mirrors", "train.max_steps=3", "train.seed=7", mirror, ranks=1), **seaweed.environment)
+    folder = shutil.copytree(finished, work / "mirrors-not", symlinks=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = run(training(work, folder.name, *TWO_STEPS, mirror, ranks=1), expect=1, **seaweed.environment)
+    assert f"{url}/another: checkpoints/step-0000003: belongs to another run: " in done.stderr
+    assert "train.seed was 7, is 0" in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 # --- which run a checkpoint belongs to ------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex, read_index, re
 from sharding.store import open_store
 from streamtrain.plan import (
     BLOCK_STEPS,
+    Begun,
     EpochPlan,
     PlanError,
     PlanSettings,
@@ -32,6 +33,7 @@ from streamtrain.plan import (
     numbers_of_rank,
     plan_epoch,
     plan_evaluation,
+    plan_rest,
     valid_world_sizes,
 )
 
@@ -101,6 +103,25 @@ def test_each_labelled_training_clip_comes_exactly_once(index: ShardIndex, wante
     assert sorted(plan.rows.tolist()) == index.split("train").tolist()
     seen = [row for step in range(plan.steps) for batch in batches_of(plan, step) for row in batch]
     assert seen == plan.rows.tolist()
+
+
+@settings(max_examples=200)
+@given(indices, st.lists(st.tuples(plan_settings, st.floats(0, 1)), max_size=3), plan_settings, epochs)
+def test_an_epoch_that_is_planned_anew_on_its_way_still_has_each_clip_once(
+    index: ShardIndex, stops: list[tuple[PlanSettings, float]], wanted: PlanSettings, epoch: int
+) -> None:
+    begun: list[Begun] = []
+    done: list[int] = []
+    for other, share in stops:
+        plan = plan_rest(index, other, epoch, begun)
+        steps = int(share * (plan.steps - 1))  # at least one step is left
+        done += [row for step in range(steps) for batch in batches_of(plan, step) for row in batch]
+        begun.append(Begun(other, steps))
+    rest = plan_rest(index, wanted, epoch, begun)
+    assert sorted([*done, *rest.rows.tolist()]) == index.split("train").tolist()
+    assert rest.padded.max() <= wanted.batch_seconds * SAMPLE_RATE
+    assert rest.label_characters.sum() == index.samples["label_length"][rest.rows].sum()
+    assert rest.steps == ceil(rest.clips.size / wanted.micro_batches_per_step)
 
 
 @settings(max_examples=300)

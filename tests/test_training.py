@@ -4,7 +4,9 @@ import csv
 import fcntl
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,11 @@ from training_runs import (
 )
 
 from sharding.audio import SAMPLE_RATE
-from sharding.format import read_index, read_keys, read_sample
+from sharding.errors import StreamtrainError
+from sharding.format import check_shard, join_samples, read_index, read_keys, read_sample, write_index, write_shard
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
+from streamtrain.monitor import read_log
 
 
 def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformers_runs(work: Path) -> None:
@@ -219,12 +223,38 @@ def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_fatal(work: Pa
     assert [row["skipped"] for row in rows] == ["0", *["1"] * (len(rows) - 1)]
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
-def test_ranks_whose_gradients_are_of_other_weights_are_stopped(config: str, work: Path) -> None:
-    command = training(work, f"unlike-{config}", *EXACT, "train.max_steps=20", "train.probe=false", config=config)
-    done = run(["tests/unlike_rank.py" if word == "launch/train.py" else word for word in command], expect=1)
+@pytest.mark.parametrize(("config", "forwards"), [("zero2", 0), ("zero3", 0), ("zero1", 9)])
+def test_ranks_whose_gradients_are_of_other_weights_are_stopped(config: str, forwards: int, work: Path) -> None:
+    """From the start, which is seen before the first step; and from a later step on, which that step sees."""
+    command = training(work, f"unlike-{config}", *EXACT, "train.max_steps=40", "train.probe=false", config=config)
+    command = ["tests/unlike_rank.py" if word == "launch/train.py" else word for word in command]
+    done = run(command, expect=1, UNLIKE_AFTER=str(forwards))
     assert "come on some ranks and not on others" in done.stderr
     assert "encoder.layers." in done.stderr
+    assert (work / f"unlike-{config}" / "log.csv").is_file() == bool(forwards)
+
+
+def test_clips_that_do_not_decode_though_their_checksums_hold_stop_the_run_when_they_are_many(work: Path) -> None:
+    store = open_store(shutil.copytree(work / "shards", work / "undecodable"))
+    index, made = read_index(store), []
+    for shard in index.shards:
+        samples = check_shard(store, shard)
+        if shard.split == "train":
+            samples = [replace(sample, audio=sample.audio[:100]) for sample in samples]
+        lengths = index.samples["samples"][index.samples["shard"] == len(made)].tolist()
+        made.append(write_shard(store, shard.name, shard.bucket, zip(samples, lengths, strict=True)))
+    entries = tuple(shard.entry for shard in made)
+    write_index(store, replace(index, shards=entries, samples=join_samples([shard.samples for shard in made])))
+    done = run(training(work, "deaf", f"data.shards={store.url}", "train.max_steps=9"), expect=1)
+    assert "does not decode as planned: trained as silence, without its label" in done.stderr
+    assert re.search(r"TrainError: \d+ clips of this epoch do not decode though their checksums hold", done.stderr)
+    assert done.stderr.count("TrainError") == 1
+
+
+def test_a_log_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,epoch,loss\n1,0,0.5\n")
+    with pytest.raises(StreamtrainError, match=r"log\.csv: is not the log of a run"):
+        read_log(tmp_path / "log.csv")
 
 
 def test_machines_with_other_configurations_are_stopped(work: Path) -> None:

@@ -1,8 +1,9 @@
 """A rank whose model skips layers as it likes, which streamtrain forbids: what then happens must be seen and said.
 
-Run by the launcher with the arguments of `launch/train.py`.
+Run by the launcher with the arguments of `launch/train.py`; UNLIKE_AFTER says after how many forwards it begins.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,21 @@ from streamtrain.model import CTCModel, load_model
 
 
 def load_unlike_model(*arguments: Any) -> CTCModel:
+    """From the start layers are skipped at random; later each rank skips another: gradients of one size get mixed."""
     model = load_model(*arguments)
-    model.network.config.layerdrop = 0.5
+    after = int(os.environ["UNLIKE_AFTER"])
+    forwards = iter(range(after))
+
+    def begin(*_: object) -> None:
+        if next(forwards, None) is not None:
+            return
+        if after:
+            layer = model.network.base_model.encoder.layers[int(os.environ["RANK"])]
+            layer.forward = lambda hidden, **_: hidden
+        else:
+            model.network.config.layerdrop = 0.5
+
+    model.register_forward_pre_hook(begin)
     return model
 
 
