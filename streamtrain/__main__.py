@@ -109,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     transcribe.add_argument("--batch-seconds", type=float, default=30.0,
         help="padded seconds per forward: larger suits GPUs, takes more memory (default: %(default)s)")  # fmt: skip
 
-    score = command("score", _score, "CER of a submission, as the challenge scores it.")
-    score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text")
-    score.add_argument("actual", help="JSONL with utterance_id and phonetic_text, such as a transcripts file")
+    score = command("score", _score, "CER or WER of a submission, as the challenge scores it.")
+    score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")
+    score.add_argument("actual", help="JSONL with utterance_id and the same field, such as a transcripts file")
     score.add_argument("--json", action="store_true", help="print JSON")
 
     export = command("export", _export, "Copy a trained model to a folder of its own and verify it in Transformers.")

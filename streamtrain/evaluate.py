@@ -20,7 +20,7 @@ from sharding.ipa import normalize
 from sharding.sample import Sample
 from sharding.store import open_store
 from streamtrain.decode import Hypothesis, greedy, join_pieces
-from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits
+from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits, spoken_words
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
 from streamtrain.stream import ShardStream
@@ -63,7 +63,7 @@ class ClipScore:
     hypothesis: str
     confidence: float
     counts: EditCounts  # over symbols
-    words: EditCounts | None  # over words, of the word track
+    words: EditCounts | None  # over words as the challenge compares them, of the word track
 
     @property
     def speaker(self) -> str:
@@ -192,7 +192,7 @@ def _count(pieces: Iterable[Piece], track: str) -> tuple[EditCounts, EditCounts 
     ordered = sorted(pieces, key=lambda piece: piece.piece)
     reference = normalize(ordered[0].reference, track)
     hypothesis = normalize(join_pieces([piece.hypothesis for piece in ordered]), track)
-    words = count_edits(reference.split(), hypothesis.split()) if track == "word" else None
+    words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if track == "word" else None
     return count_edits(reference, hypothesis), words
 
 
@@ -229,12 +229,14 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
     by_corpus = _group(clips, lambda clip: clip.corpus)
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
     words = evaluation.words
-    of_words = {"wer": words.cer, "word_edits": words.edits, "reference_words": words.reference_length} if words else {}
+    of_words = (
+        {"wer": words.rate, "word_edits": words.edits, "reference_words": words.reference_length} if words else {}
+    )
     return (
         context
         | {
             "track": evaluation.track,
-            "cer": total.cer,
+            "cer": total.rate,
             "cer_interval_95": bootstrap_interval({child: _total(theirs) for child, theirs in by_child.items()}),
             "edits": total.edits,
             "reference_length": total.reference_length,
@@ -310,7 +312,7 @@ def _total(clips: Iterable[ClipScore]) -> EditCounts:
 
 def _rows(groups: dict[str, list[ClipScore]]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "cer": counts.cer, "edits": counts.edits, "reference_length": counts.reference_length,
+        {"name": name, "cer": counts.rate, "edits": counts.edits, "reference_length": counts.reference_length,
          "clips": len(clips)}
         for name, clips in groups.items()
         for counts in [_total(clips)]
@@ -318,7 +320,7 @@ def _rows(groups: dict[str, list[ClipScore]]) -> list[dict[str, Any]]:
 
 
 def _macro(groups: dict[str, list[ClipScore]]) -> float:
-    return sum(_total(clips).cer for clips in groups.values()) / len(groups)
+    return sum(_total(clips).rate for clips in groups.values()) / len(groups)
 
 
 def _duration_groups(clips: Iterable[ClipScore]) -> dict[str, list[ClipScore]]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
+from whisper_normalizer.english import EnglishTextNormalizer
+
+_words_alike = EnglishTextNormalizer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,9 @@ class EditCounts:
         return self.substitutions + self.deletions + self.insertions
 
     @property
-    def cer(self) -> float:
-        """Edits ÷ reference length. Without any reference there is nothing to divide by: 0 if nothing was said, else 1
-        per symbol."""
+    def rate(self) -> float:
+        """Edits ÷ reference length: CER of symbols, WER of words. Without any reference there is nothing to divide by:
+        0 if nothing was said, else 1 per symbol."""
         return self.edits / self.reference_length if self.reference_length else float(self.edits)
 
 
@@ -41,6 +44,15 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCoun
         deletions += operation.tag == "delete"
         insertions += operation.tag == "insert"
     return EditCounts(substitutions, deletions, insertions, len(reference))
+
+
+def spoken_words(text: str) -> list[str]:
+    """The words of a sentence as the challenge compares them: by Whisper's English normaliser (Radford et al. 2022).
+
+    Cases, spellings, contractions, numbers and fillers count no longer; what stands in brackets is left out.
+    """
+    words: list[str] = _words_alike(text).split()
+    return words
 
 
 def bootstrap_interval(

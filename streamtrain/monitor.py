@@ -117,17 +117,17 @@ class Monitor:
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         total, clips = evaluation.total, evaluation.clips
-        words = f", WER {evaluation.words.cer:.4f}" if evaluation.words else ""
-        self.say(f"step {step}: CER {total.cer:.4f}{words} on {len(clips):,} clips")
+        words = f", WER {evaluation.words.rate:.4f}" if evaluation.words else ""
+        self.say(f"step {step}: CER {total.rate:.4f}{words} on {len(clips):,} clips")
         if not any(clip.hypothesis for clip in clips):
             self.say(SILENT_MODEL)
         if self.rows and self.rows[-1].step == step:
-            self.rows[-1] = replace(self.rows[-1], cer=total.cer)
+            self.rows[-1] = replace(self.rows[-1], cer=total.rate)
             self._rewrite()
             plot_curves(self.rows, self._folder / "curves.png")
-        self._board.add_scalar("valid/cer", total.cer, step)
+        self._board.add_scalar("valid/cer", total.rate, step)
         with open(self._folder / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}, CER {total.cer:.4f}\n")
+            file.write(f"--- step {step}, CER {total.rate:.4f}\n")
             for clip in clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]:
                 file.write(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n")
 

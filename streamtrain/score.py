@@ -1,12 +1,13 @@
-"""CER between two files in the submission's form, as the challenge scores it. Starts without torch."""
+"""CER or WER between two files in the submission's form, as the challenge scores it. Starts without torch."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import StreamtrainError
-from sharding.ipa import normalize_ipa
-from streamtrain.metrics import EditCounts, count_edits
+from sharding.ipa import TRACKS, normalize_ipa
+from streamtrain.metrics import EditCounts, count_edits, spoken_words
 
 LISTED = 10  # ids named in a message
 
@@ -16,10 +17,14 @@ class ScoreError(StreamtrainError):
 
 
 def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
-    """Corpus-level CER over the ids of `actual`. Raises ScoreError where ids are missing, surplus or double."""
-    hypotheses, references = _read(predicted), _read(actual)
+    """Corpus-level CER over the ids of `actual`, or WER where `predicted` is of the word track.
+
+    Raises ScoreError where ids are missing, surplus or double.
+    """
+    track = _track_of(predicted)
+    hypotheses, references = _read(predicted, TRACKS[track]), _read(actual, TRACKS[track])
     if not references:
-        raise ScoreError(f"{actual}: the file has no rows", "it holds the labels: utterance_id and phonetic_text")
+        raise ScoreError(f"{actual}: the file has no rows", f"it holds the labels: utterance_id and {TRACKS[track]}")
     for what, ids in (
         ("has no row for", references.keys() - hypotheses.keys()),
         ("has surplus", hypotheses.keys() - references.keys()),
@@ -27,10 +32,11 @@ def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
         if ids:
             named = ", ".join(sorted(ids)[:LISTED])
             raise ScoreError(f"{predicted}: {what} {len(ids)} ids: {named}{', …' if len(ids) > LISTED else ''}")
-    pairs = ((normalize_ipa(text), normalize_ipa(hypotheses[name])) for name, text in references.items())
+    compared = spoken_words if track == "word" else normalize_ipa
+    pairs = ((compared(text), compared(hypotheses[name])) for name, text in references.items())
     total = sum((count_edits(reference, hypothesis) for reference, hypothesis in pairs), EditCounts())
     return {
-        "cer": total.cer,
+        "wer" if track == "word" else "cer": total.rate,
         "edits": total.edits,
         "substitutions": total.substitutions,
         "deletions": total.deletions,
@@ -41,14 +47,27 @@ def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
+    rate, unit = ("WER", "words") if "wer" in result else ("CER", "symbols")
     return (
-        f"CER {result['cer']:.6f}: {result['edits']:,} edits ({result['substitutions']:,} substitutions, "
+        f"{rate} {result[rate.lower()]:.6f}: {result['edits']:,} edits ({result['substitutions']:,} substitutions, "
         f"{result['deletions']:,} deletions, {result['insertions']:,} insertions) ÷ "
-        f"{result['reference_length']:,} symbols, {result['clips']:,} clips"
+        f"{result['reference_length']:,} {unit}, {result['clips']:,} clips"
     )
 
 
-def _read(path: Path) -> dict[str, str]:
+def _track_of(predicted: Path) -> str:
+    """Told by the first row that has a label of either."""
+    with suppress(OSError), open(predicted, "rb") as lines:
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                for track, name in TRACKS.items():
+                    if isinstance(row, dict) and name in row:
+                        return track
+    return "phonetic"
+
+
+def _read(path: Path, label: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     try:
         lines = path.read_bytes().split(b"\n")
@@ -57,10 +76,10 @@ def _read(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}: not a row with utterance_id and phonetic_text"
+        where = f"{path}:{number}: not a row with utterance_id and {label}"
         try:
             row = json.loads(line)
-            name, text = row["utterance_id"], row["phonetic_text"]
+            name, text = row["utterance_id"], row[label]
             if not isinstance(name, str) or not isinstance(text, str | None):
                 raise TypeError("they are not text")
         except KeyError as error:

@@ -300,7 +300,7 @@ class Trainer:
             evaluation = evaluate(
                 self.model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
             )
-        cer = evaluation.total.cer
+        cer = evaluation.total.rate
         if self.monitor is not None:
             self.monitor.evaluated(state.step, evaluation)
         if state.step == 0:

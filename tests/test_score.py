@@ -56,6 +56,26 @@ def test_the_rate_is_jiwers_over_the_whole_corpus(write: Write) -> None:
     assert result["cer"] == pytest.approx(wanted, abs=1e-12)
 
 
+def test_files_of_the_word_track_get_a_word_error_rate(tmp_path: Path) -> None:
+    said = {"a": "The colour is grey.", "b": "twenty-one apples", "c": ""}
+    heard = {"a": "the color is green", "b": "21 apples", "c": "oh"}
+    for name, texts in (("actual", said), ("predicted", heard)):
+        rows = [json.dumps({"utterance_id": key, "orthographic_text": text}) + "\n" for key, text in texts.items()]
+        (tmp_path / name).write_text("".join(rows), "utf-8")
+    result = score_files(tmp_path / "predicted", tmp_path / "actual")
+    assert "cer" not in result
+    assert (result["wer"], result["edits"], result["reference_length"]) == (2 / 6, 2, 6)
+    done = run_module("streamtrain", "score", tmp_path / "predicted", tmp_path / "actual")
+    assert done.stdout.startswith("WER 0.333333: 2 edits")
+    assert "6 words" in done.stdout
+
+
+def test_files_of_two_tracks_are_not_compared(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text('{"utterance_id": "a", "orthographic_text": "hi"}\n')
+    with pytest.raises(ScoreError, match=r"actual\.jsonl:1: not a row with utterance_id and orthographic_text"):
+        score_files(tmp_path / "words", write("actual.jsonl", REFERENCES))
+
+
 def test_missing_and_surplus_ids_are_named(write: Write) -> None:
     fewer = {"a": "k"}
     with pytest.raises(ScoreError, match=r"few\.jsonl: has no row for 3 ids: b, c, d$"):
