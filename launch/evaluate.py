@@ -15,6 +15,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for scorecard.json and hypotheses.jsonl")
     parser.add_argument("--batch-seconds", type=float, default=40.0,
         help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--beam", type=int, default=0, metavar="WIDTH",
+        help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
@@ -23,7 +25,8 @@ def main() -> None:
     with running() as world:
         from streamtrain.evaluate import evaluate_model
 
-        evaluate_model(options.model, options.shards, options.split, options.batch_seconds, Path(options.out), world)
+        out = Path(options.out)
+        evaluate_model(options.model, options.shards, options.split, options.batch_seconds, out, world, options.beam)
 
 
 if __name__ == "__main__":

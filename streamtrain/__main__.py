@@ -12,6 +12,8 @@ from sharding.errors import StreamtrainError
 
 # Imports stay inside the commands: `score` starts without torch.
 
+BEAM = 16  # prefixes, where a beam is needed and none is given
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -50,7 +52,10 @@ def _summary(options: argparse.Namespace) -> int:
 def _transcribe(options: argparse.Namespace) -> int:
     from streamtrain.transcribe import transcribe
 
-    failed = transcribe(Path(options.model), options.source, Path(options.out), options.batch_seconds)
+    beam = options.beam or (BEAM if options.alternatives else 0)
+    failed = transcribe(
+        Path(options.model), options.source, Path(options.out), options.batch_seconds, beam, options.alternatives
+    )
     return 1 if failed else 0
 
 
@@ -108,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     transcribe.add_argument("--out", required=True, help="JSONL file to write")
     transcribe.add_argument("--batch-seconds", type=float, default=30.0,
         help="padded seconds per forward: larger suits GPUs, takes more memory (default: %(default)s)")  # fmt: skip
+
+    transcribe.add_argument("--beam", type=_positive(int), default=0, metavar="WIDTH",
+        help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
+    transcribe.add_argument("--alternatives", type=_positive(int), default=0, metavar="N",
+        help=f"write the N most probable texts of each file too (a beam of {BEAM} where none is given)")  # fmt: skip
 
     score = command("score", _score, "CER or WER of a submission, as the challenge scores it.")
     score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")

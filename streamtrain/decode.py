@@ -1,17 +1,42 @@
 """Log-probabilities to text."""
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from streamtrain.vocab import Vocab
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """A labelling of a clip, and the probability that its frames spell it, over all the ways to align them."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Hypothesis:
     text: str
     confidence: float  # geometric mean, over the frames that say something, of the probability of what they say
+    alternatives: tuple[Alternative, ...] = ()  # of a beam, best first: the text is the first one's
+
+
+def read_out(log_probs: torch.Tensor, frames: torch.Tensor, vocab: Vocab, beam: int = 0) -> list[Hypothesis]:
+    """What each row of (B, T, V) says; by its best path, or with a `beam` by what most of its paths spell."""
+    hypotheses = greedy(log_probs, frames, vocab)
+    if beam == 0:
+        return hypotheses
+    rows = log_probs.cpu().numpy()
+    found = [prefix_beam(row[:length], vocab, beam) for row, length in zip(rows, frames.tolist(), strict=True)]
+    return [
+        Hypothesis(alternatives[0].text, best_path.confidence, tuple(alternatives))
+        for best_path, alternatives in zip(hypotheses, found, strict=True)
+    ]
 
 
 def greedy(log_probs: torch.Tensor, frames: torch.Tensor, vocab: Vocab) -> list[Hypothesis]:
@@ -32,6 +57,84 @@ def _collapse(ids: torch.Tensor, best: torch.Tensor, vocab: Vocab) -> Hypothesis
     return Hypothesis(text, float(heard.mean().exp()) if len(heard) else 0.0)
 
 
+def prefix_beam(log_probs: npt.NDArray[np.floating], vocab: Vocab, width: int) -> list[Alternative]:
+    """The most probable labellings of one clip, best first, from its log-probabilities (T, V).
+
+    Prefix beam search (Graves & Jaitly 2014): paths that spell the same are summed, not merely the best one kept.
+    Exact where the beam holds every prefix; labellings that decode to one text are listed once, by the best of them.
+    """
+    if width < 1:
+        raise ValueError(f"a beam of {width} holds nothing")
+    tree = _Prefixes()
+    nodes = [tree.root]
+    ends_in_blank, ends_in_symbol = np.zeros(1), np.full(1, -np.inf)  # log-probability of each prefix, (beam,)
+    for frame in np.asarray(log_probs, np.float64):
+        last = np.array([tree.symbol[node] for node in nodes])  # -1: of the empty prefix
+        either = np.logaddexp(ends_in_blank, ends_in_symbol)
+        longer = either[:, None] + frame  # (beam, V): each prefix with one symbol more
+        spoken = np.flatnonzero(last >= 0)
+        longer[spoken, last[spoken]] = ends_in_blank[spoken] + frame[last[spoken]]  # a repeat needs a blank between
+        longer[:, vocab.blank] = -np.inf
+        same_blank = either + frame[vocab.blank]
+        same_symbol = np.where(last >= 0, ends_in_symbol + frame[last], -np.inf)
+        place = {node: i for i, node in enumerate(nodes)}
+        for i, node in enumerate(nodes):  # a prefix that another one of the beam grows into is that one
+            parent = place.get(tree.parent[node])
+            if parent is not None:
+                same_symbol[i] = np.logaddexp(same_symbol[i], longer[parent, last[i]])
+                longer[parent, last[i]] = -np.inf
+        scores = np.concatenate([np.logaddexp(same_blank, same_symbol), longer.ravel()])
+        kept = np.argsort(-scores, kind="stable")[:width]
+        kept = kept[scores[kept] > -np.inf]
+        stay = kept[kept < len(nodes)]
+        grown, symbols = np.divmod(kept[kept >= len(nodes)] - len(nodes), len(frame))
+        nodes = [nodes[i] for i in stay] + [tree.child(nodes[i], int(c)) for i, c in zip(grown, symbols, strict=True)]
+        ends_in_blank = np.concatenate([same_blank[stay], np.full(len(grown), -np.inf)])
+        ends_in_symbol = np.concatenate([same_symbol[stay], longer[grown, symbols]])
+    total = np.logaddexp(ends_in_blank, ends_in_symbol)
+    found: dict[str, float] = {}
+    for i in np.argsort(-total, kind="stable"):
+        found.setdefault(vocab.decode(tree.spell(nodes[i])), float(total[i]))
+    return [Alternative(text, log_prob) for text, log_prob in found.items()]
+
+
+class _Prefixes:
+    """Every prefix that was ever looked at, each as a symbol more than its parent."""
+
+    root = 0
+
+    def __init__(self) -> None:
+        self.parent, self.symbol = [-1], [-1]
+        self._children: dict[tuple[int, int], int] = {}
+
+    def child(self, node: int, symbol: int) -> int:
+        number = self._children.setdefault((node, symbol), len(self.parent))
+        if number == len(self.parent):
+            self.parent.append(node)
+            self.symbol.append(symbol)
+        return number
+
+    def spell(self, node: int) -> list[int]:
+        symbols = []
+        while node != self.root:
+            symbols.append(self.symbol[node])
+            node = self.parent[node]
+        return symbols[::-1]
+
+
 def join_pieces(texts: Sequence[str]) -> str:
     """The text of a recording from its pieces', in order."""
     return " ".join(text for text in texts if text)
+
+
+def join_alternatives(pieces: Sequence[Sequence[Alternative]]) -> tuple[Alternative, ...]:
+    """Those of a recording, best first, as many as a piece has at most."""
+    joined: list[Alternative] = [Alternative("", 0.0)]
+    for options in pieces:
+        both = (
+            Alternative(join_pieces([before.text, after.text]), before.log_prob + after.log_prob)
+            for before in joined
+            for after in options
+        )
+        joined = heapq.nlargest(max(map(len, pieces)), both, key=lambda one: one.log_prob)
+    return tuple(joined)

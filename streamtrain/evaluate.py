@@ -19,7 +19,7 @@ from sharding.format import ShardIndex, read_index
 from sharding.ipa import normalize
 from sharding.sample import Sample
 from sharding.store import open_store
-from streamtrain.decode import Hypothesis, greedy, join_pieces
+from streamtrain.decode import Hypothesis, join_pieces, read_out
 from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits, spoken_words
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
@@ -89,6 +89,7 @@ def evaluate(
     world: World,
     preemption: Preemption | None = None,
     keep_bar: bool = False,
+    beam: int = 0,
 ) -> Evaluation:
     """Decode every clip of a split once and add up its edits; the same counts at any world size.
 
@@ -120,7 +121,7 @@ def evaluate(
         for batch, samples in stream.batches(mine):
             on_device = batch.to(world.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
-            hypotheses = greedy(log_probs, model.frame_counts(batch.input_lengths), model.vocab)
+            hypotheses = read_out(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
             seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
             pieces += [
                 _piece(sample, hypothesis, length, sample.key not in batch.failed)
@@ -134,7 +135,7 @@ def evaluate(
 
 
 def evaluate_model(
-    model_folder: str, shards: str, split: str, batch_seconds: float, out: Path, world: World
+    model_folder: str, shards: str, split: str, batch_seconds: float, out: Path, world: World, beam: int = 0
 ) -> dict[str, Any]:
     """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out` and prints it."""
     store = open_store(shards)
@@ -142,7 +143,7 @@ def evaluate_model(
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
-    evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True)
+    evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
     card = scorecard(evaluation, index.notes, model=model_folder, shards=shards, split=split)
     if world.main:
         write_scorecard(card, evaluation.clips, out)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from sharding.errors import AudioError, StreamtrainError
 from sharding.ipa import TRACKS
 from sharding.split import split_recording
 from streamtrain.collate import zero_mean_unit_variance
-from streamtrain.decode import Hypothesis, greedy, join_pieces
+from streamtrain.decode import Hypothesis, join_alternatives, join_pieces, read_out
 from streamtrain.model import CTCModel, load_trained
 from streamtrain.plan import plan_evaluation
 from streamtrain.world import World
@@ -23,11 +24,18 @@ LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
 CHUNK_FILES = 256  # files held in memory at a time
 
 
-def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seconds: float = 30.0) -> int:
+def transcribe(
+    model_folder: Path,
+    sources: Sequence[str],
+    out: Path,
+    batch_seconds: float = 30.0,
+    beam: int = 0,
+    alternatives: int = 0,
+) -> int:
     """Write a JSONL row per audio file; returns how many failed.
 
     Its fields: `utterance_id` (the file's stem), `audio_path`, `phonetic_text` (of the word track
-    `orthographic_text`), `confidence`, `error`.
+    `orthographic_text`), `confidence`, `error`; and `alternatives`, the best so many of a `beam`.
 
     A file that cannot be read gets a row with its error. The texts do not depend on `batch_seconds`.
     """
@@ -46,13 +54,15 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, batch_seco
     with open(partial, "w", encoding="utf-8") as lines, tqdm(total=len(files), unit="file", desc="transcribing") as bar:
         for start in range(0, len(files), CHUNK_FILES):
             chunk = files[start : start + CHUNK_FILES]
-            for path, result in zip(chunk, _transcribe_chunk(model, chunk, batch_seconds), strict=True):
+            for path, result in zip(chunk, _transcribe_chunk(model, chunk, batch_seconds, beam), strict=True):
                 row: dict[str, object] = {"utterance_id": path.stem, "audio_path": str(path)}
                 if isinstance(result, str):
                     row |= {field: "", "confidence": 0.0, "error": result}
                     failed += 1
                 else:
                     row |= {field: result.text, "confidence": round(result.confidence, 4), "error": None}
+                    if alternatives:
+                        row["alternatives"] = [asdict(one) for one in result.alternatives[:alternatives]]
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
                 bar.update()
     os.replace(partial, out)
@@ -75,7 +85,9 @@ def find_audio(sources: Sequence[str]) -> list[Path]:
     return found
 
 
-def _transcribe_chunk(model: CTCModel, files: Sequence[Path], batch_seconds: float) -> list[Hypothesis | str]:
+def _transcribe_chunk(
+    model: CTCModel, files: Sequence[Path], batch_seconds: float, beam: int
+) -> list[Hypothesis | str]:
     pieces: list[Waveform] = []
     owners: list[int] = []
     errors: dict[int, str] = {}
@@ -96,7 +108,9 @@ def _transcribe_chunk(model: CTCModel, files: Sequence[Path], batch_seconds: flo
         with torch.inference_mode():
             inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
             log_probs = model(inputs.to(device), lengths)  # (B, T, V)
-        for i, hypothesis in zip(batch, greedy(log_probs, model.frame_counts(lengths), model.vocab), strict=True):
+        for i, hypothesis in zip(
+            batch, read_out(log_probs, model.frame_counts(lengths), model.vocab, beam), strict=True
+        ):
             decoded[i] = hypothesis
     return [errors[number] if number in errors else _join(decoded, owners, number) for number in range(len(files))]
 
@@ -111,4 +125,8 @@ def _segments(waveform: Waveform) -> list[Waveform]:
 
 def _join(decoded: Sequence[Hypothesis | None], owners: Sequence[int], number: int) -> Hypothesis:
     mine = [hypothesis for hypothesis, owner in zip(decoded, owners, strict=True) if owner == number and hypothesis]
-    return Hypothesis(join_pieces([h.text for h in mine]), sum(h.confidence for h in mine) / max(len(mine), 1))
+    return Hypothesis(
+        join_pieces([hypothesis.text for hypothesis in mine]),
+        sum(hypothesis.confidence for hypothesis in mine) / max(len(mine), 1),
+        join_alternatives([hypothesis.alternatives for hypothesis in mine]),
+    )

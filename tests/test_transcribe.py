@@ -74,6 +74,18 @@ def test_every_file_of_a_folder_gets_the_text_it_has_alone(
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.jsonl"]
 
 
+def test_alternatives_come_with_their_probabilities_best_first(folder: Path, clips: Path, tmp_path: Path) -> None:
+    done = run_module("streamtrain", "transcribe", folder, clips, "--out", tmp_path / "out.jsonl", "--alternatives", 3)
+    assert done.returncode == 0, done.stderr
+    for row in map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines()):
+        texts = [one["text"] for one in row["alternatives"]]
+        scores = [one["log_prob"] for one in row["alternatives"]]
+        assert len(texts) == len(set(texts)) == 3
+        assert texts[0] == row["phonetic_text"]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[0] <= 0
+
+
 @pytest.mark.parametrize("batch_seconds", [0.1, 3.0, 11.0, 1000.0])
 def test_texts_do_not_depend_on_how_files_are_batched(
     batch_seconds: float, folder: Path, clips: Path, tmp_path: Path
