@@ -27,6 +27,8 @@ from streamtrain.stream import ShardStream
 from streamtrain.world import PreemptedError, Preemption, World
 
 DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, of the scorecard's groups
+LENGTH_EDGES = (5, 10, 20, 40, 80)  # symbols, likewise
+CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # likewise
 WORST_CLIPS = 20
 CONFUSIONS = 30
 
@@ -251,8 +253,10 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
             "groups": {
                 "corpus": _rows(by_corpus),
                 "age_bucket": _rows(_group(clips, lambda clip: clip.age_bucket or "unknown")),
-                "duration": _rows(_duration_groups(clips)),
+                "duration": _rows(_edged_groups(clips, lambda clip: clip.seconds, DURATION_EDGES, " s")),
+                "label_length": _rows(_edged_groups(clips, lambda clip: clip.counts.reference_length, LENGTH_EDGES)),
             },
+            "calibration": _calibration(clips),
             "confusions": _confusions(clips, evaluation.track),
             "worst": [asdict(clip) for clip in worst],
             "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
@@ -283,6 +287,8 @@ def render(card: dict[str, Any]) -> str:
         lines[0] += f"\nWER {card['wer']:.4f}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
     for title, group in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in group))
+    sure = (f"{row['name']} {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
+    lines.append(f"{'confidence':>12}  " + "   ".join(sure) + "   (1 − CER of clips that are so sure)")
     if card["undecodable"]:
         lines.append(f"{len(card['undecodable'])} clips did not decode and were scored as silence: see scorecard.json")
     lost = card["validation"].get("rejected", 0)
@@ -324,11 +330,23 @@ def _macro(groups: dict[str, list[ClipScore]]) -> float:
     return sum(_total(clips).rate for clips in groups.values()) / len(groups)
 
 
-def _duration_groups(clips: Iterable[ClipScore]) -> dict[str, list[ClipScore]]:
-    """Clips by the first edge that they do not exceed, shortest first."""
-    names = [*(f"≤ {edge:g} s" for edge in DURATION_EDGES), f"> {DURATION_EDGES[-1]:g} s"]
-    groups = _group(clips, lambda clip: names[bisect.bisect_left(DURATION_EDGES, clip.seconds)])
+def _edged_groups(
+    clips: Iterable[ClipScore], value: Callable[[ClipScore], float], edges: Sequence[float], unit: str = ""
+) -> dict[str, list[ClipScore]]:
+    """Clips by the first edge that their value does not exceed, the least first."""
+    names = [*(f"≤ {edge:g}{unit}" for edge in edges), f"> {edges[-1]:g}{unit}"]
+    groups = _group(clips, lambda clip: names[bisect.bisect_left(edges, value(clip))])
     return {name: groups[name] for name in names if name in groups}
+
+
+def _calibration(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
+    """Whether the model knows when it is right: by its confidence, the mean of it beside 1 − CER."""
+    groups = _edged_groups(clips, lambda clip: clip.confidence, CONFIDENCE_EDGES)
+    return [
+        {"name": name, "clips": len(theirs), "confidence": sum(clip.confidence for clip in theirs) / len(theirs),
+         "accuracy": 1 - _total(theirs).rate}
+        for name, theirs in groups.items()
+    ]  # fmt: skip
 
 
 def _confusions(clips: Iterable[ClipScore], track: str) -> list[dict[str, Any]]:

@@ -69,9 +69,10 @@ def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Pa
     card, _ = score(model, shards, tmp_path)
     groups = card["groups"]
     assert isinstance(groups, dict)
-    for name in ("corpus", "age_bucket", "duration"):
+    for name in ("corpus", "age_bucket", "duration", "label_length"):
         for field in ("edits", "reference_length", "clips"):
             assert sum(row[field] for row in groups[name]) == card[field], (name, field)
+    assert sum(row["clips"] for row in card["calibration"]) == card["clips"]  # type: ignore[attr-defined]
     assert sum(int(card[kind]) for kind in ("substitutions", "deletions", "insertions")) == card["edits"]  # type: ignore[call-overload]
 
 
