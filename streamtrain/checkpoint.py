@@ -158,15 +158,8 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's state, and check that each of its files is whole."""
-    path = path.resolve()
-    try:
-        document = json.loads((path / STATE_NAME).read_text())
-        digest = document.pop("digest")
-        if digest != _digest(document):
-            raise ValueError("its digest is another")
-        checkpoint = Checkpoint(path, _state_from(document["state"]), document["numbers"], document["files"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _one_before(path)) from error
+    checkpoint = read_checkpoint(path)
+    path = checkpoint.path
     for name, described in checkpoint.files.items():
         try:
             seen = _describe(path / name)
@@ -179,6 +172,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 _one_before(path),
             )
     return checkpoint
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint by its state alone."""
+    path = path.resolve()
+    try:
+        document = json.loads((path / STATE_NAME).read_text())
+        digest = document.pop("digest")
+        if digest != _digest(document):
+            raise ValueError("its digest is another")
+        return Checkpoint(path, _state_from(document["state"]), document["numbers"], document["files"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _one_before(path)) from error
 
 
 def load_parts(checkpoint: Checkpoint) -> Parts:
@@ -204,11 +210,11 @@ def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan
         return state
     if not differ.keys() <= REPLANNED or not replan:
         said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
-        hint = _REPLAN if differ.keys() <= REPLANNED else _OTHERWISE
+        hint = REPLAN_HINT if differ.keys() <= REPLANNED else _OTHERWISE
         raise CheckpointError(f"{checkpoint.path}: belongs to another run: {said}", hint)
-    if state.step_in_epoch == 0:
-        return replace(state, config=config.decisive)
     before = Begun(Config.model_validate(state.config).plan, state.step_in_epoch)
+    if before.steps == 0 or before.settings == config.plan:
+        return replace(state, config=config.decisive)
     return replace(state, config=config.decisive, step_in_epoch=0, begun=(*state.begun, before))
 
 
@@ -217,7 +223,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / STATE_NAME).is_file())
 
 
-_REPLAN = (
+REPLAN_HINT = (
     "undo the change, or add --replan: what this epoch has left is then planned by the new settings, each clip once"
 )
 _OTHERWISE = (
@@ -247,7 +253,7 @@ def _differences(
 def _state_from(saved: dict[str, Any]) -> RunState:
     """The inverse of `asdict`."""
     begun = []
-    for before in saved["begun"]:
+    for before in saved.get("begun", ()):
         settings = before["settings"]
         begun.append(
             Begun(PlanSettings(**settings | {"speed_factors": tuple(settings["speed_factors"])}), before["steps"])

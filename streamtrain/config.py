@@ -35,9 +35,7 @@ Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; beyond these it is no
 class DataConfig(Section):
     shards: str = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
-    device_batch_seconds: PositiveFloat | None = (
-        None  # a rank's micro-batches run merged up to this size: one draw of dropout
-    )
+    device_batch_seconds: PositiveFloat | None = None  # up to this size a rank's micro-batches of a step run merged
     window_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
     length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads

@@ -135,19 +135,27 @@ class Engine:
         return self._gather_weights() | self._gather_average()
 
     def make_moments(self) -> None:
-        """Have the optimizer make its moments now, which it does at its first step: one over silence, at rate 0.
+        """Have the optimizer make its moments now, as zeros, which it does at its first step: one over silence.
 
-        Nothing else changes; where there are moments already, nothing does.
+        At rate 0, and what else that step moves is put back. Where there are moments already, nothing is done.
         """
-        if _moments_of(self._engine.optimizer.optimizer):
+        optimizer = self._engine.optimizer
+        if _moments_of(optimizer.optimizer):
             return
+        scaler = getattr(optimizer, "loss_scaler", None)
+        scale = dict(vars(scaler)) if scaler else {}
         silence = torch.zeros(1, SAMPLE_RATE, device=self.world.device)
         log_probs = self.forward(silence, torch.tensor([SAMPLE_RATE]))
         self.backward(0.0 * log_probs.sum(), last=True)
-        for group in self._engine.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 0.0
         self._engine.step()
-        _set_steps(self._engine.optimizer.optimizer, 0)
+        for state in optimizer.optimizer.state.values():
+            for kind in _moments_of(optimizer.optimizer):
+                state[kind].zero_()  # weight decay of the plain kind goes into them
+        _set_steps(optimizer.optimizer, 0)
+        if scaler:
+            vars(scaler).update(scale)
         self._link_moments()
         self.take_reached()
 
@@ -288,16 +296,17 @@ def _settings_here(settings: Mapping[str, Any], world: World) -> dict[str, Any]:
             f"DeepSpeed does not take the section 'deepspeed': zero_optimization.stage is {zero.get('stage')}",
             "1, 2 and 3 are trained here",
         )
-    optimizer = here.get("optimizer", {}).setdefault("params", {})
+    optimizer = here.get("optimizer", {})
+    fuses = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not optimizer["params"].get("torch_adam")
     if world.device.type == "cpu":
-        if not optimizer.get("torch_adam", False):
-            optimizer["torch_adam"] = True
+        if fuses:
+            optimizer["params"]["torch_adam"] = True
             log.info("on CPU the plain Adam of torch replaces the fused one, which would need a compiler")
         for name in [name for name in zero if name.startswith("offload_")]:
             del zero[name]
             log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
-    elif "offload_optimizer" not in zero and not optimizer.get("torch_adam", False) and not _has_fused_adam():
-        optimizer["torch_adam"] = True
+    elif fuses and "offload_optimizer" not in zero and not _has_fused_adam():
+        optimizer["params"]["torch_adam"] = True
         log.info("the plain Adam of torch replaces the fused one, which needs nvcc and ninja")
     return here
 

@@ -22,7 +22,7 @@ class ExportError(StreamtrainError):
 
 def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write the model with these weights to `folder`, whole or not at all. Raises ExportError."""
-    partial, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    partial, old = folder.with_name(f".{folder.name}.part"), _aside(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_model(model, partial, weights)
@@ -35,6 +35,16 @@ def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ExportError(f"{folder}: cannot be written: {reason}", "make room, and give the same command") from error
+
+
+def put_best_back(folder: Path) -> None:
+    """A model that a kill caught while a better one took its place gets its name again."""
+    if _aside(folder).is_dir() and not folder.exists():
+        os.replace(_aside(folder), folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def export_model(source: Path, out: Path) -> float:

@@ -17,12 +17,13 @@ import xxhash
 
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
-from streamtrain.checkpoint import CheckpointError, list_checkpoints
+from streamtrain.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints
 
 log = logging.getLogger("streamtrain")
 
 POINTER, PIECES = "newest.json", "pieces/"
 PIECE_BYTES = 32 * 2**20
+NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
 STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
 FILES = (
     "log.csv",
@@ -51,43 +52,58 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def fetch_newer(self, check: Callable[[Path], None]) -> None:
-        """Bring the copy into the run folder where it is ahead of what is there; StoreError where it is not whole.
+    def fetch_newer(self, check: Callable[[Path], None], local: bool) -> None:
+        """Bring the copy into the run folder where it is ahead of what is there; or only check it, to stay `local`.
 
-        `check` looks at the checkpoint first, and raises where it should not come in.
+        `check` looks at a checkpoint's state, and raises CheckpointError where it is not of this run; so nothing of
+        another run is overwritten, neither here nor there. Raises StoreError where the copy is not whole.
         """
         pointer = _read_pointer(self._store)
-        local = list_checkpoints(self._run / "checkpoints")
-        if pointer is None or (local and local[-1].name >= pointer["checkpoint"]):
+        if pointer is None:
             return
-        log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
         part = self._run / ".mirrored.part"
-        shutil.rmtree(part, ignore_errors=True)
-        for name, pieces in pointer["files"].items():
-            path = part / name
-            if not path.resolve().is_relative_to(part.resolve()):
-                raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                for piece in pieces:
-                    file.write(_read_piece(self._store, piece))
-                file.flush()
-                os.fsync(file.fileno())
-        checkpoint = f"checkpoints/{pointer['checkpoint']}"  # last: what has it is whole
+        checkpoint = f"checkpoints/{pointer['checkpoint']}"
         try:
-            check(part / checkpoint)
+            self._fetch(f"{checkpoint}/{STATE_NAME}", pointer, part)
+            self._check(check, part / checkpoint)
+            here = list_checkpoints(self._run / "checkpoints")
+            if local or (here and here[-1].name >= pointer["checkpoint"]):
+                return
+            if here:
+                check(here[-1])
+            log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
+            for name in pointer["files"]:
+                self._fetch(name, pointer, part)
+            (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: what has it is whole
+                if (part / name).exists():
+                    if (self._run / name).is_dir():
+                        shutil.rmtree(self._run / name)
+                    os.replace(part / name, self._run / name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _fetch(self, name: str, pointer: dict[str, Any], part: Path) -> None:
+        """One file of the copy, into the folder `part`."""
+        path = part / name
+        if not path.resolve().is_relative_to(part.resolve()):
+            raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
+        if name not in pointer["files"]:
+            raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            for piece in pointer["files"][name]:
+                file.write(_read_piece(self._store, piece))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _check(self, check: Callable[[Path], None], fetched: Path) -> None:
+        try:
+            check(fetched)
         except CheckpointError as error:
-            shutil.rmtree(part)
-            said = error.message.removeprefix(f"{part.resolve()}/")
-            hint = "another run's? name another train.mirror, or start over with --resume none, which forgets it"
-            raise StoreError(f"{self._store.url}: {said}", hint) from error
-        (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name in (*FOLDERS, *FILES, checkpoint):
-            if (part / name).exists():
-                if (self._run / name).is_dir():
-                    shutil.rmtree(self._run / name)
-                os.replace(part / name, self._run / name)
-        shutil.rmtree(part)
+            said = error.message.removeprefix(f"{fetched.resolve()}").lstrip(":/ ")
+            hint = error.hint if error.hint == REPLAN_HINT else "another run's? name another train.mirror"
+            raise StoreError(f"{self._store.url}: {fetched.name} {said}", hint) from error
 
     def forget(self) -> None:
         """No machine goes on from what is there: the run starts over."""
@@ -176,17 +192,18 @@ def _link(path: Path, to: Path) -> None:
 def _read_pointer(store: Store) -> dict[str, Any] | None:
     try:
         pointer = json.loads(store.read(POINTER))
-        return {"checkpoint": str(pointer["checkpoint"]), "files": dict(pointer["files"])}
+        files = {str(name): [str(piece) for piece in list(pieces)] for name, pieces in pointer["files"].items()}
+        return {"checkpoint": str(pointer["checkpoint"]), "files": files}
     except MissingError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", "name another prefix") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", NO_MIRROR) from error
 
 
 def _read_piece(store: Store, name: str) -> bytes:
     data = store.read(name)
     if _name(data) != name:
-        raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", "is the server's disk or line faulty?")
+        raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", NO_MIRROR)
     return data
 
 

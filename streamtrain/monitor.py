@@ -73,7 +73,7 @@ class Monitor:
         self._ranks = run_dir / "ranks.csv"
         lines = self._ranks.read_text().splitlines(keepends=True)[1:] if self._ranks.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one off
-        kept = [line for line in whole if int(line.partition(",")[0]) <= done_steps]
+        kept = [line for line in whole if _step_of(line, self._ranks) <= done_steps]
         self._replace(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
         # Where nobody watches, a bar would fill the log: there a line a minute says the same
@@ -141,7 +141,7 @@ class Monitor:
     def _drop_later_samples(self, done_steps: int) -> None:
         path = self._folder / "samples.txt"
         told = path.read_text(encoding="utf-8").split("--- step ")[1:] if path.is_file() else []
-        kept = [one for one in told if 0 < int(one.partition(",")[0]) <= done_steps]
+        kept = [one for one in told if 0 < _step_of(one, path) <= done_steps]
         self._replace(path, "".join(f"--- step {one}" for one in kept))
 
     def _rewrite(self) -> None:
@@ -172,9 +172,22 @@ def read_log(path: Path) -> list[StepRow]:
                 values |= {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}
                 rows.append(StepRow(**values))
         except (ValueError, TypeError, KeyError) as error:
-            hint = "it is damaged, or another version's: move it away"
-            raise StreamtrainError(f"{path}: is not the log of a run ({error})", hint) from error
+            raise _no_log(path, error) from error
     return rows
+
+
+def _step_of(text: str, path: Path) -> int:
+    """The number before the first comma."""
+    try:
+        return int(text.partition(",")[0])
+    except ValueError as error:
+        raise _no_log(path, error) from error
+
+
+def _no_log(path: Path, error: Exception) -> StreamtrainError:
+    return StreamtrainError(
+        f"{path}: is not the log of a run ({error})", "it is damaged, or another version's: move it away"
+    )
 
 
 def plot_curves(rows: Sequence[StepRow], path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,20 +21,23 @@ from streamtrain.checkpoint import (
     drop_later,
     find_checkpoint,
     go_on_from,
+    list_checkpoints,
     load_parts,
     open_checkpoint,
     put_back,
+    read_checkpoint,
 )
 from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
+from streamtrain.export import put_best_back
 from streamtrain.mirror import Mirror
 from streamtrain.model import ctc_sum, load_model
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
 from streamtrain.probe import Memory, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
 from streamtrain.stream import ShardStream, open_for_reading
-from streamtrain.train import Plans, Trainer, TrainError, check_alike
+from streamtrain.train import Plans, Trainer, TrainError, check_alike, is_stopped_early
 from streamtrain.world import World
 
 log = logging.getLogger("streamtrain")
@@ -55,11 +58,12 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
     with _only_run_in(run, world):
         if world.main:
             put_back(run / "checkpoints")
+            put_best_back(run / "best")
         mirror = _open_mirror(config, run, resume, world, partial(_check_mirrored, config, index, store, replan))
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
-            index = _index_of_run(checkpoint, index, store)
+            index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
         _agree(world, json.dumps(config.decisive), index.digest, checkpoint.name if checkpoint else "")
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.decisive, index.digest, PLANNER_VERSION)
@@ -70,21 +74,35 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
-        if not world.gather((run / "best").is_dir())[0]:
-            state = replace(state, best_cer=None)  # resumed into a new run folder: its first score is its best
+            if state.config != checkpoint.state.config:
+                log.info("planned anew: %d steps are left, of %d", plans.total_steps - state.step, plans.total_steps)
+        if not world.gather((run / "best").is_dir())[0]:  # resumed into a new run folder: its first score is its best
+            state = replace(state, best_cer=None, best_step=None, evaluated=-1, evaluations_since_best=0)
         if state.step == plans.total_steps:
-            log.info("%s: all %d steps are done; to train anew, --resume none", run, state.step)
+            log.info("%s: all %d steps are done; --replan with more train.epochs goes on, --resume none starts over",
+                     run, state.step)  # fmt: skip
+        elif is_stopped_early(state, config.train.patience):
+            log.info("%s: no better score in %d evaluations; a higher train.patience goes on",
+                     run, state.evaluations_since_best)  # fmt: skip
         elif config.train.probe:
-            log.info("%s", _probe(engine, plans.epoch(state.epoch), index, config)[0])
+            log.info("%s", _probe(engine, plan_epoch(index, config.plan, state.epoch), index, config)[0])
         if world.main:
             if resume == "none":
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
+                if mirror is not None:
+                    mirror.forget()
             elif found is not None:
                 drop_later(run / "checkpoints", found)
+                if (
+                    mirror is not None
+                    and resume != "auto"
+                    and found.resolve().parent == (run / "checkpoints").resolve()
+                ):
+                    mirror.offer(found)  # else a later one would come back
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
         source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
         stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
-        Trainer(config, world, engine, stream, plans, state, mirror).run()
+        Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 
 def find_batch_seconds(config: Config, world: World) -> None:
@@ -112,8 +130,8 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
 
 
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:
-    """Raises CheckpointError where what a mirror holds is not of this run, or not whole."""
-    checkpoint = open_checkpoint(path)
+    """Raises CheckpointError where a checkpoint, of which the state alone is looked at, is not of this run."""
+    checkpoint = read_checkpoint(path)
     go_on_from(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
 
 
@@ -122,10 +140,9 @@ def _open_mirror(config: Config, run: Path, resume: str, world: World, check: Ca
     mirror = None
     if world.main and config.train.mirror is not None:
         mirror = Mirror(open_store(config.train.mirror), run)
-        if resume == "auto":
-            mirror.fetch_newer(check)
-        elif resume == "none":
-            mirror.forget()
+        if resume != "none":
+            _check_best(run, list_checkpoints(run / "checkpoints"), resume)
+            mirror.fetch_newer(check, local=resume != "auto")
     world.barrier()
     return mirror
 
@@ -144,12 +161,14 @@ def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> Sh
     began_with = checkpoint.state.index_digest
     if began_with == index.digest or not store.exists(old_index_name(began_with)):
         return index
-    old = read_index(store, old_index_name(began_with))
-    more = len(index.samples) - len(old.samples)
-    log.info(
-        "%s has grown by %d samples; this run goes on with the %d it began with", store.url, more, len(old.samples)
-    )
-    return old
+    return read_index(store, old_index_name(began_with))
+
+
+def _log_growth(used: ShardIndex, newest: ShardIndex, store: Store) -> ShardIndex:
+    more, count = len(newest.samples) - len(used.samples), len(used.samples)
+    if more:
+        log.info("%s has grown by %d samples; this run goes on with the %d it began with", store.url, more, count)
+    return used
 
 
 def _start_engine(config: Config, track: str, checkpoint: Checkpoint | None, total_steps: int, world: World) -> Engine:
@@ -186,7 +205,12 @@ def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpo
             f"the shard set has no clips in split {config.eval.split!r} to evaluate on",
             "build it from at least two children, with --valid-fraction above 0",
         )
-    if checkpoint is None and resume == "auto" and (run / "best").exists():
+    _check_best(run, [checkpoint] if checkpoint else [], resume)
+
+
+def _check_best(run: Path, checkpoints: Sequence[object], resume: str) -> None:
+    """Raises TrainError where a model in best/ would be overwritten by a run that begins anew unasked."""
+    if not checkpoints and resume == "auto" and (run / "best").exists():
         raise TrainError(
             f"{run}: holds a model in best/, but no checkpoint to go on from",
             "name another train.run_dir, or start over with --resume none",

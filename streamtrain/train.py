@@ -94,12 +94,13 @@ class Trainer:
         plans: Plans,
         state: RunState,
         mirror: Mirror | None,
+        saved: RunState | None,
     ) -> None:
         self.config, self.world, self.engine, self.model = config, world, engine, engine.model
         self.stream, self.plans, self.state, self.mirror = stream, plans, state, mirror
         self.run_dir = Path(config.train.run_dir)
         self._preemption = Preemption()
-        self._saved: RunState | None = None  # what the newest checkpoint holds
+        self._saved = saved  # what the newest checkpoint holds
         self._failed = 0  # clips of this epoch, of all ranks, that did not decode
         self._skipped_in_a_row = 0
         self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
@@ -128,8 +129,7 @@ class Trainer:
         self.world.barrier()
 
     def _run(self) -> None:
-        if self.state.step == 0:
-            self._save()  # before any result: from now on the same command always has a place to go on from
+        self._save()  # before any result: from now on the same command always has a place to go on from
         self._evaluate_if_due()
         while not self._finished:
             plan = self.plans.epoch(self.state.epoch)
@@ -151,10 +151,8 @@ class Trainer:
 
     @property
     def _finished(self) -> bool:
-        patience = self.config.train.patience
-        if patience is not None and self.state.evaluations_since_best >= patience:
-            return True
-        return self.state.step == self.plans.total_steps
+        stopped = is_stopped_early(self.state, self.config.train.patience)
+        return stopped or self.state.step == self.plans.total_steps
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
         """The rest of the epoch: this rank's micro-batches of each step, and the seconds it waited for them."""
@@ -186,15 +184,15 @@ class Trainer:
         reached = self.engine.take_reached()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
         failed = [key for item in micro_batches for key in item.batch.failed]
-        flags = [len(failed), _fingerprint(reached), self._preemption.asked]
-        everyone = self.world.gather_floats([float(nats), waited, waited + here_sec, *astuple(counts), *flags])
-        everyone, flagged = everyone[:, : -len(flags)], everyone[:, -len(flags) :].T
-        all_failed, fingerprints, asked = int(flagged[0].sum()), flagged[1], bool(flagged[2].any())
+        told = [float(nats), waited, waited + here_sec, *astuple(counts)]
+        everyone = self.world.gather_floats([len(failed), _fingerprint(reached), self._preemption.asked, *told])
+        all_failed, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
+        everyone = everyone[:, 3:]
         if (fingerprints != fingerprints[0]).any():
             check_alike(self.world, reached)
         loss = float(everyone[:, 0].sum()) / symbols
         self._check(loss, norm, micro_batches)
-        self._check_decoding(failed, all_failed, first_step=here == 0)
+        self._check_decoding(failed, int(all_failed), first_step=here == 0)
         self._told += everyone
         seconds = waited + time.perf_counter() - started
         true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
@@ -345,6 +343,11 @@ class Trainer:
 def _fingerprint(names: frozenset[str]) -> float:
     """Equal for equal sets; a float holds 53 bits."""
     return float(xxhash.xxh3_64_intdigest("\n".join(sorted(names)).encode()) >> 11)
+
+
+def is_stopped_early(state: RunState, patience: int | None) -> bool:
+    """Whether the score has got no better for too long."""
+    return patience is not None and state.evaluations_since_best >= patience
 
 
 def _advance(state: RunState, plan: EpochPlan, skipped: bool) -> RunState:

@@ -30,7 +30,10 @@ LOST = (  # what gloo and NCCL say then
     "gloo",
     "connection closed by peer",
     "connection reset by peer",
+    "connection was likely closed",
+    "broken pipe",
     "timed out waiting",
+    "wait timeout after",
     "collective operation timeout",
     "communicator was aborted",
     "ncclremoteerror",
@@ -195,7 +198,8 @@ def _tell(error: Exception, world: World) -> None:
 def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
     said = str(error).lower()
-    return any(word in said for word in LOST)
+    of_the_line = (torch.distributed.DistStoreError, torch.distributed.DistNetworkError)
+    return isinstance(error, of_the_line) or any(word in said for word in LOST)
 
 
 def _start_process_group(world: World) -> None:
@@ -219,10 +223,10 @@ def _start_process_group(world: World) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and needs a compiler
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", verbose=False)
-    except torch.distributed.DistNetworkError as error:
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise StreamtrainError(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            "is another run using that port? give this one its own: deepspeed --master_port 29501 …",
+            "have all of them started? does another run use that port? this one's own: deepspeed --master_port 29501 …",
         ) from error
 
 

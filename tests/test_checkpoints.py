@@ -372,11 +372,22 @@ def test_a_mirror_of_another_run_is_refused_before_it_touches_the_run(
     mirror = f"train.mirror={url}/another"
     run(training(work, "mirrors", "train.max_steps=3", "train.seed=7", mirror, ranks=1), **seaweed.environment)
     folder = shutil.copytree(finished, work / "mirrors-not", symlinks=True)
+    store = open_store(f"{url}/another")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = run(training(work, folder.name, *TWO_STEPS, mirror, ranks=1), expect=1, **seaweed.environment)
-    assert f"{url}/another: checkpoints/step-0000003: belongs to another run: " in done.stderr
-    assert "train.seed was 7, is 0" in done.stderr
+    pointer = store.read("newest.json")
+    for longer in ((), ("train.max_steps=9", "--replan")):
+        settings, options = (*TWO_STEPS, mirror, *longer[:1]), longer[1:]
+        done = run([*training(work, folder.name, *settings, ranks=1), *options], expect=1, **seaweed.environment)
+        assert f"{url}/another: step-0000003 belongs to another run: " in done.stderr
+        assert "train.seed was 7, is 0" in done.stderr
+        assert "name another train.mirror" in done.stderr
+    with_seed_7 = ("train.max_steps=3", "train.seed=7", mirror)  # this time it is the folder that is another's
+    done = run(training(work, folder.name, *with_seed_7, ranks=1), expect=1, **seaweed.environment)
+    assert "train.seed was 0, is 7" in done.stderr
+    nowhere = training(work, folder.name, *with_seed_7, "model.pretrained=nowhere", ranks=1, resume="none")
+    run(nowhere, expect=1, **seaweed.environment)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert store.read("newest.json") == pointer
 
 
 # --- which run a checkpoint belongs to ------------------------------------------------------------------------------
@@ -423,3 +434,7 @@ def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path, finis
     assert (folder / "log.csv").read_text() == (finished / "log.csv").read_text()
     run(training(work, "again", *TWO_STEPS, ranks=1, resume="none"))
     assert losses(folder) == losses(finished)
+    elsewhere = training(work, "elsewhere", *TWO_STEPS, ranks=1, resume=str(finished / "checkpoints" / "step-0000002"))
+    run(elsewhere)
+    for name in ("best/model.safetensors", "scorecard.json", "checkpoints/step-0000002/state.json"):
+        assert (work / "elsewhere" / name).is_file()

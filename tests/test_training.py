@@ -147,6 +147,16 @@ def test_a_recipe_computes_the_same_at_any_number_of_ranks_and_under_any_stage(w
     assert found[0][1] == found[1][1]
 
 
+def test_what_the_probe_runs_leaves_no_trace_in_what_is_learnt(work: Path) -> None:
+    """Not even where weight decay goes into the moments, of which the probe has some made."""
+    adam = ["deepspeed.optimizer.type=Adam", "deepspeed.optimizer.params.weight_decay=0.1",
+            "deepspeed.optimizer.params.adam_w_mode=false"]  # fmt: skip
+    for probe in ("true", "false"):
+        settings = (*EXACT, *adam, f"train.probe={probe}", "train.max_steps=4", "eval.every_steps=9")
+        run(training(work, f"probed-{probe}", *settings, ranks=1))
+    assert losses(work / "probed-true") == losses(work / "probed-false")
+
+
 FAMILIES = {
     "wav2vec2-layer-norm": ("Wav2Vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
     "hubert": ("Hubert", {}),
@@ -172,7 +182,8 @@ def test_training_ends_when_the_score_gets_no_better(work: Path) -> None:
     done = run(training(work, "patient", *settings, ranks=1))
     assert "no better score in 2 evaluations: training ends here, at step 2" in done.stderr
     assert len(losses(work / "patient")) == 2
-    run(training(work, "patient", *settings, ranks=1))
+    again = run(training(work, "patient", *settings, ranks=1)).stderr
+    assert "no better score in 2 evaluations; a higher train.patience goes on" in again
     assert len(losses(work / "patient")) == 2
 
 
@@ -269,6 +280,15 @@ def test_machines_with_other_configurations_are_stopped(work: Path) -> None:
         machines.append(start(["deepspeed", *where, "--node_rank", node, *script], log))
     assert all(machine.wait(120) for machine in machines)
     assert "ranks [1] have another configuration" in logs[0].read_text()
+
+
+@pytest.mark.long
+def test_a_rank_that_nobody_joins_says_where_it_waited(work: Path) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    port = str(free_port())
+    done = run(training(work, "alone-of-two", ranks=1), expect=1, **alone, MASTER_PORT=port, DEEPSPEED_TIMEOUT="1")
+    assert f"the ranks cannot meet at 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.long
