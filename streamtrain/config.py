@@ -167,6 +167,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: an object with sections is expected", "see the files in configs/")
     for override in overrides:
         _set(document, override)
+    if overrides:
+        path = f"{path} with --set"
     try:
         config = Config.model_validate(document)
     except ValidationError as error:

@@ -287,8 +287,8 @@ def render(card: dict[str, Any]) -> str:
         lines[0] += f"\nWER {card['wer']:.4f}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
     for title, group in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in group))
-    sure = (f"{row['name']} {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
-    lines.append(f"{'confidence':>12}  " + "   ".join(sure) + "   (1 − CER of clips that are so sure)")
+    sure = (f"{row['name']} right {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
+    lines.append(f"{'confidence':>12}  " + "   ".join(sure))
     if card["undecodable"]:
         lines.append(f"{len(card['undecodable'])} clips did not decode and were scored as silence: see scorecard.json")
     lost = card["validation"].get("rejected", 0)

@@ -272,6 +272,8 @@ def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
 def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCTC
 
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ModelError(f"model {name!r}: there is no such folder", "model.pretrained names a model, or a folder")
     try:
         family = AutoConfig.from_pretrained(name).model_type
         if family not in FAMILIES:

@@ -31,7 +31,10 @@ def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
     ):
         if ids:
             named = ", ".join(sorted(ids)[:LISTED])
-            raise ScoreError(f"{predicted}: {what} {len(ids)} ids: {named}{', …' if len(ids) > LISTED else ''}")
+            raise ScoreError(
+                f"{predicted}: {what} {len(ids)} ids: {named}{', …' if len(ids) > LISTED else ''}",
+                f"a score is over every clip of {actual}, each once",
+            )
     compared = spoken_words if track == "word" else normalize_ipa
     pairs = ((compared(text), compared(hypotheses[name])) for name, text in references.items())
     total = sum((count_edits(reference, hypothesis) for reference, hypothesis in pairs), EditCounts())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sharding.audio import SAMPLE_RATE
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
 from streamtrain.checkpoint import (
@@ -116,6 +117,8 @@ def find_batch_seconds(config: Config, world: World) -> None:
     if world.main:
         print(said)
         print(f"data.batch_seconds={fits} fits")
+        if fits * config.train.micro_batches_per_step > plan.padded.sum() / SAMPLE_RATE:
+            print("(more than the whole epoch holds: what a step learns from is then the limit, not the memory)")
 
 
 def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -> tuple[str, Memory]:

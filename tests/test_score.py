@@ -78,12 +78,12 @@ def test_files_of_two_tracks_are_not_compared(write: Write, tmp_path: Path) -> N
 
 def test_missing_and_surplus_ids_are_named(write: Write) -> None:
     fewer = {"a": "k"}
-    with pytest.raises(ScoreError, match=r"few\.jsonl: has no row for 3 ids: b, c, d$"):
+    with pytest.raises(ScoreError, match=r"(?m)few\.jsonl: has no row for 3 ids: b, c, d$"):
         score_files(write("few.jsonl", fewer), write("actual.jsonl", REFERENCES))
-    with pytest.raises(ScoreError, match=r"more\.jsonl: has surplus 1 ids: e$"):
+    with pytest.raises(ScoreError, match=r"(?m)more\.jsonl: has surplus 1 ids: e$"):
         score_files(write("more.jsonl", HYPOTHESES | {"e": "k"}), write("actual.jsonl", REFERENCES))
     many = {f"clip-{n:03d}": "" for n in range(25)}
-    with pytest.raises(ScoreError, match=r"has no row for 25 ids: clip-000, .*clip-009, …$"):
+    with pytest.raises(ScoreError, match=r"(?m)has no row for 25 ids: clip-000, .*clip-009, …$"):
         score_files(write("none.jsonl", {}), write("actual.jsonl", many))
     done = run_module("streamtrain", "score", write("few.jsonl", fewer), write("actual.jsonl", REFERENCES))
     assert done.returncode == 1
