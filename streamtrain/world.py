@@ -219,7 +219,12 @@ def _start_process_group(world: World) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
                        "LOCAL_RANK": "0"}  # fmt: skip
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
+    from torch.distributed import distributed_c10d
 
+    # DEEPSPEED_TIMEOUT for the groups that DeepSpeed makes too: they would wait as long as torch does, half an hour
+    distributed_c10d.default_pg_timeout = default_pg_timeout
+    distributed_c10d.default_pg_nccl_timeout = default_pg_timeout  # type: ignore[attr-defined]
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and needs a compiler
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", verbose=False)

@@ -126,7 +126,9 @@ def watching(steps: int = 2_000) -> float:
         started = time.perf_counter()
         for _ in range(steps):
             monitor.step(row)
-        return (time.perf_counter() - started) / steps
+        taken = time.perf_counter() - started
+        monitor.close()
+    return taken / steps
 
 
 def main() -> None:
