@@ -8,14 +8,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher 
 
 
 def main() -> None:
+    from sharding.command import number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
     parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
     parser.add_argument("--split", default="valid", choices=("valid", "train"), help="default: %(default)s")
     parser.add_argument("--out", required=True, help="folder for scorecard.json and hypotheses.jsonl")
-    parser.add_argument("--batch-seconds", type=float, default=40.0,
+    parser.add_argument("--batch-seconds", type=number(1), default=40.0,
         help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--beam", type=int, default=0, metavar="WIDTH",
+    parser.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()

@@ -2,17 +2,15 @@
 
 import argparse
 import glob
-import io
-import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sharding import report
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
+from sharding.command import Commands, number
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
 from sharding.foreign import index_tars
@@ -32,17 +30,7 @@ LIMITS_SEC = (2 * MIN_PIECE_SEC, 86_400)  # below, there may be no way to cut wi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (StreamtrainError, OSError) as error:  # the latter: a full disk, a folder that must not be written
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return _commands().run(arguments)
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -167,23 +155,16 @@ def _demo_corpus(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sharding", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary)
-        added.set_defaults(run=run)
-        return added
-
-    parser_build = command("build", _build, "Turn audio and labels into tar shards bucketed by duration.")
+def _commands() -> Commands:
+    commands = Commands("python -m sharding", __doc__)
+    parser_build = commands.add("build", _build, "Turn audio and labels into tar shards bucketed by duration.")
     add = parser_build.add_argument
     add("sources", nargs="*", metavar="SOURCE",
         help="a folder with its transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, "
              "a Common Voice folder, or the transcripts file itself "
              f"(default: every folder in {DEFAULT_SOURCES})")  # fmt: skip
     add("--out", default=DEFAULT_OUT, help="folder or s3://bucket/prefix of the shard set (default: %(default)s)")
-    add("--workers", type=_between(1, 1024, int), default=available_cores(),
+    add("--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes; the result is the same for any number (default: the cores, %(default)s)")  # fmt: skip
     add("--executor", choices=("processes", "dask"), default="processes",
         help="run on this machine, or on a Dask cluster: its scheduler and workers must have this package and its "
@@ -191,15 +172,15 @@ def _parser() -> argparse.ArgumentParser:
              "under the same paths as this machine, or OUT is a bucket (default: %(default)s)")  # fmt: skip
     add("--scheduler", default="", metavar="ADDRESS",
         help="with --executor dask: where its scheduler listens, such as tcp://host:8786")  # fmt: skip
-    add("--limit-sec", type=_between(*LIMITS_SEC), default=25.0,
+    add("--limit-sec", type=number(*LIMITS_SEC), default=25.0,
         help="longer clips are split at pauses, s; lower saves GPU memory (default: %(default)s)")  # fmt: skip
-    add("--valid-fraction", type=_between(0, 1), default=0.1,
+    add("--valid-fraction", type=number(0, 1), default=0.1,
         help="share of the children whose clips are kept for validation (default: %(default)s)")  # fmt: skip
-    add("--num-buckets", type=_between(1, MAX_BUCKETS, int), default=8,
+    add("--num-buckets", type=number(1, MAX_BUCKETS, int), default=8,
         help="duration buckets; more pad less, fewer mix lengths more (default: %(default)s)")  # fmt: skip
-    add("--shard-mb", type=_between(0.01, 65_536), default=64.0,
+    add("--shard-mb", type=number(0.01, 65_536), default=64.0,
         help="size of a shard, MiB; larger suits object stores (default: %(default)s)")  # fmt: skip
-    add("--min-shards", type=_between(1, 100_000, int), default=1,
+    add("--min-shards", type=number(1, 100_000, int), default=1,
         help="shards in each bucket at least, as far as it has clips: ranks × workers feeds them all "
              "(default: %(default)s)")  # fmt: skip
     add("--track", choices=TRACKS, default="phonetic",
@@ -215,10 +196,10 @@ def _parser() -> argparse.ArgumentParser:
         help="add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and "
              "validation speakers; a run that began before goes on with the clips it began with")  # fmt: skip
     add("--dry-run", action="store_true", help="examine, decode and plan everything, and write nothing")
-    add("--max-rejected", type=_between(0, 1), default=0.01,
+    add("--max-rejected", type=number(0, 1), default=0.01,
         help="share of rejected clips above which the finished command fails (default: %(default)s)")  # fmt: skip
 
-    parser_verify = command("verify", _verify, "Check every shard against the index.")
+    parser_verify = commands.add("verify", _verify, "Check every shard against the index.")
     parser_verify.add_argument("shards", help="folder or URL of the shard set")
     parser_verify.add_argument("--decode", action="store_true", help="decode every clip as well")
     parser_verify.add_argument(
@@ -227,70 +208,55 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
     parser_verify.add_argument(
-        "--workers", type=_between(1, 1024, int), default=available_cores(),
+        "--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)",
     )  # fmt: skip
 
-    parser_inspect = command("inspect", _inspect, "Show what a shard set holds, by split, bucket, corpus and age.")
+    parser_inspect = commands.add("inspect", _inspect, "Show what a shard set holds, by split, bucket, corpus and age.")
     add = parser_inspect.add_argument
     add("shards", help="folder or URL of the shard set")
     add("--json", action="store_true", help="print the tables as one JSON object, for programs")
     add("--plots", metavar="DIR",
         help="write plots of durations, loudness, symbols per second and label symbols there, as PNG; "
              "this reads all the audio")  # fmt: skip
-    add("--workers", type=_between(1, 1024, int), default=available_cores(),
+    add("--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes that read the audio for --plots (default: the cores, %(default)s)")  # fmt: skip
 
-    parser_index = command("index", _index, "Make an index for WebDataset tars that others wrote.")
+    parser_index = commands.add("index", _index, "Make an index for WebDataset tars that others wrote.")
     add = parser_index.add_argument
     add("shards", help="folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in "
                        "a json as text, phonetic_text or orthographic_text")  # fmt: skip
     add("--valid", nargs="+", default=["*val*", "*dev*"], metavar="PATTERN",
         help="tars to validate on, by their names below that folder (default: *val* *dev*)")  # fmt: skip
     add("--track", choices=TRACKS, default="phonetic", help="what the labels are (default: %(default)s)")
-    add("--limit-sec", type=_between(*LIMITS_SEC), default=25.0,
+    add("--limit-sec", type=number(*LIMITS_SEC), default=25.0,
         help="longer samples are rejected, s (default: %(default)s)")  # fmt: skip
-    add("--workers", type=_between(1, 1024, int), default=available_cores(),
+    add("--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)")  # fmt: skip
-    add("--max-rejected", type=_between(0, 1), default=0.01,
+    add("--max-rejected", type=number(0, 1), default=0.01,
         help="share of rejected samples above which the finished command fails (default: %(default)s)")  # fmt: skip
 
-    parser_split = command(
+    parser_split = commands.add(
         "split", _split, "Show where one long recording would be cut, and what each piece would hold."
     )
     parser_split.add_argument("audio", help="audio file")
     parser_split.add_argument("--text", default="", help="its label")
     parser_split.add_argument(
-        "--limit-sec", type=_between(*LIMITS_SEC), default=25.0, help="longest piece, s (default: %(default)s)"
+        "--limit-sec", type=number(*LIMITS_SEC), default=25.0, help="longest piece, s (default: %(default)s)"
     )
 
-    parser_demo = command("demo-corpus", _demo_corpus, "Make a small synthetic corpus, spoken by espeak-ng.")
+    parser_demo = commands.add("demo-corpus", _demo_corpus, "Make a small synthetic corpus, spoken by espeak-ng.")
     parser_demo.add_argument("out", help="folder to make the two corpora in")
     parser_demo.add_argument(
-        "--minutes", type=_between(0.1, 100_000), default=30.0, help="speech to make, min (default: %(default)s)"
+        "--minutes", type=number(0.1, 100_000), default=30.0, help="speech to make, min (default: %(default)s)"
     )
     parser_demo.add_argument(
-        "--children", type=_between(2, 10_000, int), default=24, help="voices (default: %(default)s)"
+        "--children", type=number(2, 10_000, int), default=24, help="voices (default: %(default)s)"
     )
     parser_demo.add_argument(
-        "--seed", type=_between(0, 2**32, int), default=0, help="another seed, another corpus (default: %(default)s)"
+        "--seed", type=number(0, 2**32, int), default=0, help="another seed, another corpus (default: %(default)s)"
     )
-    return parser
-
-
-def _between(low: float, high: float, kind: type[float] = float) -> Callable[[str], float]:
-    """A parser of numbers from `low` to `high` that says so when it is given something else."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: a number from {low:,} to {high:,} is expected")
-        return value
-
-    return parse
+    return commands
 
 
 if __name__ == "__main__":

@@ -2,14 +2,11 @@
 
 import argparse
 import json
-import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from sharding.errors import StreamtrainError
+from sharding.command import Commands, number
 
 # Imports stay inside the commands: `score` starts without torch.
 
@@ -17,21 +14,7 @@ BEAM = 16  # prefixes, where a beam is needed and none is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except StreamtrainError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read this, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(f"{error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return _commands().run(arguments)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -79,24 +62,19 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m streamtrain", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary)
-        added.set_defaults(run=run)
-        return added
-
-    plan = command("plan", _plan, "Forecast a run from the index alone: steps, padding, rank idle, valid world sizes.")
+def _commands() -> Commands:
+    commands = Commands("python -m streamtrain", __doc__)
+    plan = commands.add(
+        "plan", _plan, "Forecast a run from the index alone: steps, padding, rank idle, valid world sizes."
+    )
     plan.add_argument("shards", nargs="?", help="folder or URL of a shard set (default: the configuration's)")
     plan.add_argument("--config", default="configs/zero2.json", help="default: %(default)s")
     plan.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
         help="override settings of the configuration")  # fmt: skip
     plan.add_argument("--world-size", type=int, default=1, help="ranks (default: %(default)s)")
-    plan.add_argument("--ranks-per-node", type=_positive(int), default=8,
+    plan.add_argument("--ranks-per-node", type=number(1, kind=int), default=8,
         help="ranks of a machine, which share its cache (default: %(default)s)")  # fmt: skip
-    plan.add_argument("--speed", type=_positive(float), default=200.0,
+    plan.add_argument("--speed", type=number(0.01), default=200.0,
         help="seconds of speech that a rank trains on in a second, as a run's log says: tells how long an epoch takes "
              "(default: %(default)s)")  # fmt: skip
     plan.add_argument("--epoch", type=int, default=0, help="which epoch to plan (default: %(default)s)")
@@ -108,45 +86,32 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--fetches", metavar="FILE",
         help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
 
-    summary = command("summary", _summary, "Show what a run has reached and where its files are.")
+    summary = commands.add("summary", _summary, "Show what a run has reached and where its files are.")
     summary.add_argument("run_dir", help="the run's folder, such as runs/zero2")
 
-    transcribe = command("transcribe", _transcribe, "Audio → JSONL with the text of each file.")
+    transcribe = commands.add("transcribe", _transcribe, "Audio → JSONL with the text of each file.")
     transcribe.add_argument("model", help="folder of a trained model, such as RUN/best")
     transcribe.add_argument("source", nargs="+", help="audio files, or folders of them")
     transcribe.add_argument("--out", required=True, help="JSONL file to write")
-    transcribe.add_argument("--batch-seconds", type=float, default=30.0,
+    transcribe.add_argument("--batch-seconds", type=number(1), default=30.0,
         help="padded seconds per forward: larger suits GPUs, takes more memory (default: %(default)s)")  # fmt: skip
 
-    transcribe.add_argument("--beam", type=_positive(int), default=0, metavar="WIDTH",
+    transcribe.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
-    transcribe.add_argument("--alternatives", type=_positive(int), default=0, metavar="N",
+    transcribe.add_argument("--alternatives", type=number(1, kind=int), default=0, metavar="N",
         help=f"write the N most probable texts of each file too (a beam of {BEAM} where none is given)")  # fmt: skip
 
-    score = command("score", _score, "CER or WER of a submission, as the challenge scores it.")
+    score = commands.add("score", _score, "CER or WER of a submission, as the challenge scores it.")
     score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")
     score.add_argument("actual", help="JSONL with utterance_id and the same field, such as a transcripts file")
     score.add_argument("--json", action="store_true", help="print JSON")
 
-    export = command("export", _export, "Copy a trained model to a folder of its own and verify it in Transformers.")
+    export = commands.add(
+        "export", _export, "Copy a trained model to a folder of its own and verify it in Transformers."
+    )
     export.add_argument("model", help="folder of a trained model, such as RUN/best")
     export.add_argument("--out", required=True, help="folder to write")
-    return parser
-
-
-def _positive(kind: type[float]) -> Any:
-    """A parser of numbers above 0 that says so when it is given something else."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is expected")
-        return value
-
-    return parse
+    return commands
 
 
 if __name__ == "__main__":

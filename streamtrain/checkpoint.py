@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from sharding.errors import StreamtrainError
 from streamtrain.config import Config
 from streamtrain.engine import Parts
+from streamtrain.folders import put_back, put_in_place, sync
 from streamtrain.model import give_usual_mode
 from streamtrain.plan import PLANNER_VERSION, Begun, PlanSettings
 
 STATE_NAME = "state.json"
+NAMES = "step-*"
 NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
 FILES = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "average": "average.safetensors"}
-REPLACED = ".old"
 CHUNK_BYTES = 8 * 2**20
 REPLANNED = frozenset(  # settings that may change on the way: they decide how the clips that are left come
     [
@@ -84,7 +85,7 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
     name = f"step-{state.step:07d}"
     partial, final = folder / f".{name}.part", folder / name
     try:
-        put_back(folder)
+        put_back(folder, NAMES)
         for left_behind in folder.glob(".step-*"):
             shutil.rmtree(left_behind, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -97,14 +98,9 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
         document = {"state": asdict(state), "numbers": parts.numbers, "files": files}
         (partial / STATE_NAME).write_text(json.dumps(document | {"digest": _digest(document)}, indent=1))
         for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
-        aside = _aside(final)
-        if final.exists():
-            os.replace(final, aside)
-        os.replace(partial, final)
-        _sync(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+            sync(path)
+        sync(partial)
+        put_in_place(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -122,24 +118,11 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
     return final
 
 
-def drop_later(folder: Path, chosen: Path) -> None:
+def drop_later(chosen: Path) -> None:
     """Remove the checkpoints after the one that the run goes on from: they are of another future."""
-    if chosen.resolve().parent == folder.resolve():
-        for later in list_checkpoints(folder):
-            if later.name > chosen.resolve().name:
-                _remove(later)
-
-
-def put_back(folder: Path) -> None:
-    """A checkpoint that a kill caught while it was replaced by one of the same step gets its name again."""
-    for aside in folder.glob(_aside(Path("step-*")).name):
-        final = folder / aside.name[1:].removesuffix(REPLACED)
-        if not final.exists() and (aside / STATE_NAME).is_file():
-            os.replace(aside, final)
-
-
-def _aside(final: Path) -> Path:
-    return final.with_name(f".{final.name}{REPLACED}")
+    for later in list_checkpoints(chosen.parent):
+        if later.name > chosen.name:
+            _remove(later)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -220,7 +203,7 @@ def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE_NAME).is_file())
+    return sorted(path for path in folder.glob(NAMES) if (path / STATE_NAME).is_file())
 
 
 REPLAN_HINT = (
@@ -288,11 +271,3 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".{checkpoint.name}.gone")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

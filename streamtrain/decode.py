@@ -1,6 +1,8 @@
 """Log-probabilities to text."""
 
 import heapq
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,13 +130,13 @@ def join_pieces(texts: Sequence[str]) -> str:
 
 
 def join_alternatives(pieces: Sequence[Sequence[Alternative]]) -> tuple[Alternative, ...]:
-    """Those of a recording, best first, as many as a piece has at most."""
+    """Those of a recording, best first, as many as a piece has at most; each text once, by its best pieces."""
     joined: list[Alternative] = [Alternative("", 0.0)]
     for options in pieces:
-        both = (
-            Alternative(join_pieces([before.text, after.text]), before.log_prob + after.log_prob)
-            for before in joined
-            for after in options
-        )
-        joined = heapq.nlargest(max(map(len, pieces)), both, key=lambda one: one.log_prob)
+        both: dict[str, float] = {}
+        for before, after in itertools.product(joined, options):
+            text, log_prob = join_pieces([before.text, after.text]), before.log_prob + after.log_prob
+            both[text] = max(log_prob, both.get(text, -math.inf))
+        best = heapq.nlargest(max(map(len, pieces)), both.items(), key=lambda one: one[1])
+        joined = [Alternative(text, log_prob) for text, log_prob in best]
     return tuple(joined)

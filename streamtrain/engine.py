@@ -150,8 +150,9 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self._engine.step()
+        kinds = _moments_of(optimizer.optimizer)
         for state in optimizer.optimizer.state.values():
-            for kind in _moments_of(optimizer.optimizer):
+            for kind in kinds:
                 state[kind].zero_()  # weight decay of the plain kind goes into them
         _set_steps(optimizer.optimizer, 0)
         if scaler:
@@ -189,9 +190,10 @@ class Engine:
         """Take up what `gather` gave. The model must have been made with those weights (`model.load_weights`)."""
         if parts.moments:
             self.make_moments()
+        kinds = _moments_of(self._engine.optimizer.optimizer)
         for name, parameter in self._learning():
             self._give(parameter, parts.weights[name], None)
-            for kind in _moments_of(self._engine.optimizer.optimizer):
+            for kind in kinds:
                 self._give(parameter, parts.moments[f"{kind}.{name}"], kind)
         optimizer = self._engine.optimizer
         _set_steps(optimizer.optimizer, parts.numbers["optimizer_steps"])

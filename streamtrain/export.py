@@ -1,7 +1,6 @@
 """A portable model: the Hugging Face layout, loaded back and compared before anyone relies on it."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 
 from sharding.errors import StreamtrainError
 from streamtrain.evaluate import render_interval
+from streamtrain.folders import put_in_place
 from streamtrain.model import CTCModel, load_trained, save_model
 from streamtrain.vocab import load_vocab
 
@@ -22,29 +22,15 @@ class ExportError(StreamtrainError):
 
 def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write the model with these weights to `folder`, whole or not at all. Raises ExportError."""
-    partial, old = folder.with_name(f".{folder.name}.part"), _aside(folder)
+    partial = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_model(model, partial, weights)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ExportError(f"{folder}: cannot be written: {reason}", "make room, and give the same command") from error
-
-
-def put_best_back(folder: Path) -> None:
-    """A model that a kill caught while a better one took its place gets its name again."""
-    if _aside(folder).is_dir() and not folder.exists():
-        os.replace(_aside(folder), folder)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def export_model(source: Path, out: Path) -> float:

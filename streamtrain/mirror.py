@@ -24,6 +24,7 @@ log = logging.getLogger("streamtrain")
 POINTER, PIECES = "newest.json", "pieces/"
 PIECE_BYTES = 32 * 2**20
 NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
+PART = ".mirrored.part"  # in the run folder: what is being fetched
 STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
 FILES = (
     "log.csv",
@@ -52,26 +53,35 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def fetch_newer(self, check: Callable[[Path], None], local: bool) -> None:
-        """Bring the copy into the run folder where it is ahead of what is there; or only check it, to stay `local`.
+    def check(self, check: Callable[[Path], None]) -> bool:
+        """Whether the copy is ahead of the run folder, once it is known to be of this run, by its state alone.
 
         `check` looks at a checkpoint's state, and raises CheckpointError where it is not of this run; so nothing of
-        another run is overwritten, neither here nor there. Raises StoreError where the copy is not whole.
+        another run is overwritten, neither here nor there. Raises StoreError where the copy is not of this run.
         """
         pointer = _read_pointer(self._store)
         if pointer is None:
-            return
-        part = self._run / ".mirrored.part"
-        checkpoint = f"checkpoints/{pointer['checkpoint']}"
+            return False
+        part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
         try:
             self._fetch(f"{checkpoint}/{STATE_NAME}", pointer, part)
             self._check(check, part / checkpoint)
-            here = list_checkpoints(self._run / "checkpoints")
-            if local or (here and here[-1].name >= pointer["checkpoint"]):
-                return
-            if here:
-                check(here[-1])
-            log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        here = list_checkpoints(self._run / "checkpoints")
+        ahead = not here or here[-1].name < pointer["checkpoint"]
+        if here and ahead:
+            check(here[-1])
+        return ahead
+
+    def fetch(self) -> None:
+        """Bring the copy into the run folder, over what is there. Raises StoreError where the copy is not whole."""
+        pointer = _read_pointer(self._store)
+        if pointer is None:
+            return
+        part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
+        log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
+        try:
             for name in pointer["files"]:
                 self._fetch(name, pointer, part)
             (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -219,7 +219,10 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Row
     if speeds is not None:
         lengths = length_at(lengths, speeds)
     random = np.random.default_rng([settings.seed, epoch])
-    left = None if spent is None else ~np.isin(np.arange(len(lengths)), spent)
+    left = None
+    if spent is not None:
+        left = np.ones(len(lengths), bool)
+        left[spent] = False
     cuts = [_cut_bucket(index, lengths, left, bucket, cap, settings, random) for bucket in _buckets(index)]
     batches = _interleave([batches for batches in cuts if batches], random)
     ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from sharding.audio import SAMPLE_RATE
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
 from streamtrain.checkpoint import (
+    NAMES,
     Checkpoint,
     RunState,
     drop_later,
@@ -25,13 +26,12 @@ from streamtrain.checkpoint import (
     list_checkpoints,
     load_parts,
     open_checkpoint,
-    put_back,
     read_checkpoint,
 )
 from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
-from streamtrain.export import put_best_back
+from streamtrain.folders import put_back
 from streamtrain.mirror import Mirror
 from streamtrain.model import ctc_sum, load_model
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
@@ -58,8 +58,8 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
     run = Path(config.train.run_dir)
     with _only_run_in(run, world):
         if world.main:
-            put_back(run / "checkpoints")
-            put_best_back(run / "best")
+            put_back(run / "checkpoints", NAMES)
+            put_back(run, "best")
         mirror = _open_mirror(config, run, resume, world, partial(_check_mirrored, config, index, store, replan))
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None
@@ -86,20 +86,18 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             log.info("%s: no better score in %d evaluations; a higher train.patience goes on",
                      run, state.evaluations_since_best)  # fmt: skip
         elif config.train.probe:
-            log.info("%s", _probe(engine, plan_epoch(index, config.plan, state.epoch), index, config)[0])
+            whole = plan_epoch(index, config.plan, state.epoch) if state.begun else plans.epoch(state.epoch)
+            log.info("%s", _probe(engine, whole, index, config)[0])
         if world.main:
             if resume == "none":
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
                 if mirror is not None:
                     mirror.forget()
-            elif found is not None:
-                drop_later(run / "checkpoints", found)
-                if (
-                    mirror is not None
-                    and resume != "auto"
-                    and found.resolve().parent == (run / "checkpoints").resolve()
-                ):
-                    mirror.offer(found)  # else a later one would come back
+            elif found is not None and found.resolve().parent == (run / "checkpoints").resolve():
+                chosen = run / "checkpoints" / found.resolve().name
+                drop_later(chosen)
+                if mirror is not None:
+                    mirror.offer(chosen)  # else a later one would come back
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
         source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
         stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
@@ -144,8 +142,9 @@ def _open_mirror(config: Config, run: Path, resume: str, world: World, check: Ca
     if world.main and config.train.mirror is not None:
         mirror = Mirror(open_store(config.train.mirror), run)
         if resume != "none":
-            _check_best(run, list_checkpoints(run / "checkpoints"), resume)
-            mirror.fetch_newer(check, local=resume != "auto")
+            _check_best(run, bool(list_checkpoints(run / "checkpoints")), resume)
+            if mirror.check(check) and resume == "auto":
+                mirror.fetch()
     world.barrier()
     return mirror
 
@@ -208,12 +207,12 @@ def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpo
             f"the shard set has no clips in split {config.eval.split!r} to evaluate on",
             "build it from at least two children, with --valid-fraction above 0",
         )
-    _check_best(run, [checkpoint] if checkpoint else [], resume)
+    _check_best(run, checkpoint is not None, resume)
 
 
-def _check_best(run: Path, checkpoints: Sequence[object], resume: str) -> None:
+def _check_best(run: Path, has_checkpoint: bool, resume: str) -> None:
     """Raises TrainError where a model in best/ would be overwritten by a run that begins anew unasked."""
-    if not checkpoints and resume == "auto" and (run / "best").exists():
+    if not has_checkpoint and resume == "auto" and (run / "best").exists():
         raise TrainError(
             f"{run}: holds a model in best/, but no checkpoint to go on from",
             "name another train.run_dir, or start over with --resume none",

@@ -19,6 +19,7 @@ SEEN_BY_STREAMTRAIN = {
     "errors",
     "archive",
     "workers",
+    "command",
 }
 
 

@@ -1,6 +1,7 @@
 """A run that is killed, preempted, damaged or moved goes on as if nothing had been; real ranks, real kills."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ from seaweed import Seaweed
 from training_runs import (
     AUGMENTED,
     PART_ALL,
+    ROOT,
     kill,
     kill_after_steps,
     kill_at_a_random_moment,
@@ -41,11 +43,11 @@ from streamtrain.checkpoint import (
     list_checkpoints,
     load_parts,
     open_checkpoint,
-    put_back,
     save_checkpoint,
 )
 from streamtrain.config import load_config
 from streamtrain.engine import Parts
+from streamtrain.folders import put_back
 from streamtrain.plan import Begun, PlanSettings, plan_rest
 
 # With dropout, masks, speeds and an average of the weights: all that a resume could get wrong
@@ -232,9 +234,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
 def test_what_comes_after_the_chosen_checkpoint_is_dropped(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_checkpoint(parts(step), state(step), tmp_path, keep=9)
-    drop_later(tmp_path, tmp_path / "step-0000002")
-    assert steps_saved_in(tmp_path) == [1, 2]
-    drop_later(tmp_path, tmp_path / "elsewhere" / "step-0000001")
+    drop_later(tmp_path / "step-0000002")
     assert steps_saved_in(tmp_path) == [1, 2]
 
 
@@ -250,7 +250,7 @@ def test_any_byte_of_a_state_matters(tmp_path: Path) -> None:
 def test_a_checkpoint_that_a_kill_caught_while_it_was_replaced_is_put_back(tmp_path: Path) -> None:
     only = save_checkpoint(parts(1), state(1), tmp_path, keep=1)
     only.rename(tmp_path / ".step-0000001.old")
-    put_back(tmp_path)
+    put_back(tmp_path, "step-*")
     assert find_checkpoint("auto", tmp_path) == only
     save_checkpoint(parts(1), state(1, best_cer=0.5), tmp_path, keep=1)
     assert open_checkpoint(only).state.best_cer == 0.5
@@ -366,22 +366,38 @@ def test_a_mirror_that_spoilt_is_refused(work: Path, seaweed: Seaweed, url: str)
     assert not list_checkpoints(folder / "checkpoints")
 
 
+def test_a_rewind_reaches_the_mirror(work: Path, seaweed: Seaweed, url: str) -> None:
+    """Else a machine that starts empty would go on from what was given up."""
+    folder, mirror = work / "rewound", f"train.mirror={url}/rewound"
+    settings = ("train.checkpoint_every=1", "train.keep_checkpoints=9", "eval.every_steps=1", mirror)
+    run(training(work, folder.name, *settings, "train.max_steps=3", ranks=1), **seaweed.environment)
+    store = open_store(f"{url}/rewound")
+    assert json.loads(store.read("newest.json"))["checkpoint"] == "step-0000003"
+    first = os.path.relpath(folder / "checkpoints" / "step-0000001", ROOT)  # the run's folder is named otherwise
+    command = training(work, folder.name, *settings, "train.max_steps=1", ranks=1, resume=first)
+    run([*command, "--replan"], **seaweed.environment)
+    assert json.loads(store.read("newest.json"))["checkpoint"] == "step-0000001"
+    assert steps_saved(folder) == [0, 1]
+
+
+@pytest.mark.parametrize("steps", [1, 3])  # the run here has done 2: a mirror behind it is as little its own
 def test_a_mirror_of_another_run_is_refused_before_it_touches_the_run(
-    work: Path, finished: Path, seaweed: Seaweed, url: str
+    steps: int, work: Path, finished: Path, seaweed: Seaweed, url: str
 ) -> None:
-    mirror = f"train.mirror={url}/another"
-    run(training(work, "mirrors", "train.max_steps=3", "train.seed=7", mirror, ranks=1), **seaweed.environment)
-    folder = shutil.copytree(finished, work / "mirrors-not", symlinks=True)
-    store = open_store(f"{url}/another")
+    name = f"another-{steps}"
+    mirror, theirs = f"train.mirror={url}/{name}", (f"train.max_steps={steps}", "train.seed=7")
+    run(training(work, f"mirrors-{steps}", *theirs, mirror, ranks=1), **seaweed.environment)
+    folder = shutil.copytree(finished, work / f"mirrors-not-{steps}", symlinks=True)
+    store = open_store(f"{url}/{name}")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     pointer = store.read("newest.json")
     for longer in ((), ("train.max_steps=9", "--replan")):
         settings, options = (*TWO_STEPS, mirror, *longer[:1]), longer[1:]
         done = run([*training(work, folder.name, *settings, ranks=1), *options], expect=1, **seaweed.environment)
-        assert f"{url}/another: step-0000003 belongs to another run: " in done.stderr
+        assert f"{url}/{name}: step-000000{steps} belongs to another run: " in done.stderr
         assert "train.seed was 7, is 0" in done.stderr
         assert "name another train.mirror" in done.stderr
-    with_seed_7 = ("train.max_steps=3", "train.seed=7", mirror)  # this time it is the folder that is another's
+    with_seed_7 = (*theirs, mirror)  # this time it is the folder that is another's
     done = run(training(work, folder.name, *with_seed_7, ranks=1), expect=1, **seaweed.environment)
     assert "train.seed was 0, is 7" in done.stderr
     nowhere = training(work, folder.name, *with_seed_7, "model.pretrained=nowhere", ranks=1, resume="none")
@@ -426,6 +442,29 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(work: Path, finished: Pa
     assert "Traceback" not in done.stderr
     nowhere = training(work, "second", *TWO_STEPS, ranks=1, resume=str(work / "nothing"))
     assert "not a checkpoint" in run(nowhere, expect=1).stderr
+
+
+def test_a_best_model_that_a_kill_caught_while_it_was_replaced_is_put_back(work: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, work / "caught", symlinks=True)
+    (folder / "best").rename(folder / ".best.old")
+    run(training(work, folder.name, *TWO_STEPS, ranks=1))
+    assert (folder / "best" / "model.safetensors").read_bytes() == (
+        finished / "best" / "model.safetensors"
+    ).read_bytes()
+    assert not (folder / ".best.old").exists()
+
+
+@pytest.mark.parametrize("name", ["log.csv", "ranks.csv", "samples.txt"])
+def test_a_damaged_log_stops_the_run_in_words(name: str, work: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, work / f"damaged-{name}", symlinks=True)
+    text = (folder / name).read_text()
+    (folder / name).write_text(
+        text.replace("\n1,", "\none,").replace("step 0,", "step zero,").replace("\n2,", "\ntwo,")
+    )
+    assert (folder / name).read_text() != text
+    done = run(training(work, folder.name, *TWO_STEPS, ranks=1), expect=1)
+    assert f"{folder / name}: is not the log of a run" in done.stderr
+    assert "move it away" in done.stderr
 
 
 def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path, finished: Path) -> None:

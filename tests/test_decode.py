@@ -96,6 +96,12 @@ def test_alternatives_of_pieces_join_into_those_of_the_recording() -> None:
     assert joined == [("a c", -3.0), ("a", -3.2)]
 
 
+def test_a_text_that_pieces_spell_in_two_ways_is_listed_once() -> None:
+    pieces = [[Alternative("a", -1.0), Alternative("", -1.5)], [Alternative("a", -2.0), Alternative("", -2.6)]]
+    joined = [(one.text, round(one.log_prob, 6)) for one in join_alternatives(pieces)]
+    assert joined == [("a a", -3.0), ("a", -3.5)]
+
+
 def test_no_frames_say_nothing_for_certain() -> None:
     assert prefix_beam(np.zeros((0, len(VOCAB))), VOCAB, 3) == [Alternative("", 0.0)]
     with pytest.raises(ValueError, match="beam of 0"):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -57,6 +58,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory, run_sharding: Command) -> P
     assert done.returncode == 0, done.stderr
     shutil.rmtree(out / "report")
     return out
+
+
+def test_a_reader_that_has_enough_is_no_error(shards: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m sharding inspect {shards} --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert (done.stdout, done.stderr) == ("{", "")
 
 
 def inspect_json(run_sharding: Command, *arguments: object) -> Row:

@@ -331,17 +331,19 @@ def test_the_score_counts_every_validation_recording_once_at_any_world_size(work
     wanted = {read_sample(store, index, row).recording_id for row in index.split("valid").tolist()}
     run(training(work, "scored", "train.max_steps=1", ranks=1))
     found = []
-    for ranks in (1, 3):
-        out = work / f"scored-by-{ranks}"
+    for ranks, *beam in ((1,), (3,), (1, "--beam", 4), (3, "--beam", 4)):
+        out = work / f"scored-by-{ranks}{''.join(map(str, beam))}"
         launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()] if ranks > 1 else ["python"]
         run([*launcher, "launch/evaluate.py", "--model", work / "scored" / "best", "--shards", work / "shards",
-             "--out", out])  # fmt: skip
+             "--out", out, *beam])  # fmt: skip
         rows = [json.loads(line) for line in (out / "hypotheses.jsonl").read_text().splitlines()]
         found.append([row | {"confidence": None} for row in rows])  # its last digits go with the number of threads
     assert found[0] == found[1]
-    ids = [row["utterance_id"] for row in found[0]]
-    assert len(ids) == len(set(ids))
-    assert set(ids) == wanted
+    assert found[2] == found[3] != found[0]  # a beam hears otherwise than the best path does
+    for rows in found[::2]:
+        ids = [row["utterance_id"] for row in rows]
+        assert len(ids) == len(set(ids))
+        assert set(ids) == wanted
 
 
 def test_a_second_run_in_the_same_folder_is_refused(work: Path) -> None:
