@@ -1,4 +1,4 @@
-"""`python -m streamtrain`: forecast a run, look at one, transcribe, score, export."""
+"""`python -m streamtrain`: forecast a run, look at one, transcribe, score, export, package."""
 
 import argparse
 import json
@@ -62,6 +62,17 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _package(options: argparse.Namespace) -> int:
+    from streamtrain.submission import package, rehearse, render
+
+    out = Path(options.out)
+    track = package(Path(options.model), out, options.batch_seconds)
+    print(f"{out}: written, {out.stat().st_size / 2**20:,.1f} MB, {track} track")
+    if options.check is not None:
+        print(render(rehearse(out, options.check or None, options.python), track))
+    return 0
+
+
 def _commands() -> Commands:
     commands = Commands("python -m streamtrain", __doc__)
     plan = commands.add(
@@ -105,6 +116,17 @@ def _commands() -> Commands:
     score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")
     score.add_argument("actual", help="JSONL with utterance_id and the same field, such as a transcripts file")
     score.add_argument("--json", action="store_true", help="print JSON")
+
+    package = commands.add("package", _package, "Pack a trained model as a submission to the challenge.")
+    package.add_argument("model", help="folder of a trained model, such as RUN/best")
+    package.add_argument("--out", required=True, metavar="ZIP", help="file to write, such as submission.zip")
+    package.add_argument("--batch-seconds", type=number(1),
+        help="padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere)")  # fmt: skip
+    package.add_argument("--check", nargs="?", const="", metavar="DATA",
+        help="rehearse it: unpacked, offline, with the runtime's packages alone; on DATA, a folder in the challenge's "
+             "form or a shard set (default: on noise)")  # fmt: skip
+    package.add_argument("--python", default=sys.executable,
+        help="interpreter for --check, such as one of an environment with the runtime's very versions")  # fmt: skip
 
     export = commands.add(
         "export", _export, "Copy a trained model to a folder of its own and verify it in Transformers."

@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from sharding.audio import SAMPLE_RATE
 from streamtrain.config import ConfigError
-from streamtrain.model import CTCModel
+from streamtrain.network import CTCModel
 from streamtrain.recipe import Recipe
 from streamtrain.world import World
 

@@ -21,7 +21,8 @@ from sharding.sample import Sample
 from sharding.store import open_store
 from streamtrain.decode import Hypothesis, join_pieces, read_out
 from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits, spoken_words
-from streamtrain.model import CTCModel, load_trained
+from streamtrain.model import load_trained
+from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
 from streamtrain.stream import ShardStream
 from streamtrain.world import PreemptedError, Preemption, World

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from sharding.errors import StreamtrainError
 from streamtrain.evaluate import render_interval
 from streamtrain.folders import put_in_place
-from streamtrain.model import CTCModel, load_trained, save_model
+from streamtrain.model import load_trained, save_model
+from streamtrain.network import CTCModel
 from streamtrain.vocab import load_vocab
 
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from streamtrain.config import TrainConfig
-from streamtrain.model import CTCModel
+from streamtrain.network import CTCModel
 
 HOLD_SHARE = 0.4  # of all steps, tri-stage (Baevski et al. 2020)
 TRI_STAGE_END = 0.05  # of the peak: an exponential never reaches 0

@@ -33,7 +33,8 @@ from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
 from streamtrain.mirror import Mirror
-from streamtrain.model import ctc_sum, load_model
+from streamtrain.model import load_model
+from streamtrain.network import ctc_sum
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
 from streamtrain.probe import Memory, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe

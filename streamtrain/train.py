@@ -28,8 +28,8 @@ from streamtrain.engine import Engine
 from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
 from streamtrain.export import save_best
 from streamtrain.mirror import Mirror
-from streamtrain.model import ctc_sum
 from streamtrain.monitor import Monitor, RankRow, StepRow
+from streamtrain.network import ctc_sum
 from streamtrain.plan import EpochPlan, forwards_of, plan_rest
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
 from streamtrain.world import PreemptedError, Preemption, World

@@ -16,7 +16,8 @@ from sharding.ipa import TRACKS
 from sharding.split import split_recording
 from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import Hypothesis, join_alternatives, join_pieces, read_out
-from streamtrain.model import CTCModel, load_trained
+from streamtrain.model import load_trained
+from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
 from streamtrain.world import World
 

@@ -82,3 +82,10 @@ def test_plan_model_and_metrics_know_nothing_of_each_other(name: str) -> None:
 def test_planning_and_scoring_start_without_torch() -> None:
     for name in ("streamtrain.plan", "streamtrain.metrics", "streamtrain.score", "streamtrain.__main__"):
         assert not any(other.split(".")[0] == "torch" for other in imports_of(MODULES[name], True)), name
+
+
+def test_the_network_needs_torch_alone() -> None:
+    """A submission takes it along to a machine where nothing else of this is installed."""
+    assert imports_of(MODULES["streamtrain.network"], True) <= {
+        "typing", "typing.TYPE_CHECKING", "typing.Any", "torch", "torch.nn", "torch.nn.functional",
+    }  # fmt: skip

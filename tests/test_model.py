@@ -23,7 +23,8 @@ from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.config import ModelConfig
 from streamtrain.decode import greedy, join_pieces
 from streamtrain.export import ExportError, export_model
-from streamtrain.model import CTCModel, ModelError, ctc_sum, load_model, load_trained, save_model
+from streamtrain.model import ModelError, load_model, load_trained, save_model
+from streamtrain.network import CTCModel, ctc_sum
 from streamtrain.vocab import vocab_of
 
 torch.set_num_threads(1)  # networks this small only lose by sharing

@@ -18,7 +18,8 @@ from sharding.audio import decode as decode_audio
 from sharding.errors import StreamtrainError
 from sharding.split import split_recording
 from streamtrain.decode import join_pieces
-from streamtrain.model import CTCModel, load_trained
+from streamtrain.model import load_trained
+from streamtrain.network import CTCModel
 from streamtrain.transcribe import LIMIT_SEC, transcribe
 
 Row = dict[str, Any]

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from launch.train import main
 from streamtrain import start
-from streamtrain.model import CTCModel, load_model
+from streamtrain.model import load_model
+from streamtrain.network import CTCModel
 
 
 def load_unlike_model(*arguments: Any) -> CTCModel:

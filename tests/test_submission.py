@@ -1,0 +1,194 @@
+"""The zip keeps the challenge's contract: alone, offline, every id once; and says what `transcribe` says."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import run_module
+from test_model import make_network, save, talkative
+from test_transcribe import sound
+
+from sharding.audio import SAMPLE_RATE, encode
+from streamtrain.network import CTCModel
+from streamtrain.submission import PackageError, package, rehearse
+from streamtrain.transcribe import transcribe
+from streamtrain.vocab import vocab_of
+
+Row = dict[str, Any]
+SECONDS = (0.03, 0.3, 1.1, 2.2, 2.3, 6.0, 12.0, 26.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(talkative("wav2vec2, group norm"), tmp_path_factory.mktemp("run") / "best")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The challenge's folder: clips of all lengths, of which one is missing, one damaged and one too short."""
+    return lay_out(tmp_path_factory.mktemp("challenge") / "data", "phonetic_text")
+
+
+def lay_out(folder: Path, field: str) -> Path:
+    (folder / "audio").mkdir(parents=True)
+    names = [f"U_{number}" for number in range(len(SECONDS))]
+    for number, (name, seconds) in enumerate(zip(names, SECONDS, strict=True)):
+        (folder / "audio" / f"{name}.flac").write_bytes(encode(sound(seconds, number)))
+    (folder / "audio" / "U_damaged.flac").write_bytes(encode(sound(1, 1))[:900])
+    (folder / "audio" / "U_short.flac").write_bytes(encode(np.zeros(300, np.float32)))
+    names = [*names[::-1], "U_damaged", "U_missing", "U_short"]  # in no order that a program would choose
+    metadata = [{"utterance_id": name, "audio_path": f"audio/{name}.flac", "age_bucket": "5-7"} for name in names]
+    write(folder / "utterance_metadata.jsonl", metadata)
+    write(folder / "submission_format.jsonl", [{"utterance_id": name, field: ""} for name in names])
+    return folder
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def unpacked(archive: Path, folder: Path, data: Path) -> Path:
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)
+    (folder / "data").symlink_to(data)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["wav2vec2, group norm", "WavLM, layer norm"])
+def test_it_says_what_transcribe_says(family: str, data: Path, tmp_path: Path) -> None:
+    folder = save(talkative(family), tmp_path / "best")
+    package(folder, tmp_path / "submission.zip")
+    done = rehearse(tmp_path / "submission.zip", str(data))
+    assert (done.clips, done.unread) == (len(SECONDS) + 3, 2)
+    assert done.log_lines < 60
+    assert done.rate is None
+    rows = submission_of(tmp_path / "submission.zip", data, tmp_path / "there")
+    transcribe(folder, [str(data / "audio")], tmp_path / "ours.jsonl")
+    ours = {row["utterance_id"]: row["phonetic_text"] for row in read(tmp_path / "ours.jsonl")}
+    assert [row["utterance_id"] for row in rows] == [
+        row["utterance_id"] for row in read(data / "submission_format.jsonl")
+    ]
+    for row in rows:
+        name, text = row["utterance_id"], row["phonetic_text"]
+        if name == f"U_{len(SECONDS) - 1}":  # cut at other moments where it is too long: no voice detector is there
+            assert len(text) == pytest.approx(len(ours[name]), rel=0.05)
+        else:
+            assert text == ours.get(name, ""), name
+    assert sum(bool(row["phonetic_text"]) for row in rows) >= len(SECONDS) - 1
+
+
+def submission_of(archive: Path, data: Path, folder: Path) -> list[Row]:
+    unpacked(archive, folder, data)
+    subprocess.run([sys.executable, "-I", "main.py"], cwd=folder, check=True, capture_output=True)
+    return read(folder / "submission" / "submission.jsonl")
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_the_word_track_writes_words(tmp_path: Path) -> None:
+    network = make_network("wav2vec2, group norm")
+    vocab = vocab_of("word")
+    network.lm_head = type(network.lm_head)(network.lm_head.in_features, len(vocab))
+    network.config.vocab_size = len(vocab)
+    folder = save(CTCModel(network, vocab, normalize=True).eval(), tmp_path / "best")
+    command = ["package", folder, "--out", tmp_path / "zips" / "words.zip", "--check"]
+    done = run_module("streamtrain", *command, lay_out(tmp_path / "data", "orthographic_text"))
+    assert done.returncode == 0, done.stderr
+    assert "words.zip: written" in done.stdout
+    assert "word track" in done.stdout
+    assert "2 unread" in done.stdout
+
+
+def test_the_command_rehearses_on_noise_or_on_a_shard_set(model: Path, small_shards: Path, tmp_path: Path) -> None:
+    for data, said in ((), "rehearsed offline on 16 clips"), ((small_shards,), ", CER "):
+        done = run_module("streamtrain", "package", model, "--out", tmp_path / "submission.zip", "--check", *data)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+        assert "minutes on this machine's cpu" in done.stdout
+
+
+def test_the_same_model_makes_the_same_zip_with_nothing_else_in_it(model: Path, tmp_path: Path) -> None:
+    (shutil.copytree(model, tmp_path / "copy") / "optimizer.pt").write_bytes(b"not for others")
+    package(model, tmp_path / "one.zip")
+    package(tmp_path / "copy", tmp_path / "two.zip")
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as packed:
+        assert set(packed.namelist()) == {
+            "main.py", "streamtrain/__init__.py", "streamtrain/network.py", "submission.json",
+            "model/config.json", "model/model.safetensors", "model/vocab.json",
+        }  # fmt: skip
+
+
+GOOD = """
+import json, os
+os.mkdir("submission")
+rows = [json.loads(line) for line in open("data/submission_format.jsonl")]
+print("ready: on cpu after 0.1 s")
+with open("submission/submission.jsonl", "w") as out:
+    for row in rows:
+        out.write(json.dumps(row) + "\\n")
+print("done: 0 clips unread, 0.2 s")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("import json", "import deepspeed, json", "No module named 'deepspeed'"),
+        ("import json", "import sharding, json", "No module named 'sharding'"),
+        ("import json", "import socket, json\nsocket.create_connection(('127.0.0.1', 9))", "there is no network"),
+        ("in rows:", "in rows[1:]:", "lacking ['U_7']"),
+        ("in rows:", "in rows + rows[:1]:", "surplus ['U_7']"),
+        ("in rows:", "in rows[::-1]:", "in another order"),
+        ("dumps(row)", "dumps(row | {'phonetic_text': 'kaß'})", "symbols that are not allowed: 'aß'"),
+        ("dumps(row)", "dumps(row | {'text': 'x'})", "utterance_id and phonetic_text are wanted"),
+        ("dumps(row)", "dumps(row | {'phonetic_text': None})", "utterance_id and phonetic_text are wanted"),
+        ("import json", "print('x\\n' * 500)\nimport json", "its log has 503 lines of up to "),
+        ("import json", "print('x' * 301)\nimport json", "its log has 3 lines of up to 301 characters"),
+        ('"submission/submission.jsonl"', '"submission.jsonl"', "wrote no submission/submission.jsonl"),
+        ('print("done', 'raise SystemExit(3)\nprint("done', "ended with status 3"),
+    ],
+)  # fmt: skip
+def test_what_breaks_the_contract_is_refused(before: str, after: str, said: str, data: Path, tmp_path: Path) -> None:
+    script = GOOD.replace(before, after)
+    assert script != GOOD
+    for name, main in (("good", GOOD), ("bad", script)):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("main.py", main)
+            archive.writestr("submission.json", json.dumps({"field": "phonetic_text"}))
+    assert rehearse(tmp_path / "good.zip", str(data)).clips == len(SECONDS) + 3
+    with pytest.raises(PackageError) as refused:
+        rehearse(tmp_path / "bad.zip", str(data))
+    assert said in refused.value.message
+
+
+def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    for lacking, said in (("vocab.json", "no vocabulary"), ("model.safetensors", "cannot be loaded")):
+        folder = shutil.copytree(model, tmp_path / lacking)
+        (folder / lacking).unlink()
+        done = run_module("streamtrain", "package", folder, "--out", tmp_path / "submission.zip")
+        assert done.returncode == 1
+        assert said in done.stderr
+    assert not list(tmp_path.glob("*.zip*"))
+
+
+def test_audio_of_another_rate_or_with_two_channels_is_heard(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "audio").mkdir(parents=True)
+    stereo = np.stack([sound(3, 1)] * 2, axis=1)
+    soundfile.write(tmp_path / "data" / "audio" / "a.flac", stereo, SAMPLE_RATE, subtype="PCM_16")
+    soundfile.write(tmp_path / "data" / "audio" / "b.flac", sound(3, 1)[::2], SAMPLE_RATE // 2, subtype="PCM_16")
+    write(tmp_path / "data" / "submission_format.jsonl", [{"utterance_id": name} for name in "ab"])
+    package(model, tmp_path / "submission.zip")
+    rows = submission_of(tmp_path / "submission.zip", tmp_path / "data", tmp_path / "there")
+    transcribe(model, [str(tmp_path / "data" / "audio" / "a.flac")], tmp_path / "ours.jsonl")
+    assert rows[0]["phonetic_text"] == read(tmp_path / "ours.jsonl")[0]["phonetic_text"]
+    assert rows[1]["phonetic_text"]
