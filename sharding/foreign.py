@@ -15,6 +15,7 @@ from sharding.audio import SAMPLE_RATE, decode, frame_count, is_constant
 from sharding.errors import AudioError, ShardError
 from sharding.format import (
     END_OF_ARCHIVE,
+    FOREIGN,
     INDEX_NAME,
     SAMPLE_DTYPE,
     Shard,
@@ -30,8 +31,6 @@ from sharding.manifest import Utterance
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
 from sharding.workers import Workers
-
-FOREIGN = "written by others"  # marks the settings of such a set
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from sharding.store import Reader, Store
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
+FOREIGN = "written by others"  # marks the settings of such a set
 SPLITS = ("train", "valid", "unlabelled")
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
@@ -82,6 +83,11 @@ class ShardIndex:
     @property
     def track(self) -> str:
         return str(self.settings.get("track", "phonetic"))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether others wrote the tars."""
+        return FOREIGN in self.settings
 
     def split(self, name: str) -> npt.NDArray[np.int64]:
         """Rows of `samples` that belong to the shards of a split, in shard order, shape (n,)."""

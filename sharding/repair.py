@@ -15,7 +15,6 @@ from sharding.build import BuildSettings, Plan, plan_build, write_shards
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
-from sharding.foreign import FOREIGN
 from sharding.format import (
     ShardEntry,
     ShardIndex,
@@ -55,7 +54,7 @@ def repair(
         outline = read_outline(store)
         shards = outline.shards
         faults = find_faults(url, shards, with_audio, workers)
-        if faults and FOREIGN in outline.settings:
+        if faults and outline.foreign:
             raise ShardError(f"{url}: its tars were written by others", "copy the damaged ones again")
         if faults:
             generations = [outline for _, outline in read_outlines(store)][::-1]

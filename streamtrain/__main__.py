@@ -37,13 +37,12 @@ def _summary(options: argparse.Namespace) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    from streamtrain.transcribe import transcribe
+    from streamtrain.transcribe import Reading, transcribe
 
     beam = options.beam or (BEAM if options.alternatives else 0)
-    failed = transcribe(
-        Path(options.model), options.source, Path(options.out), options.batch_seconds, beam, options.alternatives
-    )
-    return 1 if failed else 0
+    log_probs = Path(options.log_probs) if options.log_probs else None
+    reading = Reading(options.batch_seconds, beam, options.alternatives, log_probs)
+    return 1 if transcribe(Path(options.model), options.source, Path(options.out), reading) else 0
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -100,17 +99,27 @@ def _commands() -> Commands:
     summary = commands.add("summary", _summary, "Show what a run has reached and where its files are.")
     summary.add_argument("run_dir", help="the run's folder, such as runs/zero2")
 
-    transcribe = commands.add("transcribe", _transcribe, "Audio → JSONL with the text of each file.")
+    transcribe = commands.add(
+        "transcribe", _transcribe, "Audio → JSONL with the text of each recording, and when its words are said."
+    )
     transcribe.add_argument("model", help="folder of a trained model, such as RUN/best")
-    transcribe.add_argument("source", nargs="+", help="audio files, or folders of them")
-    transcribe.add_argument("--out", required=True, help="JSONL file to write")
+    transcribe.add_argument(
+        "source",
+        nargs="+",
+        help="audio files, folders or zips of them, transcripts files with an audio_path, shard sets, s3://… of either",
+    )
+    transcribe.add_argument(
+        "--out", required=True, help="JSONL file to write; the same command goes on where it was killed"
+    )
     transcribe.add_argument("--batch-seconds", type=number(1), default=30.0,
         help="padded seconds per forward: larger suits GPUs, takes more memory (default: %(default)s)")  # fmt: skip
 
     transcribe.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
     transcribe.add_argument("--alternatives", type=number(1, kind=int), default=0, metavar="N",
-        help=f"write the N most probable texts of each file too (a beam of {BEAM} where none is given)")  # fmt: skip
+        help=f"write the N most probable texts of each too (a beam of {BEAM} where none is given)")  # fmt: skip
+    transcribe.add_argument("--log-probs", metavar="DIR",
+        help="write log-probabilities there, to average models': NumPy, float16, (frames, symbols)")  # fmt: skip
 
     score = commands.add("score", _score, "CER or WER of a submission, as the challenge scores it.")
     score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")

@@ -22,6 +22,16 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
+class Word:
+    """One word, from its first frame to the end of its last."""
+
+    text: str
+    first_frame: int
+    end_frame: int
+    confidence: float  # geometric mean of the probability of its symbols over those frames
+
+
+@dataclass(frozen=True, slots=True)
 class Hypothesis:
     text: str
     confidence: float  # geometric mean, over the frames that say something, of the probability of what they say
@@ -57,6 +67,63 @@ def _collapse(ids: torch.Tensor, best: torch.Tensor, vocab: Vocab) -> Hypothesis
     text = vocab.decode(ids[kept & spoken].tolist())
     heard = best[spoken] if bool(spoken.any()) else best
     return Hypothesis(text, float(heard.mean().exp()) if len(heard) else 0.0)
+
+
+def find_words(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab) -> list[Word]:
+    """When the words of a text are said, by the most probable path of the frames (T, V) that spells it."""
+    path = log_probs.argmax(-1)
+    if _spell(path, vocab) != text:  # it is not the best path's, but a beam's
+        path = best_alignment(log_probs, vocab.encode(text), vocab.blank)
+    heard = np.take_along_axis(log_probs, path[:, None], axis=-1)[:, 0]
+    silent = (vocab.blank, vocab.unknown)
+    words: list[Word] = []
+    symbols: list[str] = []
+    frames: list[int] = []
+    for frame, symbol in enumerate([*path.tolist(), vocab.space]):
+        if symbol == vocab.space and symbols:
+            words.append(Word("".join(symbols), frames[0], frames[-1] + 1, float(np.exp(heard[frames].mean()))))
+            symbols, frames = [], []
+        elif symbol not in (*silent, vocab.space):
+            if not frames or frame == 0 or symbol != path[frame - 1]:
+                symbols.append(vocab.tokens[symbol])
+            frames.append(frame)
+    return words
+
+
+def _spell(path: npt.NDArray[np.integer], vocab: Vocab) -> str:
+    kept = np.flatnonzero(np.diff(path, prepend=-1))
+    return vocab.decode([symbol for symbol in path[kept].tolist() if symbol != vocab.blank])
+
+
+def best_alignment(log_probs: npt.NDArray[np.floating], ids: Sequence[int], blank: int) -> npt.NDArray[np.int64]:
+    """The most probable path (T,) of the frames (T, V) that spells `ids`: Viterbi over symbols and blanks between them.
+
+    Raises ValueError where there are too few frames.
+    """
+    states = np.full(2 * len(ids) + 1, blank)
+    states[1::2] = ids
+    may_skip = np.zeros(len(states), bool)  # a blank is needed only between equal symbols
+    may_skip[2:] = (states[2:] != blank) & (states[2:] != states[:-2])
+    score = np.full(len(states), -np.inf)
+    score[:2] = 0.0
+    came = np.zeros((len(log_probs), len(states)), np.int64)  # how many states back
+    for frame, emitted in enumerate(log_probs):
+        if frame:
+            one, two = np.roll(score, 1), np.roll(score, 2)
+            one[0] = -np.inf
+            two[~may_skip] = -np.inf
+            options = np.stack([score, one, two])
+            came[frame] = options.argmax(axis=0)
+            score = options.max(axis=0)
+        score = score + emitted[states]
+    state = len(states) - 1 if len(states) == 1 or score[-1] >= score[-2] else len(states) - 2
+    if len(log_probs) and not np.isfinite(score[state]):
+        raise ValueError(f"{len(log_probs)} frames cannot spell {len(ids)} symbols")
+    path = np.zeros(len(log_probs), np.int64)
+    for frame in range(len(log_probs) - 1, -1, -1):
+        path[frame] = states[state]
+        state -= came[frame, state]
+    return path
 
 
 def prefix_beam(log_probs: npt.NDArray[np.floating], vocab: Vocab, width: int) -> list[Alternative]:

@@ -1,133 +1,266 @@
-"""Audio files to JSONL: each decoded, batched by length, and written in the order it was found."""
+"""Recordings to JSONL: each decoded, batched by length, and written in the order it was found; goes on after a kill."""
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import xxhash
 from tqdm import tqdm
 
-from sharding.archive import AUDIO_SUFFIXES
-from sharding.audio import SAMPLE_RATE, Waveform, decode
-from sharding.errors import AudioError, StreamtrainError
+from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
+from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.ipa import TRACKS
+from sharding.sample import escape_key
 from sharding.split import split_recording
 from streamtrain.collate import zero_mean_unit_variance
-from streamtrain.decode import Hypothesis, join_alternatives, join_pieces, read_out
+from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
+from streamtrain.folders import sync
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
+from streamtrain.recordings import Recording, find_recordings
+from streamtrain.stream import read_ahead
 from streamtrain.world import World
 
 LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
-CHUNK_FILES = 256  # files held in memory at a time
+CHUNK_SEC, CHUNK_RECORDINGS = 900.0, 512  # held in memory, sorted by length, and written together
+READERS = 2
+FRAME_SEC = FRAME_SAMPLES / SAMPLE_RATE
+
+LogProbs = npt.NDArray[np.float32]
 
 
-def transcribe(
-    model_folder: Path,
-    sources: Sequence[str],
-    out: Path,
-    batch_seconds: float = 30.0,
-    beam: int = 0,
-    alternatives: int = 0,
-) -> int:
-    """Write a JSONL row per audio file; returns how many failed.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How recordings are read out."""
 
-    Its fields: `utterance_id` (the file's stem), `audio_path`, `phonetic_text` (of the word track
-    `orthographic_text`), `confidence`, `error`; and `alternatives`, the best so many of a `beam`.
+    batch_seconds: float = 30.0  # padded seconds of a forward; the texts do not depend on it
+    beam: int = 0  # prefixes; 0: the best path
+    alternatives: int = 0  # texts of each recording, of a beam
+    log_probs: Path | None = None  # folder for each recording's log-probabilities
 
-    A file that cannot be read gets a row with its error. The texts do not depend on `batch_seconds`.
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sound:
+    """A recording that was decoded and cut, or why it could not be."""
+
+    recording: Recording
+    utterance_id: str
+    pieces: tuple[Waveform, ...] = ()
+    starts: tuple[float, ...] = ()  # of the pieces, s
+    error: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(map(len, self.pieces)) / SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What was read out of one piece."""
+
+    hypothesis: Hypothesis
+    words: list[Word]
+    log_probs: LogProbs | None  # (T, V), where it is to be kept
+
+
+def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: Reading | None = None) -> int:
+    """Write a JSONL row per recording; returns how many failed.
+
+    Its fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (of the word track `orthographic_text`),
+    `confidence`, `words` (each with its `start` and `end` in seconds and its confidence), `error`; and `alternatives`,
+    the best so many of a beam.
+
+    A recording that cannot be read gets a row with its error. What a killed run has done is not done again, where the
+    same is asked for; the file is then the same as if nothing had been.
     """
-    files = find_audio(sources)
+    reading = reading or Reading()
+    recordings = find_recordings(sources)
     model = load_trained(model_folder).to(World().device)
-    field = TRACKS[model.vocab.track]
-    partial = out.with_name(f".{out.name}.part")
-    failed = 0
-    if out.is_dir():
-        raise StreamtrainError(f"{out}: is a folder", "name a file that can be written")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
-    with open(partial, "w", encoding="utf-8") as lines, tqdm(total=len(files), unit="file", desc="transcribing") as bar:
-        for start in range(0, len(files), CHUNK_FILES):
-            chunk = files[start : start + CHUNK_FILES]
-            for path, result in zip(chunk, _transcribe_chunk(model, chunk, batch_seconds, beam), strict=True):
-                row: dict[str, object] = {"utterance_id": path.stem, "audio_path": str(path)}
-                if isinstance(result, str):
-                    row |= {field: "", "confidence": 0.0, "error": result}
-                    failed += 1
-                else:
-                    row |= {field: result.text, "confidence": round(result.confidence, 4), "error": None}
-                    if alternatives:
-                        row["alternatives"] = [asdict(one) for one in result.alternatives[:alternatives]]
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                bar.update()
-    os.replace(partial, out)
-    print(f"{out}: {len(files) - failed:,} files transcribed" + (f", {failed:,} failed" if failed else ""))
+    _make_room(out, reading.log_probs)
+    if reading.log_probs:
+        (reading.log_probs / "vocab.json").write_bytes((model_folder / "vocab.json").read_bytes())
+    progress = Progress(out, _digest(model_folder, recordings, reading))
+    left = recordings[progress.rows :]
+    failed = progress.failed
+    with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
+        for chunk in _chunks(read_ahead(load, iter(left), READERS)):
+            rows = _read_chunk(model, chunk, reading)
+            failed += sum(row["error"] is not None for row in rows)
+            progress.write(rows, failed)
+            bar.update(len(rows))
+    progress.finish()
+    done = f"{out}: {len(recordings) - failed:,} recordings transcribed"
+    print(done + (f", {failed:,} failed" if failed else ""))
     return failed
 
 
-def find_audio(sources: Sequence[str]) -> list[Path]:
-    """The audio files named, and those under the folders named. Raises StreamtrainError where there are none."""
-    found: list[Path] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            found += sorted(path for path in source.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-        elif source.is_file():
-            found.append(source)
-        else:
-            raise StreamtrainError(f"{source}: there is no such file or folder")
-    if not found:
-        raise StreamtrainError(f"no audio in {', '.join(sources)}", f"looked for {', '.join(AUDIO_SUFFIXES)}")
-    return found
+class Progress:
+    """The rows that were written so far, under another name until they are all there."""
+
+    def __init__(self, out: Path, digest: str) -> None:
+        self._out, self._digest = out, digest
+        self._partial, self._state = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.part.json")
+        self.rows = self.failed = 0
+        size = 0
+        if self._state.is_file() and self._partial.is_file():
+            try:
+                state = json.loads(self._state.read_text())
+                if state["digest"] == digest and self._partial.stat().st_size >= state["bytes"]:
+                    self.rows, self.failed, size = state["rows"], state["failed"], state["bytes"]
+            except (ValueError, KeyError, TypeError):
+                pass  # a state that was cut off says nothing: begin anew
+        if self.rows:
+            print(f"going on after {self.rows:,} recordings that an earlier run has done")
+        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed by finish)
+        self._file.truncate(size)
+
+    def write(self, rows: Sequence[dict[str, Any]], failed: int) -> None:
+        """Rows that a later run need not make again once this has returned."""
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += len(rows)
+        state = {"digest": self._digest, "rows": self.rows, "bytes": self._file.tell(), "failed": failed}
+        fresh = self._state.with_suffix(".new")
+        fresh.write_text(json.dumps(state))
+        os.replace(fresh, self._state)
+
+    def finish(self) -> None:
+        self._file.close()
+        os.replace(self._partial, self._out)
+        sync(self._out.parent)
+        self._state.unlink(missing_ok=True)
 
 
-def _transcribe_chunk(
-    model: CTCModel, files: Sequence[Path], batch_seconds: float, beam: int
-) -> list[Hypothesis | str]:
-    pieces: list[Waveform] = []
-    owners: list[int] = []
-    errors: dict[int, str] = {}
-    for number, path in enumerate(files):
-        try:
-            waveform, _ = decode(path.read_bytes())
-        except (AudioError, OSError) as error:
-            errors[number] = error.message if isinstance(error, AudioError) else str(error.strerror)
-            continue
-        for segment in _segments(waveform):
-            pieces.append(segment)
-            owners.append(number)
-    decoded: list[Hypothesis | None] = [None] * len(pieces)
+def load(recording: Recording) -> Sound:
+    """Decode a recording and cut what is too long. What is wrong with it is told in `error`.
+
+    Raises StoreError where the place it comes from fails, which is no fault of the recording.
+    """
+    try:
+        loaded = recording.load()
+        pieces: list[Waveform] = []
+        starts: list[float] = []
+        for piece in loaded:
+            waveform, _ = decode(piece.audio)
+            for start, segment in _segments(waveform):
+                pieces.append(segment)
+                starts.append(piece.start_sec + start / SAMPLE_RATE)
+        return Sound(recording, loaded[0].utterance_id or recording.utterance_id, tuple(pieces), tuple(starts))
+    except (AudioError, MissingError, ShardError) as error:
+        said = error.message
+    except OSError as error:
+        said = str(error.strerror or error)
+    return Sound(recording, recording.utterance_id, error=said)
+
+
+def _segments(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
+    if len(waveform) <= LIMIT_SEC * SAMPLE_RATE:
+        yield 0, waveform
+        return
+    for segment in split_recording("", waveform, "", LIMIT_SEC):
+        start = round(segment.start_sec * SAMPLE_RATE)
+        yield start, waveform[start : start + segment.samples]
+
+
+def _chunks(sounds: Iterator[Sound]) -> Iterator[list[Sound]]:
+    """Consecutive recordings; where one ends depends on them alone, so that a run that goes on makes the same ones."""
+    chunk: list[Sound] = []
+    for sound in sounds:
+        chunk.append(sound)
+        if len(chunk) == CHUNK_RECORDINGS or sum(each.seconds for each in chunk) >= CHUNK_SEC:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _read_chunk(model: CTCModel, sounds: Sequence[Sound], reading: Reading) -> list[dict[str, Any]]:
+    pieces = [piece for sound in sounds for piece in sound.pieces]
+    heard = iter(_read_pieces(model, pieces, reading))
+    return [_row(sound, [next(heard) for _ in sound.pieces], model.vocab.track, reading) for sound in sounds]
+
+
+def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: Reading) -> list[Heard]:
+    """Each piece, in batches of like length."""
+    heard: dict[int, Heard] = {}
     device = next(model.parameters()).device
-    for batch in plan_evaluation([len(piece) for piece in pieces], batch_seconds):
+    for batch in plan_evaluation([len(piece) for piece in pieces], reading.batch_seconds):
         rows = [zero_mean_unit_variance(pieces[i]) if model.normalize else pieces[i] for i in batch]
         lengths = torch.tensor([len(row) for row in rows])
         with torch.inference_mode():
             inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-            log_probs = model(inputs.to(device), lengths)  # (B, T, V)
-        for i, hypothesis in zip(
-            batch, read_out(log_probs, model.frame_counts(lengths), model.vocab, beam), strict=True
+            log_probs = model(inputs.to(device), lengths).cpu()  # (B, T, V)
+        frames = model.frame_counts(lengths)
+        hypotheses = read_out(log_probs, frames, model.vocab, reading.beam)
+        for i, row, length, hypothesis in zip(
+            batch.tolist(), log_probs.numpy(), frames.tolist(), hypotheses, strict=True
         ):
-            decoded[i] = hypothesis
-    return [errors[number] if number in errors else _join(decoded, owners, number) for number in range(len(files))]
+            words = find_words(row[:length], hypothesis.text, model.vocab)
+            heard[i] = Heard(hypothesis, words, row[:length].copy() if reading.log_probs else None)
+    return [heard[i] for i in range(len(pieces))]
 
 
-def _segments(waveform: Waveform) -> list[Waveform]:
-    if len(waveform) <= LIMIT_SEC * SAMPLE_RATE:
-        return [waveform]
-    segments = split_recording("", waveform, "", LIMIT_SEC)
-    starts = [round(segment.start_sec * SAMPLE_RATE) for segment in segments]
-    return [waveform[start : start + segment.samples] for start, segment in zip(starts, segments, strict=True)]
+def _row(sound: Sound, heard: Sequence[Heard], track: str, reading: Reading) -> dict[str, Any]:
+    """The row of a recording, from its pieces."""
+    row: dict[str, Any] = {"utterance_id": sound.utterance_id, "audio_path": sound.recording.audio_path}
+    if sound.error is not None:
+        return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": sound.error}
+    hypotheses = [piece.hypothesis for piece in heard]
+    shares = [len(piece) / sum(map(len, sound.pieces)) for piece in sound.pieces]
+    row |= {
+        TRACKS[track]: join_pieces([hypothesis.text for hypothesis in hypotheses]),
+        "confidence": round(sum(one.confidence * share for one, share in zip(hypotheses, shares, strict=True)), 4),
+        "words": [
+            _timed(word, start) for piece, start in zip(heard, sound.starts, strict=True) for word in piece.words
+        ],
+        "error": None,
+    }
+    if reading.alternatives:
+        joined = join_alternatives([hypothesis.alternatives for hypothesis in hypotheses])
+        row["alternatives"] = [asdict(one) for one in joined[: reading.alternatives]]
+    if reading.log_probs:
+        kept = np.concatenate([piece.log_probs for piece in heard if piece.log_probs is not None])
+        np.save(reading.log_probs / f"{escape_key(sound.utterance_id)}.npy", kept.astype(np.float16))
+    return row
 
 
-def _join(decoded: Sequence[Hypothesis | None], owners: Sequence[int], number: int) -> Hypothesis:
-    mine = [hypothesis for hypothesis, owner in zip(decoded, owners, strict=True) if owner == number and hypothesis]
-    return Hypothesis(
-        join_pieces([hypothesis.text for hypothesis in mine]),
-        sum(hypothesis.confidence for hypothesis in mine) / max(len(mine), 1),
-        join_alternatives([hypothesis.alternatives for hypothesis in mine]),
-    )
+def _timed(word: Word, start_sec: float) -> dict[str, Any]:
+    return {
+        "word": word.text,
+        "start": round(start_sec + word.first_frame * FRAME_SEC, 3),
+        "end": round(start_sec + word.end_frame * FRAME_SEC, 3),
+        "confidence": round(word.confidence, 4),
+    }
+
+
+def _make_room(out: Path, log_probs: Path | None) -> None:
+    if out.is_dir():
+        raise StreamtrainError(f"{out}: is a folder", "name a file that can be written")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(f".{out.name}.part").touch()
+        if log_probs:
+            log_probs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
+
+
+def _digest(model: Path, recordings: Sequence[Recording], reading: Reading) -> str:
+    """Of all that decides the rows."""
+    state = xxhash.xxh3_128()
+    for name in ("config.json", "model.safetensors", "vocab.json"):
+        with open(model / name, "rb") as file:
+            while data := file.read(2**23):
+                state.update(data)
+    for recording in recordings:
+        state.update(f"{recording.utterance_id}\0{recording.audio_path}\n".encode())
+    state.update(repr(reading).encode())
+    return state.hexdigest()

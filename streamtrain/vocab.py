@@ -22,6 +22,14 @@ class Vocab:
     def blank(self) -> int:
         return self.tokens.index(BLANK)
 
+    @property
+    def space(self) -> int:
+        return self.tokens.index(SPACE)
+
+    @property
+    def unknown(self) -> int:
+        return self.tokens.index(UNKNOWN)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

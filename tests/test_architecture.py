@@ -20,6 +20,7 @@ SEEN_BY_STREAMTRAIN = {
     "archive",
     "workers",
     "command",
+    "tables",
 }
 
 

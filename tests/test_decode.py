@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtrain.decode import Alternative, greedy, join_alternatives, prefix_beam, read_out
+from streamtrain.decode import Alternative, best_alignment, find_words, greedy, join_alternatives, prefix_beam, read_out
 from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab
 
 VOCAB = Vocab((BLANK, SPACE, "a", "b", UNKNOWN))
@@ -94,6 +95,37 @@ def test_alternatives_of_pieces_join_into_those_of_the_recording() -> None:
     pieces = [[Alternative("a", -1.0), Alternative("b", -1.5)], [Alternative("c", -2.0), Alternative("", -2.2)]]
     joined = [(one.text, round(one.log_prob, 6)) for one in join_alternatives(pieces)]
     assert joined == [("a c", -3.0), ("a", -3.2)]
+
+
+@given(scores(), st.lists(st.integers(1, 3), max_size=4))
+def test_the_best_alignment_is_the_best_of_all_paths(log_probs: npt.NDArray[np.float64], ids: list[int]) -> None:
+    def score(path: Sequence[int]) -> float:
+        return float(sum(frame[one] for frame, one in zip(log_probs, path, strict=True)))
+
+    paths = [path for path in itertools.product(range(len(VOCAB)), repeat=len(log_probs))
+             if [one for one, _ in itertools.groupby(path) if one != VOCAB.blank] == ids]  # fmt: skip
+    if paths:
+        found = best_alignment(log_probs, ids, VOCAB.blank).tolist()
+        assert tuple(found) in paths
+        assert score(found) == pytest.approx(max(map(score, paths)))
+    elif len(log_probs):
+        with pytest.raises(ValueError, match=f"{len(log_probs)} frames cannot spell {len(ids)} symbols"):
+            best_alignment(log_probs, ids, VOCAB.blank)
+
+
+def test_a_word_lasts_from_its_first_symbol_to_its_last() -> None:
+    blank, space, a, b = VOCAB.blank, VOCAB.space, *VOCAB.encode("ab")
+    path = [blank, a, a, blank, a, b, blank, space, space, blank, b, blank]
+    log_probs = np.full((len(path), len(VOCAB)), -9.0)
+    log_probs[np.arange(len(path)), path] = np.log(0.9)
+    log_probs[10, b] = np.log(0.5)
+    found = [
+        (one.text, one.first_frame, one.end_frame, round(one.confidence, 6))
+        for one in find_words(log_probs, "aab b", VOCAB)
+    ]
+    assert found == [("aab", 1, 6, 0.9), ("b", 10, 11, 0.5)]
+    assert [one.text for one in find_words(log_probs, "ab", VOCAB)] == ["ab"]  # of a beam: not what the best path says
+    assert find_words(log_probs[:1], "", VOCAB) == []
 
 
 def test_a_text_that_pieces_spell_in_two_ways_is_listed_once() -> None:

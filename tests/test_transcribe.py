@@ -1,6 +1,11 @@
 """Audio in, a row of text for each file out, whatever the files are and however they are batched."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,18 +14,22 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import run_module
+from conftest import ROOT, run_module
 from corpus import recite
 from test_model import decode, save, talkative
 
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.audio import decode as decode_audio
 from sharding.errors import StreamtrainError
+from sharding.format import read_index, read_keys
+from sharding.sample import whole_key
 from sharding.split import split_recording
+from sharding.store import open_store
+from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import join_pieces
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
-from streamtrain.transcribe import LIMIT_SEC, transcribe
+from streamtrain.transcribe import LIMIT_SEC, Progress, Reading, transcribe
 
 Row = dict[str, Any]
 
@@ -57,7 +66,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(folder: Path, sources: list[Path], out: Path, batch_seconds: float = 30.0) -> list[Row]:
-    transcribe(folder, [str(source) for source in sources], out, batch_seconds)
+    transcribe(folder, [str(source) for source in sources], out, Reading(batch_seconds))
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
 
 
@@ -169,8 +178,118 @@ def test_the_command_says_how_many_failed_and_exits_so(folder: Path, clips: Path
     sources = [clips / "clip-02.flac", tmp_path / "bad.wav"]
     done = run_module("streamtrain", "transcribe", folder, *sources, "--out", tmp_path / "out.jsonl")
     assert done.returncode == 1
-    assert f"{tmp_path / 'out.jsonl'}: 1 files transcribed, 1 failed" in done.stdout
+    assert f"{tmp_path / 'out.jsonl'}: 1 recordings transcribed, 1 failed" in done.stdout
     assert [json.loads(line)["error"] is None for line in (tmp_path / "out.jsonl").open()] == [True, False]
+
+
+def test_words_are_said_where_the_model_hears_them(folder: Path, model: CTCModel, clips: Path, tmp_path: Path) -> None:
+    """The frames of a word spell it, and nothing but it and silence."""
+    rows = rows_of(folder, [clips], tmp_path / "out.jsonl")
+    transcribe(folder, [str(clips)], tmp_path / "beam.jsonl", Reading(beam=8))
+    beam = [json.loads(line) for line in (tmp_path / "beam.jsonl").open(encoding="utf-8")]
+    for row in rows + beam:
+        waveform: np.ndarray = soundfile.read(row["audio_path"], dtype="float32")[0]
+        words = row["words"]
+        assert " ".join(word["word"] for word in words) == row["phonetic_text"]
+        ends = [edge for word in words for edge in (word["start"], word["end"])]
+        assert ends == sorted(ends)
+        assert ends[-1] <= len(waveform) / SAMPLE_RATE
+        assert all(0 < word["confidence"] <= 1 for word in words)
+    row = rows[0]
+    path = log_probs_of(model, row["audio_path"]).argmax(-1)
+    for word in row["words"]:
+        said = path[round(word["start"] * 50) : round(word["end"] * 50)].tolist()
+        assert model.vocab.decode([one for one, before in zip(said, [-1, *said], strict=False)
+                                   if one not in (before, model.vocab.blank)]) == word["word"]  # fmt: skip
+
+
+def log_probs_of(model: CTCModel, path: str) -> torch.Tensor:
+    """(T, V), of the clip alone."""
+    inputs = torch.from_numpy(zero_mean_unit_variance(soundfile.read(path, dtype="float32")[0]))[None]
+    with torch.inference_mode():
+        return model(inputs, torch.tensor([inputs.shape[1]]))[0]
+
+
+def test_log_probabilities_are_kept_beside_their_vocabulary(
+    folder: Path, model: CTCModel, clips: Path, tmp_path: Path
+) -> None:
+    transcribe(folder, [str(clips)], tmp_path / "out.jsonl", Reading(log_probs=tmp_path / "kept"))
+    assert (tmp_path / "kept" / "vocab.json").read_bytes() == (folder / "vocab.json").read_bytes()
+    for path in clips.rglob("*.flac"):
+        kept = np.load(tmp_path / "kept" / f"{path.stem}.npy")
+        wanted = log_probs_of(model, str(path)).numpy()
+        assert kept.dtype == np.float16
+        assert kept.shape == wanted.shape
+        np.testing.assert_allclose(kept, wanted, atol=0.02)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_file(folder: Path, tmp_path: Path) -> None:
+    """Three chunks; the kill falls after the first or the second."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(1100):
+        (many / f"{number:04d}.flac").symlink_to(tmp_path / f"{number % 7}.flac")
+    for number in range(7):
+        (tmp_path / f"{number}.flac").write_bytes(encode(sound(0.2 + number / 10, number)))
+    (many / "0500.flac").unlink()
+    (many / "0500.flac").write_bytes(b"no audio")
+    command = [sys.executable, "-m", "streamtrain", "transcribe", folder, many, "--out"]
+    assert run_module(*command[2:], tmp_path / "whole.jsonl").returncode == 1
+    out = tmp_path / "killed.jsonl"
+    process = subprocess.Popen(
+        list(map(str, [*command, out])), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / ".killed.jsonl.part.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not out.is_file()
+    with open(tmp_path / ".killed.jsonl.part", "ab") as torn:
+        torn.write(b'{"utterance_id": "07')
+    done = run_module(*command[2:], out)
+    assert re.search(r"going on after (512|1,024) recordings", done.stdout)
+    assert "1,099 recordings transcribed, 1 failed" in done.stdout
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_request_begins_anew(
+    folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = Progress(tmp_path / "out.jsonl", "of another model")
+    left.write([{"utterance_id": "left behind"}], failed=0)
+    rows = rows_of(folder, [clips], tmp_path / "out.jsonl")
+    assert len(rows) == 12
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_a_shard_set_is_transcribed_recording_by_recording(folder: Path, small_shards: Path, tmp_path: Path) -> None:
+    """Also where a byte of it was flipped: its clip's row tells so."""
+    shards = shutil.copytree(small_shards, tmp_path / "shards")
+    tar = next(iter((shards / "train").glob("*.tar")))
+    damaged = bytearray(tar.read_bytes())
+    damaged[700] ^= 1
+    tar.write_bytes(damaged)
+    rows = rows_of(folder, [shards], tmp_path / "out.jsonl")
+    store = open_store(shards)
+    assert len(rows) == len({whole_key(key) for key in read_keys(store, read_index(store))})
+    (broken,) = (row for row in rows if row["error"])
+    assert "checksum of the sample at byte 0" in broken["error"]
+    assert broken["phonetic_text"] == ""
+
+
+@pytest.mark.parametrize("minutes", [3, pytest.param(120, marks=pytest.mark.long)])
+def test_silence_ten_milliseconds_and_hours_are_all_answered(minutes: int, folder: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(SAMPLE_RATE, np.int16), SAMPLE_RATE)
+    soundfile.write(tmp_path / "b.wav", sound(0.01, 0), SAMPLE_RATE)
+    hours = np.tile(sound(30, 1), 2 * minutes)
+    soundfile.write(tmp_path / "c.flac", hours, SAMPLE_RATE, subtype="PCM_16")
+    silence, short, long = rows_of(folder, [tmp_path], tmp_path / "out.jsonl")
+    assert silence["error"] is None
+    assert "shorter than one frame" in short["error"]
+    assert long["error"] is None
+    assert 60 * minutes - 100 < long["words"][-1]["end"] <= 60 * minutes
 
 
 def test_a_model_that_hears_nothing_says_nothing(model: CTCModel, tmp_path: Path) -> None:

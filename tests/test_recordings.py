@@ -1,0 +1,129 @@
+"""Whatever names them, the same clips are found, each with its bytes; what holds nothing says so."""
+
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import run_module
+from corpus import make_corpus, read_manifest
+from seaweed import Seaweed
+
+from sharding.errors import AudioError, StreamtrainError
+from sharding.format import read_index, read_keys
+from sharding.sample import whole_key
+from sharding.store import open_store
+from streamtrain.recordings import find_recordings
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings")
+    make_corpus(folder / "meadow", clips=9, long_clips=2)
+    return folder / "meadow"
+
+
+@pytest.fixture(scope="module")
+def shards(corpus: Path) -> Path:
+    out = corpus.parent / "shards"
+    done = run_module("sharding", "build", corpus, "--out", out, "--valid-fraction", 0.5)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def bytes_of(*sources: object) -> dict[str, bytes]:
+    return {one.utterance_id: one.load()[0].audio for one in find_recordings([str(source) for source in sources])}
+
+
+def test_a_corpus_is_the_same_as_files_folder_zip_manifest_and_objects(
+    corpus: Path, tmp_path: Path, seaweed: Seaweed, url: str
+) -> None:
+    files = sorted((corpus / "audio").glob("*.flac"))
+    wanted = {path.stem: path.read_bytes() for path in files}
+    assert len(wanted) == 11
+    with zipfile.ZipFile(tmp_path / "audio.zip", "w") as archive:
+        for path in files:
+            archive.write(path, f"deep/{path.name}")
+    manifest = tmp_path / "rows.csv"
+    manifest.write_text("audio_path\n" + "".join(f"{path.name}\n" for path in files))
+    (tmp_path / "audio").symlink_to(corpus / "audio")
+    store = open_store(f"{url}/loose")
+    for path in files:
+        store.write(f"a/{path.name}", path.read_bytes())
+    store.write("notes.txt", b"no audio")
+    for sources in (files, [corpus], [tmp_path / "audio.zip"], [corpus / "train_phon_transcripts.jsonl"], [manifest],
+                    [f"{url}/loose"], [f"{url}/loose/a/{path.name}" for path in files]):  # fmt: skip
+        assert bytes_of(*sources) == wanted, sources
+
+
+def test_a_shard_set_holds_each_recording_once_and_whole(corpus: Path, shards: Path) -> None:
+    """Also those that the build cut: their pieces come together again, in order."""
+    found = find_recordings([str(shards)])
+    assert sorted(one.utterance_id for one in found) == sorted(row["utterance_id"] for row in read_manifest(corpus))
+    store = open_store(shards)
+    keys = read_keys(store, read_index(store)).tolist()
+    assert len(keys) > len({whole_key(key) for key in keys}) == len(found)
+    for one in found:
+        pieces = one.load()
+        starts = [piece.start_sec for piece in pieces]
+        assert starts == sorted(starts)
+        assert starts[0] == 0
+        assert {piece.utterance_id for piece in pieces} == {one.utterance_id}
+        assert len(pieces) == sum(whole_key(key) == one.utterance_id for key in keys)
+
+
+def test_a_shard_set_in_a_bucket_is_the_same(shards: Path, seaweed: Seaweed, url: str) -> None:
+    store, local = open_store(f"{url}/shards"), open_store(shards)
+    for name in local.names():
+        store.write(name, local.read(name))
+    assert bytes_of(f"{url}/shards") == bytes_of(shards)
+
+
+def test_tars_of_others_are_taken_clip_by_clip(tmp_path: Path) -> None:
+    """Their keys may look like ours of pieces."""
+    make_corpus(tmp_path / "theirs", clips=3)
+    names = [path.name for path in sorted((tmp_path / "theirs" / "audio").iterdir())]
+    for number, name in enumerate(names):
+        (tmp_path / "theirs" / "audio" / name).rename(tmp_path / "theirs" / f"clip+{number:03d}.flac")
+        (tmp_path / "theirs" / f"clip+{number:03d}.txt").write_text("kæt")
+    (tmp_path / "tars").mkdir()
+    members = [f"clip+{number:03d}.{kind}" for number in range(3) for kind in ("flac", "txt")]
+    subprocess.run(["tar", "-cf", tmp_path / "tars" / "a.tar", *members], cwd=tmp_path / "theirs", check=True)
+    assert run_module("sharding", "index", tmp_path / "tars").returncode == 0
+    assert sorted(bytes_of(tmp_path / "tars")) == [f"clip+{number:03d}" for number in range(3)]
+
+
+def test_a_clip_that_a_manifest_names_and_nobody_has_is_an_error_of_its_own(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "audio").symlink_to(corpus / "audio")
+    name = next((corpus / "audio").iterdir()).name
+    rows = [{"audio_path": f"audio/{each}"} for each in (name, "nobody.flac", "../../etc/passwd")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good, missing, outside = find_recordings([str(tmp_path / "rows.jsonl")])
+    assert good.load()[0].audio == (corpus / "audio" / name).read_bytes()
+    for one, said in ((missing, "missing"), (outside, "outside")):
+        with pytest.raises(AudioError, match=said):
+            one.load()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"audio_path": "a.flac"}\n{"path": "b.flac"}\n', r"rows\.jsonl:2: not a row with an audio_path"),
+        (b'{"audio_path": "\xff.flac"}\n', r"rows\.jsonl:1: not a row with an audio_path .*utf-8"),
+        (b"[1]\n", r"rows\.jsonl:1: not a row"),
+        (b'{"audio_path": 3}\n', r"rows\.jsonl:1: not a row"),
+        (b'{"audio_path": "nobody.flac"}\n', "there is no audio"),
+        (b"", "no audio in"),
+    ],
+)
+def test_a_manifest_that_is_none_is_told_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(StreamtrainError, match=said):
+        find_recordings([str(tmp_path / "rows.jsonl")])
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    for source, said in ((tmp_path / "none", "no such file"), (tmp_path, "no audio in")):
+        with pytest.raises(StreamtrainError, match=said):
+            find_recordings([str(source)])
