@@ -14,11 +14,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
     parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
     parser.add_argument("--split", default="valid", choices=("valid", "train"), help="default: %(default)s")
-    parser.add_argument("--out", required=True, help="folder for scorecard.json and hypotheses.jsonl")
+    parser.add_argument("--out", required=True, help="folder for scorecard.json, scorecard.html and hypotheses.jsonl")
     parser.add_argument("--batch-seconds", type=number(1), default=40.0,
         help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
+    parser.add_argument("--beside", metavar="DIR",
+        help="folder with another model's scorecard on the same clips, to compare this one with")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
@@ -28,7 +30,10 @@ def main() -> None:
         from streamtrain.evaluate import evaluate_model
 
         out = Path(options.out)
-        evaluate_model(options.model, options.shards, options.split, options.batch_seconds, out, world, options.beam)
+        beside = Path(options.beside) if options.beside else None
+        evaluate_model(
+            options.model, options.shards, options.split, options.batch_seconds, out, world, options.beam, beside
+        )
 
 
 if __name__ == "__main__":

@@ -53,6 +53,14 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from streamtrain.compare import compare_folders, render, to_json
+
+    comparison = compare_folders(Path(options.before), Path(options.after))
+    print(to_json(comparison) if options.json else render(comparison))
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from streamtrain.export import export_model
 
@@ -125,6 +133,11 @@ def _commands() -> Commands:
     score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")
     score.add_argument("actual", help="JSONL with utterance_id and the same field, such as a transcripts file")
     score.add_argument("--json", action="store_true", help="print JSON")
+
+    compare = commands.add("compare", _compare, "Two models on the same clips: is the difference more than chance?")
+    compare.add_argument("before", help="folder with the scorecard of one model, such as a run's")
+    compare.add_argument("after", help="folder with the scorecard of the other")
+    compare.add_argument("--json", action="store_true", help="print JSON")
 
     package = commands.add("package", _package, "Pack a trained model as a submission to the challenge.")
     package.add_argument("model", help="folder of a trained model, such as RUN/best")

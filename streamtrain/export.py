@@ -8,10 +8,10 @@ import torch
 from safetensors import SafetensorError
 
 from sharding.errors import StreamtrainError
-from streamtrain.evaluate import render_interval
 from streamtrain.folders import put_in_place
 from streamtrain.model import load_trained, save_model
 from streamtrain.network import CTCModel
+from streamtrain.scorecard import render_interval
 from streamtrain.vocab import load_vocab
 
 TOLERANCE = 1e-5

@@ -1,11 +1,14 @@
 """Edit counts between references and hypotheses, and what is said of them. Counts add up; the ratio is taken once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 from whisper_normalizer.english import EnglishTextNormalizer
+
+Floats = npt.NDArray[np.float64]
 
 _words_alike = EnglishTextNormalizer()
 
@@ -55,18 +58,41 @@ def spoken_words(text: str) -> list[str]:
     return words
 
 
+class Resampling:
+    """Speakers drawn anew, with replacement, again and again: clips of one speaker are alike, so they stay together."""
+
+    def __init__(self, speakers: Iterable[str], draws: int = 2000, seed: int = 0) -> None:
+        self.speakers = sorted(set(speakers))
+        count = len(self.speakers)
+        chosen = np.random.default_rng(seed).integers(max(count, 1), size=(draws, count))
+        # (draws, speakers): how often each is drawn
+        self.times = np.array([np.bincount(row, minlength=count) for row in chosen], np.float64)
+
+    def rates(self, edits: Floats, lengths: Floats) -> Floats:
+        """Pooled rates (draws, groups) of sums (speakers, groups); NaN where no speaker of a group was drawn."""
+        drawn = self.times @ (lengths + edits > 0)
+        return np.where(drawn > 0, (self.times @ edits) / np.maximum(self.times @ lengths, 1), np.nan)
+
+    def interval(self, values: Floats, level: float = 0.95) -> tuple[float, float] | None:
+        """Percentile interval (Efron 1979) of a value of each draw.
+
+        None where there are fewer than two speakers: one says nothing of how speakers differ.
+        """
+        known = values[~np.isnan(values)]
+        if len(self.speakers) < 2 or not len(known):
+            return None
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        return (float(low), float(high))
+
+
 def bootstrap_interval(
     groups: Mapping[str, EditCounts], draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile interval of the pooled CER under resampling of whole groups (children), as clips of one correlate.
-
-    None where there are fewer than two groups: one child says nothing of how children differ.
-    """
-    edits = np.array([counts.edits for counts in groups.values()])
-    lengths = np.array([counts.reference_length for counts in groups.values()])
+    """Interval of the pooled rate under resampling of whole groups (children); None where there are fewer than two."""
     if len(groups) < 2:
         return None
-    chosen = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
-    cers = edits[chosen].sum(axis=1) / np.maximum(lengths[chosen].sum(axis=1), 1)
-    low, high = np.quantile(cers, [(1 - level) / 2, (1 + level) / 2])
-    return (float(low), float(high))
+    drawn = Resampling(groups, draws, seed)
+    totals = [groups[name] for name in drawn.speakers]
+    edits = np.array([[counts.edits] for counts in totals], np.float64)
+    lengths = np.array([[counts.reference_length] for counts in totals], np.float64)
+    return drawn.interval(drawn.rates(edits, lengths)[:, 0], level)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
-from streamtrain.evaluate import Evaluation, render_interval
+from streamtrain.scorecard import Evaluation, read_scorecard, render_interval
 
 LINE_EVERY_SEC = 60.0  # where the output is no terminal
 SAMPLES_SHOWN = 8
@@ -224,18 +224,11 @@ def _cells(row: StepRow) -> list[object]:
 
 def render_run(run_dir: Path) -> str:
     """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
-    try:
-        card = json.loads((run_dir / "scorecard.json").read_text(encoding="utf-8"))
-        lines = (run_dir / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise StreamtrainError(
-            f"{run_dir}: no scorecard ({error})", "train first, or score a model with launch/evaluate.py"
-        ) from error
+    card, clips = read_scorecard(run_dir)
     before = run_dir / "before.json"
     first = f"{json.loads(before.read_text())['cer']:.3f}" if before.is_file() else "?"
-    clips = [json.loads(line) for line in lines]
     shown = "\n".join(
-        f"    {clip['utterance_id']}\n      said   {clip['reference']}\n      heard  {clip['hypothesis']}"
+        f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
     )
     return f"""

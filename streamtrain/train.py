@@ -25,12 +25,13 @@ from streamtrain.checkpoint import (
 from streamtrain.collate import Batch, join
 from streamtrain.config import Config
 from streamtrain.engine import Engine
-from streamtrain.evaluate import Evaluation, evaluate, scorecard, write_scorecard
+from streamtrain.evaluate import evaluate
 from streamtrain.export import save_best
 from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
 from streamtrain.plan import EpochPlan, forwards_of, plan_rest
+from streamtrain.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
 from streamtrain.world import PreemptedError, Preemption, World
 

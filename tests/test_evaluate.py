@@ -1,21 +1,31 @@
 """Every recording scored once, the long ones as a whole; the scorecard's groups add up."""
 
+import base64
+import io
 import json
+import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import run_module
 from corpus import make_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
 from tiny_model import make_tiny_model
 
 from sharding.format import read_index, read_sample
-from sharding.ipa import normalize_ipa
+from sharding.ipa import SYMBOLS, normalize_ipa
 from sharding.store import open_store
 from streamtrain.config import ModelConfig
 from streamtrain.evaluate import evaluate_model
 from streamtrain.metrics import EditCounts, count_edits
 from streamtrain.model import load_model, save_model
+from streamtrain.scorecard import ClipScore, count_confusions
 from streamtrain.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +82,14 @@ def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Pa
     for name in ("corpus", "age_bucket", "duration", "label_length"):
         for field in ("edits", "reference_length", "clips"):
             assert sum(row[field] for row in groups[name]) == card[field], (name, field)
+    macro = card["macro"]
+    assert isinstance(macro, dict)
+    for name, group in [*groups.items(), ("child", card["by_child"])]:
+        assert macro[name]["cer"] == pytest.approx(sum(row["cer"] for row in group) / len(group))
+        low, high = macro[name]["interval_95"]
+        assert low <= high
+        assert min(row["cer"] for row in group) - 1e-9 <= low or name != "child"
+        assert sum(row["edits"] for row in group) == card["edits"]
     assert sum(row["clips"] for row in card["calibration"]) == card["clips"]  # type: ignore[attr-defined]
     assert sum(int(card[kind]) for kind in ("substitutions", "deletions", "insertions")) == card["edits"]  # type: ignore[call-overload]
 
@@ -82,3 +100,93 @@ def test_what_is_heard_does_not_depend_on_the_size_of_batches(shards: Path, mode
         _, rows = score(model, shards, tmp_path / str(batch_seconds), batch_seconds)
         heard.append([(row["utterance_id"], row["hypothesis"]) for row in rows])
     assert heard[0] == heard[1] == heard[2]
+
+
+def test_the_page_opens_without_a_network_and_lets_the_worst_clips_be_heard(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
+    card, rows = score(model, shards, tmp_path)
+    page = Page((tmp_path / "scorecard.html").read_text("utf-8"))
+    assert page.open == []
+    assert all(source.startswith("data:") for source in page.sources)
+    sounds = [base64.b64decode(source.partition(",")[2]) for source in page.sources if source.startswith("data:audio")]
+    assert len(sounds) >= len(rows) + 2  # two recordings in two pieces or more
+    store = open_store(shards)
+    index = read_index(store)
+    assert set(sounds) == {read_sample(store, index, row).audio for row in index.split("valid").tolist()}
+    (picture,) = (source for source in page.sources if source.startswith("data:image"))
+    assert imread(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).shape[0] > 500
+    for row in rows:
+        assert str(row["utterance_id"]) in page.text
+        assert str(row["reference"]) in page.text
+    assert f"{card['cer']:.4f}" in page.text
+
+
+class Page(HTMLParser):
+    """What a page shows, what it loads, and which elements it leaves open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.sources, self.open = "", list[str](), list[str]()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_model_beside_itself_differs_in_nothing_and_beside_another_as_the_scores_say(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
+    other = load_model(ModelConfig(pretrained=str(model)))
+    with torch.no_grad():
+        other.network.lm_head.bias[other.vocab.encode("k")] += 3
+    save_model(other, tmp_path / "other", dict(other.network.state_dict()))
+    before, _ = score(model, shards, tmp_path / "before")
+    after, _ = score(tmp_path / "other", shards, tmp_path / "after")
+    same = run_module("streamtrain", "compare", tmp_path / "before", tmp_path / "before", "--json")
+    assert all(row["difference"] == 0 for row in json.loads(same.stdout)["rows"])
+    assert json.loads(same.stdout)["rows"][0]["interval_95"] == [0, 0]
+    assert json.loads(same.stdout)["changed"] == []
+    done = run_module("streamtrain", "compare", tmp_path / "before", tmp_path / "after", "--json")
+    found = json.loads(done.stdout)
+    total = found["rows"][0]
+    assert (total["before"], total["after"]) == (before["cer"], after["cer"])
+    assert total["interval_95"][0] <= total["difference"] <= total["interval_95"][1]
+    assert found["changed"]
+    assert len(found["changed"]) <= 20
+    shown = run_module("streamtrain", "compare", tmp_path / "before", tmp_path / "after").stdout
+    assert f"{total['difference']:+.4f}" in shown
+    evaluate_model(str(model), str(shards), "valid", 10, tmp_path / "back", World(), beside=tmp_path / "after")
+    assert f"{-total['difference']:+.4f}" in (tmp_path / "back" / "scorecard.html").read_text("utf-8")
+
+
+def test_scores_of_other_clips_are_not_compared(shards: Path, model: Path, tmp_path: Path) -> None:
+    score(model, shards, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    lines = (tmp_path / "one" / "hypotheses.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "two" / "hypotheses.jsonl").write_text("".join(lines[1:]), "utf-8")
+    done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path / "two")
+    assert done.returncode == 1
+    assert "the two scores are not of the same clips: 1 are in one alone" in done.stderr
+    done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path)
+    assert "no scorecard" in done.stderr
+
+
+@given(st.lists(st.tuples(*[st.text(SYMBOLS[:5] + " ", max_size=9).map(normalize_ipa)] * 2), max_size=6))
+def test_confusions_add_up_to_what_was_said_and_what_was_edited(texts: list[tuple[str, str]]) -> None:
+    clips = [ClipScore("", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), None)
+             for reference, hypothesis in texts]  # fmt: skip
+    confusions = count_confusions(clips, "phonetic")
+    total = sum((clip.counts for clip in clips), EditCounts())
+    assert sum(count for (said, _), count in confusions.items() if said) == total.reference_length
+    assert sum(count for (said, heard), count in confusions.items() if said != heard) == total.edits
+    assert sum(count for (said, _), count in confusions.items() if not said) == total.insertions
+    assert ("", "") not in confusions

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.ipa import SYMBOLS, normalize_ipa
-from streamtrain.metrics import EditCounts, bootstrap_interval, count_edits, spoken_words
+from streamtrain.metrics import EditCounts, Resampling, bootstrap_interval, count_edits, spoken_words
 
 VECTORS = Path(__file__).parents[2] / "shared" / "scoring_vectors.jsonl"
 
@@ -138,3 +139,14 @@ def test_the_interval_holds_the_pooled_rate_and_narrows_as_children_are_added() 
 @pytest.mark.parametrize("groups", [{}, {"a": EditCounts(insertions=3, reference_length=9)}])
 def test_fewer_than_two_children_give_no_interval(groups: dict[str, EditCounts]) -> None:
     assert bootstrap_interval(groups) is None
+
+
+def test_every_draw_pools_whole_speakers_and_a_group_none_of_whom_is_drawn_has_no_rate() -> None:
+    drawn = Resampling(["b", "a", "b", "c"], draws=50)
+    assert drawn.speakers == ["a", "b", "c"]
+    assert (drawn.times.sum(axis=1) == 3).all()
+    edits, lengths = np.array([[1.0, 0], [2, 0], [3, 9]]), np.array([[10.0, 0], [10, 0], [10, 20]])
+    rates = drawn.rates(edits, lengths)
+    for times, (pooled, of_c) in zip(drawn.times, rates, strict=True):
+        assert pooled == pytest.approx((times @ [1, 2, 3]) / 30)
+        assert of_c == pytest.approx(9 / 20) if times[2] else np.isnan(of_c)
