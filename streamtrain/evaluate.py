@@ -121,7 +121,7 @@ def evaluate_model(
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
-    card = scorecard(evaluation, index.notes, model=model_folder, shards=shards, split=split)
+    card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
     if world.main:
         write_scorecard(card, evaluation.clips, out)
         compared = compare_folders(beside, out) if beside else None

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,10 +12,15 @@ from sharding.errors import StreamtrainError
 from streamtrain.folders import put_in_place
 from streamtrain.model import load_trained, save_model
 from streamtrain.network import CTCModel
-from streamtrain.scorecard import render_interval
-from streamtrain.vocab import load_vocab
+from streamtrain.scorecard import render_interval, warnings
 
 TOLERANCE = 1e-5
+BESIDE = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json"}
+RECIPE = frozenset(  # the settings that a model card shows, where they are set
+    ["pretrained", "scratch", "dropout", "freeze_cnn", "mask_time_prob", "mask_feature_prob", "batch_seconds",
+     "speed_factors", "gain_db", "micro_batches_per_step", "epochs", "max_steps", "schedule", "warmup_steps", "head_lr",
+     "layer_decay", "freeze_encoder_steps", "ema_decay", "patience", "seed"]
+)  # fmt: skip
 
 
 class ExportError(StreamtrainError):
@@ -35,42 +41,117 @@ def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -
 
 
 def export_model(source: Path, out: Path) -> float:
-    """Copy a trained model to a new folder and verify that Transformers computes the same from the copy.
+    """Copy a trained model to a new folder, with a model card, and verify the copy.
+
+    What lies beside the model in its run's folder goes along: scorecard, curves, and the run's configuration as
+    `training.json`. Returns what `verify` does.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out}: is not an empty folder", "choose another one")
+    model = load_trained(source)
+    save_model(model, out, {name: value.contiguous() for name, value in model.network.state_dict().items()})
+    run = source.resolve().parent
+    for name, copied in BESIDE.items():
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / copied)
+    (out / "README.md").write_text(_model_card(out, run.name, model.vocab.track), encoding="utf-8")
+    return verify(out)
+
+
+def verify(folder: Path) -> float:
+    """Hold a saved model against what Transformers makes of it.
 
     Returns the largest difference of log-probabilities seen, on two seconds of noise; raises ExportError above 1e-5.
     """
     from transformers import AutoModelForCTC
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ExportError(f"{out}: is not an empty folder", "choose another one")
-    model = load_trained(source)
-    save_model(model, out, {name: value.contiguous() for name, value in model.network.state_dict().items()})
-    scorecard = source.parent / "scorecard.json"
-    if scorecard.is_file():
-        (out / "scorecard.json").write_text(scorecard.read_text(encoding="utf-8"), encoding="utf-8")
-    (out / "README.md").write_text(_model_card(source, scorecard), encoding="utf-8")
     noise = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = model(noise, torch.tensor([noise.shape[1]]))
-        theirs = AutoModelForCTC.from_pretrained(out).eval()(noise).logits.log_softmax(-1)
+        ours = load_trained(folder)(noise, torch.tensor([noise.shape[1]]))
+        theirs = AutoModelForCTC.from_pretrained(folder).eval()(noise).logits.log_softmax(-1)
     difference = float((ours - theirs).abs().max())
     if difference > TOLERANCE:
         raise ExportError(
-            f"{out}: Transformers' log-probabilities differ by {difference:.2g}, {TOLERANCE:g} is allowed"
+            f"{folder}: Transformers' log-probabilities differ by {difference:.2g}, {TOLERANCE:g} is allowed"
         )
     return difference
 
 
-def _model_card(source: Path, scorecard: Path) -> str:
-    card = json.loads(scorecard.read_text(encoding="utf-8")) if scorecard.is_file() else None
-    score = (
-        f"CER {card['cer']:.4f} ({render_interval(card)}) on "
-        f"{card['clips']:,} clips of {card['children']} children of split `{card['split']}`."
-        if card
-        else "Not scored."
+def _model_card(folder: Path, name: str, track: str) -> str:
+    """In the form of the Hugging Face hub; what is known of the model lies in `folder`."""
+    card, config = _read(folder / "scorecard.json"), _read(folder / "training.json")
+    speech = "phones (IPA)" if track == "phonetic" else "words, in letters"
+    head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
+    about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. It hears 16 kHz, one channel.\n"
+    use = (
+        "```python\nfrom transformers import pipeline\n\n"
+        'print(pipeline("automatic-speech-recognition", ".")("clip.flac")["text"])\n```\n'
     )
-    speech = "phones (IPA)" if load_vocab(source).track == "phonetic" else "words"
+    parts = [("Use", use), ("Data", _data(card)), ("Score", _scores(card)), ("Recipe", _recipe(config))]
+    curves = "![curves](curves.png)\n" if (folder / "curves.png").is_file() else ""
+    return "\n".join([head + about, *(f"## {title}\n\n{text}" for title, text in parts if text), curves])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return document
+
+
+def _metrics(card: dict[str, Any], name: str) -> str:
+    if not card:
+        return ""
+    rates = "".join(f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in ("cer", "wer") if kind in card)
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n---\n"
-        f"# {source.resolve().parent.name}\n\nA CTC recogniser of {speech}, trained with streamtrain.\n\n{score}\n"
+        f"model-index:\n- name: {name}\n  results:\n  - task:\n      type: automatic-speech-recognition\n"
+        f"    dataset:\n      name: {json.dumps(card['shards'])}\n      type: streamtrain\n"
+        f"      split: {card['split']}\n    metrics:\n{rates}"
     )
+
+
+def _data(card: dict[str, Any]) -> str:
+    data = card.get("data")
+    if not data:
+        return ""
+    lost = card["validation"].get("rejected", 0)
+    return (
+        f"Trained on {data['clips']:,} clips, {data['hours']:,.1f} hours, of `{card['shards']}` (index "
+        f"{data['index']}). Scored on {card['clips']:,} clips of {card['children']:,} children; {lost:,} validation "
+        "clips could not be read when the set was built.\n"
+    )
+
+
+def _scores(card: dict[str, Any]) -> str:
+    if not card:
+        return "Not scored.\n"
+    said = f"CER {card['cer']:.4f} ({render_interval(card)})"
+    said += f", WER {card['wer']:.4f}" if "wer" in card else ""
+    lines = [f"| {'':20} | CER | 95 % interval | clips |", "|---|---:|---:|---:|"]
+    for title, rows in card["groups"].items():
+        for row in rows:
+            low_high = row.get("interval_95")  # earlier scorecards had none
+            interval = f"{low_high[0]:.4f} – {low_high[1]:.4f}" if low_high else ""
+            lines.append(
+                f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
+            )
+    return (
+        "\n".join([f"{said} on {card['clips']:,} clips of split `{card['split']}`.", "", *lines, *_warned(card)]) + "\n"
+    )
+
+
+def _warned(card: dict[str, Any]) -> list[str]:
+    return [f"\n**{line}**" for line in warnings(card)]
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    """The settings that decide what is learnt; the whole configuration lies in training.json."""
+    if not config:
+        return ""
+    chosen = {
+        f"{section}.{key}": value
+        for section in ("model", "train", "data")
+        for key, value in config[section].items()
+        if key in RECIPE and value not in (None, [], 0, False)
+    }
+    chosen["deepspeed.optimizer"] = config["deepspeed"].get("optimizer")
+    rows = [f"| `{name}` | `{json.dumps(value)}` |" for name, value in chosen.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *rows]) + "\n"

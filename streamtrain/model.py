@@ -105,7 +105,9 @@ def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
 
 def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCTC
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of weights that are read, in a second
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise ModelError(f"model {name!r}: there is no such folder", "model.pretrained names a model, or a folder")
     try:

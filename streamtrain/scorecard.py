@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
+from sharding.format import ShardIndex
 from sharding.ipa import normalize
 from streamtrain.metrics import EditCounts, Floats, Resampling
 
@@ -60,8 +62,8 @@ class Evaluation:
     rows: dict[str, tuple[int, ...]]  # of the index, by the clip's id: its pieces in order
 
 
-def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> dict[str, Any]:
-    """The scorecard as it is written. `notes` are the shard set's, on how validation was chosen and what it lost."""
+def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
+    """The scorecard as it is written. The index tells what was trained on, and what validation has lost."""
     total, clips = evaluation.total, evaluation.clips
     drawn = Resampling(clip.speaker for clip in clips)
     by_child = group(clips, lambda clip: clip.speaker)
@@ -96,10 +98,17 @@ def scorecard(evaluation: Evaluation, notes: dict[str, Any], **context: Any) -> 
             ][:CONFUSIONS],
             "worst": [asdict(clip) for clip in worst],
             "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
-            "validation": notes.get("validation", {}),
+            "validation": index.notes.get("validation", {}),
+            "data": _training_data(index),
         }
         | of_words
     )
+
+
+def _training_data(index: ShardIndex) -> dict[str, Any]:
+    rows = index.split("train")
+    hours = float(index.samples["samples"][rows].sum(dtype=np.int64)) / SAMPLE_RATE / 3600
+    return {"clips": len(rows), "hours": round(hours, 3), "index": index.digest}
 
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:

@@ -26,7 +26,7 @@ from streamtrain.collate import Batch, join
 from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.evaluate import evaluate
-from streamtrain.export import save_best
+from streamtrain.export import save_best, verify
 from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
@@ -116,6 +116,10 @@ class Trainer:
             self._close(MIRROR_GRACE_SEC)
             said = f"stopped at step {self.state.step}; the same command goes on from there"
             raise PreemptedError(said) from error
+        if self.world.main:
+            log.info(
+                "Transformers computes the same from best/: largest difference %.1e", verify(self.run_dir / "best")
+            )
         self._close(None)
 
     def _close(self, wait_sec: float | None) -> None:
@@ -322,7 +326,7 @@ class Trainer:
 
     def _write_scorecard(self, evaluation: Evaluation) -> None:
         card = scorecard(
-            evaluation, self.stream.index.notes, model=str(self.run_dir / "best"), shards=self.config.data.shards,
+            evaluation, self.stream.index, model=str(self.run_dir / "best"), shards=self.config.data.shards,
             split=self.config.eval.split, step=self.state.step,
         )  # fmt: skip
         write_scorecard(card, evaluation.clips, self.run_dir)

@@ -182,8 +182,10 @@ def test_scores_of_other_clips_are_not_compared(shards: Path, model: Path, tmp_p
 
 @given(st.lists(st.tuples(*[st.text(SYMBOLS[:5] + " ", max_size=9).map(normalize_ipa)] * 2), max_size=6))
 def test_confusions_add_up_to_what_was_said_and_what_was_edited(texts: list[tuple[str, str]]) -> None:
-    clips = [ClipScore("", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), None)
-             for reference, hypothesis in texts]  # fmt: skip
+    clips = [
+        ClipScore("", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), None)
+        for reference, hypothesis in texts
+    ]
     confusions = count_confusions(clips, "phonetic")
     total = sum((clip.counts for clip in clips), EditCounts())
     assert sum(count for (said, _), count in confusions.items() if said) == total.reference_length

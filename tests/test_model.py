@@ -454,6 +454,7 @@ def test_an_export_is_verified_against_transformers_and_never_overwrites(family:
     folder = save(talkative(family), tmp_path / "run" / "best")
     assert export_model(folder, tmp_path / "out") <= 1e-5
     assert "Not scored." in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert not list((tmp_path / "out").glob("*.bin"))  # safetensors alone: a pickle may run what it likes
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path / "out", tmp_path / "file"):
         with pytest.raises(ExportError, match="is not an empty folder"):

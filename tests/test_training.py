@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import yaml
 from corpus import make_corpus, read_manifest, write_manifest
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 from tiny_model import make_tiny_model
@@ -174,6 +175,15 @@ def test_every_family_is_trained_scored_and_exported(name: str, work: Path) -> N
     run(training(work, name, PART_ALL, *bf16, *steps, config="zero3"))
     assert len(set(losses(work / name))) == 3
     run([sys.executable, "-m", "streamtrain", "export", work / name / "best", "--out", work / name / "export"])
+    card = (work / name / "export" / "README.md").read_text("utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    scored = json.loads((work / name / "scorecard.json").read_text("utf-8"))
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(scored["cer"], abs=1e-6)
+    index = read_index(open_store(work / "shards"))
+    assert f"Trained on {len(index.split('train')):,} clips" in card
+    assert "| `model.mask_time_prob` | `0.2` |" in card
+    assert "![curves](curves.png)" in card
+    assert all((work / name / "export" / each).is_file() for each in ("curves.png", "training.json", "scorecard.json"))
 
 
 def test_training_ends_when_the_score_gets_no_better(work: Path) -> None:
