@@ -13,7 +13,7 @@ help:
 	@echo "make demo      synthetic speech → shards → two-rank training → CER, in under ten minutes on two cores"
 	@echo "make test      the tests; make test-all also runs the long ones"
 	@echo "make check     ruff, mypy --strict, no import cycles"
-	@echo "make bench     sharder, plan, stream and training beside bare loops, lhotse, webdataset, Trainer: an hour, 8 GB"
+	@echo "make bench     sharder, plan, stream, training and transcription beside what others use: an hour, 8 GB"
 	@echo "make clean     removes .venv, data/demo and data/bench"
 
 setup: $(VENV)/.installed
@@ -52,6 +52,7 @@ bench: $(VENV)/.installed-bench
 	python -m tests.bench_sharding
 	python -m tests.bench_streaming
 	python -m tests.bench_training
+	python -m tests.bench_transcribing
 
 $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt

@@ -225,7 +225,7 @@ def _cells(row: StepRow) -> list[object]:
 def render_run(run_dir: Path) -> str:
     """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
     card, clips = read_scorecard(run_dir)
-    before = run_dir / "before.json"
+    before, page = run_dir / "before.json", run_dir / "scorecard.html"
     first = f"{json.loads(before.read_text())['cer']:.3f}" if before.is_file() else "?"
     shown = "\n".join(
         f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"
@@ -240,7 +240,7 @@ def render_run(run_dir: Path) -> str:
 
   Curves       {run_dir / "curves.png"}
   Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
-  Scorecard    {run_dir / "scorecard.json"}
+  Scorecard    {page if page.is_file() else run_dir / "scorecard.json"}
   Model        {run_dir / "best"}      (Transformers: AutoModelForCTC.from_pretrained, or pipeline)
 
   Next, with a corpus of your own (after `source .venv/bin/activate`)
