@@ -16,6 +16,7 @@ _REWRITE = str.maketrans(
 TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
+_BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
 _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))
 
 
@@ -28,8 +29,11 @@ def normalize_ipa(text: str) -> str:
 
 
 def normalize_words(text: str) -> str:
-    """A spoken sentence as its letters: NFKC, lower case, no punctuation but the apostrophe, single spaces."""
-    text = unicodedata.normalize("NFKC", text).lower().translate(_APOSTROPHES)
+    """A spoken sentence as its letters: NFKC, lower case, no punctuation but the apostrophe, single spaces.
+
+    What stands in brackets was not said, such as [laughs]: the official scorer leaves it out too.
+    """
+    text = _BRACKETS.sub("", unicodedata.normalize("NFKC", text)).lower().translate(_APOSTROPHES)
     kinds = ((symbol, unicodedata.category(symbol)) for symbol in text)
     spoken = (symbol if symbol == "'" or kind[0] not in "PSC" else " " for symbol, kind in kinds if kind != "Cf")
     return re.sub(r"\s+", " ", "".join(spoken)).strip()

@@ -27,6 +27,7 @@ from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
 BATCHES_AHEAD = 4  # per worker thread
+READS = 3  # of a clip that comes wrong over a network, which may happen twice
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,18 @@ class ShardStream:
         return [samples[row] for row in rows.tolist()]
 
     def _read_from(self, shard: ShardEntry, rows: np.ndarray) -> list[Sample]:
-        """Verified samples. What spoilt in the cache or on the way is fetched once more before it is an error."""
-        try:
-            return read_samples(self.store, self.index, shard, self.index.samples[rows])
-        except FetchError:
-            raise
-        except ShardError:
-            if isinstance(self.store, ShardCache):
-                self.store.drop(shard.name)
-            elif not self.store.remote:
+        """Verified samples. What spoilt in the cache or on the way is fetched anew before it is an error."""
+        cache = self.store if isinstance(self.store, ShardCache) else None
+        reads = READS if cache or self.store.remote else 1
+        for _ in range(reads - 1):
+            try:
+                return read_samples(self.store, self.index, shard, self.index.samples[rows])
+            except FetchError:
                 raise
-            return read_samples(self.store, self.index, shard, self.index.samples[rows])
+            except ShardError:
+                if cache:
+                    cache.drop(shard.name)
+        return read_samples(self.store, self.index, shard, self.index.samples[rows])
 
     def _as_recorded(self, rows: np.ndarray) -> Sounds:
         return Sounds.as_recorded(self.index.samples["samples"][rows].astype(np.int64))

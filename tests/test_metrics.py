@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.ipa import SYMBOLS, normalize_ipa
+from sharding.ipa import SYMBOLS, normalize_ipa, normalize_words
 from streamtrain.metrics import EditCounts, Resampling, bootstrap_interval, count_edits, spoken_words
 
 VECTORS = Path(__file__).parents[2] / "shared" / "scoring_vectors.jsonl"
@@ -150,3 +150,25 @@ def test_every_draw_pools_whole_speakers_and_a_group_none_of_whom_is_drawn_has_n
     for times, (pooled, of_c) in zip(drawn.times, rates, strict=True):
         assert pooled == pytest.approx((times @ [1, 2, 3]) / 30)
         assert of_c == pytest.approx(9 / 20) if times[2] else np.isnan(of_c)
+
+
+TOKENS = [
+    "the",
+    "cat",
+    "don't",
+    "[laughs]",
+    "<noise>",
+    "(uh huh)",
+    "ice-cream",
+    "Hello,",
+    "what?",
+    "colour",
+    "TWENTY",
+    "um",
+]
+
+
+@given(st.lists(st.sampled_from(TOKENS), max_size=9))
+def test_a_label_as_it_is_stored_is_scored_as_the_one_that_was_written(tokens: list[str]) -> None:
+    written = " ".join(tokens)
+    assert spoken_words(normalize_words(written)) == spoken_words(written)

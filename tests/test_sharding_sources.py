@@ -371,6 +371,7 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
         ("5 o'clock", "5 o'clock", "5"),
         ("naïve café", "naïve café", "ïé"),
         ("日本", "日本", "日本"),
+        ("so [laughs] we <noise> went (inaudible) home", "so we went home", ""),
     ],
 )
 def test_words_become_letters_apostrophes_and_spaces(text: str, expected: str, foreign: str) -> None:

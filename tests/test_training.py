@@ -35,7 +35,9 @@ from sharding.errors import StreamtrainError
 from sharding.format import check_shard, join_samples, read_index, read_keys, read_sample, write_index, write_shard
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
+from streamtrain.config import ModelConfig
 from streamtrain.metrics import spoken_words
+from streamtrain.model import load_model, save_model
 from streamtrain.monitor import read_log
 
 
@@ -341,19 +343,38 @@ def test_the_score_counts_every_validation_recording_once_at_any_world_size(work
     wanted = {read_sample(store, index, row).recording_id for row in index.split("valid").tolist()}
     run(training(work, "scored", "train.max_steps=1", ranks=1))
     found = []
-    for ranks, *beam in ((1,), (3,), (1, "--beam", 4), (3, "--beam", 4)):
+    for ranks, *beam in ((1,), (2,), (3,), (4,), (1, "--beam", 4), (3, "--beam", 4)):
         out = work / f"scored-by-{ranks}{''.join(map(str, beam))}"
         launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()] if ranks > 1 else ["python"]
         run([*launcher, "launch/evaluate.py", "--model", work / "scored" / "best", "--shards", work / "shards",
              "--out", out, *beam])  # fmt: skip
         rows = [json.loads(line) for line in (out / "hypotheses.jsonl").read_text().splitlines()]
         found.append([row | {"confidence": None} for row in rows])  # its last digits go with the number of threads
-    assert found[0] == found[1]
-    assert found[2] == found[3] != found[0]  # a beam hears otherwise than the best path does
-    for rows in found[::2]:
+    assert found[0] == found[1] == found[2] == found[3]
+    assert found[4] == found[5] != found[0]  # a beam hears otherwise than the best path does
+    for rows in found[::4]:
         ids = [row["utterance_id"] for row in rows]
         assert len(ids) == len(set(ids))
         assert set(ids) == wanted
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.long)])
+def test_ranks_that_get_no_clip_change_nothing(ranks: int, work: Path) -> None:
+    """One validation clip, and more ranks than that."""
+    out = work / f"lonely-{ranks}"
+    make_corpus(out / "raw", clips=3, children=3)
+    run([sys.executable, "-m", "sharding", "build", out / "raw", "--out", out / "shards", "--valid-fraction", 0.01])
+    assert len(read_index(open_store(out / "shards")).split("valid")) == 1
+    encoder = load_model(ModelConfig(pretrained=str(work / "model")))
+    save_model(encoder, out / "model", dict(encoder.network.state_dict()))
+    scored = []
+    for launcher in (["python"], ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()]):
+        run([*launcher, "launch/evaluate.py", "--model", out / "model", "--shards", out / "shards", "--out", out])
+        (row,) = (json.loads(line) for line in (out / "hypotheses.jsonl").read_text("utf-8").splitlines())
+        scored.append(
+            (row["hypothesis"], row["counts"], json.loads((out / "scorecard.json").read_text("utf-8"))["cer"])
+        )
+    assert scored[0] == scored[1]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(work: Path) -> None:
