@@ -1,6 +1,7 @@
 """Where nobody speaks: pauses that the Silero voice detector and the energy floor agree on."""
 
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
 MIN_PAUSE_SEC = 0.20
 CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
+
+_one_at_a_time = threading.Lock()  # the detector remembers what it heard last
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +99,12 @@ def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
     """
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            probability = _detector().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)
-    finally:
-        torch.set_num_threads(threads)
+    with _one_at_a_time:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                probability = _detector().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)
+        finally:
+            torch.set_num_threads(threads)
     return probability[0].numpy().astype(np.float32)  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.format import read_index, read_sample
+from sharding.pauses import listen
 from sharding.sample import Sample
 from sharding.split import Cut, choose_cuts, split_recording
 from sharding.store import open_store
@@ -162,3 +164,13 @@ def test_the_split_command_refuses_what_is_no_audio(file: str, tmp_path: Path, r
     done = run_sharding("split", tmp_path / file)
     assert done.returncode == 1
     assert str(tmp_path / file) in done.stderr
+
+
+def test_threads_that_listen_at_once_hear_what_one_hears() -> None:
+    """The voice detector remembers: two recordings must not pass through it mixed."""
+    sounds = [recite([f"kæt{'s' * number} ðɪʃu mowɛs"] * 6, 0, np.random.default_rng(number)) for number in range(8)]
+    alone = [listen(sound).speech for sound in sounds]
+    with ThreadPoolExecutor(8) as pool:
+        together = [heard.speech for heard in pool.map(listen, sounds)]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
