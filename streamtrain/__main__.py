@@ -119,8 +119,9 @@ def _commands() -> Commands:
     transcribe.add_argument(
         "--out", required=True, help="JSONL file to write; the same command goes on where it was killed"
     )
-    transcribe.add_argument("--batch-seconds", type=number(1), default=30.0,
-        help="padded seconds per forward: larger suits GPUs, takes more memory (default: %(default)s)")  # fmt: skip
+    transcribe.add_argument("--batch-seconds", type=number(1),
+        help="padded seconds per forward: larger takes more memory (default: 400 on a GPU; on CPU by the model, "
+             "at most 30)")  # fmt: skip
 
     transcribe.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip

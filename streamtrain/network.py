@@ -139,6 +139,11 @@ class CTCModel(nn.Module):
         return int(self.network.config.num_hidden_layers)
 
     @property
+    def device(self) -> torch.device:
+        device: torch.device = self.network.lm_head.weight.device
+        return device
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.network.lm_head.weight.dtype
         return dtype
