@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharding.command import Commands, number
+from sharding.errors import StreamtrainError
 
 # Imports stay inside the commands: `score` starts without torch.
 
@@ -39,7 +40,11 @@ def _summary(options: argparse.Namespace) -> int:
 def _transcribe(options: argparse.Namespace) -> int:
     from streamtrain.transcribe import Reading, transcribe
 
-    beam = options.beam or (BEAM if options.alternatives else 0)
+    beam = options.beam or (max(BEAM, options.alternatives) if options.alternatives else 0)
+    if beam < options.alternatives:
+        raise StreamtrainError(
+            f"--beam {beam} holds no {options.alternatives} alternatives", "widen it, or leave it out"
+        )
     log_probs = Path(options.log_probs) if options.log_probs else None
     reading = Reading(options.batch_seconds, beam, options.alternatives, log_probs)
     return 1 if transcribe(Path(options.model), options.source, Path(options.out), reading) else 0

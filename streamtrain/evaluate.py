@@ -25,9 +25,11 @@ from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
 from streamtrain.page import write_page
 from streamtrain.plan import plan_evaluation
-from streamtrain.scorecard import ClipScore, Evaluation, render, scorecard, write_scorecard
+from streamtrain.scorecard import ClipScore, Evaluation, read_scorecard, render, scorecard, write_scorecard
 from streamtrain.stream import ShardStream
 from streamtrain.world import PreemptedError, Preemption, World
+
+PAGE_BYTES = 20_000_000  # of audio in scorecard.html
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,34 +113,43 @@ def evaluate_model(
     beam: int = 0,
     beside: Path | None = None,
 ) -> dict[str, Any]:
-    """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out` and prints it.
+    """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out`, prints and returns it.
 
     `beside` is the folder of another model's scorecard on the same clips, to compare it with.
     """
+    if beside is not None:
+        read_scorecard(beside)
+        if beside.resolve() == out.resolve():
+            raise StreamtrainError(f"--beside {beside}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
+    if not world.main:
+        return {}
     card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
-    if world.main:
-        write_scorecard(card, evaluation.clips, out)
-        compared = compare_folders(beside, out) if beside else None
-        write_page(card, evaluation.clips, _worst_sounds(card, evaluation, stream), out / "scorecard.html", compared)
-        print(render(card))
-        if compared:
-            print(render_comparison(compared))
+    write_scorecard(card, evaluation.clips, out)
+    print(render(card))
+    compared = compare_folders(beside, out) if beside else None
+    if compared:
+        print(render_comparison(compared))
+    write_page(card, evaluation.clips, _worst_sounds(card, evaluation, stream), out / "scorecard.html", compared)
     return card
 
 
 def _worst_sounds(card: dict[str, Any], evaluation: Evaluation, stream: ShardStream) -> dict[str, list[bytes]]:
-    """The audio of the worst clips, to listen to; what cannot be read is left out."""
+    """The audio of the worst clips, to listen to, as far as a page can hold it; what cannot be read is left out."""
     sounds: dict[str, list[bytes]] = {}
+    left = PAGE_BYTES
     for clip in card["worst"]:
         name = clip["utterance_id"]
         with suppress(ShardError, StoreError):
-            sounds[name] = [read_sample(stream.store, stream.index, row).audio for row in evaluation.rows[name]]
+            pieces = [read_sample(stream.store, stream.index, row).audio for row in evaluation.rows[name]]
+            if sum(map(len, pieces)) <= left:
+                sounds[name] = pieces
+                left -= sum(map(len, pieces))
     return sounds
 
 

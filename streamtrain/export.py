@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from sharding.errors import StreamtrainError
 from streamtrain.folders import put_in_place
@@ -15,7 +17,8 @@ from streamtrain.network import CTCModel
 from streamtrain.scorecard import render_interval, warnings
 
 TOLERANCE = 1e-5
-BESIDE = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json"}
+BESIDE = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json",
+          "trained_on.json": "trained_on.json"}  # fmt: skip
 RECIPE = frozenset(  # the settings that a model card shows, where they are set
     ["pretrained", "scratch", "dropout", "freeze_cnn", "mask_time_prob", "mask_feature_prob", "batch_seconds",
      "speed_factors", "gain_db", "micro_batches_per_step", "epochs", "max_steps", "schedule", "warmup_steps", "head_lr",
@@ -33,6 +36,7 @@ def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_model(model, partial, weights)
+        _check_weights(partial, weights)
         put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -48,18 +52,28 @@ def export_model(source: Path, out: Path) -> float:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: is not an empty folder", "choose another one")
-    model = load_trained(source)
-    save_model(model, out, {name: value.contiguous() for name, value in model.network.state_dict().items()})
-    run = source.resolve().parent
+    model, run = load_trained(source), source.resolve().parent
+    partial = out.with_name(f".{out.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(model, partial, {name: value.contiguous() for name, value in model.network.state_dict().items()})
     for name, copied in BESIDE.items():
         if (run / name).is_file():
-            shutil.copyfile(run / name, out / copied)
-    (out / "README.md").write_text(_model_card(out, run.name, model.vocab.track), encoding="utf-8")
-    return verify(out)
+            shutil.copyfile(run / name, partial / copied)
+    (partial / "README.md").write_text(_model_card(partial, run.name, model.vocab.track), encoding="utf-8")
+    difference = verify(partial)
+    put_in_place(partial, out)
+    return difference
+
+
+def _check_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Raises ExportError where the file does not hold these very weights."""
+    written = load_file(folder / "model.safetensors")
+    if written.keys() != weights.keys() or any(not torch.equal(written[name], weights[name]) for name in written):
+        raise ExportError(f"{folder}: does not hold the weights that were to be saved")
 
 
 def verify(folder: Path) -> float:
-    """Hold a saved model against what Transformers makes of it.
+    """Hold a saved model, run as it is trained here, against what Transformers makes of it.
 
     Returns the largest difference of log-probabilities seen, on two seconds of noise; raises ExportError above 1e-5.
     """
@@ -79,7 +93,9 @@ def verify(folder: Path) -> float:
 
 def _model_card(folder: Path, name: str, track: str) -> str:
     """In the form of the Hugging Face hub; what is known of the model lies in `folder`."""
-    card, config = _read(folder / "scorecard.json"), _read(folder / "training.json")
+    card, config, data = (_read(folder / each) for each in ("scorecard.json", "training.json", "trained_on.json"))
+    if not {"cer", "groups", "clips", "split", "shards", "model"} <= card.keys():
+        card = {}
     speech = "phones (IPA)" if track == "phonetic" else "words, in letters"
     head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
     about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. It hears 16 kHz, one channel.\n"
@@ -87,14 +103,18 @@ def _model_card(folder: Path, name: str, track: str) -> str:
         "```python\nfrom transformers import pipeline\n\n"
         'print(pipeline("automatic-speech-recognition", ".")("clip.flac")["text"])\n```\n'
     )
-    parts = [("Use", use), ("Data", _data(card)), ("Score", _scores(card)), ("Recipe", _recipe(config))]
+    parts = [("Use", use), ("Data", _data(data)), ("Score", _scores(card)), ("Recipe", _recipe(config))]
     curves = "![curves](curves.png)\n" if (folder / "curves.png").is_file() else ""
     return "\n".join([head + about, *(f"## {title}\n\n{text}" for title, text in parts if text), curves])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return document
+    """What a run has left there; nothing where it is not there, or something else of that name."""
+    with suppress(OSError, ValueError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict):
+            return document
+    return {}
 
 
 def _metrics(card: dict[str, Any], name: str) -> str:
@@ -108,15 +128,12 @@ def _metrics(card: dict[str, Any], name: str) -> str:
     )
 
 
-def _data(card: dict[str, Any]) -> str:
-    data = card.get("data")
+def _data(data: dict[str, Any]) -> str:
     if not data:
         return ""
-    lost = card["validation"].get("rejected", 0)
     return (
-        f"Trained on {data['clips']:,} clips, {data['hours']:,.1f} hours, of `{card['shards']}` (index "
-        f"{data['index']}). Scored on {card['clips']:,} clips of {card['children']:,} children; {lost:,} validation "
-        "clips could not be read when the set was built.\n"
+        f"Trained on {data['clips']:,} clips, {data['hours']:,.1f} hours, of `{data['shards']}` (index "
+        f"{data['index']}). {data['rejected']:,} validation clips could not be read when that set was built.\n"
     )
 
 
@@ -134,7 +151,15 @@ def _scores(card: dict[str, Any]) -> str:
                 f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
             )
     return (
-        "\n".join([f"{said} on {card['clips']:,} clips of split `{card['split']}`.", "", *lines, *_warned(card)]) + "\n"
+        "\n".join(
+            [
+                f"{said} on {card['clips']:,} clips of split `{card['split']}` of `{card['shards']}`.",
+                "",
+                *lines,
+                *_warned(card),
+            ]
+        )
+        + "\n"
     )
 
 
@@ -144,7 +169,7 @@ def _warned(card: dict[str, Any]) -> list[str]:
 
 def _recipe(config: dict[str, Any]) -> str:
     """The settings that decide what is learnt; the whole configuration lies in training.json."""
-    if not config:
+    if not {"model", "train", "data", "deepspeed"} <= config.keys():
         return ""
     chosen = {
         f"{section}.{key}": value

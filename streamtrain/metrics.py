@@ -66,7 +66,7 @@ class Resampling:
         count = len(self.speakers)
         chosen = np.random.default_rng(seed).integers(max(count, 1), size=(draws, count))
         # (draws, speakers): how often each is drawn
-        self.times = np.array([np.bincount(row, minlength=count) for row in chosen], np.float64)
+        self.times = np.array([np.bincount(row, minlength=count) for row in chosen], np.float32)
 
     def rates(self, edits: Floats, lengths: Floats) -> Floats:
         """Pooled rates (draws, groups) of sums (speakers, groups); NaN where no speaker of a group was drawn."""

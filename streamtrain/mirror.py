@@ -32,6 +32,7 @@ FILES = (
     "samples.txt",
     "before.json",
     "config.json",
+    "trained_on.json",
     "curves.png",
     "scorecard.json",
     "hypotheses.jsonl",

@@ -46,9 +46,14 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
 def load_trained(folder: str | Path) -> CTCModel:
     """A model saved by `save_model`, for evaluation."""
     folder = Path(folder)
-    vocab = load_vocab(folder)
-    model = CTCModel(_from_pretrained(str(folder), {}), vocab, normalize=_normalizes(str(folder)))
-    return model.eval()
+    vocab, network = load_vocab(folder), _from_pretrained(str(folder), {})
+    if len(vocab) != network.lm_head.out_features or vocab.blank != network.config.pad_token_id:
+        raise ModelError(
+            f"{folder / 'vocab.json'}: {len(vocab)} symbols, blank {vocab.blank}; the model has "
+            f"{network.lm_head.out_features} and {network.config.pad_token_id}",
+            "the vocabulary is another model's: take both from one folder",
+        )
+    return CTCModel(network, vocab, normalize=_normalizes(str(folder))).eval()
 
 
 def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ library alone, so that any interpreter can be asked.
 
 import importlib.machinery
 import importlib.metadata
+import os
 import re
 import runpy
 import sys
@@ -30,15 +31,19 @@ def needed_by(packages: Iterable[str]) -> set[str]:
     return found
 
 
-def hide(modules: set[str]) -> None:
-    """Have these top-level modules not be found on the path."""
+def hide(modules: set[str], folder: str) -> None:
+    """Have these top-level modules not be found, but below the script's own folder."""
 
     class Finder(importlib.machinery.PathFinder):
         @classmethod
         def find_spec(
             cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
         ) -> importlib.machinery.ModuleSpec | None:
-            return None if name.partition(".")[0] in modules else super().find_spec(name, path, target)
+            spec = super().find_spec(name, path, target)
+            if spec is None or name.partition(".")[0] not in modules:
+                return spec
+            places = [spec.origin or "", *(spec.submodule_search_locations or ())]
+            return spec if any(os.path.realpath(place).startswith(folder) for place in places if place) else None
 
     sys.meta_path[:] = [Finder if each is importlib.machinery.PathFinder else each for each in sys.meta_path]
 
@@ -46,7 +51,8 @@ def hide(modules: set[str]) -> None:
 def rehearse(packages: Sequence[str], script: str) -> None:
     allowed = needed_by(packages)
     modules = importlib.metadata.packages_distributions()
-    hide({name for name, owners in modules.items() if not allowed & {_normal(owner) for owner in owners}})
+    hidden = {name for name, owners in modules.items() if not allowed & {_normal(owner) for owner in owners}}
+    hide(hidden, os.path.join(os.path.realpath(os.path.dirname(script) or "."), ""))
 
     def refuse(event: str, _: object) -> None:
         if event in ("socket.connect", "socket.getaddrinfo"):

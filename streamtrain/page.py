@@ -177,6 +177,7 @@ def _clip(clip: Mapping[str, Any], pieces: Sequence[bytes]) -> str:
     sounds = "".join(f'<div><audio controls src="data:audio/flac;base64,{data}"></audio></div>' for data in inside)
     counts = clip["counts"]
     edits = counts["substitutions"] + counts["deletions"] + counts["insertions"]
+    sounds = sounds or '<div class="note">Its audio is too long for this page, or could not be read.</div>'
     return f"""<div class="clip"><code>{escape(clip["utterance_id"])}</code>
 <span class="sub">{edits:,} edits ÷ {counts["reference_length"]:,} symbols, {clip["seconds"]:.2f} s,
 confidence {clip["confidence"]:.2f}, {escape(clip["corpus"])}, {escape(clip["age_bucket"] or "age unknown")}</span>

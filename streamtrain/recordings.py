@@ -1,7 +1,9 @@
 """What there is to transcribe: files, folders, zips, manifests, shard sets and buckets, as one list of recordings."""
 
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +15,11 @@ import numpy as np
 
 from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, list_audio, open_audio
 from sharding.errors import ManifestError, StreamtrainError
-from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys, read_samples
+from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
 from sharding.sample import whole_key
 from sharding.store import Reader, Store, open_store
 from sharding.tables import read_lines
+from streamtrain.stream import read_verified
 
 MANIFEST = re.compile(r"\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
 LOOKED_AT = 256  # audio paths of a manifest, to see what they are relative to
@@ -38,21 +41,34 @@ class Recording:
     utterance_id: str
     audio_path: str  # as a person finds it
     load: Callable[[], list[Piece]]  # raises AudioError, StoreError, ShardError or OSError
+    stamp: str = ""  # of a file: another one, another file
 
 
 def find_recordings(sources: Sequence[str]) -> list[Recording]:
-    """All that the sources hold, in their order. Raises StreamtrainError where one holds nothing."""
+    """All that the sources hold, in their order.
+
+    Raises StreamtrainError where one holds nothing, or where two recordings would have one name.
+    """
     found: list[Recording] = []
     for source in sources:
         here = list(_find(source))
         if not here:
-            raise StreamtrainError(f"no audio in {source}", f"looked for {', '.join(AUDIO_SUFFIXES)}")
+            raise StreamtrainError(f"no audio in {source}", f"looked for {', '.join(AUDIO_SUFFIXES)}, and zips of them")
         found += here
+    names = Counter(one.utterance_id for one in found)
+    double = [name for name, count in names.items() if count > 1]
+    if double:
+        raise StreamtrainError(
+            f"{len(double):,} names stand for several recordings, such as {double[0]!r}",
+            "give them in a transcripts file with an utterance_id of its own for each, or one source at a time",
+        )
     return found
 
 
 def _find(source: str) -> Iterator[Recording]:
     path = Path(source)
+    if "://" in source and (MANIFEST.search(source) or source.lower().endswith(".zip")):
+        raise StreamtrainError(f"{source}: is not read from a bucket", "copy it here first")
     if "://" in source and not _is_audio(source):
         yield from _in_store(open_store(source))
     elif "://" in source:
@@ -61,24 +77,53 @@ def _find(source: str) -> Iterator[Recording]:
     elif path.is_dir() and (path / INDEX_NAME).is_file():
         yield from _in_shards(open_store(path))
     elif path.is_dir():
-        yield from (_file(each) for each in sorted(path.rglob("*")) if _is_audio(each.name) and each.is_file())
+        yield from _in_folder(path)
     elif not path.is_file():
         raise StreamtrainError(f"{source}: there is no such file or folder")
     elif MANIFEST.search(path.name):
         yield from _in_manifest(path)
     elif path.suffix.lower() == ".zip":
-        root = AudioRoot(str(path), "")
-        yield from (_member(root, name, Path(name).stem) for name in list_audio(root))
+        yield from _in_zip(path)
     else:
-        yield _file(path)
+        yield _file(path, path.stem)
 
 
 def _is_audio(name: str) -> bool:
     return name.lower().endswith(AUDIO_SUFFIXES)
 
 
-def _file(path: Path) -> Recording:
-    return Recording(path.stem, str(path), lambda: [Piece(path.read_bytes())])
+def _printable(path: str) -> str:
+    """Linux allows any bytes in a name."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _in_folder(folder: Path) -> Iterator[Recording]:
+    """Its audio files and those of its zips, links followed, under their own names where these differ, else by path."""
+    paths: list[Path] = []
+    seen: set[str] = set()
+    for here, below, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen:  # a link to a folder above
+            below.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        paths += [Path(here, name) for name in files if name.lower().endswith((*AUDIO_SUFFIXES, ".zip"))]
+    audio = sorted(path for path in paths if path.suffix.lower() != ".zip")
+    differ = len({path.stem for path in audio}) == len(audio)
+    for path in audio:
+        yield _file(path, path.stem if differ else path.relative_to(folder).with_suffix("").as_posix())
+    for path in sorted(set(paths).difference(audio)):
+        yield from _in_zip(path)
+
+
+def _in_zip(path: Path) -> Iterator[Recording]:
+    root = AudioRoot(str(path), "")
+    return (_member(root, name, Path(name).stem) for name in list_audio(root))
+
+
+def _file(path: Path, utterance_id: str) -> Recording:
+    status = path.stat()
+    stamp = f"{status.st_size} {status.st_mtime_ns}"
+    return Recording(_printable(utterance_id), _printable(str(path)), lambda: [Piece(path.read_bytes())], stamp)
 
 
 def _object(store: Reader, name: str) -> Recording:
@@ -110,7 +155,8 @@ def _in_manifest(path: Path) -> Iterator[Recording]:
             rows.append((str(audio_path), str(row.get("utterance_id") or Path(audio_path).stem)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ManifestError(
-                f"{path}:{number}: not a row with an audio_path ({error})", "one JSON object per line, in UTF-8"
+                f"{path}:{number}: not a row with an audio_path ({error})",
+                "a column of that name, or one JSON object per line, in UTF-8",
             ) from error
     if not rows:
         return
@@ -134,6 +180,6 @@ def _load_rows(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[Pi
     pieces = []
     for row in rows:
         shard = index.shards[index.samples["shard"][row]]
-        (sample,) = read_samples(store, index, shard, index.samples[row : row + 1])
+        (sample,) = read_verified(store, index, shard, np.array([row]))
         pieces.append(Piece(sample.audio, sample.start_sec or 0.0, sample.parent_id or sample.utterance_id))
-    return pieces
+    return sorted(pieces, key=lambda piece: piece.start_sec)

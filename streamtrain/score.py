@@ -25,16 +25,16 @@ def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
     hypotheses, references = _read(predicted, TRACKS[track]), _read(actual, TRACKS[track])
     if not references:
         raise ScoreError(f"{actual}: the file has no rows", f"it holds the labels: utterance_id and {TRACKS[track]}")
-    for what, ids in (
-        ("has no row for", references.keys() - hypotheses.keys()),
-        ("has surplus", hypotheses.keys() - references.keys()),
-    ):
-        if ids:
-            named = ", ".join(sorted(ids)[:LISTED])
-            raise ScoreError(
-                f"{predicted}: {what} {len(ids)} ids: {named}{', …' if len(ids) > LISTED else ''}",
-                f"a score is over every clip of {actual}, each once",
-            )
+    faults = [
+        f"{what} {len(ids)} ids: {', '.join(sorted(ids)[:LISTED])}{', …' if len(ids) > LISTED else ''}"
+        for what, ids in (
+            ("has no row for", references.keys() - hypotheses.keys()),
+            ("has surplus", hypotheses.keys() - references.keys()),
+        )
+        if ids
+    ]
+    if faults:
+        raise ScoreError(f"{predicted}: {'; '.join(faults)}", f"a score is over every clip of {actual}, each once")
     compared = spoken_words if track == "word" else normalize_ipa
     pairs = ((compared(text), compared(hypotheses[name])) for name, text in references.items())
     total = sum((count_edits(reference, hypothesis) for reference, hypothesis in pairs), EditCounts())

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 from sharding.ipa import normalize
@@ -23,6 +22,7 @@ LENGTH_EDGES = (5, 10, 20, 40, 80)  # symbols, likewise
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # likewise
 WORST_CLIPS = 20
 CONFUSIONS = 30
+MAY_LACK = 0.01  # of the draws a group
 SCORECARD, HYPOTHESES = "scorecard.json", "hypotheses.jsonl"
 
 Groups = dict[str, list["ClipScore"]]
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
-    """The scorecard as it is written. The index tells what was trained on, and what validation has lost."""
+    """The scorecard as it is written. The index tells what validation has lost."""
     total, clips = evaluation.total, evaluation.clips
     drawn = Resampling(clip.speaker for clip in clips)
     by_child = group(clips, lambda clip: clip.speaker)
@@ -99,16 +99,9 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             "worst": [asdict(clip) for clip in worst],
             "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
             "validation": index.notes.get("validation", {}),
-            "data": _training_data(index),
         }
         | of_words
     )
-
-
-def _training_data(index: ShardIndex) -> dict[str, Any]:
-    rows = index.split("train")
-    hours = float(index.samples["samples"][rows].sum(dtype=np.int64)) / SAMPLE_RATE / 3600
-    return {"clips": len(rows), "hours": round(hours, 3), "index": index.digest}
 
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
@@ -225,11 +218,22 @@ def _rows(groups: Groups, drawn: Resampling | None) -> list[dict[str, Any]]:
 
 
 def _macro(groups: Groups, drawn: Resampling) -> dict[str, Any]:
-    """The mean of the groups' rates, whatever their sizes."""
-    rates = drawn.rates(*sums(groups, drawn.speakers))  # (draws, groups)
-    present = (~np.isnan(rates)).sum(axis=1)
-    means = np.where(present > 0, np.nansum(rates, axis=1) / np.maximum(present, 1), np.nan)
-    return {"cer": _mean_rate(groups), "interval_95": drawn.interval(means)}
+    """The mean of the groups' rates, whatever their sizes.
+
+    Where each speaker is in one group, speakers are drawn within it, so that every draw has every group. Otherwise
+    draws that lack a group are left out. There is no interval where a group has one speaker, or is lacking often.
+    """
+    speakers = [sorted({clip.speaker for clip in clips}) for clips in groups.values()]
+    interval = None
+    if min(map(len, speakers)) > 1 and sum(map(len, speakers)) == len(drawn.speakers):
+        parts = [(Resampling(of, seed=number), {name: clips})
+                 for number, (of, (name, clips)) in enumerate(zip(speakers, groups.items(), strict=True))]  # fmt: skip
+        rates = np.stack([part.rates(*sums(own, part.speakers))[:, 0] for part, own in parts], axis=1)
+        interval = drawn.interval(rates.mean(axis=1))
+    elif min(map(len, speakers)) > 1:
+        means = drawn.rates(*sums(groups, drawn.speakers)).mean(axis=1)  # NaN where a group is lacking
+        interval = drawn.interval(means) if np.isnan(means).mean() <= MAY_LACK else None
+    return {"cer": _mean_rate(groups), "interval_95": interval}
 
 
 def _macro_by_child(by_child: Groups, drawn: Resampling) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sharding.audio import SAMPLE_RATE
@@ -100,9 +101,18 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
                 if mirror is not None:
                     mirror.offer(chosen)  # else a later one would come back
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+            (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
         source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
         stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
+
+
+def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
+    """What a model card tells of the data."""
+    rows = index.split("train")
+    hours = float(index.samples["samples"][rows].sum(dtype=np.int64)) / SAMPLE_RATE / 3600
+    rejected = index.notes.get("validation", {}).get("rejected", 0)
+    return {"shards": shards, "index": index.digest, "clips": len(rows), "hours": round(hours, 3), "rejected": rejected}
 
 
 def find_batch_seconds(config: Config, world: World) -> None:

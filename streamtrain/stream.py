@@ -133,28 +133,34 @@ class ShardStream:
         shards = self.index.samples["shard"][rows]
         for number in np.unique(shards).tolist():
             chosen = rows[shards == number]
-            samples.update(zip(chosen.tolist(), self._read_from(self.index.shards[number], chosen), strict=True))
+            samples.update(
+                zip(
+                    chosen.tolist(),
+                    read_verified(self.store, self.index, self.index.shards[number], chosen),
+                    strict=True,
+                )
+            )
         return [samples[row] for row in rows.tolist()]
-
-    def _read_from(self, shard: ShardEntry, rows: np.ndarray) -> list[Sample]:
-        """Verified samples. What spoilt in the cache or on the way is fetched anew before it is an error."""
-        cache = self.store if isinstance(self.store, ShardCache) else None
-        reads = READS if cache or self.store.remote else 1
-        for _ in range(reads - 1):
-            try:
-                return read_samples(self.store, self.index, shard, self.index.samples[rows])
-            except FetchError:
-                raise
-            except ShardError:
-                if cache:
-                    cache.drop(shard.name)
-        return read_samples(self.store, self.index, shard, self.index.samples[rows])
 
     def _as_recorded(self, rows: np.ndarray) -> Sounds:
         return Sounds.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
 
     def _collate(self, samples: Sequence[Sample], sounds: Sounds) -> Batch:
         return collate(samples, sounds, self.vocab, self.normalize)
+
+
+def read_verified(store: Reader, index: ShardIndex, shard: ShardEntry, rows: np.ndarray) -> list[Sample]:
+    """Samples of a shard. What spoilt in the cache or on the way is fetched anew before it is an error."""
+    cache = store if isinstance(store, ShardCache) else None
+    for _ in range(READS - 1 if cache or store.remote else 0):
+        try:
+            return read_samples(store, index, shard, index.samples[rows])
+        except FetchError:
+            raise
+        except ShardError:
+            if cache:
+                cache.drop(shard.name)
+    return read_samples(store, index, shard, index.samples[rows])
 
 
 Place = TypeVar("Place")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_sample
 from sharding.ipa import TRACKS, alphabet_of, foreign_symbols
+from sharding.sample import escape_key
 from sharding.store import open_store
 from streamtrain.model import load_trained
 from streamtrain.score import score_files
 
 HERE = Path(__file__).parent
+CONTRACT = "Python 3.11, torch 2.9.1, transformers 4.57.6"
 RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors")  # what the challenge's machine has
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
 NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model, the same zip
@@ -47,9 +49,10 @@ class Rehearsal:
 
     clips: int
     speech_sec: float
-    ready_sec: float  # from its start until the model was loaded
+    ready_sec: float  # from its start until the model was loaded, imports included
     work_sec: float  # from then to its end
     device: str
+    versions: str  # of Python, torch and transformers
     log_lines: int
     rate: float | None  # CER or WER, where the labels are known
     unread: int
@@ -80,11 +83,11 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
         out.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(partial, "w") as archive:
             for name, data in files.items():
-                archive.writestr(zipfile.ZipInfo(name, NO_DATE), data, zipfile.ZIP_DEFLATED)
+                archive.writestr(_member(name), data, zipfile.ZIP_DEFLATED)
             for name in MODEL_FILES:
                 with (
                     open(model / name, "rb") as source,
-                    archive.open(zipfile.ZipInfo(f"model/{name}", NO_DATE), "w", force_zip64=True) as target,
+                    archive.open(_member(f"model/{name}"), "w", force_zip64=True) as target,
                 ):
                     shutil.copyfileobj(source, target)
         os.replace(partial, out)
@@ -92,6 +95,12 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
         partial.unlink(missing_ok=True)
         raise PackageError(f"{out}: cannot be written: {error.strerror}", "name a file that can be") from error
     return track
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name, NO_DATE)
+    member.external_attr = 0o644 << 16  # anyone may read it, whoever unpacks it
+    return member
 
 
 def rehearse(archive: Path, data: str | None = None, python: str = sys.executable) -> Rehearsal:
@@ -107,12 +116,15 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
             packed.extractall(folder)
         field = json.loads((folder / "submission.json").read_text())["field"]
         labels = _lay_out(folder / "data", data, field)
-        log, total_sec = _run(folder, python)
+        started = time.monotonic()
+        log, work_sec, speech_sec = _run(folder, python)
+        total_sec = time.monotonic() - started
         rows = _check_rows(folder, field)
-        ready = re.search(r"^ready: on (\w+) after ([\d.]+) s", log, re.MULTILINE)
+        ready = re.search(r"^ready: on (\w+) after ([\d.]+) s(?:, (.*))?$", log, re.MULTILINE)
         unread = re.search(r"([\d,]+) clips unread", log)
         if ready is None or unread is None:
-            raise PackageError(f"main.py says neither when it was ready nor that it is done:\n{log[-2000:]}")
+            raise PackageError(f"main.py says neither when it was ready nor what it could not read:\n{log[-2000:]}")
+        work_sec -= float(ready[2])
         lines = log.splitlines()
         if len(lines) > MAX_LINES or max(map(len, lines)) > MAX_COLUMNS:
             raise PackageError(f"its log has {len(lines)} lines of up to {max(map(len, lines))} characters")
@@ -121,10 +133,11 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
             rate = next(iter(score_files(folder / "submission" / "submission.jsonl", labels).values()))
         return Rehearsal(
             clips=rows,
-            speech_sec=sum(soundfile.info(path).duration for path in _readable(folder / "data" / "audio")),
-            ready_sec=float(ready[2]),
-            work_sec=max(total_sec - float(ready[2]), 0.0),
+            speech_sec=speech_sec,
+            ready_sec=max(total_sec - work_sec, 0.0),
+            work_sec=work_sec,
             device=ready[1],
+            versions=ready[3] or "versions unknown",
             log_lines=len(lines),
             rate=rate,
             unread=int(unread[1].replace(",", "")),
@@ -136,14 +149,15 @@ def render(done: Rehearsal, track: str) -> str:
     within = "within" if done.projected_sec < LIMIT_SEC else "ABOVE"
     return (
         f"rehearsed offline on {done.clips:,} clips ({done.speech_sec:,.0f} s of speech, {done.unread} unread){rate}\n"
+        f"with {done.versions}; the challenge has {CONTRACT} (--python may name an interpreter that has them)\n"
         f"every id once and in order, symbols as allowed, {done.log_lines} lines of log\n"
         f"the test set ({CLIPS:,} clips, {SPEECH_SEC / 3600:g} h) would take {done.projected_sec / 60:,.0f} minutes on "
         f"this machine's {done.device}: {within} the {LIMIT_SEC / 3600:g} hours it is given on an A100"
     )
 
 
-def _run(folder: Path, python: str) -> tuple[str, float]:
-    """Its log, and the seconds that it says it took."""
+def _run(folder: Path, python: str) -> tuple[str, float, float]:
+    """Its log, and what it says at its end: the seconds that it took, and those of speech that it heard."""
     variables = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         variables["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -155,10 +169,10 @@ def _run(folder: Path, python: str) -> tuple[str, float]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PackageError(f"main.py cannot be run by {python}: {error}") from error
-    said = re.search(r"^done: .* ([\d.]+) s$", done.stdout, re.MULTILINE)
+    said = re.search(r"^done: .*?([\d.]+) s of speech, ([\d.]+) s$", done.stdout, re.MULTILINE)
     if done.returncode or said is None:
         raise PackageError(f"main.py ended with status {done.returncode}:\n{done.stdout[-2000:]}")
-    return done.stdout, float(said[1])
+    return done.stdout, float(said[2]), float(said[1])
 
 
 def _check_rows(folder: Path, field: str) -> int:
@@ -187,15 +201,6 @@ def _check_rows(folder: Path, field: str) -> int:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as lines:
         yield from (json.loads(line) for line in lines if line.strip())
-
-
-def _readable(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        try:
-            soundfile.info(path)
-        except soundfile.LibsndfileError:
-            continue
-        yield path
 
 
 # --- the data of a rehearsal ------------------------------------------------------------------------------------
@@ -231,9 +236,10 @@ def _write(folder: Path, field: str, clips: Mapping[str, tuple[bytes, str | None
         open(labels, "w", encoding="utf-8") as actual,
     ):
         for name, (audio, text) in clips.items():
-            (folder / "audio" / f"{name}.flac").write_bytes(audio)
+            audio_path = f"audio/{escape_key(name)}.flac"  # an id may be anything
+            (folder / audio_path).write_bytes(audio)
             form.write(json.dumps({"utterance_id": name, field: ""}) + "\n")
-            metadata.write(json.dumps({"utterance_id": name, "audio_path": f"audio/{name}.flac"}) + "\n")
+            metadata.write(json.dumps({"utterance_id": name, "audio_path": audio_path}) + "\n")
             actual.write(json.dumps({"utterance_id": name, field: text}, ensure_ascii=False) + "\n")
     return labels
 

@@ -4,6 +4,7 @@ soundfile and numpy; `package` puts it into a zip together with network.py and a
 
 import json
 import os
+import platform
 import sys
 import time
 from collections import deque
@@ -31,6 +32,7 @@ BATCH_SEC = {"cuda": 400.0, "cpu": 30.0}  # padded seconds of a forward
 LINES = 50  # of progress: the challenge keeps 500
 READERS = 4
 AHEAD = 64  # clips decoded ahead of their batch
+BLOCK = 2**20  # samples read at a time
 
 Waveform = npt.NDArray[np.float32]
 
@@ -42,21 +44,24 @@ def main() -> None:
     names = [str(row["utterance_id"]) for row in read_rows(data / "submission_format.jsonl")]
     paths = find_audio(data, names)
     recogniser = Recogniser(HERE / "model", settings["normalize"], settings["batch_seconds"])
-    print(f"ready: on {recogniser.device.type} after {time.monotonic() - started:.2f} s", flush=True)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {recogniser.version}"
+    print(f"ready: on {recogniser.device.type} after {time.monotonic() - started:.2f} s, {versions}", flush=True)
     texts: dict[str, list[str]] = {name: [] for name in names}
     broken: list[str] = []
-    done = said = 0
+    done = said = samples = 0
     for batch in batches_of(decoded(paths, broken), recogniser.batch_seconds):
         for (name, _), text in zip(batch, recogniser.read([piece for _, piece in batch]), strict=True):
             texts[name].append(text)
         done += len(batch)
+        samples += sum(len(piece) for _, piece in batch)
         if done * LINES >= (said + 1) * len(names):
             said = done * LINES // max(len(names), 1)
             print(f"{done:,} pieces of {len(names):,} clips, {time.monotonic() - started:.0f} s", flush=True)
     for name in broken[:20]:
         print(f"{name}: cannot be read, and gets an empty text", flush=True)
     write_rows(Path("submission") / "submission.jsonl", names, texts, settings["field"])
-    print(f"done: {len(names):,} rows, {len(broken):,} clips unread, {time.monotonic() - started:.2f} s", flush=True)
+    said_last = f"{len(names):,} rows, {len(broken):,} clips unread, {samples / SAMPLE_RATE:.1f} s of speech"
+    print(f"done: {said_last}, {time.monotonic() - started:.2f} s", flush=True)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -89,15 +94,21 @@ def decoded(paths: dict[str, Path], broken: list[str]) -> Iterator[tuple[str, Wa
             name, future = pending.popleft()
             pending.extend((name, pool.submit(decode, path)) for name, path in islice(clips, 1))
             try:
-                yield from ((name, piece) for piece in future.result())
-            except (soundfile.LibsndfileError, OSError, ValueError):
+                pieces = future.result()
+            except Exception:  # whatever is wrong with one clip, the others count
                 broken.append(name)
+                continue
+            yield from ((name, piece) for piece in pieces)
 
 
 def decode(path: Path) -> list[Waveform]:
     """A clip at 16 kHz, cut at quiet moments where it is too long; none where it is shorter than a frame."""
-    sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    waveform: Waveform = np.nan_to_num(sound.mean(axis=1))
+    with soundfile.SoundFile(path) as file:  # in blocks: what the header says of its length may be anything
+        file.seekable = lambda: False  # else soundfile relies on it
+        rate, blocks = file.samplerate, []
+        while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+            blocks.append(np.nan_to_num(block.mean(axis=1)))
+    waveform: Waveform = np.concatenate([*blocks, np.zeros(0, np.float32)])
     if rate != SAMPLE_RATE:  # the challenge's audio is not: enough to say something of it
         places = np.arange(round(len(waveform) * SAMPLE_RATE / rate)) * (rate / SAMPLE_RATE)
         waveform = np.interp(places, np.arange(len(waveform)), waveform).astype(np.float32)
@@ -135,8 +146,9 @@ class Recogniser:
     """The model, and how its frames become text."""
 
     def __init__(self, folder: Path, normalize: bool, batch_seconds: float | None) -> None:
-        from transformers import AutoModelForCTC
+        from transformers import AutoModelForCTC, __version__
 
+        self.version = __version__
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_seconds = batch_seconds or BATCH_SEC[self.device.type]
         torch.set_float32_matmul_precision("high")

@@ -1,5 +1,6 @@
 """Recordings to JSONL: each decoded, batched by length, and written in the order it was found; goes on after a kill."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     _make_room(out, reading.log_probs)
     if reading.log_probs:
         (reading.log_probs / "vocab.json").write_bytes((model_folder / "vocab.json").read_bytes())
-    progress = Progress(out, _digest(model_folder, recordings, reading))
+    progress = Progress(out, _digest(model_folder, model.normalize, recordings, reading))
     left = recordings[progress.rows :]
     failed = progress.failed
     with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
@@ -120,6 +121,11 @@ class Progress:
     def __init__(self, out: Path, digest: str) -> None:
         self._out, self._digest = out, digest
         self._partial, self._state = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.part.json")
+        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed by finish)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StreamtrainError(f"{out}: another run is writing it", "wait for it, or name another file") from error
         self.rows = self.failed = 0
         size = 0
         if self._state.is_file() and self._partial.is_file():
@@ -129,9 +135,10 @@ class Progress:
                     self.rows, self.failed, size = state["rows"], state["failed"], state["bytes"]
             except (ValueError, KeyError, TypeError):
                 pass  # a state that was cut off says nothing: begin anew
+            if not self.rows:
+                print(f"{self._partial}: what an earlier run has done is of another request; all is done anew")
         if self.rows:
             print(f"going on after {self.rows:,} recordings that an earlier run has done")
-        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed by finish)
         self._file.truncate(size)
 
     def write(self, rows: Sequence[dict[str, Any]], failed: int) -> None:
@@ -186,11 +193,13 @@ def _segments(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
 def _chunks(sounds: Iterator[Sound]) -> Iterator[list[Sound]]:
     """Consecutive recordings; where one ends depends on them alone, so that a run that goes on makes the same ones."""
     chunk: list[Sound] = []
+    seconds = 0.0
     for sound in sounds:
         chunk.append(sound)
-        if len(chunk) == CHUNK_RECORDINGS or sum(each.seconds for each in chunk) >= CHUNK_SEC:
+        seconds += sound.seconds
+        if len(chunk) == CHUNK_RECORDINGS or seconds >= CHUNK_SEC:
             yield chunk
-            chunk = []
+            chunk, seconds = [], 0.0
     if chunk:
         yield chunk
 
@@ -266,7 +275,7 @@ def _make_room(out: Path, log_probs: Path | None) -> None:
         raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
 
 
-def _digest(model: Path, recordings: Sequence[Recording], reading: Reading) -> str:
+def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], reading: Reading) -> str:
     """Of all that decides the rows."""
     state = xxhash.xxh3_128()
     for name in ("config.json", "model.safetensors", "vocab.json"):
@@ -274,6 +283,6 @@ def _digest(model: Path, recordings: Sequence[Recording], reading: Reading) -> s
             while data := file.read(2**23):
                 state.update(data)
     for recording in recordings:
-        state.update(f"{recording.utterance_id}\0{recording.audio_path}\n".encode())
-    state.update(repr(reading).encode())
+        state.update(f"{recording.utterance_id}\0{recording.audio_path}\0{recording.stamp}\n".encode())
+    state.update(repr((reading, normalize)).encode())
     return state.hexdigest()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from tiny_model import make_tiny_model
 
+from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_sample
 from sharding.ipa import SYMBOLS, normalize_ipa
 from sharding.store import open_store
@@ -25,7 +26,7 @@ from streamtrain.config import ModelConfig
 from streamtrain.evaluate import evaluate_model
 from streamtrain.metrics import EditCounts, count_edits
 from streamtrain.model import load_model, save_model
-from streamtrain.scorecard import ClipScore, count_confusions
+from streamtrain.scorecard import ClipScore, Evaluation, count_confusions, scorecard
 from streamtrain.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +87,11 @@ def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Pa
     assert isinstance(macro, dict)
     for name, group in [*groups.items(), ("child", card["by_child"])]:
         assert macro[name]["cer"] == pytest.approx(sum(row["cer"] for row in group) / len(group))
-        low, high = macro[name]["interval_95"]
-        assert low <= high
-        assert min(row["cer"] for row in group) - 1e-9 <= low or name != "child"
+        if macro[name]["interval_95"] is not None:
+            low, high = macro[name]["interval_95"]
+            assert low <= high
+            rates = [row["cer"] for row in group]
+            assert name != "child" or min(rates) - 1e-9 <= low <= high <= max(rates) + 1e-9
         assert sum(row["edits"] for row in group) == card["edits"]
     assert sum(row["clips"] for row in card["calibration"]) == card["clips"]  # type: ignore[attr-defined]
     assert sum(int(card[kind]) for kind in ("substitutions", "deletions", "insertions")) == card["edits"]  # type: ignore[call-overload]
@@ -178,6 +181,36 @@ def test_scores_of_other_clips_are_not_compared(shards: Path, model: Path, tmp_p
     assert "the two scores are not of the same clips: 1 are in one alone" in done.stderr
     done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path)
     assert "no scorecard" in done.stderr
+
+
+def test_the_mean_of_corpora_is_drawn_with_every_corpus_in_it(shards: Path) -> None:
+    """Children of a corpus who are all alike leave nothing to chance, however few they are beside the others."""
+    clips = [
+        ClipScore(f"{corpus}{child}", f"{corpus}{child}", "", corpus, "5-7", 1.0, True, "a" * 10, "", 0.5,
+                  EditCounts(deletions=edits, reference_length=10), None)
+        for corpus, children, edits in (("many", 20, 1), ("few", 3, 5))
+        for child in range(children)
+    ]  # fmt: skip
+    total = sum((clip.counts for clip in clips), EditCounts())
+    index = read_index(open_store(shards))
+    card = scorecard(Evaluation(total, None, tuple(clips), "phonetic", {}), index)
+    assert card["macro"]["corpus"]["cer"] == pytest.approx(0.3)
+    assert card["macro"]["corpus"]["interval_95"] == pytest.approx((0.3, 0.3))
+    low, high = card["cer_interval_95"]
+    assert low < card["cer"] < high  # how many of which corpus are drawn is left to chance there
+    alone = Evaluation(total, None, tuple(clips[:21]), "phonetic", {})  # one child of the other corpus
+    assert scorecard(alone, index)["macro"]["corpus"]["interval_95"] is None
+
+
+def test_another_score_to_compare_with_is_looked_at_before_the_work(shards: Path, model: Path, tmp_path: Path) -> None:
+    for beside, said in ((tmp_path / "nowhere", "no scorecard"), (tmp_path / "out", "is --out itself")):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        if said.startswith("is"):
+            score(model, shards, tmp_path / "out")
+        before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        with pytest.raises(StreamtrainError, match=said):
+            evaluate_model(str(model), str(shards), "valid", 10, tmp_path / "out", World(), beside=beside)
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @given(st.lists(st.tuples(*[st.text(SYMBOLS[:5] + " ", max_size=9).map(normalize_ipa)] * 2), max_size=6))

@@ -455,6 +455,11 @@ def test_an_export_is_verified_against_transformers_and_never_overwrites(family:
     assert export_model(folder, tmp_path / "out") <= 1e-5
     assert "Not scored." in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert not list((tmp_path / "out").glob("*.bin"))  # safetensors alone: a pickle may run what it likes
+    (folder.parent / "config.json").write_text("[]")  # of something else: it is no run's
+    (folder.parent / "scorecard.json").write_text('{"cer": 1}')
+    (tmp_path / "empty").mkdir()
+    assert export_model(folder, tmp_path / "empty") <= 1e-5
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path / "out", tmp_path / "file"):
         with pytest.raises(ExportError, match="is not an empty folder"):

@@ -1,6 +1,7 @@
 """Whatever names them, the same clips are found, each with its bytes; what holds nothing says so."""
 
 import json
+import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -121,6 +122,33 @@ def test_a_manifest_that_is_none_is_told_with_its_line(content: bytes, said: str
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(StreamtrainError, match=said):
         find_recordings([str(tmp_path / "rows.jsonl")])
+
+
+def test_a_folder_is_searched_through_its_links_and_zips_and_under_any_name(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "linked").symlink_to(corpus / "audio")
+    (tmp_path / "here" / "circle").symlink_to(tmp_path / "here")
+    data = next((corpus / "audio").iterdir()).read_bytes()
+    with zipfile.ZipFile(tmp_path / "here" / "b.zip", "w") as archive:
+        archive.writestr("zipped.flac", data)
+    with open(os.fsencode(tmp_path / "here") + b"/Sch\xfcler.flac", "wb") as file:
+        file.write(data)
+    found = find_recordings([str(tmp_path / "here")])
+    names = {one.utterance_id for one in found}
+    assert len(names) == len(found) == 11 + 2
+    assert {"zipped", "Sch\\xfcler"} <= names
+    assert all(one.load()[0].audio for one in found)
+    assert all(one.audio_path.encode() for one in found)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders_or_refused(corpus: Path, tmp_path: Path) -> None:
+    data = next((corpus / "audio").iterdir()).read_bytes()
+    for child in ("kid1", "kid2"):
+        (tmp_path / child).mkdir()
+        (tmp_path / child / "001.flac").write_bytes(data)
+    assert [one.utterance_id for one in find_recordings([str(tmp_path)])] == ["kid1/001", "kid2/001"]
+    with pytest.raises(StreamtrainError, match="1 names stand for several recordings, such as '001'"):
+        find_recordings([str(tmp_path / "kid1"), str(tmp_path / "kid2")])
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:

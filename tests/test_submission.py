@@ -5,21 +5,25 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import run_module
+from conftest import ROOT, run_module
 from test_model import make_network, save, talkative
 from test_transcribe import sound
 
 from sharding.audio import SAMPLE_RATE, encode
+from sharding.format import join_samples, read_index, read_sample, write_index, write_shard
+from sharding.sample import escape_key
+from sharding.store import open_store
 from streamtrain.network import CTCModel
 from streamtrain.submission import PackageError, package, rehearse
 from streamtrain.transcribe import transcribe
-from streamtrain.vocab import vocab_of
+from streamtrain.vocab import save_vocab, vocab_of
 
 Row = dict[str, Any]
 SECONDS = (0.03, 0.3, 1.1, 2.2, 2.3, 6.0, 12.0, 26.0)
@@ -136,7 +140,7 @@ print("ready: on cpu after 0.1 s")
 with open("submission/submission.jsonl", "w") as out:
     for row in rows:
         out.write(json.dumps(row) + "\\n")
-print("done: 0 clips unread, 0.2 s")
+print("done: 0 clips unread, 3.0 s of speech, 0.2 s")
 """
 
 
@@ -171,10 +175,83 @@ def test_what_breaks_the_contract_is_refused(before: str, after: str, said: str,
     assert said in refused.value.message
 
 
+def test_a_module_of_the_submission_is_found_though_one_of_its_name_is_installed_and_hidden(tmp_path: Path) -> None:
+    """The zip brings a `streamtrain` of its own; of an installed one it sees nothing."""
+    for place in ("installed", "there"):
+        (tmp_path / place / "streamtrain").mkdir(parents=True)
+        (tmp_path / place / "streamtrain" / "__init__.py").write_text(f"where = {place!r}")
+    (tmp_path / "installed" / "other.py").write_text("")
+    info = tmp_path / "installed" / "streamtrain-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: streamtrain\nVersion: 0.1.0\n")
+    (info / "top_level.txt").write_text("streamtrain\nother\n")
+    main = tmp_path / "there" / "main.py"
+    script = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); sys.path.insert(0, {str(ROOT)!r})\n"
+    script += (
+        f"from streamtrain import offline; del sys.modules['streamtrain']; offline.rehearse(['numpy'], {str(main)!r})"
+    )
+    finds = f"import sys\nsys.path.insert(0, sys.path[0] if 0 else {str(main.parent)!r})\n"
+    main.write_text(finds + "import streamtrain\nprint(streamtrain.where)\nimport other\n")
+    script = script.replace(f"sys.path.insert(0, {str(ROOT)!r})", f"sys.path.insert(0, {str(ROOT)!r})")
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "there\n"
+    assert "No module named 'other'" in done.stderr
+
+
+def test_a_file_that_lies_about_its_length_costs_no_more_than_itself(model: Path, tmp_path: Path) -> None:
+    """One that promises 2³⁶ − 1 samples, and one that, as streams do, says nothing of it."""
+    (tmp_path / "data" / "audio").mkdir(parents=True)
+    good = encode(sound(3, 1))
+    packed = int.from_bytes(good[18:26], "big") & ~(2**36 - 1)  # the last 36 bits are the number of samples
+    for name, samples in (("lies", 2**36 - 1), ("streams", 0), ("whole", 3 * SAMPLE_RATE)):
+        data = good[:18] + (packed | samples).to_bytes(8, "big") + good[26:]
+        (tmp_path / "data" / "audio" / f"{name}.flac").write_bytes(data)
+    write(
+        tmp_path / "data" / "submission_format.jsonl", [{"utterance_id": name} for name in ("lies", "streams", "whole")]
+    )
+    package(model, tmp_path / "submission.zip")
+    lies, streams, whole = submission_of(tmp_path / "submission.zip", tmp_path / "data", tmp_path / "there")
+    assert streams["phonetic_text"] == whole["phonetic_text"] != ""
+    assert lies["phonetic_text"] in ("", whole["phonetic_text"])
+
+
+def test_what_is_projected_is_of_the_clips_that_were_asked_for(model: Path, tmp_path: Path) -> None:
+    data = lay_out(tmp_path / "data", "phonetic_text")
+    write(data / "submission_format.jsonl", [{"utterance_id": "U_3"}])
+    package(model, tmp_path / "submission.zip")
+    done = rehearse(tmp_path / "submission.zip", str(data))
+    assert done.speech_sec == pytest.approx(SECONDS[3], abs=0.1)
+    assert "torch 2" in done.versions
+
+
+def test_ids_may_be_anything(model: Path, small_shards: Path, tmp_path: Path) -> None:
+    store = open_store(small_shards)
+    index = read_index(store)
+    rows = index.split("valid").tolist()
+    made = [
+        write_shard(open_store(tmp_path / "shards"), f"valid/b00-0000{number}.tar", 0,
+                    [(replace(read_sample(store, index, row), key=escape_key(name), utterance_id=name),
+                      int(index.samples["samples"][row]))])
+        for number, (row, name) in enumerate(zip(rows, ("a/b", "../../escaped"), strict=False))
+    ]  # fmt: skip
+    tables = [shard.samples.copy() for shard in made]
+    for number, table in enumerate(tables):
+        table["shard"] = number
+    entries = tuple(shard.entry for shard in made)
+    write_index(open_store(tmp_path / "shards"), replace(index, shards=entries, samples=join_samples(tables)))
+    package(model, tmp_path / "submission.zip")
+    assert rehearse(tmp_path / "submission.zip", str(tmp_path / "shards")).unread == 0
+
+
 def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
-    for lacking, said in (("vocab.json", "no vocabulary"), ("model.safetensors", "cannot be loaded")):
+    for lacking, said in (
+        ("vocab.json", "no vocabulary"), ("model.safetensors", "cannot be loaded"), ("its own", "is another model's"),
+    ):  # fmt: skip
         folder = shutil.copytree(model, tmp_path / lacking)
-        (folder / lacking).unlink()
+        if lacking == "its own":
+            save_vocab(vocab_of("word"), folder, True, True)
+        else:
+            (folder / lacking).unlink()
         done = run_module("streamtrain", "package", folder, "--out", tmp_path / "submission.zip")
         assert done.returncode == 1
         assert said in done.stderr

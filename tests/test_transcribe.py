@@ -254,14 +254,25 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(folder: Path, tmp_path: 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_two_runs_do_not_write_one_file(folder: Path, clips: Path, tmp_path: Path) -> None:
+    first = Progress(tmp_path / "out.jsonl", "")
+    with pytest.raises(StreamtrainError, match=r"out\.jsonl: another run is writing it"):
+        rows_of(folder, [clips], tmp_path / "out.jsonl")
+    first.finish()
+    assert len(rows_of(folder, [clips], tmp_path / "out.jsonl")) == 12
+
+
 def test_another_request_begins_anew(
     folder: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left = Progress(tmp_path / "out.jsonl", "of another model")
     left.write([{"utterance_id": "left behind"}], failed=0)
+    del left  # killed
     rows = rows_of(folder, [clips], tmp_path / "out.jsonl")
     assert len(rows) == 12
-    assert "going on" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is of another request; all is done anew" in said
+    assert "going on" not in said
 
 
 def test_a_shard_set_is_transcribed_recording_by_recording(folder: Path, small_shards: Path, tmp_path: Path) -> None:
