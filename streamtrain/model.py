@@ -1,6 +1,7 @@
 """CTC models from Transformers: by name, by folder or from scratch, and saved so that Transformers loads them."""
 
 import difflib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) 
     from streamtrain.vocab import save_vocab
 
     model.network.save_pretrained(folder, state_dict=weights)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    config["dtype"] = str(kinds.pop()).removeprefix("torch.")  # a network trained in bf16 would name that
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_vocab(model.vocab, folder, model.normalize, attention_mask=model.wants_mask)
     for path in folder.iterdir():
         give_usual_mode(path)
