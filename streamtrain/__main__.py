@@ -50,6 +50,14 @@ def _transcribe(options: argparse.Namespace) -> int:
     return 1 if transcribe(Path(options.model), options.source, Path(options.out), reading) else 0
 
 
+def _align(options: argparse.Namespace) -> int:
+    from streamtrain.alignments import align_shards
+
+    count = align_shards(Path(options.model), options.shards, Path(options.out), options.batch_seconds)
+    print(f"{options.out}: {count:,} labelled recordings")
+    return 0
+
+
 def _score(options: argparse.Namespace) -> int:
     from streamtrain.score import render, score_files
 
@@ -134,6 +142,13 @@ def _commands() -> Commands:
         help=f"write the N most probable texts of each too (a beam of {BEAM} where none is given)")  # fmt: skip
     transcribe.add_argument("--log-probs", metavar="DIR",
         help="write log-probabilities there, to average models': NumPy, float16, (frames, symbols)")  # fmt: skip
+
+    align = commands.add("align", _align, "When the words of labelled recordings are said, by a model: word times.")
+    align.add_argument("model", help="folder of a trained model, such as RUN/best")
+    align.add_argument("shards", help="folder or URL of a shard set")
+    align.add_argument("--out", required=True, help="file to write, such as alignments.jsonl.zst")
+    align.add_argument("--batch-seconds", type=number(1),
+        help="padded seconds per forward (default: 400 on a GPU; on CPU by the model, at most 30)")  # fmt: skip
 
     score = commands.add("score", _score, "CER or WER of a submission, as the challenge scores it.")
     score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")

@@ -61,7 +61,7 @@ def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) 
     """Write the Hugging Face layout: weights (of `model.network`), configuration, tokenizer, feature extractor."""
     from streamtrain.vocab import save_vocab
 
-    model.network.save_pretrained(folder, state_dict=weights)
+    model.network.save_pretrained(folder, state_dict=dict(weights))  # which it empties
     config = json.loads((folder / "config.json").read_text())
     kinds = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
     config["dtype"] = str(kinds.pop()).removeprefix("torch.")  # a network trained in bf16 would name that

@@ -16,7 +16,7 @@ import numpy as np
 from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, list_audio, open_audio
 from sharding.errors import ManifestError, StreamtrainError
 from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
-from sharding.sample import whole_key
+from sharding.sample import Sample, whole_key
 from sharding.store import Reader, Store, open_store
 from sharding.tables import read_lines
 from streamtrain.stream import read_verified
@@ -166,20 +166,33 @@ def _in_manifest(path: Path) -> Iterator[Recording]:
 
 
 def _in_shards(store: Reader) -> Iterator[Recording]:
-    """Every recording of a shard set once, whole: the pieces that the build cut it into are put together again."""
+    """Every recording of a shard set once, whole."""
     index = read_index(store)
+    for name, rows in rows_of_recordings(store, index):
+        shard = index.shards[index.samples["shard"][rows[0]]]
+        yield Recording(unquote(name), f"{store.url}/{shard.name}/{name}", partial(_load_rows, store, index, rows))
+
+
+def rows_of_recordings(store: Reader, index: ShardIndex) -> Iterator[tuple[str, list[int]]]:
+    """The rows of each recording, by its key: several where the build cut it into pieces, in no order."""
     keys = read_keys(store, index).tolist()
-    named = sorted((key if index.foreign else whole_key(key), key, row) for row, key in enumerate(keys))
+    named = sorted((key if index.foreign else whole_key(key), row) for row, key in enumerate(keys))
     for name, group in groupby(named, key=lambda one: one[0]):
-        rows = [row for _, _, row in group]
-        yield Recording(unquote(name), f"{store.url}/{index.shards[index.samples['shard'][rows[0]]].name}/{name}",
-                        partial(_load_rows, store, index, rows))  # fmt: skip
+        yield name, [row for _, row in group]
+
+
+def read_pieces(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
+    """The samples of a recording, in order. Raises ShardError where one is damaged."""
+    samples = [
+        sample
+        for row in rows
+        for sample in read_verified(store, index, index.shards[index.samples["shard"][row]], np.array([row]))
+    ]
+    return sorted(samples, key=lambda sample: sample.start_sec or 0.0)
 
 
 def _load_rows(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[Piece]:
-    pieces = []
-    for row in rows:
-        shard = index.shards[index.samples["shard"][row]]
-        (sample,) = read_verified(store, index, shard, np.array([row]))
-        pieces.append(Piece(sample.audio, sample.start_sec or 0.0, sample.parent_id or sample.utterance_id))
-    return sorted(pieces, key=lambda piece: piece.start_sec)
+    return [
+        Piece(sample.audio, sample.start_sec or 0.0, sample.parent_id or sample.utterance_id)
+        for sample in read_pieces(store, index, rows)
+    ]

@@ -450,6 +450,16 @@ def test_whether_inputs_are_normalised_travels_with_the_model(normalize: bool, t
     assert load_trained(save(model, tmp_path / "model")).normalize is normalize
 
 
+def test_a_network_trained_in_bf16_is_saved_as_the_fp32_that_it_is(tmp_path: Path) -> None:
+    model = talkative("HuBERT, group norm")
+    weights = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    model.network.to(torch.bfloat16)
+    save_model(model, tmp_path / "model", weights)
+    loaded = transformers.AutoModelForCTC.from_pretrained(tmp_path / "model").state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
 def test_an_export_is_verified_against_transformers_and_never_overwrites(family: str, tmp_path: Path) -> None:
     folder = save(talkative(family), tmp_path / "run" / "best")
     assert export_model(folder, tmp_path / "out") <= 1e-5

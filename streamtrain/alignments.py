@@ -1,0 +1,194 @@
+"""A shard set's labels on the time line: each word of a recording, and which words lie before each cut of the build."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from tqdm import tqdm
+
+from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode, frame_count
+from sharding.errors import AudioError, ShardError, StreamtrainError
+from sharding.format import ShardIndex, read_index
+from sharding.sample import Sample
+from sharding.store import Store, open_store
+from streamtrain.align import AlignError, align
+from streamtrain.collate import zero_mean_unit_variance
+from streamtrain.decode import join_pieces
+from streamtrain.model import load_trained
+from streamtrain.network import CTCModel
+from streamtrain.plan import plan_evaluation
+from streamtrain.recordings import read_pieces, rows_of_recordings
+from streamtrain.stream import read_ahead
+from streamtrain.transcribe import usual_batch_seconds
+from streamtrain.world import World
+
+WINDOW_FRAMES = 1_000  # 20 s of a long recording are heard at a time …
+CONTEXT_FRAMES = 125  # … with 2.5 s on either side, of which nothing is told
+WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
+CHUNK_SEC = 900.0  # held in memory and batched together
+READERS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A recording with its whole label, put together from its pieces."""
+
+    utterance_id: str
+    text: str
+    waveform: Waveform
+    cuts: tuple[int, ...]  # samples at which its pieces begin, but for the first
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of a recording that is heard at once: samples, and which frames of it are kept, to lie where."""
+
+    recording: int
+    start: int
+    end: int
+    skip: int  # frames of context
+    first: int  # frame of the recording
+    frames: int
+
+
+def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: float | None = None) -> int:
+    """Write a JSONL row, compressed, for each recording that has a label; returns how many there are.
+
+    Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, and the probability
+    that both lie within 60 ms), `cuts` (each with its second, the likeliest number of words before it, and the
+    probability of that), `log_prob` (of the label, for each frame, beside the best path there is), `error`.
+    """
+    store = open_store(shards)
+    index = read_index(store)
+    model = load_trained(model_folder).to(World().device)
+    if model.vocab.track != index.track:
+        raise StreamtrainError(
+            f"the model writes the {model.vocab.track} track, the labels are of the {index.track} track",
+            "align with a model of the same track",
+        )
+    seconds = batch_seconds or usual_batch_seconds(model)
+    partial = out.with_name(f".{out.name}.part")
+    groups = list(rows_of_recordings(store, index))
+    count = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(partial, "wb")  # noqa: SIM115 (closed below, with what is written through it)
+    except OSError as error:
+        raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
+    loaded = read_ahead(lambda rows: _load(store, index, rows), iter([rows for _, rows in groups]), READERS)
+    with file, zstandard.ZstdCompressor().stream_writer(file) as lines, tqdm(total=len(groups), unit="clip") as bar:
+        for chunk in _chunks(loaded):
+            labelled = [recording for recording in chunk if recording.text or recording.error]
+            for row in _align_chunk(model, labelled, seconds):
+                lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            count += len(labelled)
+            bar.update(len(chunk))
+    os.replace(partial, out)
+    return count
+
+
+def _load(store: Store, index: ShardIndex, rows: Sequence[int]) -> Labelled:
+    try:
+        samples = read_pieces(store, index, rows)
+        pieces = [decode(sample.audio)[0] for sample in samples]
+    except (ShardError, AudioError) as error:
+        return Labelled("", "", np.zeros(0, np.float32), (), error.message)
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    name = samples[0].parent_id or samples[0].utterance_id
+    return Labelled(name, _label_of(samples), np.concatenate(pieces), tuple(ends[:-1]))
+
+
+def _label_of(samples: Sequence[Sample]) -> str:
+    """The whole label of a recording: its pieces', or, where one is not certain of its own, the one that it keeps."""
+    whole = [sample.parent_text for sample in samples if sample.parent_text is not None]
+    return whole[0] if whole else join_pieces([sample.text for sample in samples])
+
+
+def _chunks(recordings: Iterator[Labelled]) -> Iterator[list[Labelled]]:
+    chunk: list[Labelled] = []
+    seconds = 0.0
+    for recording in recordings:
+        chunk.append(recording)
+        seconds += len(recording.waveform) / SAMPLE_RATE
+        if seconds >= CHUNK_SEC:
+            yield chunk
+            chunk, seconds = [], 0.0
+    if chunk:
+        yield chunk
+
+
+def windows_of(recording: int, samples: int) -> Iterator[Window]:
+    """Windows whose kept frames are those of the recording, each once."""
+    frames = frame_count(samples)
+    if samples <= WHOLE_SEC * SAMPLE_RATE:
+        yield Window(recording, 0, samples, 0, 0, frames)
+        return
+    for first in range(0, frames, WINDOW_FRAMES):
+        kept = min(WINDOW_FRAMES, frames - first)
+        skip = min(CONTEXT_FRAMES, first)
+        end = (first + kept + CONTEXT_FRAMES) * FRAME_SAMPLES
+        yield Window(recording, (first - skip) * FRAME_SAMPLES, min(end, samples), skip, first, kept)
+
+
+def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float) -> Iterator[dict[str, Any]]:
+    windows = [window for number, each in enumerate(recordings) for window in windows_of(number, len(each.waveform))
+               if each.error is None]  # fmt: skip
+    heard = {number: torch.zeros(frame_count(len(each.waveform)), len(model.vocab), device=model.device)
+             for number, each in enumerate(recordings) if each.error is None}  # fmt: skip
+    for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
+        chosen = [windows[i] for i in batch]
+        for window, log_probs in zip(chosen, _hear(model, recordings, chosen), strict=True):
+            kept = log_probs[window.skip : window.skip + window.frames]
+            heard[window.recording][window.first : window.first + window.frames] = kept
+    for number, recording in enumerate(recordings):
+        yield _row(recording, heard.get(number), model)
+
+
+@torch.inference_mode()
+def _hear(model: CTCModel, recordings: Sequence[Labelled], windows: Sequence[Window]) -> torch.Tensor:
+    """Log-probabilities (B, T, V) of windows of like lengths."""
+    rows = [recordings[window.recording].waveform[window.start : window.end] for window in windows]
+    rows = [zero_mean_unit_variance(row) if model.normalize else row for row in rows]
+    inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+    log_probs: torch.Tensor = model(inputs.to(model.device), torch.tensor([len(row) for row in rows]))
+    return log_probs
+
+
+def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "utterance_id": recording.utterance_id,
+        "text": recording.text,
+        "seconds": round(len(recording.waveform) / SAMPLE_RATE, 3),
+        "words": [],
+        "cuts": [],
+        "log_prob": None,
+        "error": recording.error,
+    }
+    if log_probs is None:
+        return row
+    cuts = [min(cut // FRAME_SAMPLES, len(log_probs) - 1) for cut in recording.cuts]
+    try:
+        found = align(log_probs, recording.text, model.vocab, cuts)
+    except AlignError as error:
+        return row | {"error": str(error)}
+    second = FRAME_SAMPLES / SAMPLE_RATE
+    return row | {
+        "words": [
+            {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),
+             "confidence": round(word.confidence, 4)}
+            for word in found.words
+        ],
+        "cuts": [
+            {"at": round(cut / SAMPLE_RATE, 6), "words_before": int(before.argmax()),
+             "probability": round(float(before.max()), 6)}
+            for cut, before in zip(recording.cuts, found.before, strict=True)
+        ],
+        "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
+    }  # fmt: skip
