@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -18,20 +19,18 @@ from sharding.format import ShardIndex, read_index
 from sharding.sample import Sample
 from sharding.store import Store, open_store
 from streamtrain.align import AlignError, align
-from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import join_pieces
+from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
 from streamtrain.recordings import read_pieces, rows_of_recordings
 from streamtrain.stream import read_ahead
-from streamtrain.transcribe import usual_batch_seconds
 from streamtrain.world import World
 
 WINDOW_FRAMES = 1_000  # 20 s of a long recording are heard at a time …
 CONTEXT_FRAMES = 125  # … with 2.5 s on either side, of which nothing is told
 WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
-CHUNK_SEC = 900.0  # held in memory and batched together
 READERS = 2
 
 
@@ -44,6 +43,10 @@ class Labelled:
     waveform: Waveform
     cuts: tuple[int, ...]  # samples at which its pieces begin, but for the first
     error: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return len(self.waveform) / SAMPLE_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,9 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
         file = open(partial, "wb")  # noqa: SIM115 (closed below, with what is written through it)
     except OSError as error:
         raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
-    loaded = read_ahead(lambda rows: _load(store, index, rows), iter([rows for _, rows in groups]), READERS)
+    loaded = read_ahead(lambda group: _load(store, index, *group), iter(groups), READERS)
     with file, zstandard.ZstdCompressor().stream_writer(file) as lines, tqdm(total=len(groups), unit="clip") as bar:
-        for chunk in _chunks(loaded):
+        for chunk in chunks_of(loaded):
             labelled = [recording for recording in chunk if recording.text or recording.error]
             for row in _align_chunk(model, labelled, seconds):
                 lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
@@ -94,12 +97,12 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     return count
 
 
-def _load(store: Store, index: ShardIndex, rows: Sequence[int]) -> Labelled:
+def _load(store: Store, index: ShardIndex, key: str, rows: Sequence[int]) -> Labelled:
     try:
         samples = read_pieces(store, index, rows)
         pieces = [decode(sample.audio)[0] for sample in samples]
     except (ShardError, AudioError) as error:
-        return Labelled("", "", np.zeros(0, np.float32), (), error.message)
+        return Labelled(unquote(key), "", np.zeros(0, np.float32), (), error.message)
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     name = samples[0].parent_id or samples[0].utterance_id
     return Labelled(name, _label_of(samples), np.concatenate(pieces), tuple(ends[:-1]))
@@ -109,19 +112,6 @@ def _label_of(samples: Sequence[Sample]) -> str:
     """The whole label of a recording: its pieces', or, where one is not certain of its own, the one that it keeps."""
     whole = [sample.parent_text for sample in samples if sample.parent_text is not None]
     return whole[0] if whole else join_pieces([sample.text for sample in samples])
-
-
-def _chunks(recordings: Iterator[Labelled]) -> Iterator[list[Labelled]]:
-    chunk: list[Labelled] = []
-    seconds = 0.0
-    for recording in recordings:
-        chunk.append(recording)
-        seconds += len(recording.waveform) / SAMPLE_RATE
-        if seconds >= CHUNK_SEC:
-            yield chunk
-            chunk, seconds = [], 0.0
-    if chunk:
-        yield chunk
 
 
 def windows_of(recording: int, samples: int) -> Iterator[Window]:
@@ -138,34 +128,25 @@ def windows_of(recording: int, samples: int) -> Iterator[Window]:
 
 
 def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float) -> Iterator[dict[str, Any]]:
-    windows = [window for number, each in enumerate(recordings) for window in windows_of(number, len(each.waveform))
-               if each.error is None]  # fmt: skip
-    heard = {number: torch.zeros(frame_count(len(each.waveform)), len(model.vocab), device=model.device)
-             for number, each in enumerate(recordings) if each.error is None}  # fmt: skip
+    whole = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
+    heard = {number: torch.zeros(frame_count(len(recording.waveform)), len(model.vocab), device=model.device)
+             for number, recording in whole.items()}  # fmt: skip
+    windows = [window for number, recording in whole.items() for window in windows_of(number, len(recording.waveform))]
     for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
         chosen = [windows[i] for i in batch]
-        for window, log_probs in zip(chosen, _hear(model, recordings, chosen), strict=True):
-            kept = log_probs[window.skip : window.skip + window.frames]
+        log_probs, _ = hear(model, [whole[window.recording].waveform[window.start : window.end] for window in chosen])
+        for window, frames in zip(chosen, log_probs, strict=True):
+            kept = frames[window.skip : window.skip + window.frames]
             heard[window.recording][window.first : window.first + window.frames] = kept
     for number, recording in enumerate(recordings):
         yield _row(recording, heard.get(number), model)
-
-
-@torch.inference_mode()
-def _hear(model: CTCModel, recordings: Sequence[Labelled], windows: Sequence[Window]) -> torch.Tensor:
-    """Log-probabilities (B, T, V) of windows of like lengths."""
-    rows = [recordings[window.recording].waveform[window.start : window.end] for window in windows]
-    rows = [zero_mean_unit_variance(row) if model.normalize else row for row in rows]
-    inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-    log_probs: torch.Tensor = model(inputs.to(model.device), torch.tensor([len(row) for row in rows]))
-    return log_probs
 
 
 def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -> dict[str, Any]:
     row: dict[str, Any] = {
         "utterance_id": recording.utterance_id,
         "text": recording.text,
-        "seconds": round(len(recording.waveform) / SAMPLE_RATE, 3),
+        "seconds": round(recording.seconds, 3),
         "words": [],
         "cuts": [],
         "log_prob": None,

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import xxhash
 from tqdm import tqdm
 
@@ -19,9 +18,9 @@ from sharding.errors import AudioError, MissingError, ShardError, StreamtrainErr
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
 from sharding.split import split_recording
-from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
 from streamtrain.folders import sync
+from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
@@ -30,10 +29,7 @@ from streamtrain.stream import read_ahead
 from streamtrain.world import World
 
 LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
-CHUNK_SEC, CHUNK_RECORDINGS = 900.0, 512  # held in memory, sorted by length, and written together
 READERS = 2
-GPU_BATCH_SEC, CPU_BATCH_SEC = 400.0, 30.0  # padded seconds of a forward, at most
-CACHED_BYTES = 50e6
 FRAME_SEC = FRAME_SAMPLES / SAMPLE_RATE
 
 LogProbs = npt.NDArray[np.float32]
@@ -93,7 +89,7 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     left = recordings[progress.rows :]
     failed = progress.failed
     with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
-        for chunk in _chunks(read_ahead(load, iter(left), READERS)):
+        for chunk in chunks_of(read_ahead(load, iter(left), READERS)):
             rows = _read_chunk(model, chunk, reading)
             failed += sum(row["error"] is not None for row in rows)
             progress.write(rows, failed)
@@ -102,17 +98,6 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     done = f"{out}: {len(recordings) - failed:,} recordings transcribed"
     print(done + (f", {failed:,} failed" if failed else ""))
     return failed
-
-
-def usual_batch_seconds(model: CTCModel) -> float:
-    """A batch for the machine at hand: large on a GPU; on CPU no larger than caches can serve.
-
-    There wav2vec2-base, whose first layer makes 6.5 MB of a second, runs quicker in batches of 8 s than in larger ones.
-    """
-    if model.device.type != "cpu":
-        return GPU_BATCH_SEC
-    bytes_a_second: float = 4 * model.network.config.conv_dim[0] * SAMPLE_RATE / model.network.config.conv_stride[0]
-    return min(max(CACHED_BYTES / bytes_a_second, 2.0), CPU_BATCH_SEC)
 
 
 class Progress:
@@ -190,20 +175,6 @@ def _segments(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
         yield start, waveform[start : start + segment.samples]
 
 
-def _chunks(sounds: Iterator[Sound]) -> Iterator[list[Sound]]:
-    """Consecutive recordings; where one ends depends on them alone, so that a run that goes on makes the same ones."""
-    chunk: list[Sound] = []
-    seconds = 0.0
-    for sound in sounds:
-        chunk.append(sound)
-        seconds += sound.seconds
-        if len(chunk) == CHUNK_RECORDINGS or seconds >= CHUNK_SEC:
-            yield chunk
-            chunk, seconds = [], 0.0
-    if chunk:
-        yield chunk
-
-
 def _read_chunk(model: CTCModel, sounds: Sequence[Sound], reading: Reading) -> list[dict[str, Any]]:
     pieces = [piece for sound in sounds for piece in sound.pieces]
     heard = iter(_read_pieces(model, pieces, reading))
@@ -215,16 +186,10 @@ def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: Reading) 
     heard: dict[int, Heard] = {}
     seconds = reading.batch_seconds or usual_batch_seconds(model)
     for batch in plan_evaluation([len(piece) for piece in pieces], seconds):
-        rows = [zero_mean_unit_variance(pieces[i]) if model.normalize else pieces[i] for i in batch]
-        lengths = torch.tensor([len(row) for row in rows])
-        with torch.inference_mode():
-            inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-            log_probs = model(inputs.to(model.device), lengths).cpu()  # (B, T, V)
-        frames = model.frame_counts(lengths)
+        log_probs, frames = hear(model, [pieces[i] for i in batch])
         hypotheses = read_out(log_probs, frames, model.vocab, reading.beam)
-        for i, row, length, hypothesis in zip(
-            batch.tolist(), log_probs.numpy(), frames.tolist(), hypotheses, strict=True
-        ):
+        rows = log_probs.cpu().numpy()
+        for i, row, length, hypothesis in zip(batch.tolist(), rows, frames.tolist(), hypotheses, strict=True):
             words = find_words(row[:length], hypothesis.text, model.vocab)
             heard[i] = Heard(hypothesis, words, row[:length].copy() if reading.log_probs else None)
     return [heard[i] for i in range(len(pieces))]

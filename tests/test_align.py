@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sharding.format import read_index, read_sample
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
 from streamtrain.align import AlignError, align
-from streamtrain.alignments import WHOLE_SEC, windows_of
+from streamtrain.alignments import WHOLE_SEC, align_shards, windows_of
 from streamtrain.network import CTCModel
 from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 
@@ -190,6 +191,20 @@ def test_cuts_are_those_of_the_build(rows: tuple[Path, dict[str, Row], dict[str,
         )
         counts = [cut["words_before"] for cut in row["cuts"]]
         assert counts == sorted(counts)
+
+
+def test_a_damaged_recording_keeps_its_name(rows: tuple[Path, dict[str, Row], dict[str, Row]], tmp_path: Path) -> None:
+    folder, manifest, _ = rows
+    shards = shutil.copytree(folder / "shards", tmp_path / "shards")
+    tar = next(iter((shards / "train").glob("*.tar")))
+    damaged = bytearray(tar.read_bytes())
+    damaged[700] ^= 1
+    tar.write_bytes(damaged)
+    assert align_shards(folder / "model", str(shards), tmp_path / "out.zst") == 10
+    raw = zstandard.ZstdDecompressor().stream_reader((tmp_path / "out.zst").read_bytes()).read()
+    (broken,) = (row for row in map(json.loads, raw.decode().splitlines()) if row["error"])
+    assert broken["utterance_id"] in manifest
+    assert "checksum of the sample at byte 0" in broken["error"]
 
 
 def test_a_model_of_the_other_track_is_refused(

@@ -1,0 +1,56 @@
+"""Waveforms to log-probabilities, for all who only listen: in batches that suit the machine."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from sharding.audio import SAMPLE_RATE, Waveform
+from streamtrain.collate import zero_mean_unit_variance
+from streamtrain.network import CTCModel
+
+GPU_BATCH_SEC, CPU_BATCH_SEC = 400.0, 30.0  # padded seconds of a forward, at most
+CACHED_BYTES = 50e6
+CHUNK_SEC, CHUNK_RECORDINGS = 900.0, 512  # held in memory, sorted by length, and written together
+
+
+class Lasting(Protocol):
+    @property
+    def seconds(self) -> float: ...
+
+
+Item = TypeVar("Item", bound=Lasting)
+
+
+def usual_batch_seconds(model: CTCModel) -> float:
+    """A batch for the machine at hand: large on a GPU; on CPU no larger than caches can serve.
+
+    There wav2vec2-base, whose first layer makes 6.5 MB of a second, runs quicker in batches of 8 s than in larger ones.
+    """
+    if model.device.type != "cpu":
+        return GPU_BATCH_SEC
+    bytes_a_second: float = 4 * model.network.config.conv_dim[0] * SAMPLE_RATE / model.network.config.conv_stride[0]
+    return min(max(CACHED_BYTES / bytes_a_second, 2.0), CPU_BATCH_SEC)
+
+
+def chunks_of(recordings: Iterator[Item]) -> Iterator[list[Item]]:
+    """Consecutive recordings; where a chunk ends depends on them alone, so a run that goes on makes the same ones."""
+    chunk: list[Item] = []
+    seconds = 0.0
+    for recording in recordings:
+        chunk.append(recording)
+        seconds += recording.seconds
+        if len(chunk) == CHUNK_RECORDINGS or seconds >= CHUNK_SEC:
+            yield chunk
+            chunk, seconds = [], 0.0
+    if chunk:
+        yield chunk
+
+
+@torch.inference_mode()
+def hear(model: CTCModel, waveforms: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (B, T, V) of waveforms of like lengths, and the frames (B,) that each of them has."""
+    rows = [zero_mean_unit_variance(waveform) if model.normalize else waveform for waveform in waveforms]
+    lengths = torch.tensor([len(row) for row in rows])
+    inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+    return model(inputs.to(model.device), lengths), model.frame_counts(lengths)
