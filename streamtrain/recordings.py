@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -121,8 +122,10 @@ def _in_zip(path: Path) -> Iterator[Recording]:
 
 
 def _file(path: Path, utterance_id: str) -> Recording:
-    status = path.stat()
-    stamp = f"{status.st_size} {status.st_mtime_ns}"
+    stamp = ""
+    with suppress(OSError):  # such as a link that leads nowhere, which is told in its row
+        status = path.stat()
+        stamp = f"{status.st_size} {status.st_mtime_ns}"
     return Recording(_printable(utterance_id), _printable(str(path)), lambda: [Piece(path.read_bytes())], stamp)
 
 

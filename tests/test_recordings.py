@@ -133,7 +133,10 @@ def test_a_folder_is_searched_through_its_links_and_zips_and_under_any_name(corp
         archive.writestr("zipped.flac", data)
     with open(os.fsencode(tmp_path / "here") + b"/Sch\xfcler.flac", "wb") as file:
         file.write(data)
-    found = find_recordings([str(tmp_path / "here")])
+    (tmp_path / "here" / "nowhere.flac").symlink_to(tmp_path / "nobody")
+    *found, broken = sorted(find_recordings([str(tmp_path / "here")]), key=lambda one: one.utterance_id == "nowhere")
+    with pytest.raises(FileNotFoundError):
+        broken.load()
     names = {one.utterance_id for one in found}
     assert len(names) == len(found) == 11 + 2
     assert {"zipped", "Sch\\xfcler"} <= names
