@@ -34,9 +34,7 @@ def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -
     """Write the model with these weights to `folder`, whole or not at all. Raises ExportError."""
     partial = folder.with_name(f".{folder.name}.part")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(model, partial, weights)
-        _check_weights(partial, weights)
+        _save(model, partial, weights)
         put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,8 +52,7 @@ def export_model(source: Path, out: Path) -> float:
         raise ExportError(f"{out}: is not an empty folder", "choose another one")
     model, run = load_trained(source), source.resolve().parent
     partial = out.with_name(f".{out.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial, {name: value.contiguous() for name, value in model.network.state_dict().items()})
+    _save(model, partial, {name: value.contiguous() for name, value in model.network.state_dict().items()})
     for name, copied in BESIDE.items():
         if (run / name).is_file():
             shutil.copyfile(run / name, partial / copied)
@@ -65,8 +62,10 @@ def export_model(source: Path, out: Path) -> float:
     return difference
 
 
-def _check_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Raises ExportError where the file does not hold these very weights."""
+def _save(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a new folder. Raises ExportError where the file does not hold these very weights afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    save_model(model, folder, weights)
     written = load_file(folder / "model.safetensors")
     if written.keys() != weights.keys() or any(not torch.equal(written[name], weights[name]) for name in written):
         raise ExportError(f"{folder}: does not hold the weights that were to be saved")
@@ -101,7 +100,7 @@ def _model_card(folder: Path, name: str, track: str) -> str:
     about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. It hears 16 kHz, one channel.\n"
     use = (
         "```python\nfrom transformers import pipeline\n\n"
-        'print(pipeline("automatic-speech-recognition", ".")("clip.flac")["text"])\n```\n'
+        'print(pipeline("automatic-speech-recognition", ".")("clip.flac")["text"])  # decoded by ffmpeg\n```\n'
     )
     parts = [("Use", use), ("Data", _data(data)), ("Score", _scores(card)), ("Recipe", _recipe(config))]
     curves = "![curves](curves.png)\n" if (folder / "curves.png").is_file() else ""
@@ -150,21 +149,8 @@ def _scores(card: dict[str, Any]) -> str:
             lines.append(
                 f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
             )
-    return (
-        "\n".join(
-            [
-                f"{said} on {card['clips']:,} clips of split `{card['split']}` of `{card['shards']}`.",
-                "",
-                *lines,
-                *_warned(card),
-            ]
-        )
-        + "\n"
-    )
-
-
-def _warned(card: dict[str, Any]) -> list[str]:
-    return [f"\n**{line}**" for line in warnings(card)]
+    head = f"{said} on {card['clips']:,} clips of split `{card['split']}` of `{card['shards']}`."
+    return "\n".join([head, "", *lines, *(f"\n**{line}**" for line in warnings(card))]) + "\n"
 
 
 def _recipe(config: dict[str, Any]) -> str:

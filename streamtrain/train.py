@@ -116,11 +116,10 @@ class Trainer:
             self._close(MIRROR_GRACE_SEC)
             said = f"stopped at step {self.state.step}; the same command goes on from there"
             raise PreemptedError(said) from error
-        if self.world.main:
-            log.info(
-                "Transformers computes the same from best/: largest difference %.1e", verify(self.run_dir / "best")
-            )
         self._close(None)
+        if self.world.main:
+            difference = verify(self.run_dir / "best")
+            log.info("Transformers computes the same from best/: largest difference %.1e", difference)
 
     def _close(self, wait_sec: float | None) -> None:
         """Let the mirror come to its end, for at most so long."""
