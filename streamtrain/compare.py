@@ -62,7 +62,6 @@ def compare(before: Sequence[ClipScore], after: Sequence[ClipScore], other: str)
             "score both models on the same split of the same shard set",
         )
     place = {clip.utterance_id: clip for clip in before}
-    paired = [(place[clip.utterance_id], clip) for clip in after]
     drawn = Resampling(clip.speaker for clip in after)
     rows = [
         row
@@ -71,7 +70,8 @@ def compare(before: Sequence[ClipScore], after: Sequence[ClipScore], other: str)
     ]
     changes = [
         Change(new.utterance_id, new.reference, old.hypothesis, new.hypothesis, new.counts.edits - old.counts.edits)
-        for old, new in paired
+        for new in after
+        for old in [place[new.utterance_id]]
     ]
     changed = sorted((one for one in changes if one.edits), key=lambda one: (-abs(one.edits), one.utterance_id))
     return Comparison(other, tuple(rows), tuple(changed[:CHANGED_CLIPS]))
@@ -110,8 +110,10 @@ def render(comparison: Comparison) -> str:
     total = comparison.rows[0]
     if total.interval_95 is not None:
         low, high = total.interval_95
-        verdict = "lower" if high < 0 else "higher" if low > 0 else "no clear difference: the interval holds 0"
-        lines.append(f"the CER after is {verdict}" if low > 0 or high < 0 else verdict)
+        if high < 0 or low > 0:
+            lines.append(f"the CER after is {'lower' if high < 0 else 'higher'}")
+        else:
+            lines.append("no clear difference: the interval holds 0")
     lines += ["", "clips that changed most"]
     for change in comparison.changed[:10]:
         lines.append(f"  {change.edits:+d}  {change.utterance_id}\n      label   {change.reference}\n"

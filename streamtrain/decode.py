@@ -75,15 +75,15 @@ def find_words(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab) -> 
     if _spell(path, vocab) != text:  # it is not the best path's, but a beam's
         path = best_alignment(log_probs, vocab.encode(text), vocab.blank)
     heard = np.take_along_axis(log_probs, path[:, None], axis=-1)[:, 0]
-    silent = (vocab.blank, vocab.unknown)
+    silent, space = (vocab.blank, vocab.unknown), vocab.space
     words: list[Word] = []
     symbols: list[str] = []
     frames: list[int] = []
-    for frame, symbol in enumerate([*path.tolist(), vocab.space]):
-        if symbol == vocab.space and symbols:
+    for frame, symbol in enumerate([*path.tolist(), space]):
+        if symbol == space and symbols:
             words.append(Word("".join(symbols), frames[0], frames[-1] + 1, float(np.exp(heard[frames].mean()))))
             symbols, frames = [], []
-        elif symbol not in (*silent, vocab.space):
+        elif symbol not in (*silent, space):
             if not frames or frame == 0 or symbol != path[frame - 1]:
                 symbols.append(vocab.tokens[symbol])
             frames.append(frame)

@@ -17,7 +17,7 @@ from sharding.format import ShardIndex, read_index, read_sample
 from sharding.ipa import normalize
 from sharding.sample import Sample
 from sharding.store import open_store
-from streamtrain.compare import compare_folders
+from streamtrain.compare import compare
 from streamtrain.compare import render as render_comparison
 from streamtrain.decode import Hypothesis, join_pieces, read_out
 from streamtrain.metrics import EditCounts, count_edits, spoken_words
@@ -117,8 +117,9 @@ def evaluate_model(
 
     `beside` is the folder of another model's scorecard on the same clips, to compare it with.
     """
+    other = None
     if beside is not None:
-        read_scorecard(beside)
+        _, other = read_scorecard(beside)
         if beside.resolve() == out.resolve():
             raise StreamtrainError(f"--beside {beside}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
@@ -132,7 +133,7 @@ def evaluate_model(
     card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
     write_scorecard(card, evaluation.clips, out)
     print(render(card))
-    compared = compare_folders(beside, out) if beside else None
+    compared = compare(other, evaluation.clips, str(beside)) if other is not None else None
     if compared:
         print(render_comparison(compared))
     write_page(card, evaluation.clips, _worst_sounds(card, evaluation, stream), out / "scorecard.html", compared)

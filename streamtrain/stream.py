@@ -133,13 +133,8 @@ class ShardStream:
         shards = self.index.samples["shard"][rows]
         for number in np.unique(shards).tolist():
             chosen = rows[shards == number]
-            samples.update(
-                zip(
-                    chosen.tolist(),
-                    read_verified(self.store, self.index, self.index.shards[number], chosen),
-                    strict=True,
-                )
-            )
+            found = read_verified(self.store, self.index, self.index.shards[number], chosen)
+            samples.update(zip(chosen.tolist(), found, strict=True))
         return [samples[row] for row in rows.tolist()]
 
     def _as_recorded(self, rows: np.ndarray) -> Sounds:
