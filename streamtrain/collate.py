@@ -1,11 +1,10 @@
 """Samples become a `Batch`: decoded, normalised, padded. A clip that fails to decode becomes a silent row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from sharding.audio import MIN_SAMPLES, decode_native
 from sharding.errors import AudioError
@@ -26,13 +25,25 @@ class Batch:
     weights: torch.Tensor  # (B,) float32, 1 for a clip, 0 for a silent row
     keys: tuple[str, ...]  # "" for a silent row that stands for no clip
     failed: tuple[str, ...] = ()  # keys of clips that did not decode
+    time_mask: torch.Tensor | None = None  # (B, T) bool, frames that training hides from the encoder
+    feature_mask: torch.Tensor | None = None  # (B, H) bool, features that it hides
 
     def to(self, device: torch.device) -> "Batch":
         """On a device; lengths and weights stay where the loss is prepared, on CPU."""
         if device.type == "cpu":
             return self
-        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in (self.inputs, self.targets))
-        return replace(self, inputs=inputs, targets=targets)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """In memory from which a GPU fetches it without holding anyone up."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """With what a device computes with changed."""
+        time_mask = None if self.time_mask is None else change(self.time_mask)
+        feature_mask = None if self.feature_mask is None else change(self.feature_mask)
+        return replace(self, inputs=change(self.inputs), targets=change(self.targets),
+                       time_mask=time_mask, feature_mask=feature_mask)  # fmt: skip
 
 
 def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: bool) -> Batch:
@@ -65,27 +76,6 @@ def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: 
         keys=keys,
         failed=tuple(failed),
     )
-
-
-def join(batches: Sequence[Batch]) -> Batch:
-    """Several micro-batches as one, to be run in a single forward."""
-    if len(batches) == 1:
-        return batches[0]
-    return Batch(
-        inputs=_stack([batch.inputs for batch in batches]),
-        input_lengths=torch.cat([batch.input_lengths for batch in batches]),
-        targets=_stack([batch.targets for batch in batches]),
-        target_lengths=torch.cat([batch.target_lengths for batch in batches]),
-        weights=torch.cat([batch.weights for batch in batches]),
-        keys=tuple(key for batch in batches for key in batch.keys),
-        failed=tuple(key for batch in batches for key in batch.failed),
-    )
-
-
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of several tensors, each padded with zeros to the longest."""
-    width = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
 
 def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.git_version_info import installed_ops
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -22,7 +20,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
-from torch.utils.cpp_extension import CUDA_HOME
 
 from sharding.audio import SAMPLE_RATE
 from streamtrain.config import ConfigError
@@ -298,24 +295,16 @@ def _settings_here(settings: Mapping[str, Any], world: World) -> dict[str, Any]:
             f"DeepSpeed does not take the section 'deepspeed': zero_optimization.stage is {zero.get('stage')}",
             "1, 2 and 3 are trained here",
         )
+    on_cpu = world.device.type == "cpu"
+    for name in [name for name in zero if name.startswith("offload_") and on_cpu]:
+        del zero[name]
+        log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
     optimizer = here.get("optimizer", {})
-    fuses = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not optimizer["params"].get("torch_adam")
-    if world.device.type == "cpu":
-        if fuses:
-            optimizer["params"]["torch_adam"] = True
-            log.info("on CPU the plain Adam of torch replaces the fused one, which would need a compiler")
-        for name in [name for name in zero if name.startswith("offload_")]:
-            del zero[name]
-            log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
-    elif fuses and "offload_optimizer" not in zero and not _has_fused_adam():
-        optimizer["params"]["torch_adam"] = True
-        log.info("the plain Adam of torch replaces the fused one, which needs nvcc and ninja")
+    if str(optimizer.get("type", "")).lower() in ("adam", "adamw") and "offload_optimizer" not in zero:
+        optimizer["params"].setdefault("torch_adam", True)  # as fast as DeepSpeed's own, which wants nvcc at its start
+        if optimizer["params"]["torch_adam"] and not on_cpu:
+            optimizer["params"].setdefault("fused", True)
     return here
-
-
-def _has_fused_adam() -> bool:
-    """DeepSpeed compiles it at its first use, unless it was built into it."""
-    return bool(installed_ops.get("fused_adam")) or bool(CUDA_HOME and shutil.which("ninja"))
 
 
 def _whole_weight(parameter: nn.Parameter) -> torch.Tensor:

@@ -82,17 +82,18 @@ class EpochPlan:
             state.update(b"" if drawn is None else drawn.tobytes())
         return state.hexdigest()
 
-    def micro_batch(self, step: int, number: int) -> Rows:
-        """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none."""
-        return self.rows[self._slice(step, number)]
+    def micro_batch(self, step: int, *numbers: int) -> Rows:
+        """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none; or of several, one after another."""
+        return self.rows[self._places(step, numbers)]
 
-    def _slice(self, step: int, number: int) -> slice:
-        at = step * self.micro_batches_per_step + number
-        return slice(self.starts[at], self.starts[at + 1])
+    def _places(self, step: int, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+        first = step * self.micro_batches_per_step
+        bounds = [(self.starts[first + number], self.starts[first + number + 1]) for number in numbers]
+        return np.concatenate([np.arange(start, end) for start, end in bounds])
 
-    def sounds(self, step: int, number: int) -> Sounds:
-        """How the clips of a micro-batch are to be heard, in the order of its rows."""
-        here = self._slice(step, number)
+    def sounds(self, step: int, *numbers: int) -> Sounds:
+        """How the clips of one or several micro-batches are to be heard, in the order of their rows."""
+        here = self._places(step, numbers)
         recorded = Sounds.as_recorded(self.lengths[here])
         return Sounds(
             recorded.lengths,

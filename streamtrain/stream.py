@@ -22,7 +22,7 @@ from sharding.sample import Sample
 from sharding.store import Reader
 from streamtrain.cache import FetchError, ShardCache
 from streamtrain.collate import Batch, collate
-from streamtrain.plan import EpochPlan, Sounds, find_uses, numbers_of_rank
+from streamtrain.plan import EpochPlan, Sounds, find_uses, forwards_of
 from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
@@ -32,10 +32,11 @@ READS = 3  # of a clip that comes wrong over a network, which may happen twice
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A micro-batch and its place in the plan."""
+    """What a rank computes in one forward: a micro-batch, or several merged, and their place in the plan."""
 
     step: int
-    number: int  # among the micro-batches of the step
+    numbers: tuple[int, ...]  # among the micro-batches of the step
+    last: bool  # of this rank's in the step
     batch: Batch
 
 
@@ -79,20 +80,34 @@ class ShardStream:
             counts.hits, counts.misses, counts.bytes, counts.retries = done.hits, done.misses, done.bytes, done.retries
         return counts
 
-    def epoch(self, plan: EpochPlan, first_step: int = 0) -> Iterator[StepBatch]:
-        """This rank's micro-batches of every step from `first_step` on: M ÷ world size for each."""
-        numbers = numbers_of_rank(self.world.rank, self.world.size, plan.micro_batches_per_step)
-        places = ((step, number) for step in range(first_step, plan.steps) for number in numbers)
+    def epoch(
+        self,
+        plan: EpochPlan,
+        first_step: int = 0,
+        device_batch_seconds: float | None = None,
+        finish: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> Iterator[StepBatch]:
+        """What this rank runs in every step from `first_step` on, each batch finished where it was loaded.
+
+        M ÷ world size micro-batches a step, merged up to `device_batch_seconds`; None: as they are.
+        """
+        places = (
+            (step, tuple(numbers), number_of == len(forwards))
+            for step in range(first_step, plan.steps)
+            for forwards in [forwards_of(plan, step, self.world.size, device_batch_seconds)[self.world.rank]]
+            for number_of, numbers in enumerate(forwards, start=1)
+        )
         cache = self.store if isinstance(self.store, ShardCache) else None
         if cache:
             node = self.world.rank // self.world.local_size
             cache.follow(self.index, find_uses(self.index, plan, self.world.size, self.world.local_size).of(node))
 
-        def load(place: tuple[int, int]) -> StepBatch:
-            step, number = place
+        def load(place: tuple[int, tuple[int, ...], bool]) -> StepBatch:
+            step, numbers, last = place
             if cache:
                 cache.reach(step)
-            return StepBatch(step, number, self.load(plan.micro_batch(step, number), plan.sounds(step, number)))
+            batch = self.load(plan.micro_batch(step, *numbers), plan.sounds(step, *numbers))
+            return StepBatch(step, numbers, last, finish(batch))
 
         try:
             yield from read_ahead(load, places, self.workers, self._count_ready)

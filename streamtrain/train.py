@@ -6,8 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields, replace
-from functools import cache
-from itertools import islice
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from streamtrain.checkpoint import (
     RunState,
     save_checkpoint,
 )
-from streamtrain.collate import Batch, join
+from streamtrain.collate import Batch
 from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.evaluate import evaluate
@@ -30,7 +29,7 @@ from streamtrain.export import save_best, verify
 from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
-from streamtrain.plan import EpochPlan, forwards_of, plan_rest
+from streamtrain.plan import EpochPlan, plan_rest
 from streamtrain.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
 from streamtrain.world import PreemptedError, Preemption, World
@@ -137,8 +136,8 @@ class Trainer:
         self._evaluate_if_due()
         while not self._finished:
             plan = self.plans.epoch(self.state.epoch)
-            for micro_batches, waited in self._steps(plan):
-                row, asked = self._step(plan, micro_batches, waited)
+            for forwards, waited in self._steps(plan):
+                row, asked = self._step(plan, forwards, waited)
                 if self.monitor is not None:
                     self.monitor.step(row)
                 if self._finished or self.state.step % TELL_RANKS_EVERY == 0:
@@ -159,15 +158,25 @@ class Trainer:
         return stopped or self.state.step == self.plans.total_steps
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
-        """The rest of the epoch: this rank's micro-batches of each step, and the seconds it waited for them."""
-        batches = self.stream.epoch(plan, self.state.step_in_epoch)
-        per_rank = plan.micro_batches_per_step // self.world.size
+        """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
+        merged, finish = self.config.data.device_batch_seconds, partial(self._finish, self.state.epoch)
+        forwards = []
         started = time.perf_counter()
-        while micro_batches := list(islice(batches, per_rank)):
-            yield micro_batches, time.perf_counter() - started
-            started = time.perf_counter()
+        for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
+            forwards.append(item)
+            if item.last:
+                yield forwards, time.perf_counter() - started
+                forwards = []
+                started = time.perf_counter()
 
-    def _step(self, plan: EpochPlan, micro_batches: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
+    def _finish(self, epoch: int, batch: Batch) -> Batch:
+        """Done by the threads that load: what is hidden of each clip, and the way to a GPU made short."""
+        frames = self.model.frame_counts(batch.input_lengths)
+        time_mask, feature_mask = self._masks(epoch, batch.keys, frames)
+        batch = replace(batch, time_mask=time_mask, feature_mask=feature_mask)
+        return batch.pin() if self.world.device.type == "cuda" else batch
+
+    def _step(self, plan: EpochPlan, forwards: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
         """One optimizer step, and whether a rank was asked to stop.
 
         The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step.
@@ -175,19 +184,16 @@ class Trainer:
         started = time.perf_counter()
         state, here = self.state, self.state.step_in_epoch
         symbols = max(int(plan.label_characters[here]), 1)
-        merged = forwards_of(plan, here, self.world.size, self.config.data.device_batch_seconds)[self.world.rank]
-        by_number = {item.number: item.batch for item in micro_batches}
         self.model.encoder_frozen = state.step < self.config.train.freeze_encoder_steps
         nats = torch.zeros((), dtype=torch.float64, device=self.world.device)  # read once: each look waits for a GPU
-        for done, numbers in enumerate(merged, start=1):
-            batch = join([by_number[number] for number in numbers])
-            summed = self._forward(batch.to(self.world.device), numbers[0])
-            self.engine.backward(summed / symbols, last=done == len(merged))
+        for item in forwards:
+            summed = self._forward(item.batch.to(self.world.device), item.numbers[0])
+            self.engine.backward(summed / symbols, last=item.last)
             nats += summed.detach()
         norm = self.engine.step(state.step)
         reached = self.engine.take_reached()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
-        failed = [key for item in micro_batches for key in item.batch.failed]
+        failed = [key for item in forwards for key in item.batch.failed]
         told = [float(nats), waited, waited + here_sec, *astuple(counts)]
         everyone = self.world.gather_floats([len(failed), _fingerprint(reached), self._preemption.asked, *told])
         all_failed, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
@@ -195,7 +201,7 @@ class Trainer:
         if (fingerprints != fingerprints[0]).any():
             check_alike(self.world, reached)
         loss = float(everyone[:, 0].sum()) / symbols
-        self._check(loss, norm, micro_batches)
+        self._check(loss, norm, forwards)
         self._check_decoding(failed, int(all_failed), first_step=here == 0)
         self._told += everyone
         seconds = waited + time.perf_counter() - started
@@ -241,18 +247,20 @@ class Trainer:
         self._told[:] = 0
 
     def _forward(self, batch: Batch, number: int) -> torch.Tensor:
-        """Summed CTC loss of a micro-batch. Dropout and masks depend on its place in the plan, not on the rank."""
+        """Summed CTC loss of a batch. Dropout depends on the place in the plan of its first clips, not on the rank."""
         seed, state = self.config.train.seed, self.state
         torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, number).integers(2**62)))
         frames = self.model.frame_counts(batch.input_lengths)
         log_probs = self.engine.forward(
-            batch.inputs, batch.input_lengths, *self._masks(batch.keys, frames)
+            batch.inputs, batch.input_lengths, batch.time_mask, batch.feature_mask
         )  # (B, T, V)
         return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
 
-    def _masks(self, keys: Sequence[str], frames: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What is hidden of each clip in this epoch: frames (B, T) and features (B, H); None where nothing ever is."""
-        settings, key_of_epoch = self.config.model, (self.config.train.seed, self.state.epoch)
+    def _masks(
+        self, epoch: int, keys: Sequence[str], frames: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What is hidden of each clip in an epoch: frames (B, T) and features (B, H); None where nothing ever is."""
+        settings, key_of_epoch = self.config.model, (self.config.train.seed, epoch)
 
         def draw(kind: str, lengths: Sequence[int], share: float, span: int) -> torch.Tensor | None:
             if share == 0:
@@ -260,7 +268,7 @@ class Trainer:
             hidden = np.zeros((len(keys), max(lengths)), bool)
             for row, key, length in zip(hidden, keys, lengths, strict=True):
                 row[:length] = span_mask(length, share, span, keyed_random(kind, *key_of_epoch, key))
-            return torch.from_numpy(hidden).to(self.world.device)
+            return torch.from_numpy(hidden)
 
         features = [self.model.features] * len(keys)
         return (
@@ -268,12 +276,12 @@ class Trainer:
             draw("features", features, settings.mask_feature_prob, settings.mask_feature_length),
         )
 
-    def _check(self, loss: float, norm: float | None, micro_batches: list[StepBatch]) -> None:
+    def _check(self, loss: float, norm: float | None, forwards: list[StepBatch]) -> None:
         """What all ranks see alike, so that all stop here together, or none."""
         finite = norm is not None and math.isfinite(loss)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if not finite:
-            keys = ", ".join(key for item in micro_batches for key in item.batch.keys[:3])
+            keys = ", ".join(key for item in forwards for key in item.batch.keys[:3])
             what = f"step {self.state.step + 1}: the loss is {loss:g}, its gradient is not finite"
             log.warning("%s: the step is skipped (rank %d had %s, …)", what, self.world.rank, keys)
             if self._skipped_in_a_row >= MAX_SKIPPED:

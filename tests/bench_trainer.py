@@ -88,6 +88,7 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
         logging_strategy="no",
+        bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )

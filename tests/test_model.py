@@ -24,7 +24,7 @@ from streamtrain.config import ModelConfig
 from streamtrain.decode import greedy, join_pieces
 from streamtrain.export import ExportError, export_model
 from streamtrain.model import ModelError, load_model, load_trained, save_model
-from streamtrain.network import CTCModel, ctc_sum
+from streamtrain.network import CTCModel, MaskedGroupNorm, convolve_blocks, ctc_sum
 from streamtrain.vocab import vocab_of
 
 torch.set_num_threads(1)  # networks this small only lose by sharing
@@ -146,6 +146,38 @@ def test_a_hidden_feature_cannot_be_heard_and_its_mask_is_the_clips_own(model: C
     assert torch.allclose(masked[0, : frames[0]], alone, rtol=0, atol=1e-5)
     assert not torch.allclose(masked[0, : frames[0]], plain[0, : frames[0]], atol=1e-3)
     assert torch.allclose(everywhere[0, : frames[0]], other_sounds[0, : frames[0]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kernel", [1, 5, 16])
+@pytest.mark.parametrize("frames", [1, 7, 8, 41])
+def test_a_convolution_by_blocks_is_torchs_and_so_are_its_gradients(frames: int, kernel: int, groups: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 8, frames, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, 8 // groups, kernel, dtype=torch.float64, requires_grad=True)
+    expected = F.conv1d(hidden, weight, padding=kernel // 2, groups=groups)
+    made = convolve_blocks(hidden, weight, groups, kernel // 2)
+    torch.testing.assert_close(made, expected)
+    upstream = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(made, (hidden, weight), upstream),
+        torch.autograd.grad(expected, (hidden, weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_norm_at_once_is_the_norm_over_true_frames() -> None:
+    torch.manual_seed(0)
+    norm = MaskedGroupNorm(6, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    hidden, frames = 3 + torch.randn(4, 6, 50), torch.tensor([50, 2, 17, 49])
+    with torch.no_grad():
+        made = norm._at_once(hidden.clone(), frames)
+        for row, length, own in zip(hidden, frames.tolist(), made, strict=True):
+            expected = F.group_norm(row[None, :, :length], 6, norm.weight, norm.bias)[0]
+            torch.testing.assert_close(own[:, :length], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("samples", [MIN_SAMPLES, MIN_SAMPLES + 1, 1_599, 16_000, 123_457])

@@ -39,7 +39,7 @@ def test_every_clip_is_seen_once_by_all_ranks_together(world_size: int, workers:
     items = run_epoch(meadow, world_size, workers, plan)
     assert keys_of(items) == training_keys(meadow)
     assert set(keys_of(items).values()) == {1}
-    places = Counter((item.step, item.number) for item in items)
+    places = Counter((item.step, *item.numbers) for item in items)
     assert places == {(step, number): 1 for step in range(plan.steps) for number in range(8)}
 
 
@@ -65,9 +65,9 @@ def test_a_corpus_smaller_than_the_world_gives_each_rank_a_silent_row(
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_a_micro_batch_is_the_same_whoever_computes_it(world_size: int, meadow: Path) -> None:
     plan = plan_of(meadow)
-    alone = {(item.step, item.number): item.batch for item in run_epoch(meadow, 1, 3, plan)}
+    alone = {(item.step, *item.numbers): item.batch for item in run_epoch(meadow, 1, 3, plan)}
     for item in run_epoch(meadow, world_size, 1, plan):
-        other = alone[item.step, item.number]
+        other = alone[item.step, *item.numbers]
         assert item.batch.keys == other.keys
         assert torch.equal(item.batch.inputs, other.inputs)
         assert torch.equal(item.batch.targets, other.targets)
@@ -77,11 +77,11 @@ def test_batches_come_in_the_plans_order(meadow: Path) -> None:
     plan = plan_of(meadow)
     stream = stream_of(meadow, rank=1, size=4, workers=3)
     items = list(stream.epoch(plan))
-    assert [(item.step, item.number) for item in items] == [(step, n) for step in range(plan.steps) for n in (1, 5)]
+    assert [(item.step, *item.numbers) for item in items] == [(step, n) for step in range(plan.steps) for n in (1, 5)]
     store = FolderStore(meadow)
     keys = read_keys(store, read_index(store))
     for item in items:
-        assert list(item.batch.keys) == keys[plan.micro_batch(item.step, item.number)].tolist()
+        assert list(item.batch.keys) == keys[plan.micro_batch(item.step, *item.numbers)].tolist()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1), (8, 2, 4)])
@@ -92,13 +92,13 @@ def test_stopped_twice_at_any_step_it_goes_on_as_if_uninterrupted(
     """With other ranks and other threads each time."""
     plan = plan_of(meadow)
     assert plan.steps >= 3
-    whole = {(item.step, item.number): item.batch.keys for item in run_epoch(meadow, 1, 2, plan)}
+    whole = {(item.step, *item.numbers): item.batch.keys for item in run_epoch(meadow, 1, 2, plan)}
     for stops in combinations(range(plan.steps + 1), 2):
         seen = []
         for size, threads, first, last in zip(sizes, workers, (0, *stops), (*stops, plan.steps), strict=True):
             seen += [item for item in run_epoch(meadow, size, threads, plan, first) if item.step < last]
         assert len(seen) == len(whole)
-        assert {(item.step, item.number): item.batch.keys for item in seen} == whole
+        assert {(item.step, *item.numbers): item.batch.keys for item in seen} == whole
 
 
 def test_a_world_that_does_not_divide_a_step_is_refused(meadow: Path) -> None:
@@ -170,9 +170,9 @@ def test_gain_changes_loudness_alone_and_nothing_where_the_model_normalises(mead
 
 def test_a_resume_hears_the_same_whoever_computes_it_and_the_next_epoch_something_else(meadow: Path) -> None:
     plan = plan_epoch(read_index(FolderStore(meadow)), LOUD_AND_FAST, 0)
-    whole = {(item.step, item.number): item.batch for item in run_epoch(meadow, 1, 2, plan)}
+    whole = {(item.step, *item.numbers): item.batch for item in run_epoch(meadow, 1, 2, plan)}
     for item in run_epoch(meadow, 4, 1, plan, first_step=1):
-        assert torch.equal(item.batch.inputs, whole[item.step, item.number].inputs)
+        assert torch.equal(item.batch.inputs, whole[item.step, *item.numbers].inputs)
         assert not item.batch.failed
     now, then = heard(meadow, LOUD_AND_FAST), heard(meadow, LOUD_AND_FAST, epoch=1)
     assert now.keys() == then.keys()
