@@ -1,6 +1,6 @@
 """Samples become a `Batch`: decoded, normalised, padded. A clip that fails to decode becomes a silent row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,18 +32,17 @@ class Batch:
         """On a device; lengths and weights stay where the loss is prepared, on CPU."""
         if device.type == "cpu":
             return self
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> "Batch":
-        """In memory from which a GPU fetches it without holding anyone up."""
-        return self._each(torch.Tensor.pin_memory)
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """With what a device computes with changed."""
-        time_mask = None if self.time_mask is None else change(self.time_mask)
-        feature_mask = None if self.feature_mask is None else change(self.feature_mask)
-        return replace(self, inputs=change(self.inputs), targets=change(self.targets),
-                       time_mask=time_mask, feature_mask=feature_mask)  # fmt: skip
+        return replace(
+            self,
+            inputs=move(self.inputs),
+            targets=move(self.targets),
+            time_mask=None if self.time_mask is None else move(self.time_mask),
+            feature_mask=None if self.feature_mask is None else move(self.feature_mask),
+        )
 
 
 def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: bool) -> Batch:

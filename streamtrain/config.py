@@ -40,7 +40,7 @@ class DataConfig(Section):
     length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
     cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0
-    workers: NonNegativeInt = 2  # threads per rank that read and decode ahead; 0: nothing is read before it is needed
+    workers: NonNegativeInt = 2  # threads per rank that read ahead, or processes where it has a GPU; 0: nothing ahead
     speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
     gain_db: float = Field(0.0, ge=0, le=60)  # and up to so much louder or softer, where the model hears loudness
 

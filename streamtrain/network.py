@@ -7,6 +7,7 @@ Weights keep their names and values, so what is trained here loads in Transforme
 This file travels as it is into a submission, where neither the rest of this package nor its libraries are at hand.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import nn
 if TYPE_CHECKING:
     from streamtrain.vocab import Vocab
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape: 8 ms of each layer
 PIECE_FRAMES = 8_192  # a norm over more loses digits
 BLOCK_FRAMES = 8  # that one product of the positional convolution makes; larger ones multiply more zeros
 
@@ -85,7 +87,7 @@ class CTCModel(nn.Module):
         self.normalize = normalize  # whether inputs are brought to zero mean and unit variance
         self.encoder_frozen = False  # whether only the head gets gradients
         config = network.config
-        self._geometry = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.geometry = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
         first = self._base.feature_extractor.conv_layers[0]
         self._group_norm = isinstance(getattr(first, "layer_norm", None), nn.GroupNorm)
         if self._group_norm:
@@ -140,9 +142,7 @@ class CTCModel(nn.Module):
 
     def frame_counts(self, samples: torch.Tensor) -> torch.Tensor:
         """Frames of so many samples, elementwise."""
-        for kernel, stride in self._geometry:
-            samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
-        return samples
+        return count_frames(samples, self.geometry)
 
     @property
     def wants_mask(self) -> bool:
@@ -179,7 +179,7 @@ class CTCModel(nn.Module):
         layers = list(self._base.feature_extractor.conv_layers)
         if self._group_norm:
             first = layers.pop(0)
-            kernel, stride = self._geometry[0]
+            kernel, stride = self.geometry[0]
             frames = None if lengths is None else ((lengths - kernel) // stride + 1).to(inputs.device)
             hidden = first.activation(first.layer_norm(first.conv(hidden), frames))
         for layer in layers:
@@ -215,6 +215,13 @@ def convolve_blocks(hidden: torch.Tensor, weight: torch.Tensor, groups: int, pad
     product = torch.bmm(heard, diagonal.reshape(groups, inner * reach, outer * BLOCK_FRAMES))
     product = product.view(groups, rows, blocks, outer, BLOCK_FRAMES).permute(1, 0, 3, 2, 4)
     return product.reshape(rows, channels, blocks * BLOCK_FRAMES)[..., :made]
+
+
+def count_frames(samples: torch.Tensor, geometry: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Frames that convolutions of these kernels and strides make of so many samples, elementwise."""
+    for kernel, stride in geometry:
+        samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
+    return samples
 
 
 def ctc_sum(

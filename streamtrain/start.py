@@ -33,13 +33,14 @@ from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
+from streamtrain.loader import LoadingProcesses
 from streamtrain.mirror import Mirror
 from streamtrain.model import load_model
 from streamtrain.network import ctc_sum
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
 from streamtrain.probe import Memory, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
-from streamtrain.stream import ShardStream, open_for_reading
+from streamtrain.stream import open_stream
 from streamtrain.train import Plans, Trainer, TrainError, check_alike, is_stopped_early
 from streamtrain.world import World
 
@@ -102,8 +103,12 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
                     mirror.offer(chosen)  # else a later one would come back
             (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
             (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
-        source = open_for_reading(index, store, config.data.cache_dir, config.data.cache_gb)
-        stream = ShardStream(index, source, engine.model.vocab, engine.model.normalize, world, config.data.workers)
+        data, model = config.data, engine.model
+        make = partial(
+            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world,
+            data.workers,
+        )  # fmt: skip
+        stream = LoadingProcesses(make) if world.device.type == "cuda" else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from sharding.errors import ShardError
 from sharding.format import ShardEntry, ShardIndex, read_samples
 from sharding.sample import Sample
-from sharding.store import Reader
+from sharding.store import Reader, open_store
 from streamtrain.cache import FetchError, ShardCache
 from streamtrain.collate import Batch, collate
 from streamtrain.plan import EpochPlan, Sounds, find_uses, forwards_of
@@ -28,6 +28,18 @@ from streamtrain.world import World
 
 BATCHES_AHEAD = 4  # per worker thread
 READS = 3  # of a clip that comes wrong over a network, which may happen twice
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every so-manyth batch, from one on."""
+
+    number: int = 0
+    of: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,10 @@ class ShardStream:
             counts, self._counts = self._counts, StreamCounts()
         if isinstance(self.store, ShardCache):
             done = self.store.take_counts()
-            counts.hits, counts.misses, counts.bytes, counts.retries = done.hits, done.misses, done.bytes, done.retries
+            counts.hits += done.hits
+            counts.misses += done.misses
+            counts.bytes += done.bytes
+            counts.retries += done.retries
         return counts
 
     def epoch(
@@ -85,11 +100,13 @@ class ShardStream:
         plan: EpochPlan,
         first_step: int = 0,
         device_batch_seconds: float | None = None,
-        finish: Callable[[Batch], Batch] = lambda batch: batch,
+        finish: Callable[[Batch], Batch] = as_it_is,
+        share: Share = Share(),
     ) -> Iterator[StepBatch]:
         """What this rank runs in every step from `first_step` on, each batch finished where it was loaded.
 
-        M ÷ world size micro-batches a step, merged up to `device_batch_seconds`; None: as they are.
+        M ÷ world size micro-batches a step, merged up to `device_batch_seconds`; None: as they are. Of a share, only
+        its batches.
         """
         places = (
             (step, tuple(numbers), number_of == len(forwards))
@@ -110,7 +127,7 @@ class ShardStream:
             return StepBatch(step, numbers, last, finish(batch))
 
         try:
-            yield from read_ahead(load, places, self.workers, self._count_ready)
+            yield from read_ahead(load, islice(places, share.number, None, share.of), self.workers, self._count_ready)
         finally:
             if cache:
                 cache.stop_prefetching()
@@ -201,6 +218,22 @@ def read_ahead(
                 yield item
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def open_stream(
+    index: ShardIndex,
+    shards: str,
+    cache_dir: str | None,
+    cache_gb: float,
+    vocab: Vocab,
+    normalize: bool,
+    world: World,
+    workers: int,
+) -> ShardStream:
+    """The stream of a rank that trains on these shards."""
+    return ShardStream(
+        index, open_for_reading(index, open_store(shards), cache_dir, cache_gb), vocab, normalize, world, workers
+    )
 
 
 def open_for_reading(index: ShardIndex, store: Reader, cache_dir: str | None, cache_gb: float) -> Reader:

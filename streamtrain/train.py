@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import astuple, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import xxhash
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StoreError, StreamtrainError
 from sharding.format import ShardIndex
-from streamtrain.augment import keyed_random, span_mask
+from streamtrain.augment import keyed_random
 from streamtrain.checkpoint import (
     RunState,
     save_checkpoint,
@@ -26,6 +26,7 @@ from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.evaluate import evaluate
 from streamtrain.export import save_best, verify
+from streamtrain.mask import Masking, Spans
 from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
@@ -99,6 +100,13 @@ class Trainer:
         self.config, self.world, self.engine, self.model = config, world, engine, engine.model
         self.stream, self.plans, self.state, self.mirror = stream, plans, state, mirror
         self.run_dir = Path(config.train.run_dir)
+        self._masking = Masking(
+            config.train.seed,
+            Spans(config.model.mask_time_prob, config.model.mask_time_length),
+            Spans(config.model.mask_feature_prob, config.model.mask_feature_length),
+            self.model.features,
+            self.model.geometry,
+        )
         self._preemption = Preemption()
         self._saved = saved  # what the newest checkpoint holds
         self._failed = 0  # clips of this epoch, of all ranks, that did not decode
@@ -159,7 +167,7 @@ class Trainer:
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
         """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
-        merged, finish = self.config.data.device_batch_seconds, partial(self._finish, self.state.epoch)
+        merged, finish = self.config.data.device_batch_seconds, partial(self._masking.hide, self.state.epoch)
         forwards = []
         started = time.perf_counter()
         for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
@@ -168,13 +176,6 @@ class Trainer:
                 yield forwards, time.perf_counter() - started
                 forwards = []
                 started = time.perf_counter()
-
-    def _finish(self, epoch: int, batch: Batch) -> Batch:
-        """Done by the threads that load: what is hidden of each clip, and the way to a GPU made short."""
-        frames = self.model.frame_counts(batch.input_lengths)
-        time_mask, feature_mask = self._masks(epoch, batch.keys, frames)
-        batch = replace(batch, time_mask=time_mask, feature_mask=feature_mask)
-        return batch.pin() if self.world.device.type == "cuda" else batch
 
     def _step(self, plan: EpochPlan, forwards: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
         """One optimizer step, and whether a rank was asked to stop.
@@ -255,26 +256,6 @@ class Trainer:
             batch.inputs, batch.input_lengths, batch.time_mask, batch.feature_mask
         )  # (B, T, V)
         return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
-
-    def _masks(
-        self, epoch: int, keys: Sequence[str], frames: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What is hidden of each clip in an epoch: frames (B, T) and features (B, H); None where nothing ever is."""
-        settings, key_of_epoch = self.config.model, (self.config.train.seed, epoch)
-
-        def draw(kind: str, lengths: Sequence[int], share: float, span: int) -> torch.Tensor | None:
-            if share == 0:
-                return None
-            hidden = np.zeros((len(keys), max(lengths)), bool)
-            for row, key, length in zip(hidden, keys, lengths, strict=True):
-                row[:length] = span_mask(length, share, span, keyed_random(kind, *key_of_epoch, key))
-            return torch.from_numpy(hidden)
-
-        features = [self.model.features] * len(keys)
-        return (
-            draw("mask", frames.tolist(), settings.mask_time_prob, settings.mask_time_length),
-            draw("features", features, settings.mask_feature_prob, settings.mask_feature_length),
-        )
 
     def _check(self, loss: float, norm: float | None, forwards: list[StepBatch]) -> None:
         """What all ranks see alike, so that all stop here together, or none."""

@@ -1,0 +1,199 @@
+"""Batches from processes of their own, for a rank that feeds a GPU.
+
+There a step launches thousands of small kernels, and each launch asks for the interpreter's lock: beside threads that
+decode, launching took many times as long. Batches come through pipes rather than shared memory, of which containers
+have little and killed processes leave some behind.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
+from itertools import cycle
+from multiprocessing.connection import Connection
+from queue import Empty, Queue
+from typing import Any
+
+import torch
+
+from sharding.errors import StreamtrainError
+from sharding.workers import die_with_parent
+from streamtrain.collate import Batch
+from streamtrain.plan import EpochPlan
+from streamtrain.stream import ShardStream, Share, StepBatch, StreamCounts, as_it_is
+
+BATCHES_AHEAD = 2  # of each process, that wait in this one
+TENSORS = ("inputs", "targets", "time_mask", "feature_mask")  # of a batch, sent as they lie in memory
+
+
+class LoaderError(StreamtrainError):
+    """A process that loads batches is gone."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What precedes the tensors of a batch."""
+
+    item: StepBatch  # its tensors empty
+    counts: StreamCounts  # since the batch before
+    layout: dict[str, tuple[torch.Size, torch.dtype]]
+
+
+class LoadingProcesses(ShardStream):
+    """A `ShardStream` whose epochs are loaded by as many processes as it has workers; evaluation still reads here."""
+
+    def __init__(self, make: Callable[[], ShardStream]) -> None:
+        here = make()
+        super().__init__(here.index, here.store, here.vocab, here.normalize, here.world, here.workers)
+        self._make = make
+        self._processes: list[LoadingProcess] = []
+
+    def epoch(
+        self,
+        plan: EpochPlan,
+        first_step: int = 0,
+        device_batch_seconds: float | None = None,
+        finish: Callable[[Batch], Batch] = as_it_is,
+        share: Share = Share(),  # noqa: B008
+    ) -> Iterator[StepBatch]:
+        """As a `ShardStream`'s; all of it must survive pickling. Batches lie in pinned memory where there is a GPU."""
+        count = max(self.workers, 1)
+        pinned = self.world.device.type == "cuda"
+        if not self._processes:
+            self._processes = [LoadingProcess(self._make, pinned) for _ in range(count)]
+        for number, process in enumerate(self._processes):
+            process.begin(plan, first_step, device_batch_seconds, finish, Share(number, count))
+        finished = False
+        try:
+            for process in cycle(self._processes):
+                arrived = process.next()
+                if arrived is None:  # whoever would have had the next batch is the first to end
+                    finished = all(other.next() is None for other in self._processes if other is not process)
+                    return
+                item, counts = arrived
+                with self._lock:
+                    summed = zip(astuple(self._counts), astuple(counts), strict=True)
+                    self._counts = StreamCounts(*(before + more for before, more in summed))
+                yield item
+        finally:
+            if not finished:  # what they have under way nobody wants
+                for process in self._processes:
+                    process.kill()
+                self._processes = []
+
+
+class LoadingProcess:
+    """One process, and the thread here that takes what it sends."""
+
+    def __init__(self, make: Callable[[], ShardStream], pinned: bool) -> None:
+        self._pinned = pinned
+        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(BATCHES_AHEAD)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+        self._process.start()
+        weakref.finalize(self, self._process.kill)  # at exit, too, where multiprocessing would wait for it
+        theirs.close()  # so that its end is seen here
+        self._receiver: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def begin(self, *request: object) -> None:
+        self._connection.send(request)
+        self._receiver = threading.Thread(target=self._receive_all, daemon=True)
+        self._receiver.start()
+
+    def next(self) -> tuple[StepBatch, StreamCounts] | None:
+        """The next batch and what it took, or None at the epoch's end."""
+        item = self._arrived.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def kill(self) -> None:
+        self._process.kill()
+        while self._receiver is not None and self._receiver.is_alive():
+            with suppress(Empty):
+                self._arrived.get(timeout=0.05)
+
+    def _receive_all(self) -> None:
+        try:
+            while (item := self._receive()) is not None:
+                self._arrived.put(item)
+        except Exception as error:  # raised again where the batches are wanted
+            self._arrived.put(error)
+        else:
+            self._arrived.put(None)
+
+    def _receive(self) -> tuple[StepBatch, StreamCounts] | None:
+        try:
+            head: Head | Exception | None = self._connection.recv()
+            if head is None:
+                return None
+            if isinstance(head, Exception):
+                raise head
+            tensors = {
+                name: torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
+                for name, (shape, dtype) in head.layout.items()
+            }
+            for tensor in tensors.values():
+                _read_into(self._connection, tensor)
+        except (EOFError, OSError) as error:
+            raise LoaderError(
+                "a process that loads this rank's batches is gone", "killed for want of memory? lower data.workers"
+            ) from error
+        return replace(head.item, batch=_with(head.item.batch, tensors)), head.counts
+
+
+def _serve(connection: Connection, make: Callable[[], ShardStream]) -> None:
+    """What another process runs: its share of one epoch after another, until nobody is there any more."""
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):  # which are the rank's to answer
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        stream = make()
+        stream.workers = 1
+        while True:
+            request: tuple[Any, ...] = connection.recv()
+            for item in stream.epoch(*request):
+                _send(connection, item, stream.take_counts())
+            connection.send(None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:  # raised again where the batches are wanted
+        connection.send(error)
+
+
+def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None:
+    batch = item.batch
+    tensors = {name: tensor for name in TENSORS if (tensor := getattr(batch, name)) is not None}
+    bare = _with(batch, dict.fromkeys(tensors, torch.empty(0)))
+    layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    connection.send(Head(replace(item, batch=bare), counts, layout))
+    for tensor in tensors.values():
+        left = _bytes_of(tensor.contiguous())
+        while left:
+            left = left[os.write(connection.fileno(), left) :]
+
+
+def _with(batch: Batch, tensors: dict[str, torch.Tensor]) -> Batch:
+    return replace(batch, **tensors)  # type: ignore[arg-type]
+
+
+def _read_into(connection: Connection, tensor: torch.Tensor) -> None:
+    left = _bytes_of(tensor)
+    while left:
+        read = os.readv(connection.fileno(), [left])
+        if not read:
+            raise EOFError
+        left = left[read:]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.numpy().reshape(-1).view("uint8"))  # type: ignore[arg-type]
