@@ -300,10 +300,15 @@ def _settings_here(settings: Mapping[str, Any], world: World) -> dict[str, Any]:
         del zero[name]
         log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
     optimizer = here.get("optimizer", {})
-    if str(optimizer.get("type", "")).lower() in ("adam", "adamw") and "offload_optimizer" not in zero:
-        optimizer["params"].setdefault("torch_adam", True)  # as fast as DeepSpeed's own, which wants nvcc at its start
-        if optimizer["params"]["torch_adam"] and not on_cpu:
-            optimizer["params"].setdefault("fused", True)
+    if str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
+        params = optimizer["params"]
+        params.setdefault("weight_decay", 0.0)  # DeepSpeed's own Adam has none where torch's has 0.01
+        if "offload_optimizer" not in zero:
+            torchs = params.setdefault("torch_adam", True)  # as fast as DeepSpeed's, which wants nvcc at its start
+            if on_cpu:
+                params["torch_adam"] = True
+            elif torchs and "foreach" not in params:
+                params.setdefault("fused", True)
     return here
 
 

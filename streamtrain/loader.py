@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import cycle
 from multiprocessing.connection import Connection
 from queue import Empty, Queue
@@ -27,7 +27,9 @@ from streamtrain.plan import EpochPlan
 from streamtrain.stream import ShardStream, Share, StepBatch, StreamCounts, as_it_is
 
 BATCHES_AHEAD = 2  # of each process, that wait in this one
-TENSORS = ("inputs", "targets", "time_mask", "feature_mask")  # of a batch, sent as they lie in memory
+FOR_THE_DEVICE = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
+TENSORS = (*FOR_THE_DEVICE, "input_lengths", "target_lengths", "weights")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # which are the rank's to answer
 
 
 class LoaderError(StreamtrainError):
@@ -36,11 +38,15 @@ class LoaderError(StreamtrainError):
 
 @dataclass(frozen=True)
 class Head:
-    """What precedes the tensors of a batch."""
+    """What precedes the tensors of a batch, which are sent as they lie in memory: pickled, they would be shared."""
 
-    item: StepBatch  # its tensors empty
-    counts: StreamCounts  # since the batch before
+    step: int
+    numbers: tuple[int, ...]
+    last: bool
+    keys: tuple[str, ...]
+    failed: tuple[str, ...]
     layout: dict[str, tuple[torch.Size, torch.dtype]]
+    counts: StreamCounts  # since the batch before
 
 
 class LoadingProcesses(ShardStream):
@@ -63,12 +69,12 @@ class LoadingProcesses(ShardStream):
         """As a `ShardStream`'s; all of it must survive pickling. Batches lie in pinned memory where there is a GPU."""
         count = max(self.workers, 1)
         pinned = self.world.device.type == "cuda"
-        if not self._processes:
-            self._processes = [LoadingProcess(self._make, pinned) for _ in range(count)]
-        for number, process in enumerate(self._processes):
-            process.begin(plan, first_step, device_batch_seconds, finish, Share(number, count))
         finished = False
         try:
+            if not self._processes:
+                self._processes = [LoadingProcess(self._make, pinned) for _ in range(count)]
+            for number, process in enumerate(self._processes):
+                process.begin(plan, first_step, device_batch_seconds, finish, Share(number, count))
             for process in cycle(self._processes):
                 arrived = process.next()
                 if arrived is None:  # whoever would have had the next batch is the first to end
@@ -90,12 +96,17 @@ class LoadingProcess:
     """One process, and the thread here that takes what it sends."""
 
     def __init__(self, make: Callable[[], ShardStream], pinned: bool) -> None:
+        self._make: Callable[[], ShardStream] | None = make  # what the process is not yet told
         self._pinned = pinned
         self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(BATCHES_AHEAD)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the process ignores them
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         weakref.finalize(self, self._process.kill)  # at exit, too, where multiprocessing would wait for it
         theirs.close()  # so that its end is seen here
         self._receiver: threading.Thread | None = None
@@ -105,7 +116,11 @@ class LoadingProcess:
         return self._process.pid
 
     def begin(self, *request: object) -> None:
-        self._connection.send(request)
+        with suppress(OSError):  # it is gone: why, it has said, or its end says so
+            if self._make is not None:
+                self._connection.send(self._make)
+                self._make = None
+            self._connection.send(request)
         self._receiver = threading.Thread(target=self._receive_all, daemon=True)
         self._receiver.start()
 
@@ -134,56 +149,60 @@ class LoadingProcess:
     def _receive(self) -> tuple[StepBatch, StreamCounts] | None:
         try:
             head: Head | Exception | None = self._connection.recv()
-            if head is None:
-                return None
-            if isinstance(head, Exception):
-                raise head
-            tensors = {
-                name: torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
-                for name, (shape, dtype) in head.layout.items()
-            }
-            for tensor in tensors.values():
-                _read_into(self._connection, tensor)
+            if isinstance(head, Head):
+                batch = self._receive_batch(head)
         except (EOFError, OSError) as error:
             raise LoaderError(
                 "a process that loads this rank's batches is gone", "killed for want of memory? lower data.workers"
             ) from error
-        return replace(head.item, batch=_with(head.item.batch, tensors)), head.counts
+        if isinstance(head, Exception):
+            raise head
+        return None if head is None else (StepBatch(head.step, head.numbers, head.last, batch), head.counts)
+
+    def _receive_batch(self, head: Head) -> Batch:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, (shape, dtype) in head.layout.items():
+            tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in FOR_THE_DEVICE)
+            _read_into(self._connection, tensors[name])
+        return Batch(keys=head.keys, failed=head.failed, **tensors)
 
 
-def _serve(connection: Connection, make: Callable[[], ShardStream]) -> None:
+def _serve(connection: Connection) -> None:
     """What another process runs: its share of one epoch after another, until nobody is there any more."""
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):  # which are the rank's to answer
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        stream = make()
+        stream: ShardStream = _next_from(connection)()
         stream.workers = 1
         while True:
-            request: tuple[Any, ...] = connection.recv()
-            for item in stream.epoch(*request):
+            for item in stream.epoch(*_next_from(connection)):
                 _send(connection, item, stream.take_counts())
             connection.send(None)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
     except Exception as error:  # raised again where the batches are wanted
-        connection.send(error)
+        with suppress(OSError):
+            connection.send(error)
+
+
+def _next_from(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        raise SystemExit(0) from None  # nobody wants anything any more
 
 
 def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None:
     batch = item.batch
-    tensors = {name: tensor for name in TENSORS if (tensor := getattr(batch, name)) is not None}
-    bare = _with(batch, dict.fromkeys(tensors, torch.empty(0)))
+    tensors = {name: tensor.contiguous() for name in TENSORS if (tensor := getattr(batch, name)) is not None}
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    connection.send(Head(replace(item, batch=bare), counts, layout))
-    for tensor in tensors.values():
-        left = _bytes_of(tensor.contiguous())
-        while left:
-            left = left[os.write(connection.fileno(), left) :]
-
-
-def _with(batch: Batch, tensors: dict[str, torch.Tensor]) -> Batch:
-    return replace(batch, **tensors)  # type: ignore[arg-type]
+    try:
+        connection.send(Head(item.step, item.numbers, item.last, batch.keys, batch.failed, layout, counts))
+        for tensor in tensors.values():
+            left = _bytes_of(tensor)
+            while left:
+                left = left[os.write(connection.fileno(), left) :]
+    except OSError:
+        raise SystemExit(0) from None
 
 
 def _read_into(connection: Connection, tensor: torch.Tensor) -> None:

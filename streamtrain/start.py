@@ -108,7 +108,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world,
             data.workers,
         )  # fmt: skip
-        stream = LoadingProcesses(make) if world.device.type == "cuda" else make()
+        stream = LoadingProcesses(make) if world.device.type == "cuda" and data.workers else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 

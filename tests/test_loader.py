@@ -1,7 +1,10 @@
 """Batches that another process loads are those of a stream, and it never outlives or outwaits the one that asked."""
 
+import errno
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from sharding.audio import SAMPLE_RATE
 from sharding.errors import ShardError
 from sharding.format import read_index
 from sharding.store import FolderStore
+from streamtrain.collate import Batch
 from streamtrain.config import ModelConfig
 from streamtrain.loader import LoaderError, LoadingProcesses
 from streamtrain.mask import Masking, Spans
@@ -46,7 +50,8 @@ def assert_alike(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine.batch.keys, mine.batch.failed) == (other.batch.keys, other.batch.failed)
         for name in ("inputs", "input_lengths", "targets", "target_lengths", "weights", "time_mask", "feature_mask"):
-            assert torch.equal(getattr(mine.batch, name), getattr(other.batch, name)), name
+            one, another = getattr(mine.batch, name), getattr(other.batch, name)
+            assert (one is None and another is None) or torch.equal(one, another), name
 
 
 @pytest.mark.parametrize("merged", [None, 8.0])
@@ -72,13 +77,62 @@ def test_an_epoch_left_in_the_middle_ends_its_process_and_the_next_one_is_whole(
     assert len(list(loading.epoch(plan))) == plan.steps * 8
 
 
-def test_what_goes_wrong_there_is_raised_here(tmp_path: Path) -> None:
-    write_set(tmp_path, 20)
+def test_what_goes_wrong_there_is_raised_here_after_all_that_was_right(tmp_path: Path) -> None:
+    index = write_set(tmp_path, 40)
     plan = plan_of(tmp_path)
-    for shard in tmp_path.rglob("*.tar"):
-        shard.write_bytes(bytes(len(shard.read_bytes())))
-    with pytest.raises(ShardError, match="checksum of the sample"):
-        list(processes_of(tmp_path).epoch(plan))
+    wrong = index.shards[index.samples["shard"][plan.rows[-1]]]
+    tar = tmp_path / wrong.name
+    tar.write_bytes(bytes(len(tar.read_bytes())))
+    stream, loading = (items_until_an_error(of(tmp_path).epoch(plan)) for of in (stream_of, processes_of))
+    assert isinstance(stream[1], ShardError)
+    assert isinstance(loading[1], ShardError)
+    assert str(stream[1]) == str(loading[1])
+    assert_alike(loading[0], stream[0])
+
+
+def items_until_an_error(items: Iterator[StepBatch]) -> tuple[list[StepBatch], Exception | None]:
+    seen: list[StepBatch] = []
+    try:
+        seen.extend(items)
+    except Exception as error:
+        return seen, error
+    return seen, None
+
+
+def full(batch: Batch) -> Batch:
+    raise OSError(errno.ENOSPC, "No space left on device", "/cache/x.lock")
+
+
+def test_an_error_of_the_system_stays_what_it_is(meadow: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/cache/x\.lock'"):
+        list(processes_of(meadow).epoch(plan_of(meadow), finish=full))
+
+
+def test_nothing_is_left_behind_even_where_temporary_paths_are_long(
+    meadow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too long for the name of a socket; and sockets in /tmp stay when their process is killed."""
+    folder = tmp_path / ("t" * 120)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    shared = set(Path("/dev/shm").iterdir())
+    items = processes_of(meadow).epoch(plan_of(meadow))
+    next(items)
+    items.close()  # type: ignore[attr-defined]
+    assert not list(folder.iterdir())
+    assert set(Path("/dev/shm").iterdir()) <= shared
+
+
+def test_a_process_that_is_killed_between_epochs_is_told(meadow: Path) -> None:
+    loading, plan = processes_of(meadow), plan_of(meadow)
+    list(loading.epoch(plan))
+    child = child_of(loading)
+    child.kill()
+    child.wait()
+    with pytest.raises(LoaderError, match="is gone"):
+        list(loading.epoch(plan))
+    assert len(list(loading.epoch(plan))) == plan.steps * 8
 
 
 def test_a_process_that_is_killed_is_told_and_sigterm_is_not_its_to_answer(meadow: Path) -> None:
