@@ -14,6 +14,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -42,6 +43,7 @@ class DataConfig(Section):
     cache_gb: PositiveFloat = 100.0
     workers: NonNegativeInt = 2  # threads per rank that read ahead, or processes where it has a GPU; 0: nothing ahead
     speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
+    noise_snr_db: list[float] = []  # such as [5, 40]: noise so much below each clip, each epoch anew
     gain_db: float = Field(0.0, ge=0, le=60)  # and up to so much louder or softer, where the model hears loudness
 
     @model_validator(mode="after")
@@ -49,6 +51,13 @@ class DataConfig(Section):
         if self.device_batch_seconds is not None and self.device_batch_seconds < self.batch_seconds:
             raise ValueError("data.device_batch_seconds must hold a micro-batch, of data.batch_seconds")
         return self
+
+    @field_validator("noise_snr_db")
+    @classmethod
+    def _a_range(cls, value: list[float]) -> list[float]:
+        if value and (len(value) != 2 or value[0] > value[1]):
+            raise ValueError("give the least and the most, dB: [5, 40]")
+        return value
 
 
 class ModelConfig(Section):

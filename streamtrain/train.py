@@ -30,6 +30,7 @@ from streamtrain.mask import Masking, Spans
 from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
+from streamtrain.noise import RoomNoise, change_for_training
 from streamtrain.plan import EpochPlan, plan_rest
 from streamtrain.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
@@ -107,6 +108,8 @@ class Trainer:
             self.model.features,
             self.model.geometry,
         )
+        snr_db = config.data.noise_snr_db
+        self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
         self._preemption = Preemption()
         self._saved = saved  # what the newest checkpoint holds
         self._failed = 0  # clips of this epoch, of all ranks, that did not decode
@@ -167,7 +170,8 @@ class Trainer:
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
         """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
-        merged, finish = self.config.data.device_batch_seconds, partial(self._masking.hide, self.state.epoch)
+        merged = self.config.data.device_batch_seconds
+        finish = partial(change_for_training, self._masking, self._noise, self.state.epoch)
         forwards = []
         started = time.perf_counter()
         for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
