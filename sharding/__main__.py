@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharding import report
+from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
 from sharding.command import Commands, number
@@ -17,8 +18,9 @@ from sharding.foreign import index_tars
 from sharding.format import read_index, read_outlines
 from sharding.ipa import TRACKS, normalize_ipa
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, parse_columns
+from sharding.pauses import find_pauses, listen
 from sharding.repair import find_faults, repair
-from sharding.split import MIN_PIECE_SEC, split_recording
+from sharding.split import MIN_PIECE_SEC, Gates, split_recording
 from sharding.store import open_store
 from sharding.workers import available_cores
 
@@ -34,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    settings = BuildSettings(**{name: getattr(options, name) for name in BuildSettings.__dataclass_fields__})
     _check_executor(options)
-    how = HowToRun(options.workers, parse_columns(options.columns), options.dry_run, options.append, options.scheduler)
+    alignments = _read_alignments(options.alignments)
+    chosen = {name: getattr(options, name) for name in BuildSettings.__dataclass_fields__}
+    settings = BuildSettings(**chosen | {"alignments": alignments.digest})
+    how = HowToRun(options.workers, parse_columns(options.columns), options.dry_run, options.append, options.scheduler,
+                   alignments)  # fmt: skip
     built = build(_find_sources(options.sources), options.out, settings, how)
     if built.summary:
         print(report.render(built.summary, options.dry_run))
@@ -47,6 +52,10 @@ def _build(options: argparse.Namespace) -> int:
     hint = "look at the files named above" if options.dry_run else REJECTED_HINT
     _check_rejected(options.out, built.rejected, options.max_rejected, hint)
     return 0
+
+
+def _read_alignments(path: str | None) -> Alignments:
+    return read_alignments(Path(path)) if path else NOTHING_ALIGNED
 
 
 def _check_rejected(where: str, rejected: float, allowed: float, hint: str) -> None:
@@ -101,7 +110,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _repair(options: argparse.Namespace) -> int:
     columns = parse_columns(options.columns)
-    faults, indexes = repair(options.shards, _find_sources(options.repair), columns, options.decode, options.workers)
+    faults, indexes = repair(options.shards, _find_sources(options.repair), columns, options.decode, options.workers,
+                             _read_alignments(options.alignments))  # fmt: skip
     for name, fault in faults.items():
         print(f"{name}: made again ({fault})")
     for name in indexes:
@@ -139,14 +149,23 @@ def _split(options: argparse.Namespace) -> int:
         waveform, _ = decode(Path(options.audio).read_bytes(), prove=True)
     except AudioError as error:
         raise AudioError(f"{options.audio}: {error.message}") from error
-    segments = split_recording(Path(options.audio).stem, waveform, normalize_ipa(options.text), options.limit_sec)
+    name, heard = Path(options.audio).stem, listen(waveform)
+    alignments = _read_alignments(options.alignments)
+    gates = Gates(max_gap=alignments.bound(WRONG_SHARE))
+    text, evidence = normalize_ipa(options.text), alignments.by_id.get(name)
+    segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
     for segment in segments:
         mark = " (forced cut)" if segment.forced else ""
         print(
             f"{segment.start_sec:9.3f} – {segment.end_sec:9.3f} s  {segment.label_status:>10} "
-            f"{segment.confidence:.2f}{mark}  {segment.text}"
+            f"{segment.confidence:.2f}{mark}  {segment.text or segment.reason or ''}"
         )
+    if options.plot:
+        from sharding.plots import plot_split  # matplotlib takes a second to import
+
+        Path(options.plot).write_bytes(plot_split(name, waveform, heard, find_pauses(heard), segments))
+        print(f"wrote {options.plot}")
     return 0
 
 
@@ -192,6 +211,16 @@ def _commands() -> Commands:
     add("--group-by", default="", metavar="COLUMN",
         help="keep all clips of one value of this column on one side, training or validation "
              "(default: child_id, else session_id, else each clip by itself)")  # fmt: skip
+    add("--alignments", metavar="FILE",
+        help="what `python -m streamtrain align` has written of shards built of the same sources with the same "
+             "--limit-sec: pieces of long recordings then get the words that a model heard in them")  # fmt: skip
+    add("--min-confidence", type=number(0, 1), default=Gates.min_confidence,
+        help="a piece keeps its words if each of its cuts falls where it should with this probability "
+             "(default: %(default)s)")  # fmt: skip
+    add("--wrong-share", type=number(0, 1), default=WRONG_SHARE,
+        help="with --alignments: and if what is heard in it is hardly likelier than its words: by so little that only "
+             "this share of labels with a word left out would pass; the model was tried on that "
+             "(default: %(default)s)")  # fmt: skip
     add("--append", action="store_true",
         help="add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and "
              "validation speakers; a run that began before goes on with the clips it began with")  # fmt: skip
@@ -207,6 +236,7 @@ def _commands() -> Commands:
         help="all the sources that it was built of, appended ones too: make what is damaged again, to the same bytes",
     )  # fmt: skip
     parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
+    parser_verify.add_argument("--alignments", metavar="FILE", help="as it was built with")
     parser_verify.add_argument(
         "--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)",
@@ -241,6 +271,14 @@ def _commands() -> Commands:
     )
     parser_split.add_argument("audio", help="audio file")
     parser_split.add_argument("--text", default="", help="its label")
+    parser_split.add_argument(
+        "--alignments", metavar="FILE", help="what `python -m streamtrain align` has written of it"
+    )
+    parser_split.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="a picture of the sound, where speech is heard, the pauses, the cuts and the words",
+    )
     parser_split.add_argument(
         "--limit-sec", type=number(*LIMITS_SEC), default=25.0, help="longest piece, s (default: %(default)s)"
     )

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharding import report
+from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, Evidence
 from sharding.assign import (
     Mask,
     MemberTable,
@@ -50,6 +51,7 @@ from sharding.format import (
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.sample import escape_key, whole_key
+from sharding.split import Gates
 from sharding.store import FolderStore, Store, open_store
 from sharding.workers import Workers, available_cores
 
@@ -65,6 +67,9 @@ class BuildSettings:
     min_shards: int = 1
     track: str = "phonetic"
     group_by: str = ""
+    min_confidence: float = Gates.min_confidence
+    wrong_share: float = WRONG_SHARE
+    alignments: str = ""  # digest of what a model has aligned
 
     @property
     def hash(self) -> str:
@@ -80,6 +85,7 @@ class HowToRun:
     dry: bool = False
     append: bool = False
     scheduler: str = ""  # of a Dask cluster whose workers to use instead
+    alignments: Alignments = NOTHING_ALIGNED
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def _make_shards(
         out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
         token = lease.token if how.scheduler else ""  # workers of this machine die with the build
         where = Where(out, scratch, layouts, settings.track, how.dry, token)
-        plan, ledger = plan_build(examined, settings, where, pool, base)
+        plan, ledger = plan_build(examined, settings, where, pool, base, how.alignments)
         _clear_unfinished(store, plan, base, lease)
         results = write_shards(plan, plan.shards, pool)
         _clear_unfinished(store, plan, base, lease)  # a worker may have died, and another done its work
@@ -192,6 +198,7 @@ def plan_build(
     where: Where,
     pool: Workers,
     base: ShardIndex | None = None,
+    alignments: Alignments = NOTHING_ALIGNED,
 ) -> tuple[Plan, list[report.LedgerPart]]:
     """Split what is long, and say what every shard is to hold; with the ledger's rows of all that is decided so far.
 
@@ -202,7 +209,7 @@ def plan_build(
     valid = is_validation(clips["speaker"], settings.valid_fraction, stand_in)
     usable, refused = _refuse(examined, valid)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
-    segments, cuts = _cut(examined, settings, where, pool, long, valid)
+    segments, cuts = _cut(examined, settings, where, pool, long, valid, alignments)
     members = list_members(clips, usable & ~long, segments, valid)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     taken = _numbers_taken(base) if base else None
@@ -237,16 +244,25 @@ def _cut(
     pool: Workers,
     long: Mask,
     valid: Mask,
+    alignments: Alignments,
 ) -> tuple[Segments, list[report.LedgerPart]]:
     """Split the long recordings, longest first."""
     clips, rows = examined.clips, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
     lines, sizes = _read_rows(examined, rows), clips["bytes"][rows].tolist()
     splits = np.where(valid[rows], "valid", "train").tolist()
-    jobs = (CutJob(where, *job, settings.limit_sec) for job in zip(lines, sizes, splits, strict=True))
+    gates = Gates(settings.min_confidence, alignments.bound(settings.wrong_share))
+    jobs = (
+        CutJob(where, line, size, split, settings.limit_sec, _evidence_of(line, where, alignments), gates)
+        for line, size, split in zip(lines, sizes, splits, strict=True)
+    )
     results = pool.map(cut, jobs, [1] * len(rows), "splitting")
     segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}
     return segments, [result.ledger for result in results]
+
+
+def _evidence_of(row: Row, where: Where, alignments: Alignments) -> Evidence | None:
+    return alignments.by_id.get(row.parse(where.layouts).utterance_id) if alignments.by_id else None
 
 
 def _read_rows(examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:
@@ -288,8 +304,10 @@ def _read_base(store: Store, settings: BuildSettings) -> ShardIndex | None:
     if not store.exists(INDEX_NAME):
         return None
     index, wanted = read_index(store), asdict(settings)
-    differ = [f"{name} {index.settings.get(name)} there, {wanted[name]} asked" for name in wanted
-              if index.settings.get(name) != wanted[name]]  # fmt: skip
+    unsaid = asdict(BuildSettings()) if index.settings_hash else {}  # an older set does not name all there is by now
+    there = unsaid | index.settings
+    differ = [f"{name} {there.get(name)} there, {wanted[name]} asked" for name in wanted
+              if there.get(name) != wanted[name]]  # fmt: skip
     if differ:
         raise ShardError(
             f"{store.url}: holds a shard set built otherwise: {'; '.join(differ)}",

@@ -13,6 +13,7 @@ import soundfile
 import soxr
 
 from sharding import report
+from sharding.aligned import Evidence
 from sharding.archive import AudioRoot, open_audio
 from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant
 from sharding.errors import AudioError, MissingError, ShardError
@@ -30,7 +31,7 @@ from sharding.ipa import normalize
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
 from sharding.sample import Sample, escape_key, piece_key
-from sharding.split import Segment, split_recording
+from sharding.split import Gates, Segment, split_recording
 from sharding.store import Store, open_store
 from sharding.workers import count_done
 
@@ -102,6 +103,8 @@ class CutJob:
     bytes: int  # of the recording's audio file
     split: str
     limit_sec: float
+    evidence: Evidence | None
+    gates: Gates
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,9 @@ def cut(job: CutJob) -> CutResult:
         return CutResult((), report.write_ledger([report.rejected_row(utterance, job.split, error.message)]))
     finally:
         count_done()
-    segments = tuple(split_recording(utterance.utterance_id, waveform, text, job.limit_sec))
+    segments = tuple(
+        split_recording(utterance.utterance_id, waveform, text, job.limit_sec, evidence=job.evidence, gates=job.gates)
+    )
     _check_place(open_store(job.where.out), job.where)
     scratch, rows = open_store(job.where.scratch), []
     for number, segment in enumerate(segments):

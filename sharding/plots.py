@@ -1,7 +1,7 @@
 """Pictures of a shard set, as the bytes of a PNG. Imports matplotlib: import this only where a picture is wanted."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -9,12 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import SAMPLE_RATE, Waveform
 from sharding.format import SPLITS, ShardIndex
 from sharding.ipa import alphabet_of
+from sharding.pauses import HOP, Listening, Pause
+from sharding.split import Segment
 
 COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "unlabelled": "#909090"}
 DPI = 120
+STRIP_SEC = 30.0
 Numbers = npt.NDArray[np.float64]  # (N,), one for each row of ShardIndex.samples
 
 
@@ -71,6 +74,56 @@ def plot_symbols(index: ShardIndex, counts: Mapping[str, int]) -> bytes:
     axes.set(xlabel="symbol (␣: the space between words)", ylabel=f"times in the labels, of {sum(heights):,}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return _png(figure)
+
+
+def plot_split(
+    name: str, waveform: Waveform, heard: Listening, pauses: Sequence[Pause], segments: Sequence[Segment]
+) -> bytes:
+    """Where a recording is cut: its sound, where speech is heard, all pauses, the cuts, the words of each piece.
+
+    In strips of 30 s, or ten of them where it lasts longer.
+    """
+    total = len(waveform) / SAMPLE_RATE
+    strip = max(STRIP_SEC, total / 10)
+    count = max(int(np.ceil(total / strip)), 1)
+    figure = Figure(figsize=(14, 0.6 + 1.7 * count), layout="constrained")
+    figure.suptitle(
+        f"{name}: {total:.2f} s in {len(segments)} pieces (line: probability of speech; grey: pauses; "
+        "black: cuts, red: forced ones; blue: pieces with a label)", x=0.01, horizontalalignment="left", fontsize=10,
+    )  # fmt: skip
+    peak = max(float(np.abs(waveform).max(initial=0)), 1e-3)
+    for row, axes in enumerate(figure.subplots(count, 1, squeeze=False)[:, 0]):
+        first, last = row * strip, (row + 1) * strip
+        sound = waveform[round(first * SAMPLE_RATE) : round(last * SAMPLE_RATE)] / peak
+        blocks = np.array_split(sound, min(2_000, max(len(sound), 1)))
+        times = first + np.arange(len(blocks)) * len(sound) / len(blocks) / SAMPLE_RATE
+        lows, highs = ([float(edge(block, initial=0)) for block in blocks] for edge in (np.min, np.max))
+        axes.fill_between(times, lows, highs, color="#b0b8c0", linewidth=0)
+        frames = slice(round(first * SAMPLE_RATE / HOP), round(last * SAMPLE_RATE / HOP))
+        speech = heard.speech[frames]
+        axes.plot(first + np.arange(len(speech)) * HOP / SAMPLE_RATE, speech, color=COLOURS["valid"], linewidth=1)
+        for pause in pauses:
+            axes.axvspan(pause.start / SAMPLE_RATE, pause.end / SAMPLE_RATE, color="black", alpha=0.06, linewidth=0)
+        for segment in segments:
+            _draw_piece(axes, segment, first, last, segment is segments[-1])
+        axes.set(xlim=(first, last), ylim=(-1.05, 1.6), yticks=[])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.xaxis.set_major_formatter("{x:g} s")
+    return _png(figure)
+
+
+def _draw_piece(axes: Axes, segment: Segment, first: float, last: float, final: bool) -> None:
+    labelled = segment.label_status == "labelled"
+    start, end = max(segment.start_sec, first), min(segment.end_sec, last)
+    if start >= end:
+        return
+    axes.axvspan(start, end, ymin=0.86, color=COLOURS["train" if labelled else "unlabelled"], alpha=0.25, linewidth=0)
+    said = segment.text if labelled else f"unlabelled: {segment.reason}"
+    room = max(int((end - start) / (last - first) * 185), 3)  # characters
+    axes.text(start + (last - first) * 0.002, 1.4, said if len(said) <= room else f"{said[: room - 1]}…", fontsize=8,
+              verticalalignment="center", clip_on=True)  # fmt: skip
+    if first < segment.end_sec < last and not final:
+        axes.axvline(segment.end_sec, color="#c0392b" if segment.forced else "black", linewidth=1.2)
 
 
 def _histogram(axes: Axes, index: ShardIndex, values: Numbers, bins: Numbers) -> None:

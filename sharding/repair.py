@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from sharding.aligned import NOTHING_ALIGNED, Alignments
 from sharding.audio import decode
 from sharding.build import BuildSettings, Plan, plan_build, write_shards
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
@@ -43,7 +44,12 @@ def find_faults(url: str, shards: Sequence[ShardEntry], with_audio: bool, worker
 
 
 def repair(
-    url: str, locations: Sequence[Path], columns: Mapping[str, str], with_audio: bool, workers: int
+    url: str,
+    locations: Sequence[Path],
+    columns: Mapping[str, str],
+    with_audio: bool,
+    workers: int,
+    alignments: Alignments = NOTHING_ALIGNED,
 ) -> tuple[Faults, list[str]]:
     """Make damaged shards again, to the same bytes; returns what was wrong, and the indexes whose sample columns were.
 
@@ -59,11 +65,16 @@ def repair(
         if faults:
             generations = [outline for _, outline in read_outlines(store)][::-1]
             settings = BuildSettings(**generations[-1].settings)
+            if settings.alignments != alignments.digest:
+                raise ShardError(
+                    f"{url}: was built with {'other' if alignments.digest else 'a file of'} alignments",
+                    "name that file: --alignments FILE",
+                )
             sources = read_sources(locations, Reading(settings.track, columns, settings.group_by))
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 where = Where(url, scratch, tuple(source.layout for source in sources), settings.track, dry=True)
                 given = _tell_apart(store, examine(sources, settings.track, pool), generations, faults)
-                plans = [plan_build(part, settings, where, pool, base)[0] for part, base in given]
+                plans = [plan_build(part, settings, where, pool, base, alignments)[0] for part, base in given]
                 _rewrite(plans, {shard.name: shard for shard in shards if shard.name in faults}, pool)
             still = find_faults(url, [shard for shard in shards if shard.name in faults], with_audio, workers)
             if still:

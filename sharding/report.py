@@ -69,6 +69,7 @@ class Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
     unlabelled_pieces: int = 0
+    labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
     validation: Counter[str] = field(default_factory=Counter)  # clips, rejected
     worst: list[dict[str, Any]] = field(default_factory=list)
     declared_off: list[dict[str, Any]] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Tally:
         for fate in FATES:
             self.seconds[fate] += other.seconds[fate]
         self.unlabelled_pieces += other.unlabelled_pieces
+        self.labelled_pieces.update(other.labelled_pieces)
         self.worst += other.worst
         self.declared_off += other.declared_off
 
@@ -89,6 +91,9 @@ class Tally:
         self.corpora[row["source"]] += 1
         self.validation["clips"] += row["split"] == "valid"
         self.unlabelled_pieces += sum(piece["label_status"] == "unlabelled" for piece in row["pieces"])
+        for piece in row["pieces"]:
+            if piece["label_status"] == "labelled":
+                self.labelled_pieces[piece.get("by", "durations")] += 1  # which older ledgers do not say
         if fate == "rejected":
             self.reasons[row["reason"]] += 1
             self.validation["rejected"] += row["split"] == "valid"
@@ -213,6 +218,7 @@ def _summarize(
         "reasons": dict(sorted(tally.reasons.items(), key=lambda item: (-item[1], item[0]))),
         "worst": _worst(tally.worst),
         "unlabelled_pieces": tally.unlabelled_pieces,
+        "labelled_pieces": dict(sorted(tally.labelled_pieces.items())),
         "unlabelled_reasons": dict(sorted(tally.unlabelled.items(), key=lambda item: (-item[1], item[0]))),
         "corpora": dict(sorted(tally.corpora.items())),
         "orphan_audio": len(orphans),
@@ -227,7 +233,7 @@ def _summarize(
 
 def render(summary: dict[str, Any], dry: bool = False) -> str:
     """The summary as a person reads it in a terminal; a `dry` run has left no files to look into."""
-    fates, notes = summary["fates"], summary["notes"]
+    fates, notes, labelled = summary["fates"], summary["notes"], summary.get("labelled_pieces", {})
     lines = [
         f"{summary['clips_in']:,} clips in ({summary['seconds_in'] / 3600:.2f} h) = "
         + " + ".join(f"{fate['clips']:,} {name}" for name, fate in fates.items()),
@@ -241,10 +247,11 @@ def render(summary: dict[str, Any], dry: bool = False) -> str:
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:WORST]]
     lines += _name_worst(summary, dry)
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
+    lines += [f"{count:6,} labelled: pieces of long recordings, by {how}" for how, count in labelled.items()]
     if summary["unlabelled_pieces"]:
         lines.append(
             f"{summary['unlabelled_pieces']:6,} unlabelled: pieces of long recordings; which words they hold is not "
-            "certain, so they are kept and not trained on"
+            "certain, so they are kept and not trained on (a model may know: python -m streamtrain align --help)"
         )
     if summary["orphan_audio"]:
         where = "" if dry else f"; {ORPHANS_NAME}"

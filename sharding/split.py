@@ -1,15 +1,17 @@
 """Where to cut a long recording, and which words belong to which piece.
 
 The cuts are the cheapest set over the whole recording (dynamic programming): few, at good pauses, no tiny pieces,
-none over the limit. Words are given to pieces by a duration model; a piece whose label is not nearly certain is kept
-as audio, without a label.
+none over the limit. Words are given to pieces by a duration model (pass 1) or, where a model has aligned the label, by
+what it heard (pass 2). A piece whose label is not nearly certain is kept as audio, without a label.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
+from sharding.aligned import Evidence
 from sharding.audio import SAMPLE_RATE, Waveform, frame_count
 from sharding.ipa import ctc_frames_needed
 from sharding.pauses import HOP, Listening, Pause, find_pauses, listen, quietest_cut
@@ -19,8 +21,10 @@ SHORT_PIECE_SEC = 5.0  # shorter pieces cost something
 CUT_COST = 0.5  # every cut is a risk for the label
 FORCED_COST = 20.0  # a cut where somebody may be speaking: only where there is no other way
 TINY_COST = 1000.0  # a piece under MIN_PIECE_SEC: only where nothing else is possible
-CERTAIN = 0.95  # a piece keeps its label when both its cuts are at least this sure
+RATE_FACTOR = 2.0  # a piece says at most so many times as many symbols a second as its recording, and at least 1 / that
 WORD_SPREAD = 0.056  # variance of spoken time, s² per s: words of 0.35 s vary by 40 %
+ISLAND_SPREAD = 0.1**2  # s²: of where a stretch is seen to begin and end
+HELD = (0.01, 0.98, 0.01)  # how often a stretch of speech in a list of words holds none, one or two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +35,32 @@ class Segment:
     start_sec: float
     end_sec: float
     text: str
-    label_status: str  # labelled | quarantine | unlabelled | reference
-    confidence: float
+    label_status: str  # labelled | unlabelled | reference
+    confidence: float  # the probability that both its cuts fall between the words that they should
     forced: bool = False  # one of its ends was cut where there was no pause
+    by: str = "durations"  # or "alignment": how its words were found
+    reason: str | None = None  # why it has no label
 
     @property
     def samples(self) -> int:
         return round(self.end_sec * SAMPLE_RATE) - round(self.start_sec * SAMPLE_RATE)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a piece's label must pass."""
+
+    min_confidence: float = 0.95  # probability, of each of its cuts
+    max_gap: float = 0.0  # nats, how much likelier what is heard may be than the label, in half a second (pass 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The words that one piece is given, how sure we are of them, in [0, 1], and why they are refused, if they are."""
+
+    text: str
+    confidence: float
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +71,35 @@ class Cut:
 
 
 def split_recording(
-    utterance_id: str, waveform: Waveform, text: str, limit_sec: float = 25.0, heard: Listening | None = None
+    utterance_id: str,
+    waveform: Waveform,
+    text: str,
+    limit_sec: float = 25.0,
+    heard: Listening | None = None,
+    evidence: Evidence | None = None,
+    gates: Gates = Gates(),
 ) -> list[Segment]:
-    """Pieces of at most `limit_sec` that tile the recording to the sample, with their words where certain."""
+    """Pieces of at most `limit_sec` that tile the recording to the sample, with their words where certain.
+
+    With the `evidence` of a model, which must be of this label and these cuts to count, pass 2 says which words.
+    """
     heard = heard or listen(waveform)
     pauses = find_pauses(heard)
     cuts = choose_cuts(len(waveform), candidates(heard, pauses, limit_sec), round(limit_sec * SAMPLE_RATE))
-    labels = assign_words(text, cuts, pauses, len(waveform), heard.silent)
-    ends = [0, *(cut.position for cut in cuts), len(waveform)]
+    positions = tuple(cut.position for cut in cuts)
+    spoken = np.diff(_spoken_before(np.array([0, *positions, len(waveform)]), pauses)) / SAMPLE_RATE  # seconds, each
+    useless = evidence.useless(text, positions) if evidence else None
+    if evidence and not useless:
+        by, given = "alignment", words_by_evidence(text, evidence, spoken, gates)
+    else:
+        by, given = "durations", assign_words(text, cuts, pauses, len(waveform), heard.silent, gates)
+    if useless:
+        given = [replace(words, refused=words.refused and f"{words.refused} ({useless})") for words in given]
+    ends = [0, *positions, len(waveform)]
     forced = [False, *(cut.forced for cut in cuts), False]
     return [
-        _segment(utterance_id, start, end, label, confidence, forced[piece] or forced[piece + 1])
-        for piece, (start, end, (label, confidence)) in enumerate(zip(ends, ends[1:], labels, strict=False))
+        _segment(utterance_id, start, end, words, forced[piece] or forced[piece + 1], by)
+        for piece, (start, end, words) in enumerate(zip(ends, ends[1:], given, strict=False))
     ]
 
 
@@ -96,48 +136,117 @@ def choose_cuts(samples: int, cuts: Sequence[Cut], limit: int) -> list[Cut]:
 
 
 def assign_words(
-    text: str, cuts: Sequence[Cut], pauses: Sequence[Pause], samples: int, silent: bool
-) -> list[tuple[str, float]]:
-    """For each piece its words and how sure we are of them, in [0, 1].
+    text: str, cuts: Sequence[Cut], pauses: Sequence[Pause], samples: int, silent: bool, gates: Gates = Gates()
+) -> list[Given]:
+    """For each piece its words, told by pauses and durations alone (pass 1).
 
-    The word boundary at a cut is the one whose expected share of the speech (by its symbols) lies nearest to the
-    share spoken before the cut. Its confidence is its posterior among all boundaries, and counts only where the
-    structure agrees: as many stretches of speech as words. Otherwise it is 0.
+    Where there are as many stretches of speech as words, each holds one, unless a word was heard as two or two as one:
+    the confidence of a cut is the probability that no such mistakes move it, given how long each stretch lasts.
+    Otherwise the words of a piece cannot be told.
     """
     words = text.split()
     if not words:
-        return [("", 1.0 if silent else 0.0)] * (len(cuts) + 1)
-    spoken = _spoken_before(np.array([cut.position for cut in cuts] + [samples]), pauses) / SAMPLE_RATE
-    total = max(float(spoken[-1]), 1e-3)
-    share = np.cumsum([0, *(len(word) + 1 for word in words)])  # a word takes its symbols and a gap
-    expected = total * share / share[-1]
-    spread = WORD_SPREAD * expected * (total - expected) / total + 0.05**2  # a bridge, pinned at both ends
-    structured = len(_islands(pauses, samples)) == len(words)
-    bounds, sure = [0], [1.0]
-    for time in spoken[:-1]:
-        likelihood = np.exp(-np.square(time - expected) / (2 * spread)) / np.sqrt(spread) + 1e-300
-        boundary = max(int(likelihood.argmax()), bounds[-1])
-        bounds.append(boundary)
-        sure.append(float(likelihood[boundary] / likelihood.sum()) if structured else 0.0)
-    bounds.append(len(words))
-    sure.append(1.0)
-    return [
-        (" ".join(words[start:end]), min(before, after))
-        for start, end, before, after in zip(bounds, bounds[1:], sure, sure[1:], strict=False)
-    ]
+        return [Given("", float(silent), None if silent else "speech without a label")] * (len(cuts) + 1)
+    islands = _islands(pauses, samples)
+    if len(islands) != len(words):
+        why = f"{len(words)} words in {len(islands)} stretches of speech: only a model can tell which is where"
+        return [Given("", 0.0, why)] * (len(cuts) + 1)
+    lasting = np.array([end - start for start, end in islands]) / SAMPLE_RATE
+    before = words_after_islands(lasting, np.array([len(word) + 1.0 for word in words]))
+    passed = np.searchsorted([end for _, end in islands], [cut.position for cut in cuts], side="right")
+    bounds = [0, *passed.tolist(), len(words)]
+    sure = [1.0, *before[passed, passed].tolist(), 1.0]
+    given = []
+    for (start, end), confidence in zip(pairwise(bounds), map(min, pairwise(sure)), strict=True):
+        refused = None if confidence >= gates.min_confidence else f"the cut is only {confidence:.2f} sure"
+        given.append(Given(" ".join(words[start:end]), confidence, refused))
+    return given
 
 
-def _segment(utterance_id: str, start: int, end: int, label: str, confidence: float, forced: bool) -> Segment:
-    fits = frame_count(end - start) >= ctc_frames_needed(label)
-    certain = confidence >= CERTAIN and fits and not forced
+def words_after_islands(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The probability that after each stretch of speech so many words have been said, shape (stretches + 1, words + 1).
+
+    A stretch `lasting` so many seconds holds one word of so many `sizes`, seldom none or two; how long they last is
+    normal around what their sizes promise. Summed over all ways to give words to stretches.
+    """
+    expected = sizes * lasting.sum() / sizes.sum()
+    count = len(sizes)
+    said = np.cumsum(np.concatenate([[0.0], expected]))
+    likely = np.full((3, len(lasting), count + 1), -np.inf)  # of a stretch with so many words, the last of them given
+    for held in range(3):
+        promise = said[held:] - said[: count + 1 - held]  # seconds, by words said in the end
+        spread = WORD_SPREAD * promise + ISLAND_SPREAD
+        miss = np.square(lasting[:, None] - promise) / (2 * spread) + 0.5 * np.log(spread)
+        likely[held, :, held:] = np.log(HELD[held]) - miss
+    forward = np.full((len(lasting) + 1, count + 1), -np.inf)
+    backward = np.full_like(forward, -np.inf)
+    forward[0, 0], backward[-1, -1] = 0.0, 0.0
+    for stretch in range(len(lasting)):
+        ways = [_shift(forward[stretch], held) + likely[held, stretch] for held in range(3)]
+        forward[stretch + 1] = np.logaddexp.reduce(ways)
+    for stretch in range(len(lasting) - 1, -1, -1):
+        ways = [_shift(backward[stretch + 1] + likely[held, stretch], -held) for held in range(3)]
+        backward[stretch] = np.logaddexp.reduce(ways)
+    probability: np.ndarray = np.exp(forward + backward - np.logaddexp.reduce(forward[-1] + backward[-1]))
+    return probability
+
+
+def _shift(values: np.ndarray, places: int) -> np.ndarray:
+    """Moved up or down, with what cannot be beyond the end."""
+    if places == 0:
+        return values
+    moved = np.full_like(values, -np.inf)
+    if places > 0:
+        moved[places:] = values[:-places]
+    else:
+        moved[:places] = values[-places:]
+    return moved
+
+
+def words_by_evidence(
+    text: str, evidence: Evidence, spoken: Sequence[float] | np.ndarray, gates: Gates = Gates()
+) -> list[Given]:
+    """For each piece its words, as a model heard them (pass 2); `spoken` are the seconds of speech in each.
+
+    Refused where a cut is not sure, where what is heard is something else than the label, or where words come much
+    faster or slower than in the rest of the recording.
+    """
+    words = text.split()
+    bounds = np.maximum.accumulate([0, *evidence.words_before, len(words)]).tolist()
+    sure = [1.0, *evidence.probability, 1.0]
+    rate = sum(map(len, words)) / max(float(sum(spoken)), 0.1)  # symbols a second
+    given = []
+    for piece, (start, end) in enumerate(pairwise(bounds)):
+        said = words[start:end]
+        confidence = min(sure[piece], sure[piece + 1])
+        own = sum(map(len, said)) / max(float(spoken[piece]), 0.1)
+        refused = None
+        if confidence < gates.min_confidence:
+            refused = f"the cut is only {confidence:.2f} sure"
+        elif evidence.gaps[piece] > gates.max_gap:
+            refused = f"something else is heard than the label says, by {evidence.gaps[piece]:.0f} nats"
+        elif said and not rate / RATE_FACTOR <= own <= rate * RATE_FACTOR:
+            refused = f"{own:.1f} symbols a second of speech, where the recording has {rate:.1f}"
+        given.append(Given(" ".join(said), confidence, refused))
+    return given
+
+
+def _segment(utterance_id: str, start: int, end: int, given: Given, forced: bool, by: str) -> Segment:
+    refused = given.refused
+    if refused is None and forced and by == "durations":
+        refused = "cut where there is no pause"
+    if refused is None and frame_count(end - start) < ctc_frames_needed(given.text):
+        refused = "its words need more frames than it has"
     return Segment(
         utterance_id,
         start / SAMPLE_RATE,
         end / SAMPLE_RATE,
-        label if certain else "",
-        "labelled" if certain else "unlabelled",
-        round(confidence, 4),
+        "" if refused else given.text,
+        "unlabelled" if refused else "labelled",
+        round(given.confidence, 4),
         forced,
+        by,
+        refused,
     )
 
 

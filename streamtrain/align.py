@@ -42,6 +42,7 @@ class Alignment:
     words: tuple[AlignedWord, ...]
     log_prob: float  # of the label, over all its paths
     best_log_prob: float  # of the best path there is, whatever it spells
+    gap: Floats  # (T,): how much likelier the best path is at each frame than the label is expected to be there, nats
     before: Floats  # (cuts, words + 1): the probability that so many words, whole, lie before each cut
 
 
@@ -93,15 +94,19 @@ def align(log_probs: torch.Tensor, text: str, vocab: Vocab, cuts: Sequence[int] 
     firsts, lasts = (torch.as_tensor(each, dtype=torch.int64, device=log_probs.device) for each in ends)
     found = _Boundaries(2 * len(words), len(log_probs))
     before = np.zeros((len(cuts), len(words) + 1))
+    best = log_probs.max(dim=1).values
+    gap = np.zeros(len(log_probs))
     log_prob, blocks = _posteriors(log_probs, lattice)
     for first, likely in blocks:
         passed = torch.cat([likely.new_zeros(len(likely), 1), likely.cumsum(1)], dim=1)  # (frames, S + 1): states below
         begun, over = 1 - passed[:, firsts], 1 - passed[:, lasts + 1]  # (frames, words) each
         found.add(first, torch.cat([begun, over], dim=1).double().cpu().numpy())
+        here = slice(first, first + len(likely))
+        gap[here] = (best[here] - (likely * log_probs[here, lattice.labels]).sum(1)).double().cpu().numpy()
         for number, cut in enumerate(cuts):
             if first <= cut < first + len(likely):
-                here = passed[cut - first]
-                edges = torch.cat([here[firsts], here[-1:]]) - torch.cat([here[:1], here[lasts + 1]])
+                at = passed[cut - first]
+                edges = torch.cat([at[firsts], at[-1:]]) - torch.cat([at[:1], at[lasts + 1]])
                 before[number] = edges.double().cpu().numpy()
     times, sure = found.read()
     return Alignment(
@@ -112,7 +117,8 @@ def align(log_probs: torch.Tensor, text: str, vocab: Vocab, cuts: Sequence[int] 
             )
         ),
         log_prob=log_prob,
-        best_log_prob=float(log_probs.max(dim=1).values.double().sum()),
+        best_log_prob=float(best.double().sum()),
+        gap=gap,
         before=before,
     )
 

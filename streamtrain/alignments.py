@@ -4,12 +4,15 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import xxhash
 import zstandard
 from tqdm import tqdm
 
@@ -18,7 +21,7 @@ from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.format import ShardIndex, read_index
 from sharding.sample import Sample
 from sharding.store import Store, open_store
-from streamtrain.align import AlignError, align
+from streamtrain.align import AlignError, Alignment, align
 from streamtrain.decode import join_pieces
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
@@ -32,6 +35,7 @@ WINDOW_FRAMES = 1_000  # 20 s of a long recording are heard at a time …
 CONTEXT_FRAMES = 125  # … with 2.5 s on either side, of which nothing is told
 WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
 READERS = 2
+GAP_FRAMES = 25  # half a second: a word, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,10 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
 
     Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, and the probability
     that both lie within 60 ms), `cuts` (each with its second, the likeliest number of words before it, and the
-    probability of that), `log_prob` (of the label, for each frame, beside the best path there is), `error`.
+    probability of that), `pieces` (for each what lies between the cuts: how much likelier, in nats, what is heard is
+    than the label in the half second where they differ most), `without` (the same of the piece with a word, had the
+    label left that word out: what a wrong label looks like to this model), `log_prob` (of the label, for each frame,
+    beside the best path there is), `error`.
     """
     store = open_store(shards)
     index = read_index(store)
@@ -149,6 +156,8 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
         "seconds": round(recording.seconds, 3),
         "words": [],
         "cuts": [],
+        "pieces": [],
+        "without": None,
         "log_prob": None,
         "error": recording.error,
     }
@@ -171,5 +180,34 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
              "probability": round(float(before.max()), 6)}
             for cut, before in zip(recording.cuts, found.before, strict=True)
         ],
+        "pieces": [{"gap": round(gap, 3)} for gap in _worst_gaps(found.gap, cuts)],
+        "without": _without_a_word(log_probs, recording, found, model, cuts) if cuts else None,
         "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
     }  # fmt: skip
+
+
+def _without_a_word(
+    log_probs: torch.Tensor, recording: Labelled, found: Alignment, model: CTCModel, cuts: Sequence[int]
+) -> dict[str, Any] | None:
+    """Leave a word out, by the recording's name, and see what the piece that says it looks like then."""
+    words = recording.text.split()
+    chosen = xxhash.xxh3_64_intdigest(recording.utterance_id.encode()) % len(words)
+    piece = int(np.searchsorted(cuts, found.words[chosen].first_frame, side="right"))
+    frames = slice([0, *cuts][piece], [*cuts, len(log_probs)][piece])
+    bounds = [0, *found.before.argmax(axis=1).tolist(), len(words)]
+    rest = [words[place] for place in range(bounds[piece], bounds[piece + 1]) if place != chosen]
+    try:
+        (gap,) = _worst_gaps(align(log_probs[frames], " ".join(rest), model.vocab).gap, ())
+    except AlignError:
+        return None
+    return {"word": chosen, "gap": round(gap, 3)}
+
+
+def _worst_gaps(gap: npt.NDArray[np.float64], cuts: Sequence[int]) -> list[float]:
+    """Of each piece the largest sum over half a second, or over all of it where it is shorter."""
+    gaps = []
+    for start, end in pairwise([0, *cuts, len(gap)]):
+        passed = np.concatenate([[0.0], np.cumsum(gap[start:end])])
+        width = min(GAP_FRAMES, end - start)
+        gaps.append(float((passed[width:] - passed[: len(passed) - width]).max()) if width else 0.0)
+    return gaps

@@ -69,6 +69,11 @@ def test_what_is_told_is_the_sum_over_all_paths(text: str, seed: int, frames: in
     found = align(tensor, text, VOCAB, cuts=range(frames))
     assert found.log_prob == pytest.approx(np.log(total), abs=1e-4)
     assert found.best_log_prob == pytest.approx(log_probs.max(axis=1).sum(), abs=1e-4)
+    labels = [VOCAB.blank] * (2 * len(text) + 1)
+    labels[1::2] = VOCAB.encode(text)
+    for time in range(frames):
+        wanted = sum(weight * log_probs[time, labels[states[time]]] for states, weight in paths) / total
+        assert found.gap[time] == pytest.approx(log_probs[time].max() - wanted, abs=1e-3)
     words = text.split()
     assert [word.text for word in found.words] == words
     ends = [place for place, symbol in enumerate(f"{text} ") if symbol == " "] if words else []
@@ -191,6 +196,33 @@ def test_cuts_are_those_of_the_build(rows: tuple[Path, dict[str, Row], dict[str,
         )
         counts = [cut["words_before"] for cut in row["cuts"]]
         assert counts == sorted(counts)
+        assert len(row["pieces"]) == len(starts) + 1
+        assert all(piece["gap"] >= 0 for piece in row["pieces"])
+        assert (row["without"] is None) == (not starts)
+
+
+def test_a_build_takes_up_what_was_aligned(rows: tuple[Path, dict[str, Row], dict[str, Row]], tmp_path: Path) -> None:
+    """From the command that writes the file to the one that reads it; twice, and by other numbers of workers."""
+    folder, _, found = rows
+    for out, workers in (("one", 1), ("two", 2)):
+        done = run_module(
+            "sharding", "build", folder / "raw", "--out", tmp_path / out, "--workers", workers,
+            "--alignments", folder / "a/out.jsonl.zst", "--min-confidence", 0, "--wrong-share", 1,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        {str(path.relative_to(tmp_path / out)): path.read_bytes() for path in sorted((tmp_path / out).rglob("*.tar"))}
+        for out in ("one", "two")
+    )
+    assert one == two
+    store = open_store(tmp_path / "one")
+    index = read_index(store)
+    for row in range(len(index.samples)):
+        sample = read_sample(store, index, row)
+        if sample.parent_id and sample.label_status == "labelled":
+            bounds = [0, *(cut["words_before"] for cut in found[sample.parent_id]["cuts"]), None]
+            words = found[sample.parent_id]["text"].split()
+            assert sample.text.split() == words[bounds[sample.piece] : bounds[sample.piece + 1]]
 
 
 def test_a_damaged_recording_keeps_its_name(rows: tuple[Path, dict[str, Row], dict[str, Row]], tmp_path: Path) -> None:

@@ -8,20 +8,24 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import soundfile
+import zstandard
 from conftest import ROOT, Command
 from corpus import SAMPLE_RATE, make_corpus, read_manifest, recite
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
 
 from sharding.format import read_index, read_sample
 from sharding.pauses import listen
+from sharding.plots import DPI
 from sharding.sample import Sample
-from sharding.split import Cut, choose_cuts, split_recording
+from sharding.split import HELD, ISLAND_SPREAD, WORD_SPREAD, Cut, choose_cuts, split_recording, words_after_islands
 from sharding.store import open_store
 
 LIMIT = 25 * SAMPLE_RATE
@@ -156,6 +160,151 @@ def test_the_split_command_shows_every_piece(long_corpus: Path, run_sharding: Co
     assert head == f"{row['audio_duration_sec']:.2f} s in {len(lines)} pieces"
     assert len(lines) >= 3
     assert json.loads(f"[{lines[0].split()[0]}]") == [0.0]
+
+
+def test_the_split_command_draws_what_it_did(long_corpus: Path, run_sharding: Command, tmp_path: Path) -> None:
+    row = read_manifest(long_corpus)[-1]
+    done = run_sharding("split", long_corpus / row["audio_path"], "--text", row["phonetic_text"], "--plot",
+                        tmp_path / "split.png")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert imread(tmp_path / "split.png").shape[1] == 14 * DPI
+
+
+# --- words by durations -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9_999))
+def test_words_after_each_stretch_of_speech_are_the_sum_over_all_ways(words: int, stretches: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lasting, sizes = random.uniform(0.2, 0.9, stretches), random.integers(2, 7, words).astype(float)
+    expected = sizes * lasting.sum() / sizes.sum()
+    wanted = np.zeros((stretches + 1, words + 1))
+    for held in itertools.product(range(3), repeat=stretches):
+        if sum(held) == words:
+            said = [0, *itertools.accumulate(held)]
+            likelihood = 1.0
+            for seconds, (first, last) in zip(lasting, itertools.pairwise(said), strict=True):
+                promise = expected[first:last].sum()
+                spread = WORD_SPREAD * promise + ISLAND_SPREAD
+                likelihood *= HELD[last - first] * np.exp(-((seconds - promise) ** 2) / (2 * spread)) / spread**0.5
+            for stretch, count in enumerate(said):
+                wanted[stretch, count] += likelihood
+    if wanted.sum():
+        np.testing.assert_allclose(words_after_islands(lasting, sizes), wanted / wanted[0].sum(), atol=1e-9)
+
+
+def test_a_list_of_words_with_pauses_between_them_keeps_its_labels() -> None:
+    words = [word for number in range(30) for word in ("kætɪ", "ʃuzən", "dɑgzɪ")]
+    waveform = recite(words, 0, np.random.default_rng(5))
+    segments = split_recording("parent", waveform, " ".join(words))
+    assert len(segments) > 1
+    assert [segment.label_status for segment in segments] == ["labelled"] * len(segments)
+    assert " ".join(segment.text for segment in segments).split() == words
+    for wrong in (words[:7] + words[8:], words[:8] + words[7:]):
+        assert {segment.label_status for segment in split_recording("p", waveform, " ".join(wrong))} == {"unlabelled"}
+
+
+# --- what a model has heard -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def aligned(long_corpus: Path, long_samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a model that hears all would align the recording for training: half of its words lie before each cut."""
+    (name,) = {sample.parent_id for sample in long_samples if sample.label_status == "unlabelled"}
+    (manifest_row,) = (row for row in read_manifest(long_corpus) if row["utterance_id"] == name)
+    ends = sorted(sample.end_sec or 0 for sample in long_samples if sample.parent_id == name)
+    words = manifest_row["phonetic_text"].split()
+    row = {
+        "utterance_id": name,
+        "text": " ".join(words),
+        "cuts": [{"at": end, "words_before": len(words) // 2, "probability": 0.999} for end in ends[:-1]],
+        "pieces": [{"gap": 3.0}] * len(ends),
+        "without": {"word": 0, "gap": 20.0},
+        "error": None,
+    }
+    path = tmp_path_factory.mktemp("aligned") / "alignments.jsonl.zst"
+    path.write_bytes(zstandard.compress((json.dumps(row, ensure_ascii=False) + "\n").encode()))
+    return path
+
+
+def spoilt(aligned: Path, out: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    row = json.loads(zstandard.decompress(aligned.read_bytes()))
+    change(row)
+    out.write_bytes(zstandard.compress((json.dumps(row, ensure_ascii=False) + "\n").encode()))
+    return out
+
+
+def read_all(out: Path) -> dict[str, Sample]:
+    store = open_store(out)
+    index = read_index(store)
+    return {sample.key: sample for sample in (read_sample(store, index, row) for row in range(len(index.samples)))}
+
+
+def test_with_alignments_the_audio_stays_and_the_labels_come(
+    aligned: Path, long_corpus: Path, long_samples: list[Sample], tmp_path: Path, run_sharding: Command
+) -> None:
+    done = run_sharding("build", long_corpus, "--out", tmp_path / "out", "--alignments", aligned)
+    assert done.returncode == 0, done.stderr
+    before, after = {sample.key: sample for sample in long_samples}, read_all(tmp_path / "out")
+    assert {key: sample.audio for key, sample in after.items()} == {key: s.audio for key, s in before.items()}
+    (name,) = {sample.parent_id for sample in long_samples if sample.label_status == "unlabelled"}
+    pieces = sorted((sample for sample in after.values() if sample.parent_id == name), key=lambda piece: piece.piece)
+    texts = {row["utterance_id"]: row["phonetic_text"] for row in read_manifest(long_corpus)}
+    assert " ".join(piece.text for piece in pieces).split() == texts[name].split()
+    others = {key: sample for key, sample in after.items() if sample.parent_id != name}
+    assert others == {key: sample for key, sample in before.items() if sample.parent_id != name}
+    shard = next((tmp_path / "out/train").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    refused = run_sharding("verify", tmp_path / "out", "--repair", long_corpus)
+    assert refused.returncode == 1
+    assert "was built with a file of alignments" in refused.stderr
+    mended = run_sharding("verify", tmp_path / "out", "--repair", long_corpus, "--alignments", aligned)
+    assert mended.returncode == 0, mended.stderr
+    assert read_all(tmp_path / "out") == after
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "another label": (lambda row: row.update(text=row["text"] + " kæt"), "words in"),
+    "other cuts": (lambda row: row["cuts"][0].update(at=row["cuts"][0]["at"] + 0.01), "(other cuts were aligned)"),
+    "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "the cut is only 0.94 sure"),
+    "something else is heard": (
+        lambda row: row.update(pieces=[{"gap": 25.0}] * len(row["pieces"])), "something else is heard",
+    ),
+    "a label it failed on": (lambda row: row.update(error="too few frames"), "(not aligned: too few frames)"),
+    "all words at once": (
+        lambda row: [cut.update(words_before=len(row["text"].split()) - 1) for cut in row["cuts"]],
+        "symbols a second of speech",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_not_sure_is_refused_with_its_reason(
+    why: str, aligned: Path, long_corpus: Path, tmp_path: Path, run_sharding: Command
+) -> None:
+    change, said = REFUSED[why]
+    path = spoilt(aligned, tmp_path / "spoilt.jsonl.zst", change)
+    done = run_sharding("build", long_corpus, "--out", tmp_path / "out", "--alignments", path)
+    assert done.returncode == 0, done.stderr
+    ledger = zstandard.ZstdDecompressor().stream_reader((tmp_path / "out/report/ledger.jsonl.zst").read_bytes()).read()
+    pieces = [piece for row in map(json.loads, ledger.decode().splitlines()) for piece in row["pieces"]]
+    reasons = [piece["reason"] for piece in pieces if piece["label_status"] == "unlabelled"]
+    assert any(said in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no rows", "missing", "text"])
+def test_a_file_of_alignments_that_is_none_is_named(
+    damage: str, aligned: Path, long_corpus: Path, tmp_path: Path, run_sharding: Command
+) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    contents = {"cut off": aligned.read_bytes()[:-9], "no rows": zstandard.compress(b'{"a": 1}\n'), "text": b"kaet\n"}
+    if damage in contents:
+        path.write_bytes(contents[damage])
+    done = run_sharding("build", long_corpus, "--out", tmp_path / "out", "--alignments", path)
+    assert done.returncode == 1
+    assert str(path) in done.stderr
+    assert "python -m streamtrain align MODEL SHARDS --out FILE" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", ["nothing.flac", "text.flac"])

@@ -1,0 +1,112 @@
+"""What a model has heard of the labels of long recordings: what `streamtrain align` wrote, as a build reads it.
+
+Pass 1 of a build gives words to pieces by how long they last; this is pass 2. The cuts stay where they are.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+
+from sharding.audio import SAMPLE_RATE
+from sharding.errors import StreamtrainError
+
+WRONG_SHARE = 0.05  # of labels that lack a word, those that may pass
+USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """For each cut of a recording, how many words of its label lie before it; for each piece, whether they are said."""
+
+    label: int  # xxh3-64 of the label that was aligned
+    cuts: tuple[int, ...]  # samples
+    words_before: tuple[int, ...]
+    probability: tuple[float, ...]
+    gaps: tuple[float, ...]  # of each piece, in nats
+    error: str | None
+
+    def useless(self, text: str, cuts: tuple[int, ...]) -> str | None:
+        """Why it says nothing of a recording with that label and these cuts, if it does not."""
+        if self.error is not None:
+            return f"not aligned: {self.error}"
+        if self.label != hash_label(text):
+            return "another label was aligned"
+        return None if self.cuts == cuts else "other cuts were aligned"
+
+
+@dataclass(frozen=True, eq=False)
+class Alignments:
+    """By utterance id, with a digest of all that they say."""
+
+    by_id: dict[str, Evidence]
+    digest: str
+    wrong_gaps: tuple[float, ...] = ()  # of pieces whose label had a word left out, as a trial
+
+    def bound(self, wrong_share: float) -> float:
+        """The gap above which a label is refused.
+
+        All but the worst hundredth of the pieces stay under it, and of the trials with a word left out no more than
+        that share.
+        """
+        gaps = [gap for evidence in self.by_id.values() if evidence.cuts for gap in evidence.gaps]
+        if not gaps or not self.wrong_gaps:
+            return 0.0
+        return min(float(np.quantile(gaps, USUAL)), float(np.quantile(self.wrong_gaps, wrong_share)))
+
+
+NOTHING_ALIGNED = Alignments({}, "")
+
+
+def read_alignments(path: Path) -> Alignments:
+    """Raises StreamtrainError where the file is not what `streamtrain align` writes."""
+    hint = "it is written by `python -m streamtrain align MODEL SHARDS --out FILE`"
+    by_id, wrong_gaps = dict[str, Evidence](), []
+    digest = xxhash.xxh3_128()
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            digest.update(line)
+            row = json.loads(line)
+            try:
+                by_id[row["utterance_id"]] = _evidence(row)
+                if row["without"] is not None:
+                    wrong_gaps.append(float(row["without"]["gap"]))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise StreamtrainError(f"{path}:{number}: no row of an alignment ({error!r})", hint) from error
+    except OSError as error:
+        raise StreamtrainError(f"{path}: {error.strerror}", hint) from error
+    except (ValueError, zstandard.ZstdError, EOFError) as error:
+        raise StreamtrainError(f"{path}: damaged, or no file of alignments ({error})", hint) from error
+    return Alignments(by_id, digest.hexdigest(), tuple(wrong_gaps))
+
+
+def hash_label(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    unpacker = zstandard.ZstdDecompressor().decompressobj()
+    left = b""
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            *lines, left = (left + unpacker.decompress(chunk)).split(b"\n")
+            yield from lines
+    if left or not unpacker.eof:
+        raise EOFError("it ends in the middle")
+
+
+def _evidence(row: dict[str, Any]) -> Evidence:
+    cuts = row["cuts"]
+    return Evidence(
+        label=hash_label(row["text"]),
+        cuts=tuple(round(cut["at"] * SAMPLE_RATE) for cut in cuts),
+        words_before=tuple(int(cut["words_before"]) for cut in cuts),
+        probability=tuple(float(cut["probability"]) for cut in cuts),
+        gaps=tuple(float(piece["gap"]) for piece in row["pieces"]),
+        error=row["error"],
+    )
