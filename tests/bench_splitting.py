@@ -1,4 +1,6 @@
-"""`make bench`: where long recordings are cut, and whether each piece gets the words said in it, beside simpler ways.
+"""Where long recordings are cut, and whether each piece gets the words said in it, beside simpler ways.
+
+`python -m tests.bench_splitting MODEL`, of which `make bench` has none: it needs a trained one.
 
 Two benchmarks. Synthetic: espeak-ng recites phrases and word lists with pauses of two kinds in rooms of 5 to 20 dB, so
 that all joints are known. Real: a folder of recordings with a `truth.jsonl` beside its transcripts, where one is given.

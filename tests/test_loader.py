@@ -17,7 +17,6 @@ from sharding.errors import ShardError
 from sharding.format import read_index
 from sharding.store import FolderStore
 from streamtrain.collate import Batch
-from streamtrain.config import ModelConfig
 from streamtrain.loader import LoaderError, LoadingProcesses
 from streamtrain.mask import Masking, Spans
 from streamtrain.stream import StepBatch, open_stream
@@ -149,7 +148,6 @@ def test_a_process_that_is_killed_is_told_and_sigterm_is_not_its_to_answer(meado
 
 def test_masks_are_a_clips_own_and_never_hide_its_end(meadow: Path) -> None:
     """Whoever computes a clip and beside whichever: the network's frames and features, no others."""
-    assert ModelConfig(scratch={}).mask_time_length == 10
     plan = plan_of(meadow)
     alone, merged = (
         {
