@@ -61,6 +61,7 @@ class Engine:
             ) from error
         if hasattr(self._engine.optimizer, "loss_scaler"):
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # it is told by the loop
+        _leave_overflow_to_the_norm(self._engine.optimizer)
         self._average = WeightAverage(model, ema_decay) if ema_decay else None
         self._reached: set[str] = set()
         for name, parameter in self._learning():
@@ -281,6 +282,12 @@ class WeightAverage:
     def _put(self, values: Sequence[torch.Tensor]) -> None:
         for here, value in zip(self._here(), values, strict=True):
             here.data.copy_(value)
+
+
+def _leave_overflow_to_the_norm(optimizer: Any) -> None:
+    """Spare ZeRO 1 and 2 seven kernels a gradient: where one is not finite the norm shows it, and nothing moves."""
+    if hasattr(optimizer, "bit16_groups") and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def _settings_here(settings: Mapping[str, Any], world: World) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass
 from itertools import cycle
 from multiprocessing.connection import Connection
 from queue import Empty, Queue
+from socket import MSG_WAITALL, socket
 from typing import Any
 
 import torch
@@ -206,12 +207,10 @@ def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None
 
 
 def _read_into(connection: Connection, tensor: torch.Tensor) -> None:
-    left = _bytes_of(tensor)
-    while left:
-        read = os.readv(connection.fileno(), [left])
-        if not read:
+    whole = _bytes_of(tensor)
+    with socket(fileno=os.dup(connection.fileno())) as stream:  # one call for all: each would ask for the lock anew
+        if whole and stream.recv_into(whole, len(whole), MSG_WAITALL) < len(whole):
             raise EOFError
-        left = left[read:]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

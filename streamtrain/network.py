@@ -7,6 +7,7 @@ Weights keep their names and values, so what is trained here loads in Transforme
 This file travels as it is into a submission, where neither the rest of this package nor its libraries are at hand.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,6 @@ class MaskedGroupNorm(nn.GroupNorm):
         """`hidden` (B, C, T), `frames` (B,) true lengths, or None where no row is padded."""
         if frames is None:
             return super().forward(hidden)
-        if hidden.is_cuda and not hidden.requires_grad:
-            with torch.autocast("cuda", enabled=False):
-                return self._at_once(hidden, frames)
         full = _zero_beyond(hidden.float(), frames)
         count = frames[:, None, None].to(torch.float32)
         mean = full.sum(-1, keepdim=True) / count  # (B, C, 1)
@@ -43,19 +41,16 @@ class MaskedGroupNorm(nn.GroupNorm):
             return torch.addcmul(shift, full, scale).to(hidden.dtype)
         return full.mul_(scale).add_(shift).to(hidden.dtype)  # on CPU, fresh memory costs more than arithmetic
 
-    def _at_once(self, hidden: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """As `forward`, without a copy in fp32: every row's channel is one of a batch norm with known statistics."""
-        rows, channels, length = _zero_beyond(hidden, frames).shape
+    def of_frames(self, hidden: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """As `forward`, of `hidden` (B, T, C), which it overwrites: without a copy in fp32, and without gradients."""
+        outside = torch.arange(hidden.shape[1], device=hidden.device) >= frames[:, None]
+        hidden.masked_fill_(outside[..., None], 0)
         count = frames[:, None].to(torch.float32)
-        mean = hidden.sum(-1, dtype=torch.float32) / count  # (B, C)
-        square = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).square() / count
-        variance = (square - mean.square()).clamp_min(0)
-        weight, bias = (part.float().repeat(rows) for part in (self.weight, self.bias))
-        flat = hidden.reshape(1, rows * channels, length)
-        normed = torch.native_batch_norm(
-            flat, weight, bias, mean.flatten(), variance.flatten(), training=False, momentum=0.0, eps=self.eps
-        )[0]
-        return normed.view(rows, channels, length)
+        mean = hidden.sum(1, dtype=torch.float32) / count  # (B, C)
+        square = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32).square() / count
+        scale = self.weight.float() * torch.rsqrt((square - mean.square()).clamp_min(0) + self.eps)
+        shift = self.bias.float() - mean * scale
+        return torch.addcmul(shift[:, None].to(hidden.dtype), hidden, scale[:, None].to(hidden.dtype))
 
 
 def _sum_of_squares(full: torch.Tensor) -> torch.Tensor:
@@ -175,8 +170,12 @@ class CTCModel(nn.Module):
 
     def _features(self, inputs: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The convolutional front end, (B, S) → (B, C, T); `lengths` only where rows are padded."""
-        hidden = inputs[:, None]
+        half = half_precision(inputs)
         layers = list(self._base.feature_extractor.conv_layers)
+        if half and not (torch.is_grad_enabled() and layers[0].conv.weight.requires_grad):
+            with torch.autocast("cuda", enabled=False):
+                return self._features_by_products(inputs.to(half), lengths)
+        hidden = inputs[:, None]
         if self._group_norm:
             first = layers.pop(0)
             kernel, stride = self.geometry[0]
@@ -186,13 +185,45 @@ class CTCModel(nn.Module):
             hidden = layer(hidden)
         return hidden
 
+    def _features_by_products(self, inputs: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """As `_features` of a front end that does not learn, time-major: no layer turns its frames around for cuDNN.
+
+        The audio is padded until every stride divides what it finds; what that makes beyond the last frame is cut off.
+        """
+        made = int(self.frame_counts(torch.tensor(inputs.shape[1])))
+        whole = math.prod(stride for _, stride in self.geometry)
+        hidden = F.pad(inputs, (0, -inputs.shape[1] % whole))[..., None]  # (B, S', 1)
+        frames = torch.full((len(inputs),), inputs.shape[1]) if lengths is None else lengths
+        for layer, (kernel, stride) in zip(self._base.feature_extractor.conv_layers, self.geometry, strict=True):
+            frames = count_frames(frames, [(kernel, stride)])
+            hidden = convolve_frames(hidden, layer.conv.weight.to(hidden.dtype), stride)
+            if layer.conv.bias is not None:
+                hidden += layer.conv.bias.to(hidden.dtype)
+            norm = getattr(layer, "layer_norm", None)
+            if isinstance(norm, MaskedGroupNorm):
+                hidden = norm.of_frames(hidden, frames.to(hidden.device))
+            elif norm is not None:
+                weight, bias = norm.weight.to(hidden.dtype), norm.bias.to(hidden.dtype)
+                hidden = F.layer_norm(hidden, norm.normalized_shape, weight, bias, norm.eps)
+            hidden = layer.activation(hidden)
+        return hidden[:, :made].transpose(1, 2)
+
+
+def half_precision(hidden: torch.Tensor) -> torch.dtype | None:
+    """The type that a GPU computes with where that is a half one; None elsewhere."""
+    if not hidden.is_cuda:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
 
 def _convolve(conv: nn.Conv1d, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The positional convolution. On a GPU in half precision, cuDNN's is five times slower than a product of blocks."""
-    if not hidden.is_cuda or hidden.dtype == torch.float32:
+    half = half_precision(hidden)
+    if half is None:
         return F.conv1d(hidden, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    convolved = convolve_blocks(hidden, weight.to(hidden.dtype), conv.groups, int(conv.padding[0]))
-    return convolved if bias is None else convolved + bias.to(hidden.dtype)[:, None]
+    convolved = convolve_blocks(hidden.to(half), weight.to(half), conv.groups, int(conv.padding[0]))
+    return convolved if bias is None else convolved + bias.to(half)[:, None]
 
 
 def convolve_blocks(hidden: torch.Tensor, weight: torch.Tensor, groups: int, padding: int) -> torch.Tensor:
@@ -215,6 +246,25 @@ def convolve_blocks(hidden: torch.Tensor, weight: torch.Tensor, groups: int, pad
     product = torch.bmm(heard, diagonal.reshape(groups, inner * reach, outer * BLOCK_FRAMES))
     product = product.view(groups, rows, blocks, outer, BLOCK_FRAMES).permute(1, 0, 3, 2, 4)
     return product.reshape(rows, channels, blocks * BLOCK_FRAMES)[..., :made]
+
+
+def convolve_frames(hidden: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+    """`F.conv1d` without padding of time-major frames: (B, T, C), (C', C, K) → (B, T ÷ stride, C').
+
+    The stride divides T and is at least K ÷ 2. Where a kernel reaches beyond its row's end, what it makes is
+    meaningless.
+    """
+    rows, length, channels = hidden.shape
+    made, _, kernel = weight.shape
+    taps = weight.permute(2, 1, 0).reshape(kernel * channels, made)
+    own, flat = stride * channels, hidden.reshape(-1, stride * channels)  # (B · T ÷ stride, stride · C)
+    if channels == 1:  # such narrow products are slow: the whole kernel at once, in eights
+        reach = F.pad(hidden.flatten(), (0, kernel - stride)).unfold(0, kernel, stride)
+        product = F.pad(reach, (0, -kernel % 8)) @ F.pad(taps, (0, 0, 0, -kernel % 8))
+    else:
+        product = flat @ taps[:own]
+        product[:-1].addmm_(flat[1:, : (kernel - stride) * channels], taps[own:])
+    return product.view(rows, length // stride, made)
 
 
 def count_frames(samples: torch.Tensor, geometry: Sequence[tuple[int, int]]) -> torch.Tensor:

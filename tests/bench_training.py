@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 }
 MODEL = BASE if ON_GPU else SMALL
 PRECISION = {"bf16": {"enabled": True}} if ON_GPU else {}
-WORKERS, CLIPS = (4, 6_000) if ON_GPU else (2, 800)
+WORKERS, CLIPS = (10, 12_000) if ON_GPU else (2, 800)
 DROPOUT = 0.1  # each of the model's
 SAME = dict.fromkeys(ACTIVE_DROPOUTS, DROPOUT) | {
     "layerdrop": 0.0,
@@ -50,7 +50,7 @@ SAME = dict.fromkeys(ACTIVE_DROPOUTS, DROPOUT) | {
     "mask_time_prob": 0.0,
     "ctc_loss_reduction": "sum",
 }
-BATCH_SEC = 640.0 if ON_GPU else 160.0
+BATCH_SEC = 1_600.0 if ON_GPU else 160.0
 REFERENCE_JOB_SEC = 85 * 3600 * 20  # of speech: 85 h, 20 epochs; the reference recipe took 5 h 31 min
 JOB_GOAL_MIN = 15.0
 RANDOM_GOAL, GROUPED_GOAL, WATCH_GOAL = 6.0, 1.0, 0.01

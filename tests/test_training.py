@@ -236,10 +236,13 @@ def test_two_machines_that_start_their_own_ranks_train_together(work: Path) -> N
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_fatal(work: Path) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_fatal(half: bool, work: Path) -> None:
     """A learning rate that breaks the model at its first step."""
     broken = ("deepspeed.optimizer.params.lr=1e30", "train.warmup_steps=0", "train.max_steps=40", "eval.every_steps=50")
-    done = run(training(work, "broken", *EXACT, *broken, ranks=1), expect=1)
+    precision = ("deepspeed.torch_autocast.enabled=false", f"deepspeed.bf16.enabled={str(half).lower()}")
+    shutil.rmtree(work / "broken", ignore_errors=True)
+    done = run(training(work, "broken", *EXACT, *broken, *precision, ranks=1), expect=1)
     assert "its gradient is not finite, as in the 19 steps before it" in done.stderr
     assert "hint: lower the learning rate" in done.stderr
     assert "Traceback" not in done.stderr
