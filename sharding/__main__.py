@@ -221,6 +221,9 @@ def _commands() -> Commands:
         help="with --alignments: and if what is heard in it is hardly likelier than its words: by so little that only "
              "this share of labels with a word left out would pass; the model was tried on that "
              "(default: %(default)s)")  # fmt: skip
+    add("--min-evidence", type=number(-1_000, 1_000), default=Gates.min_evidence,
+        help="with --alignments: and if each of its words is heard: its label is likelier with the word than without "
+             "it, by at least so many nats (default: %(default)s)")  # fmt: skip
     add("--append", action="store_true",
         help="add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and "
              "validation speakers; a run that began before goes on with the clips it began with")  # fmt: skip

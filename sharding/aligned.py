@@ -16,19 +16,20 @@ import zstandard
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 
-WRONG_SHARE = 0.05  # of labels that lack a word, those that may pass
+WRONG_SHARE = 0.01  # of labels that lack a word, those that may pass
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """For each cut of a recording, how many words of its label lie before it; for each piece, whether they are said."""
+    """How many words of a label lie before each cut of its recording; how well each piece and each word is heard."""
 
     label: int  # xxh3-64 of the label that was aligned
     cuts: tuple[int, ...]  # samples
     words_before: tuple[int, ...]
     probability: tuple[float, ...]
     gaps: tuple[float, ...]  # of each piece, in nats
+    words: tuple[float, ...]  # for each word of the label, in nats
     error: str | None
 
     def useless(self, text: str, cuts: tuple[int, ...]) -> str | None:
@@ -46,7 +47,7 @@ class Alignments:
 
     by_id: dict[str, Evidence]
     digest: str
-    wrong_gaps: tuple[float, ...] = ()  # of pieces whose label had a word left out, as a trial
+    wrong_gaps: tuple[float, ...] = ()  # where a label had a word left out, as a trial
 
     def bound(self, wrong_share: float) -> float:
         """The gap above which a label is refused.
@@ -66,7 +67,7 @@ NOTHING_ALIGNED = Alignments({}, "")
 def read_alignments(path: Path) -> Alignments:
     """Raises StreamtrainError where the file is not what `streamtrain align` writes."""
     hint = "it is written by `python -m streamtrain align MODEL SHARDS --out FILE`"
-    by_id, wrong_gaps = dict[str, Evidence](), []
+    by_id, wrong_gaps = dict[str, Evidence](), list[float]()
     digest = xxhash.xxh3_128()
     try:
         for number, line in enumerate(_lines(path), start=1):
@@ -74,8 +75,7 @@ def read_alignments(path: Path) -> Alignments:
             row = json.loads(line)
             try:
                 by_id[row["utterance_id"]] = _evidence(row)
-                if row["without"] is not None:
-                    wrong_gaps.append(float(row["without"]["gap"]))
+                wrong_gaps += map(float, row["without"])
             except (KeyError, TypeError, AttributeError) as error:
                 raise StreamtrainError(f"{path}:{number}: no row of an alignment ({error!r})", hint) from error
     except OSError as error:
@@ -108,5 +108,6 @@ def _evidence(row: dict[str, Any]) -> Evidence:
         words_before=tuple(int(cut["words_before"]) for cut in cuts),
         probability=tuple(float(cut["probability"]) for cut in cuts),
         gaps=tuple(float(piece["gap"]) for piece in row["pieces"]),
+        words=tuple(float(word["evidence"]) for word in row["words"]),
         error=row["error"],
     )

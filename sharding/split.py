@@ -52,6 +52,7 @@ class Gates:
 
     min_confidence: float = 0.95  # probability, of each of its cuts
     max_gap: float = 0.0  # nats, how much likelier what is heard may be than the label, in half a second (pass 2)
+    min_evidence: float = 0.0  # nats, by which the label is likelier with a word than without it, each (pass 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +209,8 @@ def words_by_evidence(
 ) -> list[Given]:
     """For each piece its words, as a model heard them (pass 2); `spoken` are the seconds of speech in each.
 
-    Refused where a cut is not sure, where what is heard is something else than the label, or where words come much
-    faster or slower than in the rest of the recording.
+    Refused where a cut is not sure, where what is heard is something else than the label, where a word is not heard, or
+    where words come much faster or slower than in the rest of the recording.
     """
     words = text.split()
     bounds = np.maximum.accumulate([0, *evidence.words_before, len(words)]).tolist()
@@ -225,6 +226,11 @@ def words_by_evidence(
             refused = f"the cut is only {confidence:.2f} sure"
         elif evidence.gaps[piece] > gates.max_gap:
             refused = f"something else is heard than the label says, by {evidence.gaps[piece]:.0f} nats"
+        elif said and min(evidence.words[start:end]) < gates.min_evidence:
+            worst = min(range(start, end), key=evidence.words.__getitem__)
+            refused = (
+                f"'{words[worst]}' is not heard: the label is likelier without it, by {-evidence.words[worst]:.0f} nats"
+            )
         elif said and not rate / RATE_FACTOR <= own <= rate * RATE_FACTOR:
             refused = f"{own:.1f} symbols a second of speech, where the recording has {rate:.1f}"
         given.append(Given(" ".join(said), confidence, refused))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 import xxhash
 import zstandard
 from tqdm import tqdm
@@ -21,7 +23,7 @@ from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.format import ShardIndex, read_index
 from sharding.sample import Sample
 from sharding.store import Store, open_store
-from streamtrain.align import AlignError, Alignment, align
+from streamtrain.align import AlignedWord, AlignError, Alignment, align
 from streamtrain.decode import join_pieces
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
@@ -29,6 +31,7 @@ from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
 from streamtrain.recordings import read_pieces, rows_of_recordings
 from streamtrain.stream import read_ahead
+from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
 WINDOW_FRAMES = 1_000  # 20 s of a long recording are heard at a time …
@@ -36,6 +39,9 @@ CONTEXT_FRAMES = 125  # … with 2.5 s on either side, of which nothing is told
 WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
 READERS = 2
 GAP_FRAMES = 25  # half a second: a word, about
+TRIAL_EVERY = 6  # of so many words of a long recording one is left out, for a trial
+WORDS_AT_ONCE = 256  # with a word and without it are two
+CERTAIN_NATS = 999.0  # evidence for a word or against it is told up to here
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +74,12 @@ class Window:
 def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: float | None = None) -> int:
     """Write a JSONL row, compressed, for each recording that has a label; returns how many there are.
 
-    Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, and the probability
-    that both lie within 60 ms), `cuts` (each with its second, the likeliest number of words before it, and the
-    probability of that), `pieces` (for each what lies between the cuts: how much likelier, in nats, what is heard is
-    than the label in the half second where they differ most), `without` (the same of the piece with a word, had the
-    label left that word out: what a wrong label looks like to this model), `log_prob` (of the label, for each frame,
-    beside the best path there is), `error`.
+    Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, the probability that
+    both lie within 60 ms, and its `evidence`: by how many nats the label is likelier with it than without it), `cuts`
+    (each with its second, the likeliest number of words before it, and the probability of that), `pieces` (for each
+    what lies between the cuts: how much likelier, in nats, what is heard is than the label in the half second where
+    they differ most), `without` (the same around some of its words, had the label left them out: what wrong labels look
+    like to this model), `log_prob` (of the label, for each frame, beside the best path there is), `error`.
     """
     store = open_store(shards)
     index = read_index(store)
@@ -157,7 +163,7 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
         "words": [],
         "cuts": [],
         "pieces": [],
-        "without": None,
+        "without": [],
         "log_prob": None,
         "error": recording.error,
     }
@@ -172,8 +178,8 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
     return row | {
         "words": [
             {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),
-             "confidence": round(word.confidence, 4)}
-            for word in found.words
+             "confidence": round(word.confidence, 4), "evidence": round(evidence, 2)}
+            for word, evidence in zip(found.words, evidence_of(log_probs, found.words, model.vocab), strict=True)
         ],
         "cuts": [
             {"at": round(cut / SAMPLE_RATE, 6), "words_before": int(before.argmax()),
@@ -181,26 +187,50 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
             for cut, before in zip(recording.cuts, found.before, strict=True)
         ],
         "pieces": [{"gap": round(gap, 3)} for gap in _worst_gaps(found.gap, cuts)],
-        "without": _without_a_word(log_probs, recording, found, model, cuts) if cuts else None,
+        "without": _without_words(log_probs, recording, found, model.vocab) if cuts and found.words else [],
         "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
     }  # fmt: skip
 
 
-def _without_a_word(
-    log_probs: torch.Tensor, recording: Labelled, found: Alignment, model: CTCModel, cuts: Sequence[int]
-) -> dict[str, Any] | None:
-    """Leave a word out, by the recording's name, and see what the piece that says it looks like then."""
-    words = recording.text.split()
-    chosen = xxhash.xxh3_64_intdigest(recording.utterance_id.encode()) % len(words)
-    piece = int(np.searchsorted(cuts, found.words[chosen].first_frame, side="right"))
-    frames = slice([0, *cuts][piece], [*cuts, len(log_probs)][piece])
-    bounds = [0, *found.before.argmax(axis=1).tolist(), len(words)]
-    rest = [words[place] for place in range(bounds[piece], bounds[piece + 1]) if place != chosen]
-    try:
-        (gap,) = _worst_gaps(align(log_probs[frames], " ".join(rest), model.vocab).gap, ())
-    except AlignError:
-        return None
-    return {"word": chosen, "gap": round(gap, 3)}
+def evidence_of(log_probs: torch.Tensor, words: Sequence[AlignedWord], vocab: Vocab) -> list[float]:
+    """By how many nats the frames (T, V) speak for each word: log P(the word and its neighbours) − log P(these alone).
+
+    Both of the frames from where the word before it begins to where the word after it ends.
+    """
+    stretches, labels = [], []
+    for place in range(len(words)):
+        first = words[place - 1].first_frame if place else 0
+        end = words[place + 1].end_frame if place + 1 < len(words) else len(log_probs)
+        before, after = ([word.text for word in words[max(at, 0) : at + 1]] for at in (place - 1, place + 1))
+        for said in ([*before, words[place].text, *after], [*before, *after]):
+            stretches.append(log_probs[first:end])
+            labels.append(torch.tensor(vocab.encode(" ".join(said)), dtype=torch.int64, device=log_probs.device))
+    evidence: list[float] = []
+    for start in range(0, len(labels), WORDS_AT_ONCE):
+        frames, targets = stretches[start : start + WORDS_AT_ONCE], labels[start : start + WORDS_AT_ONCE]
+        losses = F.ctc_loss(
+            torch.nn.utils.rnn.pad_sequence(frames),  # (T, B, V)
+            torch.nn.utils.rnn.pad_sequence(targets, batch_first=True),
+            torch.tensor([len(stretch) for stretch in frames]),
+            torch.tensor([len(label) for label in targets]),
+            blank=vocab.blank,
+            reduction="none",
+        ).view(-1, 2)
+        evidence += (losses[:, 1] - losses[:, 0]).tolist()
+    return [-CERTAIN_NATS if nats != nats else min(max(nats, -CERTAIN_NATS), CERTAIN_NATS) for nats in evidence]
+
+
+def _without_words(log_probs: torch.Tensor, recording: Labelled, found: Alignment, vocab: Vocab) -> list[float]:
+    """Leave out one word of every six, the first by the recording's name, and see how its surroundings look then."""
+    gaps, words = [], found.words
+    first = xxhash.xxh3_64_intdigest(recording.utterance_id.encode()) % TRIAL_EVERY
+    for place in range(first % len(words), len(words), TRIAL_EVERY):
+        around = [at for at in range(place - 2, place + 3) if 0 <= at < len(words)]
+        frames = log_probs[words[around[0]].first_frame : words[around[-1]].end_frame]
+        rest = " ".join(words[at].text for at in around if at != place)
+        with suppress(AlignError):
+            gaps += [round(gap, 3) for gap in _worst_gaps(align(frames, rest, vocab).gap, ())]
+    return gaps
 
 
 def _worst_gaps(gap: npt.NDArray[np.float64], cuts: Sequence[int]) -> list[float]:

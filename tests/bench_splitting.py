@@ -1,6 +1,9 @@
 """Where long recordings are cut, and whether each piece gets the words said in it, beside simpler ways.
 
-`python -m tests.bench_splitting MODEL`, of which `make bench` has none: it needs a trained one.
+`python -m tests.bench_splitting MODEL`, of which `make bench` has none: the demo's, trained on in noise such as theirs:
+
+    deepspeed --num_accelerators 2 launch/train.py --config configs/demo.json --set model.scratch=null \\
+        model.pretrained=data/demo/run/best data.noise_snr_db=[5,40] train.run_dir=data/demo/noisy
 
 Two benchmarks. Synthetic: espeak-ng recites phrases and word lists with pauses of two kinds in rooms of 5 to 20 dB, so
 that all joints are known. Real: a folder of recordings with a `truth.jsonl` beside its transcripts, where one is given.
@@ -11,6 +14,7 @@ import argparse
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -115,7 +119,7 @@ class Count:
             return 0.0, 1.0
         z, n, p = 1.96, self.judged, self.errors / self.judged
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        return max((middle - half) / (1 + z * z / n), 0.0), (middle + half) / (1 + z * z / n)
 
     def __str__(self) -> str:
         if not self.judged:
@@ -345,6 +349,8 @@ def run(*command: object) -> float:
 
 def two_passes(corpus: Path, model: Path, out: Path) -> tuple[dict[str, dict[str, list[Piece]]], dict[str, float]]:
     """Both builds of a corpus: pieces by pass, and the seconds that each step took."""
+    for earlier in ("pass1", "pass2"):  # of another model, maybe
+        shutil.rmtree(out / earlier, ignore_errors=True)
     build = ("sharding", "build", corpus, "--valid-fraction", 0, "--workers", 1, "--out")
     took = {"pass 1": run(*build, out / "pass1")}
     took["align"] = run("streamtrain", "align", model, out / "pass1", "--out", out / "alignments.jsonl.zst")
@@ -500,8 +506,8 @@ def measure(name: str, corpus: Path, model: Path, out: Path, with_corruption: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="the demo's model: data/demo/run/best after `make demo`")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="such as data/demo/noisy/best: see above")
     parser.add_argument("--hours", type=float, default=5.5, help="of synthetic recordings (default: %(default)s)")
     parser.add_argument("--real", type=Path, help="a folder with long/, which has a truth.jsonl, kids_a/ and kids_b/")
     parser.add_argument("--models", type=Path, nargs=2, help="trained on kids_a alone, and on kids_b alone")

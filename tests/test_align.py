@@ -22,7 +22,7 @@ from sharding.format import read_index, read_sample
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
 from streamtrain.align import AlignError, align
-from streamtrain.alignments import WHOLE_SEC, align_shards, windows_of
+from streamtrain.alignments import CERTAIN_NATS, WHOLE_SEC, align_shards, evidence_of, windows_of
 from streamtrain.network import CTCModel
 from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 
@@ -94,11 +94,35 @@ def test_what_is_told_is_the_sum_over_all_paths(text: str, seed: int, frames: in
                 assert time == (wanted if passed is begun else max(wanted, word.first_frame + 1))
 
 
-def test_a_sure_word_is_where_it_is_said_and_a_vague_one_says_so() -> None:
-    path = [0, 0, 2, 2, 0, 3, 0, 1, 1, 0, 0, 0, 2, 0, 0, 0, 0]
+def sure_frames(path: list[int]) -> torch.Tensor:
     scores = np.full((len(path), len(VOCAB)), -12.0)
     scores[np.arange(len(path)), path] = 0
-    log_probs = torch.from_numpy(scores - np.log(np.exp(scores).sum(1, keepdims=True))).float()
+    return torch.from_numpy(scores - np.log(np.exp(scores).sum(1, keepdims=True))).float()
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(["a", "aa", "ab", "bab"]), st.integers(0, 9999), st.integers(5, 7))
+def test_evidence_for_an_only_word_is_its_probability_over_that_of_silence(text: str, seed: int, frames: int) -> None:
+    log_probs = frames_of(seed, frames)
+    said, silence = (sum(weight for _, weight in every_path(log_probs, label)) for label in (text, ""))
+    tensor = torch.from_numpy(log_probs).float()
+    (evidence,) = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
+    assert evidence == pytest.approx(np.log(said / silence), abs=1e-3)
+
+
+@pytest.mark.parametrize(("label", "unsaid"), [("b ab a", 1), ("b ab a ab", 1), ("b b ab a", 1), ("bb a", 0), ("", 0)])
+def test_a_word_that_is_not_said_has_evidence_against_it(label: str, unsaid: int) -> None:
+    """Nothing but "ab a" is said."""
+    log_probs = sure_frames([0, 0, 2, 0, 3, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0])
+    found = align(log_probs, label, VOCAB)
+    evidence = evidence_of(log_probs, found.words, VOCAB)
+    assert len(evidence) == len(label.split())
+    assert min(evidence_of(log_probs, align(log_probs, "ab a", VOCAB).words, VOCAB)) > 10
+    assert (min(evidence, default=0) < -1) == bool(unsaid)
+
+
+def test_a_sure_word_is_where_it_is_said_and_a_vague_one_says_so() -> None:
+    log_probs = sure_frames([0, 0, 2, 2, 0, 3, 0, 1, 1, 0, 0, 0, 2, 0, 0, 0, 0])
     sure = align(log_probs, "ab a", VOCAB, cuts=[1, 3, 9, 15])
     assert [(word.text, word.first_frame, word.end_frame) for word in sure.words] == [("ab", 2, 6), ("a", 12, 13)]
     assert min(word.confidence for word in sure.words) > 0.99
@@ -177,6 +201,7 @@ def test_every_labelled_recording_is_aligned_whole(rows: tuple[Path, dict[str, R
         assert row["text"] == normalize_ipa(manifest[name]["phonetic_text"])
         assert [word["word"] for word in row["words"]] == row["text"].split()
         assert row["seconds"] == pytest.approx(manifest[name]["audio_duration_sec"], abs=0.002)
+        assert all(-CERTAIN_NATS <= word["evidence"] <= CERTAIN_NATS for word in row["words"])
         times = [edge for word in row["words"] for edge in (word["start"], word["end"])]
         assert times == sorted(times)
         assert times[-1] <= row["seconds"] + 0.02
@@ -198,7 +223,7 @@ def test_cuts_are_those_of_the_build(rows: tuple[Path, dict[str, Row], dict[str,
         assert counts == sorted(counts)
         assert len(row["pieces"]) == len(starts) + 1
         assert all(piece["gap"] >= 0 for piece in row["pieces"])
-        assert (row["without"] is None) == (not starts)
+        assert bool(row["without"]) == bool(starts)
 
 
 def test_a_build_takes_up_what_was_aligned(rows: tuple[Path, dict[str, Row], dict[str, Row]], tmp_path: Path) -> None:
@@ -208,6 +233,7 @@ def test_a_build_takes_up_what_was_aligned(rows: tuple[Path, dict[str, Row], dic
         done = run_module(
             "sharding", "build", folder / "raw", "--out", tmp_path / out, "--workers", workers,
             "--alignments", folder / "a/out.jsonl.zst", "--min-confidence", 0, "--wrong-share", 1,
+            "--min-evidence", -1_000,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, two = (

@@ -25,7 +25,15 @@ from sharding.format import read_index, read_sample
 from sharding.pauses import listen
 from sharding.plots import DPI
 from sharding.sample import Sample
-from sharding.split import HELD, ISLAND_SPREAD, WORD_SPREAD, Cut, choose_cuts, split_recording, words_after_islands
+from sharding.split import (
+    HELD,
+    ISLAND_SPREAD,
+    WORD_SPREAD,
+    Cut,
+    choose_cuts,
+    split_recording,
+    words_after_islands,
+)
 from sharding.store import open_store
 
 LIMIT = 25 * SAMPLE_RATE
@@ -218,8 +226,9 @@ def aligned(long_corpus: Path, long_samples: list[Sample], tmp_path_factory: pyt
         "utterance_id": name,
         "text": " ".join(words),
         "cuts": [{"at": end, "words_before": len(words) // 2, "probability": 0.999} for end in ends[:-1]],
+        "words": [{"word": word, "evidence": 9.0} for word in words],
         "pieces": [{"gap": 3.0}] * len(ends),
-        "without": {"word": 0, "gap": 20.0},
+        "without": [20.0],
         "error": None,
     }
     path = tmp_path_factory.mktemp("aligned") / "alignments.jsonl.zst"
@@ -269,6 +278,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "the cut is only 0.94 sure"),
     "something else is heard": (
         lambda row: row.update(pieces=[{"gap": 25.0}] * len(row["pieces"])), "something else is heard",
+    ),
+    "a word that is not heard": (
+        lambda row: row["words"][-1].update(evidence=-4.2), "is not heard: the label is likelier without it, by 4 nats",
     ),
     "a label it failed on": (lambda row: row.update(error="too few frames"), "(not aligned: too few frames)"),
     "all words at once": (
