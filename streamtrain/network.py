@@ -7,7 +7,6 @@ Weights keep their names and values, so what is trained here loads in Transforme
 This file travels as it is into a submission, where neither the rest of this package nor its libraries are at hand.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,9 @@ class MaskedGroupNorm(nn.GroupNorm):
         """`hidden` (B, C, T), `frames` (B,) true lengths, or None where no row is padded."""
         if frames is None:
             return super().forward(hidden)
+        if half_precision(hidden) and not hidden.requires_grad:
+            with torch.autocast("cuda", enabled=False):
+                return self.of_frames(hidden.transpose(1, 2), frames).transpose(1, 2)
         full = _zero_beyond(hidden.float(), frames)
         count = frames[:, None, None].to(torch.float32)
         mean = full.sum(-1, keepdim=True) / count  # (B, C, 1)
@@ -42,7 +44,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         return full.mul_(scale).add_(shift).to(hidden.dtype)  # on CPU, fresh memory costs more than arithmetic
 
     def of_frames(self, hidden: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """As `forward`, of `hidden` (B, T, C), which it overwrites: without a copy in fp32, and without gradients."""
+        """As `forward`, of `hidden` (B, T, C), which it overwrites, without a copy in fp32; it gives no gradients."""
         outside = torch.arange(hidden.shape[1], device=hidden.device) >= frames[:, None]
         hidden.masked_fill_(outside[..., None], 0)
         count = frames[:, None].to(torch.float32)
@@ -87,8 +89,10 @@ class CTCModel(nn.Module):
         self._group_norm = isinstance(getattr(first, "layer_norm", None), nn.GroupNorm)
         if self._group_norm:
             first.layer_norm = _masked(first.layer_norm)
+        for layer in self._base.feature_extractor.conv_layers:
+            layer.conv._conv_forward = partial(_convolve_features, layer.conv)
         positions = self._base.encoder.pos_conv_embed.conv
-        positions._conv_forward = partial(_convolve, positions)
+        positions._conv_forward = partial(_convolve_positions, positions)
 
     def forward(
         self,
@@ -170,11 +174,7 @@ class CTCModel(nn.Module):
 
     def _features(self, inputs: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The convolutional front end, (B, S) → (B, C, T); `lengths` only where rows are padded."""
-        half = half_precision(inputs)
         layers = list(self._base.feature_extractor.conv_layers)
-        if half and not (torch.is_grad_enabled() and layers[0].conv.weight.requires_grad):
-            with torch.autocast("cuda", enabled=False):
-                return self._features_by_products(inputs.to(half), lengths)
         hidden = inputs[:, None]
         if self._group_norm:
             first = layers.pop(0)
@@ -185,29 +185,6 @@ class CTCModel(nn.Module):
             hidden = layer(hidden)
         return hidden
 
-    def _features_by_products(self, inputs: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """As `_features` of a front end that does not learn, time-major: no layer turns its frames around for cuDNN.
-
-        The audio is padded until every stride divides what it finds; what that makes beyond the last frame is cut off.
-        """
-        made = int(self.frame_counts(torch.tensor(inputs.shape[1])))
-        whole = math.prod(stride for _, stride in self.geometry)
-        hidden = F.pad(inputs, (0, -inputs.shape[1] % whole))[..., None]  # (B, S', 1)
-        frames = torch.full((len(inputs),), inputs.shape[1]) if lengths is None else lengths
-        for layer, (kernel, stride) in zip(self._base.feature_extractor.conv_layers, self.geometry, strict=True):
-            frames = count_frames(frames, [(kernel, stride)])
-            hidden = convolve_frames(hidden, layer.conv.weight.to(hidden.dtype), stride)
-            if layer.conv.bias is not None:
-                hidden += layer.conv.bias.to(hidden.dtype)
-            norm = getattr(layer, "layer_norm", None)
-            if isinstance(norm, MaskedGroupNorm):
-                hidden = norm.of_frames(hidden, frames.to(hidden.device))
-            elif norm is not None:
-                weight, bias = norm.weight.to(hidden.dtype), norm.bias.to(hidden.dtype)
-                hidden = F.layer_norm(hidden, norm.normalized_shape, weight, bias, norm.eps)
-            hidden = layer.activation(hidden)
-        return hidden[:, :made].transpose(1, 2)
-
 
 def half_precision(hidden: torch.Tensor) -> torch.dtype | None:
     """The type that a GPU computes with where that is a half one; None elsewhere."""
@@ -217,13 +194,28 @@ def half_precision(hidden: torch.Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _convolve(conv: nn.Conv1d, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The positional convolution. On a GPU in half precision, cuDNN's is five times slower than a product of blocks."""
+def _convolve_positions(
+    conv: nn.Conv1d, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """On a GPU in half precision, cuDNN's is five times slower than a product of blocks."""
     half = half_precision(hidden)
     if half is None:
         return F.conv1d(hidden, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     convolved = convolve_blocks(hidden.to(half), weight.to(half), conv.groups, int(conv.padding[0]))
     return convolved if bias is None else convolved + bias.to(half)[:, None]
+
+
+def _convolve_features(
+    conv: nn.Conv1d, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """On a GPU in half precision, a front end that does not learn runs time-major: cuDNN turns each layer around."""
+    half = half_precision(hidden)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if half is None or learns:
+        return F.conv1d(hidden, weight, bias, conv.stride)
+    with torch.autocast("cuda", enabled=False):
+        convolved = convolve_frames(hidden.to(half).transpose(1, 2), weight.to(half), int(conv.stride[0]))
+        return (convolved if bias is None else convolved.add_(bias.to(half))).transpose(1, 2)
 
 
 def convolve_blocks(hidden: torch.Tensor, weight: torch.Tensor, groups: int, padding: int) -> torch.Tensor:
@@ -249,22 +241,23 @@ def convolve_blocks(hidden: torch.Tensor, weight: torch.Tensor, groups: int, pad
 
 
 def convolve_frames(hidden: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
-    """`F.conv1d` without padding of time-major frames: (B, T, C), (C', C, K) → (B, T ÷ stride, C').
+    """`F.conv1d` of time-major frames as products of matrices, with a stride of at least K ÷ 2.
 
-    The stride divides T and is at least K ÷ 2. Where a kernel reaches beyond its row's end, what it makes is
-    meaningless.
+    (B, T, C), (C', C, K) → (B, T', C')
     """
     rows, length, channels = hidden.shape
     made, _, kernel = weight.shape
     taps = weight.permute(2, 1, 0).reshape(kernel * channels, made)
-    own, flat = stride * channels, hidden.reshape(-1, stride * channels)  # (B · T ÷ stride, stride · C)
+    blocks = -(-length // stride)  # that begin at a multiple of the stride, some of them too short for a kernel
+    own, whole = stride * channels, F.pad(hidden, (0, 0, 0, blocks * stride - length))
     if channels == 1:  # such narrow products are slow: the whole kernel at once, in eights
-        reach = F.pad(hidden.flatten(), (0, kernel - stride)).unfold(0, kernel, stride)
+        reach = F.pad(whole.flatten(), (0, kernel - stride)).unfold(0, kernel, stride)
         product = F.pad(reach, (0, -kernel % 8)) @ F.pad(taps, (0, 0, 0, -kernel % 8))
     else:
+        flat = whole.reshape(-1, own)  # (B · blocks, stride · C)
         product = flat @ taps[:own]
         product[:-1].addmm_(flat[1:, : (kernel - stride) * channels], taps[own:])
-    return product.view(rows, length // stride, made)
+    return product.view(rows, blocks, made)[:, : (length - kernel) // stride + 1]
 
 
 def count_frames(samples: torch.Tensor, geometry: Sequence[tuple[int, int]]) -> torch.Tensor:

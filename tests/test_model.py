@@ -24,7 +24,7 @@ from streamtrain.config import ModelConfig
 from streamtrain.decode import greedy, join_pieces
 from streamtrain.export import ExportError, export_model
 from streamtrain.model import ModelError, load_model, load_trained, save_model
-from streamtrain.network import CTCModel, convolve_blocks, convolve_frames, ctc_sum
+from streamtrain.network import CTCModel, MaskedGroupNorm, convolve_blocks, convolve_frames, ctc_sum
 from streamtrain.vocab import vocab_of
 
 torch.set_num_threads(1)  # networks this small only lose by sharing
@@ -167,27 +167,40 @@ def test_a_convolution_by_blocks_is_torchs_and_so_are_its_gradients(frames: int,
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "channels"), [(10, 5, 1), (3, 2, 6), (2, 2, 6), (4, 2, 3)])
-def test_a_convolution_of_frames_is_torchs(kernel: int, stride: int, channels: int) -> None:
+@pytest.mark.parametrize("frames", [10, 11, 20, 24, 33])
+@pytest.mark.parametrize(("kernel", "stride", "channels"), [(10, 5, 1), (3, 2, 6), (2, 2, 6), (4, 2, 3), (5, 5, 1)])
+def test_a_convolution_of_frames_is_torchs(kernel: int, stride: int, channels: int, frames: int) -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(3, 12 * stride, channels, dtype=torch.float64)
+    hidden = torch.randn(3, frames, channels, dtype=torch.float64)
     weight = torch.randn(7, channels, kernel, dtype=torch.float64)
     expected = F.conv1d(hidden.transpose(1, 2), weight, stride=stride).transpose(1, 2)
-    torch.testing.assert_close(convolve_frames(hidden, weight, stride)[:, : expected.shape[1]], expected)
+    torch.testing.assert_close(convolve_frames(hidden, weight, stride), expected)
+
+
+def test_a_norm_of_frames_is_the_norm_over_true_ones() -> None:
+    torch.manual_seed(0)
+    norm = MaskedGroupNorm(6, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    hidden, frames = 3 + torch.randn(4, 6, 50), torch.tensor([50, 2, 17, 49])
+    with torch.no_grad():
+        made = norm.of_frames(hidden.transpose(1, 2).clone(), frames).transpose(1, 2)
+        for row, length, own in zip(hidden, frames.tolist(), made, strict=True):
+            expected = F.group_norm(row[None, :, :length], 6, norm.weight, norm.bias)[0]
+            torch.testing.assert_close(own[:, :length], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("samples", [MIN_SAMPLES, 7_999, 16_000, 16_001])
-def test_a_front_end_by_products_is_that_by_convolutions(model: CTCModel, samples: int) -> None:
+def test_half_precision_of_a_gpu_hears_the_same(model: CTCModel, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its way through the convolutions, taken here in fp32."""
     lengths = torch.tensor([samples, MIN_SAMPLES, samples // 2 + MIN_SAMPLES // 2])
-    inputs = torch.where(
-        torch.arange(samples) < lengths[:, None], torch.stack([noise(samples, row) for row in range(3)]), 0
-    )
+    inputs = torch.stack([noise(samples, row) for row in range(3)])
     with torch.no_grad():
-        expected = model._features(inputs, lengths)
-        made = model._features_by_products(inputs, lengths)
-    assert made.shape == expected.shape
+        expected = model(inputs, lengths)
+        monkeypatch.setattr("streamtrain.network.half_precision", lambda hidden: torch.float32)
+        made = model(inputs, lengths)
     for ours, theirs, frames in zip(made, expected, model.frame_counts(lengths).tolist(), strict=True):
-        torch.testing.assert_close(ours[:, :frames], theirs[:, :frames], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours[:frames], theirs[:frames], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("samples", [MIN_SAMPLES, MIN_SAMPLES + 1, 1_599, 16_000, 123_457])
