@@ -228,9 +228,7 @@ def words_by_evidence(
             refused = f"something else is heard than the label says, by {evidence.gaps[piece]:.0f} nats"
         elif said and min(evidence.words[start:end]) < gates.min_evidence:
             worst = min(range(start, end), key=evidence.words.__getitem__)
-            refused = (
-                f"'{words[worst]}' is not heard: the label is likelier without it, by {-evidence.words[worst]:.0f} nats"
-            )
+            refused = f"'{words[worst]}' is not heard: {evidence.words[worst]:.1f} nats speak for it"
         elif said and not rate / RATE_FACTOR <= own <= rate * RATE_FACTOR:
             refused = f"{own:.1f} symbols a second of speech, where the recording has {rate:.1f}"
         given.append(Given(" ".join(said), confidence, refused))

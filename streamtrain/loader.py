@@ -207,10 +207,13 @@ def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None
 
 
 def _read_into(connection: Connection, tensor: torch.Tensor) -> None:
-    whole = _bytes_of(tensor)
-    with socket(fileno=os.dup(connection.fileno())) as stream:  # one call for all: each would ask for the lock anew
-        if whole and stream.recv_into(whole, len(whole), MSG_WAITALL) < len(whole):
-            raise EOFError
+    left = _bytes_of(tensor)
+    with socket(fileno=os.dup(connection.fileno())) as stream:
+        while left:  # one call for all, each would ask for the lock anew; a signal that stops us cuts it short
+            read = stream.recv_into(left, len(left), MSG_WAITALL)
+            if not read:
+                raise EOFError
+            left = left[read:]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

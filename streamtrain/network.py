@@ -211,10 +211,11 @@ def _convolve_features(
     """On a GPU in half precision, a front end that does not learn runs time-major: cuDNN turns each layer around."""
     half = half_precision(hidden)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if half is None or learns:
+    (kernel,), (stride,) = conv.kernel_size, conv.stride
+    if half is None or learns or not stride <= kernel <= 2 * stride:
         return F.conv1d(hidden, weight, bias, conv.stride)
     with torch.autocast("cuda", enabled=False):
-        convolved = convolve_frames(hidden.to(half).transpose(1, 2), weight.to(half), int(conv.stride[0]))
+        convolved = convolve_frames(hidden.to(half).transpose(1, 2), weight.to(half), stride)
         return (convolved if bias is None else convolved.add_(bias.to(half))).transpose(1, 2)
 
 
@@ -241,7 +242,7 @@ def convolve_blocks(hidden: torch.Tensor, weight: torch.Tensor, groups: int, pad
 
 
 def convolve_frames(hidden: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
-    """`F.conv1d` of time-major frames as products of matrices, with a stride of at least K ÷ 2.
+    """`F.conv1d` of time-major frames as products of matrices, with a stride from K ÷ 2 to K.
 
     (B, T, C), (C', C, K) → (B, T', C')
     """

@@ -1,11 +1,13 @@
 """Batches that another process loads are those of a stream, and it never outlives or outwaits the one that asked."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,7 @@ from sharding.errors import ShardError
 from sharding.format import read_index
 from sharding.store import FolderStore
 from streamtrain.collate import Batch
-from streamtrain.loader import LoaderError, LoadingProcesses
+from streamtrain.loader import LoaderError, LoadingProcesses, _read_into
 from streamtrain.mask import Masking, Spans
 from streamtrain.stream import StepBatch, open_stream
 from streamtrain.world import World
@@ -51,6 +53,34 @@ def assert_alike(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
         for name in ("inputs", "input_lengths", "targets", "target_lengths", "weights", "time_mask", "feature_mask"):
             one, another = getattr(mine.batch, name), getattr(other.batch, name)
             assert (one is None and another is None) or torch.equal(one, another), name
+
+
+def _sum_received(theirs: Connection, answer: Connection) -> None:
+    tensor = torch.zeros(1_000_000)
+    answer.send("ready")
+    _read_into(theirs, tensor)
+    answer.send(float(tensor.sum()))
+
+
+def test_a_batch_arrives_whole_though_the_receiver_is_stopped_in_its_middle() -> None:
+    """As a scheduler that suspends jobs does."""
+    context = multiprocessing.get_context("spawn")
+    (ours, theirs), (answer, question) = context.Pipe(), context.Pipe()
+    receiver = context.Process(target=_sum_received, args=(theirs, question), daemon=True)
+    receiver.start()
+    theirs.close()
+    assert answer.recv() == "ready"
+    whole = memoryview(torch.ones(1_000_000).numpy()).cast("B")  # type: ignore[arg-type]
+    sent = 0
+    for part in range(4):
+        end = len(whole) * (part + 1) // 4 - (2 if part < 3 else 0)
+        while sent < end:
+            sent += os.write(ours.fileno(), whole[sent:end])
+        psutil.Process(receiver.pid).suspend()
+        psutil.Process(receiver.pid).resume()
+    assert answer.poll(30)
+    assert answer.recv() == 1_000_000
+    receiver.join()
 
 
 @pytest.mark.parametrize("merged", [None, 8.0])

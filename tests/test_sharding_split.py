@@ -280,7 +280,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda row: row.update(pieces=[{"gap": 25.0}] * len(row["pieces"])), "something else is heard",
     ),
     "a word that is not heard": (
-        lambda row: row["words"][-1].update(evidence=-4.2), "is not heard: the label is likelier without it, by 4 nats",
+        lambda row: row["words"][-1].update(evidence=-4.2), "is not heard: -4.2 nats speak for it",
     ),
     "a label it failed on": (lambda row: row.update(error="too few frames"), "(not aligned: too few frames)"),
     "all words at once": (
