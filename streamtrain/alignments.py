@@ -28,7 +28,7 @@ from streamtrain.decode import join_pieces
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
-from streamtrain.plan import cut, plan_evaluation
+from streamtrain.plan import plan_evaluation
 from streamtrain.recordings import read_pieces, rows_of_recordings
 from streamtrain.stream import read_ahead
 from streamtrain.vocab import Vocab
@@ -40,7 +40,7 @@ WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
 READERS = 2
 GAP_FRAMES = 25  # half a second: a word, about
 TRIAL_EVERY = 6  # of so many words of a long recording one is left out, for a trial
-FRAMES_AT_ONCE = 2**16  # padding included, of words whose evidence is sought
+EVIDENCE_SEC = 1_300.0  # padded seconds of the stretches in which evidence for words is sought at once
 CERTAIN_NATS = 999.0  # evidence for a word or against it is told up to here
 
 
@@ -206,13 +206,11 @@ def evidence_of(log_probs: torch.Tensor, words: Sequence[AlignedWord], vocab: Vo
             stretches.append(log_probs[first:end])
             labels.append(torch.tensor(vocab.encode(" ".join(said)), dtype=torch.int64, device=log_probs.device))
     losses = torch.zeros(len(labels))
-    lengths = np.array([len(stretch) for stretch in stretches], np.int64)
-    order = np.argsort(lengths, kind="stable")
-    for chosen in cut(order, lengths[order], FRAMES_AT_ONCE):
+    for chosen in plan_evaluation([len(stretch) * FRAME_SAMPLES for stretch in stretches], EVIDENCE_SEC):
         losses[torch.from_numpy(chosen)] = F.ctc_loss(
             torch.nn.utils.rnn.pad_sequence([stretches[i] for i in chosen]),  # (T, B, V)
             torch.nn.utils.rnn.pad_sequence([labels[i] for i in chosen], batch_first=True),
-            torch.from_numpy(lengths[chosen]),
+            torch.tensor([len(stretches[i]) for i in chosen]),
             torch.tensor([len(labels[i]) for i in chosen]),
             blank=vocab.blank,
             reduction="none",

@@ -508,7 +508,12 @@ def measure(name: str, corpus: Path, model: Path, out: Path, with_corruption: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="such as data/demo/noisy/best: see above")
-    parser.add_argument("--hours", type=float, default=5.5, help="of synthetic recordings (default: %(default)s)")
+    parser.add_argument(
+        "--hours",
+        type=float,
+        default=6.2,
+        help="of synthetic recordings; they make 1,000 pieces (default: %(default)s)",
+    )
     parser.add_argument("--real", type=Path, help="a folder with long/, which has a truth.jsonl, kids_a/ and kids_b/")
     parser.add_argument("--models", type=Path, nargs=2, help="trained on kids_a alone, and on kids_b alone")
     options = parser.parse_args()
