@@ -151,7 +151,7 @@ def _split(options: argparse.Namespace) -> int:
         raise AudioError(f"{options.audio}: {error.message}") from error
     name, heard = Path(options.audio).stem, listen(waveform)
     alignments = _read_alignments(options.alignments)
-    gates = Gates(max_gap=alignments.bound(WRONG_SHARE))
+    gates = Gates(options.min_confidence, alignments.bound(options.wrong_share), options.min_evidence)
     text, evidence = normalize_ipa(options.text), alignments.by_id.get(name)
     segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
@@ -211,19 +211,9 @@ def _commands() -> Commands:
     add("--group-by", default="", metavar="COLUMN",
         help="keep all clips of one value of this column on one side, training or validation "
              "(default: child_id, else session_id, else each clip by itself)")  # fmt: skip
-    add("--alignments", metavar="FILE",
-        help="what `python -m streamtrain align` has written of shards built of the same sources with the same "
-             "--limit-sec: pieces of long recordings then get the words that a model heard in them")  # fmt: skip
-    add("--min-confidence", type=number(0, 1), default=Gates.min_confidence,
-        help="a piece keeps its words if each of its cuts falls where it should with this probability "
-             "(default: %(default)s)")  # fmt: skip
-    add("--wrong-share", type=number(0, 1), default=WRONG_SHARE,
-        help="with --alignments: and if what is heard in it is hardly likelier than its words: by so little that only "
-             "this share of labels with a word left out would pass; the model was tried on that "
-             "(default: %(default)s)")  # fmt: skip
-    add("--min-evidence", type=number(-1_000, 1_000), default=Gates.min_evidence,
-        help="with --alignments: and if each of its words is heard: its label is likelier with the word than without "
-             "it, by at least so many nats (default: %(default)s)")  # fmt: skip
+    _add_gates(parser_build, "what `python -m streamtrain align` has written of shards built of the same sources with "
+                             "the same --limit-sec: pieces of long recordings then get the words that a model heard "
+                             "in them")  # fmt: skip
     add("--append", action="store_true",
         help="add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and "
              "validation speakers; a run that began before goes on with the clips it began with")  # fmt: skip
@@ -274,9 +264,7 @@ def _commands() -> Commands:
     )
     parser_split.add_argument("audio", help="audio file")
     parser_split.add_argument("--text", default="", help="its label")
-    parser_split.add_argument(
-        "--alignments", metavar="FILE", help="what `python -m streamtrain align` has written of it"
-    )
+    _add_gates(parser_split, "what `python -m streamtrain align` has written of it, and of others like it")
     parser_split.add_argument(
         "--plot",
         metavar="PNG",
@@ -298,6 +286,22 @@ def _commands() -> Commands:
         "--seed", type=number(0, 2**32, int), default=0, help="another seed, another corpus (default: %(default)s)"
     )
     return commands
+
+
+def _add_gates(parser: argparse.ArgumentParser, alignments: str) -> None:
+    """What decides whether a piece of a long recording keeps its words."""
+    add = parser.add_argument
+    add("--alignments", metavar="FILE", help=alignments)
+    add("--min-confidence", type=number(0, 1), default=Gates.min_confidence,
+        help="a piece keeps its words if each of its cuts falls where it should with this probability "
+             "(default: %(default)s)")  # fmt: skip
+    add("--wrong-share", type=number(0, 1), default=WRONG_SHARE,
+        help="with --alignments: and if what is heard in it is hardly likelier than its words: by so little that only "
+             "this share of labels with a word left out would pass; the model was tried on that "
+             "(default: %(default)s)")  # fmt: skip
+    add("--min-evidence", type=number(-1_000, 1_000), default=Gates.min_evidence,
+        help="with --alignments: and if each of its words is heard: its label is likelier with the word than without "
+             "it, by at least so many nats (default: %(default)s)")  # fmt: skip
 
 
 if __name__ == "__main__":

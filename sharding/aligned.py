@@ -4,6 +4,7 @@ Pass 1 of a build gives words to pieces by how long they last; this is pass 2. T
 """
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import zstandard
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 
-WRONG_SHARE = 0.01  # of labels that lack a word, those that may pass
+WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
 
 
@@ -28,8 +29,11 @@ class Evidence:
     cuts: tuple[int, ...]  # samples
     words_before: tuple[int, ...]
     probability: tuple[float, ...]
+    inside: tuple[float, ...]  # probability that the cut falls inside a word
     gaps: tuple[float, ...]  # of each piece, in nats
     words: tuple[float, ...]  # for each word of the label, in nats
+    starts: tuple[int, ...]  # of the words, samples
+    ends: tuple[int, ...]
     error: str | None
 
     def useless(self, text: str, cuts: tuple[int, ...]) -> str | None:
@@ -39,6 +43,10 @@ class Evidence:
         if self.label != hash_label(text):
             return "another label was aligned"
         return None if self.cuts == cuts else "other cuts were aligned"
+
+    def has_word(self, start: int, end: int) -> bool:
+        """Whether a word is said, at least partly, between two samples."""
+        return bisect_left(self.starts, end) > bisect_right(self.ends, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +115,10 @@ def _evidence(row: dict[str, Any]) -> Evidence:
         cuts=tuple(round(cut["at"] * SAMPLE_RATE) for cut in cuts),
         words_before=tuple(int(cut["words_before"]) for cut in cuts),
         probability=tuple(float(cut["probability"]) for cut in cuts),
+        inside=tuple(float(cut["inside"]) for cut in cuts),
         gaps=tuple(float(piece["gap"]) for piece in row["pieces"]),
         words=tuple(float(word["evidence"]) for word in row["words"]),
+        starts=tuple(round(word["start"] * SAMPLE_RATE) for word in row["words"]),
+        ends=tuple(round(word["end"] * SAMPLE_RATE) for word in row["words"]),
         error=row["error"],
     )

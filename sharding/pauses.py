@@ -13,6 +13,7 @@ from sharding.audio import SAMPLE_RATE, Waveform
 HOP = SAMPLE_RATE // 100  # level and mask are sampled every 10 ms
 VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz
 QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
+SPEECH_PROBABILITY = 0.50  # from it on it hears some
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
 MIN_PAUSE_SEC = 0.20
 CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
@@ -42,7 +43,11 @@ class Listening:
     @property
     def silent(self) -> bool:
         """Whether the detector hears no speech anywhere."""
-        return bool((self.speech < 0.5).all())
+        return not self.speaks(0, len(self.speech) * HOP)
+
+    def speaks(self, start: int, end: int) -> bool:
+        """Whether the detector hears speech between two samples."""
+        return bool((self.speech[start // HOP : -(-end // HOP)] >= SPEECH_PROBABILITY).any())
 
 
 def listen(waveform: Waveform) -> Listening:

@@ -2,9 +2,10 @@
 
 import heapq
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import zstandard
@@ -23,6 +24,7 @@ PLOT_NAME = "report/durations.png"
 DECLARED_OFF_SEC = 0.1  # a declared duration further than this from the measured one is listed
 FATES = ("written", "split", "rejected")
 WORST = 10  # files that the summary names
+SURE = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)  # edges of the probabilities in the reliability table
 NO_LABEL = "no label: kept, not trained on"
 TOO_DENSE = "label needs more frames than the clip has: kept without it"
 
@@ -70,17 +72,19 @@ class Tally:
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
     unlabelled_pieces: int = 0
     labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
+    guessed: Counter[int] = field(default_factory=Counter)  # pieces labelled by a model, by how sure pass 1 was (SURE)
+    guessed_wrong: Counter[int] = field(default_factory=Counter)  # of these, where pass 1 would have given other words
     validation: Counter[str] = field(default_factory=Counter)  # clips, rejected
     worst: list[dict[str, Any]] = field(default_factory=list)
     declared_off: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
-        for name in ("clips", "corpora", "reasons", "unlabelled", "validation"):
-            getattr(self, name).update(getattr(other, name))
+        for name in (each.name for each in fields(self)):
+            if isinstance(counts := getattr(self, name), Counter):
+                counts.update(getattr(other, name))
         for fate in FATES:
             self.seconds[fate] += other.seconds[fate]
         self.unlabelled_pieces += other.unlabelled_pieces
-        self.labelled_pieces.update(other.labelled_pieces)
         self.worst += other.worst
         self.declared_off += other.declared_off
 
@@ -94,6 +98,10 @@ class Tally:
         for piece in row["pieces"]:
             if piece["label_status"] == "labelled":
                 self.labelled_pieces[piece.get("by", "durations")] += 1  # which older ledgers do not say
+            if guess := piece.get("guess"):
+                place = min(bisect_right(SURE, guess["confidence"]), len(SURE) - 1) - 1
+                self.guessed[place] += 1
+                self.guessed_wrong[place] += not guess["right"]
         if fate == "rejected":
             self.reasons[row["reason"]] += 1
             self.validation["rejected"] += row["split"] == "valid"
@@ -219,6 +227,10 @@ def _summarize(
         "worst": _worst(tally.worst),
         "unlabelled_pieces": tally.unlabelled_pieces,
         "labelled_pieces": dict(sorted(tally.labelled_pieces.items())),
+        "reliability": [
+            {"confidence": [SURE[place], SURE[place + 1]], "pieces": count, "wrong": tally.guessed_wrong[place]}
+            for place, count in sorted(tally.guessed.items())
+        ],
         "unlabelled_reasons": dict(sorted(tally.unlabelled.items(), key=lambda item: (-item[1], item[0]))),
         "corpora": dict(sorted(tally.corpora.items())),
         "orphan_audio": len(orphans),
@@ -248,6 +260,7 @@ def render(summary: dict[str, Any], dry: bool = False) -> str:
     lines += _name_worst(summary, dry)
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
     lines += [f"{count:6,} labelled: pieces of long recordings, by {how}" for how, count in labelled.items()]
+    lines += _tell_reliability(summary.get("reliability", []))
     if summary["unlabelled_pieces"]:
         lines.append(
             f"{summary['unlabelled_pieces']:6,} unlabelled: pieces of long recordings; which words they hold is not "
@@ -268,6 +281,17 @@ def render(summary: dict[str, Any], dry: bool = False) -> str:
     if not notes["validation"]["disjoint_by_speaker"]:
         lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
     return "\n".join(map(printable, lines))
+
+
+def _tell_reliability(table: Sequence[dict[str, Any]]) -> list[str]:
+    """How right pauses and durations alone would have been, where a model could tell."""
+    if not table:
+        return []
+    return ["pieces labelled by alignment, by how sure pauses and durations alone are of them:"] + [
+        f"{row['pieces']:6,} at {row['confidence'][0]:.2f} – {row['confidence'][1]:.2f}, "
+        f"{row['wrong']:,} of them with other words"
+        for row in table
+    ]
 
 
 def _name_worst(summary: dict[str, Any], dry: bool) -> list[str]:

@@ -5,7 +5,7 @@ none over the limit. Words are given to pieces by a duration model (pass 1) or, 
 what it heard (pass 2). A piece whose label is not nearly certain is kept as audio, without a label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -21,10 +21,19 @@ SHORT_PIECE_SEC = 5.0  # shorter pieces cost something
 CUT_COST = 0.5  # every cut is a risk for the label
 FORCED_COST = 20.0  # a cut where somebody may be speaking: only where there is no other way
 TINY_COST = 1000.0  # a piece under MIN_PIECE_SEC: only where nothing else is possible
+LEAST_BETWEEN = 0.01  # probability that a cut in a pause falls between words, below which a model is not believed
 RATE_FACTOR = 2.0  # a piece says at most so many times as many symbols a second as its recording, and at least 1 / that
 WORD_SPREAD = 0.056  # variance of spoken time, s² per s: words of 0.35 s vary by 40 %
-ISLAND_SPREAD = 0.1**2  # s²: of where a stretch is seen to begin and end
+STRETCH_SPREAD = 0.1**2  # s²: of where a stretch is seen to begin and end
 HELD = (0.01, 0.98, 0.01)  # how often a stretch of speech in a list of words holds none, one or two of them
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What pass 1 said of a piece that pass 2 has labelled: a check on how sure it may be."""
+
+    confidence: float
+    right: bool  # it would have given the same words
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,7 @@ class Segment:
     forced: bool = False  # one of its ends was cut where there was no pause
     by: str = "durations"  # or "alignment": how its words were found
     reason: str | None = None  # why it has no label
+    guess: Guess | None = None  # where a model has labelled it
 
     @property
     def samples(self) -> int:
@@ -62,6 +72,15 @@ class Given:
     text: str
     confidence: float
     refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Between two pauses; in samples."""
+
+    start: int
+    end: int
+    voiced: bool  # the detector hears speech in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +107,21 @@ def split_recording(
     pauses = find_pauses(heard)
     cuts = choose_cuts(len(waveform), candidates(heard, pauses, limit_sec), round(limit_sec * SAMPLE_RATE))
     positions = tuple(cut.position for cut in cuts)
-    spoken = np.diff(_spoken_before(np.array([0, *positions, len(waveform)]), pauses)) / SAMPLE_RATE  # seconds, each
+    stretches = list(_between(pauses, heard, len(waveform)))
+    guessed = given = assign_words(text, cuts, stretches, heard.silent, gates)
     useless = evidence.useless(text, positions) if evidence else None
+    by = "alignment" if evidence and not useless else "durations"
     if evidence and not useless:
-        by, given = "alignment", words_by_evidence(text, evidence, spoken, gates)
-    else:
-        by, given = "durations", assign_words(text, cuts, pauses, len(waveform), heard.silent, gates)
-    if useless:
+        given = words_by_evidence(text, evidence, cuts, stretches, len(waveform), gates)
+    elif useless:
         given = [replace(words, refused=words.refused and f"{words.refused} ({useless})") for words in given]
     ends = [0, *positions, len(waveform)]
     forced = [False, *(cut.forced for cut in cuts), False]
-    return [
+    segments = [
         _segment(utterance_id, start, end, words, forced[piece] or forced[piece + 1], by)
         for piece, (start, end, words) in enumerate(zip(ends, ends[1:], given, strict=False))
     ]
+    return segments if by == "durations" else [_beside_guess(*pair) for pair in zip(segments, guessed, strict=True)]
 
 
 def candidates(heard: Listening, pauses: Sequence[Pause], limit_sec: float) -> list[Cut]:
@@ -137,7 +157,7 @@ def choose_cuts(samples: int, cuts: Sequence[Cut], limit: int) -> list[Cut]:
 
 
 def assign_words(
-    text: str, cuts: Sequence[Cut], pauses: Sequence[Pause], samples: int, silent: bool, gates: Gates = Gates()
+    text: str, cuts: Sequence[Cut], stretches: Sequence[Stretch], silent: bool, gates: Gates = Gates()
 ) -> list[Given]:
     """For each piece its words, told by pauses and durations alone (pass 1).
 
@@ -148,13 +168,12 @@ def assign_words(
     words = text.split()
     if not words:
         return [Given("", float(silent), None if silent else "speech without a label")] * (len(cuts) + 1)
-    islands = _islands(pauses, samples)
-    if len(islands) != len(words):
-        why = f"{len(words)} words in {len(islands)} stretches of speech: only a model can tell which is where"
+    if len(stretches) != len(words):
+        why = f"{len(words)} words in {len(stretches)} stretches of speech: only a model can tell which is where"
         return [Given("", 0.0, why)] * (len(cuts) + 1)
-    lasting = np.array([end - start for start, end in islands]) / SAMPLE_RATE
-    before = words_after_islands(lasting, np.array([len(word) + 1.0 for word in words]))
-    passed = np.searchsorted([end for _, end in islands], [cut.position for cut in cuts], side="right")
+    lasting = np.array([stretch.end - stretch.start for stretch in stretches]) / SAMPLE_RATE
+    before = words_after_stretches(lasting, np.array([len(word) + 1.0 for word in words]))
+    passed = np.searchsorted([stretch.end for stretch in stretches], [cut.position for cut in cuts], side="right")
     bounds = [0, *passed.tolist(), len(words)]
     sure = [1.0, *before[passed, passed].tolist(), 1.0]
     given = []
@@ -164,7 +183,7 @@ def assign_words(
     return given
 
 
-def words_after_islands(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def words_after_stretches(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The probability that after each stretch of speech so many words have been said, shape (stretches + 1, words + 1).
 
     A stretch `lasting` so many seconds holds one word of so many `sizes`, seldom none or two; how long they last is
@@ -176,7 +195,7 @@ def words_after_islands(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     likely = np.full((3, len(lasting), count + 1), -np.inf)  # of a stretch with so many words, the last of them given
     for held in range(3):
         promise = said[held:] - said[: count + 1 - held]  # seconds, by words said in the end
-        spread = WORD_SPREAD * promise + ISLAND_SPREAD
+        spread = WORD_SPREAD * promise + STRETCH_SPREAD
         miss = np.square(lasting[:, None] - promise) / (2 * spread) + 0.5 * np.log(spread)
         likely[held, :, held:] = np.log(HELD[held]) - miss
     forward = np.full((len(lasting) + 1, count + 1), -np.inf)
@@ -205,30 +224,49 @@ def _shift(values: np.ndarray, places: int) -> np.ndarray:
 
 
 def words_by_evidence(
-    text: str, evidence: Evidence, spoken: Sequence[float] | np.ndarray, gates: Gates = Gates()
+    text: str,
+    evidence: Evidence,
+    cuts: Sequence[Cut],
+    stretches: Sequence[Stretch],
+    samples: int,
+    gates: Gates = Gates(),
 ) -> list[Given]:
-    """For each piece its words, as a model heard them (pass 2); `spoken` are the seconds of speech in each.
+    """For each piece its words, as a model heard them (pass 2).
 
-    Refused where a cut is not sure, where what is heard is something else than the label, where a word is not heard, or
-    where words come much faster or slower than in the rest of the recording.
+    Refused where a cut is not sure, where what is heard is something else than the label, where a word is not heard,
+    where somebody speaks and the label has no word, or where words come much faster or slower than in the rest of the
+    recording. A cut in a pause lies between words, whatever the model takes the room's noise for: what it says of the
+    cut is taken under that condition.
     """
     words = text.split()
     bounds = np.maximum.accumulate([0, *evidence.words_before, len(words)]).tolist()
-    sure = [1.0, *evidence.probability, 1.0]
-    rate = sum(map(len, words)) / max(float(sum(spoken)), 0.1)  # symbols a second
+    forced = [cut.forced for cut in cuts]
+    between = np.where(forced, 1.0, np.maximum(1 - np.array(evidence.inside), LEAST_BETWEEN))
+    sure = [1.0, *np.minimum(evidence.probability / between, 1.0).tolist(), 1.0]
+    wordless = [each for each in stretches if each.voiced and not evidence.has_word(each.start, each.end)]
+    ends = [0, *(cut.position for cut in cuts), samples]
+    spoken = [max(_in_common(stretches, start, end) / SAMPLE_RATE, 0.1) for start, end in pairwise(ends)]  # seconds
+    rate = sum(map(len, words)) / sum(spoken)  # symbols a second
     given = []
     for piece, (start, end) in enumerate(pairwise(bounds)):
         said = words[start:end]
         confidence = min(sure[piece], sure[piece + 1])
-        own = sum(map(len, said)) / max(float(spoken[piece]), 0.1)
+        own = sum(map(len, said)) / spoken[piece]
+        unsaid = [each for each in wordless if _in_common([each], ends[piece], ends[piece + 1])]
         refused = None
         if confidence < gates.min_confidence:
             refused = f"the cut is only {confidence:.2f} sure"
         elif evidence.gaps[piece] > gates.max_gap:
-            refused = f"something else is heard than the label says, by {evidence.gaps[piece]:.0f} nats"
+            refused = (
+                f"something else is heard than the label says, by {evidence.gaps[piece]:.1f} nats "
+                f"where {gates.max_gap:.1f} may be"
+            )
         elif said and min(evidence.words[start:end]) < gates.min_evidence:
             worst = min(range(start, end), key=evidence.words.__getitem__)
             refused = f"'{words[worst]}' is not heard: {evidence.words[worst]:.1f} nats speak for it"
+        elif unsaid:
+            first, last = unsaid[0].start / SAMPLE_RATE, unsaid[0].end / SAMPLE_RATE
+            refused = f"somebody speaks at {first:.1f} – {last:.1f} s, where no word of the label is heard"
         elif said and not rate / RATE_FACTOR <= own <= rate * RATE_FACTOR:
             refused = f"{own:.1f} symbols a second of speech, where the recording has {rate:.1f}"
         given.append(Given(" ".join(said), confidence, refused))
@@ -254,14 +292,21 @@ def _segment(utterance_id: str, start: int, end: int, given: Given, forced: bool
     )
 
 
-def _islands(pauses: Sequence[Pause], samples: int) -> list[tuple[int, int]]:
-    """Stretches of speech between pauses, in samples; edges shorter than 0.1 s are no speech."""
+def _beside_guess(segment: Segment, guess: Given) -> Segment:
+    """With what pass 1 says, where both say something."""
+    if segment.label_status != "labelled" or not guess.confidence:
+        return segment
+    return replace(segment, guess=Guess(round(guess.confidence, 4), guess.text == segment.text))
+
+
+def _between(pauses: Sequence[Pause], heard: Listening, samples: int) -> Iterator[Stretch]:
+    """What lies between pauses; edges shorter than 0.1 s are no speech."""
     edges = [0, *(edge for pause in pauses for edge in (pause.start, pause.end)), samples]
-    pairs = zip(edges[::2], edges[1::2], strict=True)
-    return [(start, end) for start, end in pairs if end - start > 10 * HOP]
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        if end - start > 10 * HOP:
+            yield Stretch(start, end, heard.speaks(start, end))
 
 
-def _spoken_before(positions: np.ndarray, pauses: Sequence[Pause]) -> np.ndarray:
-    """Samples of speech before each position."""
-    silence = sum((np.clip(positions - pause.start, 0, pause.end - pause.start) for pause in pauses), np.int64(0))
-    return positions - silence
+def _in_common(stretches: Sequence[Stretch], start: int, end: int) -> int:
+    """Samples that they have in common with those from `start` to `end`."""
+    return sum(max(min(stretch.end, end) - max(stretch.start, start), 0) for stretch in stretches)

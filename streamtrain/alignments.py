@@ -76,10 +76,11 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
 
     Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, the probability that
     both lie within 60 ms, and its `evidence`: by how many nats the label is likelier with it than without it), `cuts`
-    (each with its second, the likeliest number of words before it, and the probability of that), `pieces` (for each
-    what lies between the cuts: how much likelier, in nats, what is heard is than the label in the half second where
-    they differ most), `without` (the same around some of its words, had the label left them out: what wrong labels look
-    like to this model), `log_prob` (of the label, for each frame, beside the best path there is), `error`.
+    (each with its second, the likeliest number of words before it, the probability of that, and the probability that it
+    falls `inside` a word), `pieces` (for each what lies between the cuts: how much likelier, in nats, what is heard is
+    than the label in the half second where they differ most), `without` (the same around some of its words, had the
+    label left them out: what wrong labels look like to this model), `log_prob` (of the label, for each frame, beside
+    the best path there is), `error`.
     """
     store = open_store(shards)
     index = read_index(store)
@@ -183,7 +184,7 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
         ],
         "cuts": [
             {"at": round(cut / SAMPLE_RATE, 6), "words_before": int(before.argmax()),
-             "probability": round(float(before.max()), 6)}
+             "probability": round(float(before.max()), 6), "inside": round(max(1 - float(before.sum()), 0.0), 6)}
             for cut, before in zip(recording.cuts, found.before, strict=True)
         ],
         "pieces": [{"gap": round(gap, 3)} for gap in _worst_gaps(found.gap, cuts)],

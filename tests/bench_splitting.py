@@ -1,9 +1,6 @@
 """Where long recordings are cut, and whether each piece gets the words said in it, beside simpler ways.
 
-`python -m tests.bench_splitting MODEL`, of which `make bench` has none: the demo's, trained on in noise such as theirs:
-
-    deepspeed --num_accelerators 2 launch/train.py --config configs/demo.json --set model.scratch=null \\
-        model.pretrained=data/demo/run/best data.noise_snr_db=[5,40] train.run_dir=data/demo/noisy
+`python -m tests.bench_splitting MODEL`; `make bench` does it with the demo's, trained on in noise such as theirs.
 
 Two benchmarks. Synthetic: espeak-ng recites phrases and word lists with pauses of two kinds in rooms of 5 to 20 dB, so
 that all joints are known. Real: a folder of recordings with a `truth.jsonl` beside its transcripts, where one is given.
@@ -43,6 +40,7 @@ from sharding.demo import (
     write_manifest,
 )
 from sharding.pauses import listen
+from sharding.split import LEAST_BETWEEN
 from streamtrain.decode import greedy, join_pieces
 from streamtrain.hear import hear
 from streamtrain.metrics import EditCounts, count_edits
@@ -408,7 +406,7 @@ def _is_wrong(piece: Piece, truth: Truth, words: Sequence[str]) -> bool:
 
 
 def reliability(corpus: Path, alignments: Path) -> list[str]:
-    """Of cuts in a joint, by the probability that they were given: those with other words before them than are."""
+    """Of cuts in a joint, by how sure pass 2 is of them: those with other words before them than are."""
     truths = read_truth(corpus)
     bins: dict[tuple[float, float], Count] = {edges: Count() for edges in pairwise(PROBABILITIES)}
     with open(alignments, "rb") as file:
@@ -417,7 +415,8 @@ def reliability(corpus: Path, alignments: Path) -> list[str]:
             for cut in row["cuts"]:
                 true = truths[row["utterance_id"]].words_before(cut["at"])
                 if true is not None:
-                    edges = next(edges for edges in bins if edges[0] <= cut["probability"] < edges[1])
+                    sure = min(cut["probability"] / max(1 - cut["inside"], LEAST_BETWEEN), 1.0)
+                    edges = next(edges for edges in bins if edges[0] <= sure < edges[1])
                     bins[edges].add(cut["words_before"] != true)
     return [f"  {low:.2f} ≤ P < {high:.2f}  {count} wrong" for (low, high), count in bins.items() if count.judged]
 
@@ -489,9 +488,10 @@ def measure(name: str, corpus: Path, model: Path, out: Path, with_corruption: bo
     corruptions = corrupt(corpus, model, out) if with_corruption else {}
     cers = joined_cer(corpus, model, passes["pass 2"])
     print(render(f"{name}, {hours:.2f} h", verdicts, corruptions))
-    print(
-        "cuts in a joint, by their probability (pass 2)", *reliability(corpus, out / "alignments.jsonl.zst"), sep="\n"
-    )
+    print("cuts in a joint, by how sure pass 2 is", *reliability(corpus, out / "alignments.jsonl.zst"), sep="\n")
+    print("pieces that pass 2 has labelled, by how sure pass 1 is: those to which it would have given other words")
+    for row in json.loads((out / "pass2/report/summary.json").read_text("utf-8"))["reliability"]:
+        print("  {:.2f} ≤ P < {:.2f}  {} wrong".format(*row["confidence"], Count(row["wrong"], row["pieces"])))
     print("CER of the joined decodes: " + ", ".join(f"{way} {cer:.4f}" for way, cer in cers.items()))
     print(
         "; ".join(f"{step} {seconds:.0f} s, {hours * 3600 / seconds:.0f} × real time" for step, seconds in took.items())

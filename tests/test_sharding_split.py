@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
+from sharding.aligned import Evidence, hash_label
 from sharding.format import read_index, read_sample
+from sharding.manifest import Utterance
 from sharding.pauses import listen
 from sharding.plots import DPI
+from sharding.report import Tally, ledger_row
 from sharding.sample import Sample
 from sharding.split import (
     HELD,
-    ISLAND_SPREAD,
+    STRETCH_SPREAD,
     WORD_SPREAD,
     Cut,
+    Stretch,
     choose_cuts,
     split_recording,
-    words_after_islands,
+    words_after_stretches,
+    words_by_evidence,
 )
 from sharding.store import open_store
 
@@ -193,12 +199,12 @@ def test_words_after_each_stretch_of_speech_are_the_sum_over_all_ways(words: int
             likelihood = 1.0
             for seconds, (first, last) in zip(lasting, itertools.pairwise(said), strict=True):
                 promise = expected[first:last].sum()
-                spread = WORD_SPREAD * promise + ISLAND_SPREAD
+                spread = WORD_SPREAD * promise + STRETCH_SPREAD
                 likelihood *= HELD[last - first] * np.exp(-((seconds - promise) ** 2) / (2 * spread)) / spread**0.5
             for stretch, count in enumerate(said):
                 wanted[stretch, count] += likelihood
     if wanted.sum():
-        np.testing.assert_allclose(words_after_islands(lasting, sizes), wanted / wanted[0].sum(), atol=1e-9)
+        np.testing.assert_allclose(words_after_stretches(lasting, sizes), wanted / wanted[0].sum(), atol=1e-9)
 
 
 def test_a_list_of_words_with_pauses_between_them_keeps_its_labels() -> None:
@@ -212,6 +218,74 @@ def test_a_list_of_words_with_pauses_between_them_keeps_its_labels() -> None:
         assert {segment.label_status for segment in split_recording("p", waveform, " ".join(wrong))} == {"unlabelled"}
 
 
+def heard(text: str, cuts: list[int], words_before: list[int], probability: float, inside: float) -> Evidence:
+    """As a model would tell it that hears every word well, in the one way."""
+    words = len(text.split())
+    every = [(value,) * len(cuts) for value in (probability, inside)]
+    return Evidence(hash_label(text), tuple(cuts), tuple(words_before), *every, (0.0,) * (len(cuts) + 1),
+                    (9.0,) * words, (0,) * words, (100 * SAMPLE_RATE,) * words, None)  # fmt: skip
+
+
+def test_what_pauses_alone_say_is_checked_where_a_model_has_labelled() -> None:
+    words = [word for number in range(30) for word in ("kætɪ", "ʃuzən", "dɑgzɪ")]
+    waveform, text = recite(words, 0, np.random.default_rng(5)), " ".join(words)
+    first = split_recording("parent", waveform, text)
+    assert all(segment.guess is None for segment in first)
+    cuts = [round(segment.end_sec * SAMPLE_RATE) for segment in first[:-1]]
+    before = list(itertools.accumulate(len(segment.text.split()) for segment in first[:-1]))
+    for shift, right in ((0, True), (1, False)):
+        evidence = heard(text, cuts, [count + shift for count in before], 0.999, 0.0)
+        second = split_recording("parent", waveform, text, evidence=evidence)
+        assert [segment.guess and segment.guess.confidence for segment in second] == [s.confidence for s in first]
+        assert {segment.guess and segment.guess.right for segment in second} == {right}
+        tally = Tally()
+        tally.count(
+            ledger_row(
+                Utterance("u", "", "", "", "corpus", "u.flac", 60.0, "", "", None, text),
+                "train",
+                "split",
+                60.0,
+                pieces=[asdict(s) for s in second],
+            )
+        )
+        assert sum(tally.guessed.values()) == len(second)
+        assert sum(tally.guessed_wrong.values()) == (0 if right else len(second))
+
+
+def test_a_cut_in_a_pause_is_between_words_whatever_the_model_hears_there() -> None:
+    text, samples = "kæt dɑg", 64_000
+    speech = [Stretch(0, 30_000, True), Stretch(34_000, 64_000, True)]
+    for forced, confidence in ((False, 1.0), (True, 0.45)):
+        cuts = [Cut(32_000, 1.0, forced)]
+        pieces = words_by_evidence(text, heard(text, [32_000], [1], 0.45, 0.55), cuts, speech, samples)
+        assert [piece.confidence for piece in pieces] == pytest.approx([confidence] * 2)
+        assert [piece.text for piece in pieces] == ["kæt", "dɑg"]
+    nearly_never = heard(text, [32_000], [1], 0.001, 0.999)
+    cuts = [Cut(32_000, 1.0, False)]
+    assert all(piece.refused for piece in words_by_evidence(text, nearly_never, cuts, speech, samples))
+
+
+def test_speech_where_no_word_is_heard_refuses_the_piece_that_has_it() -> None:
+    text, cuts, samples = "kæt dɑg", [Cut(32_000, 1.0, False)], 64_000
+    evidence = replace(heard(text, [32_000], [1], 1.0, 0.0), starts=(0, 40_000), ends=(9_000, 60_000))
+    for voiced in (True, False):
+        stretches = [Stretch(0, 10_000, True), Stretch(20_000, 30_000, voiced), Stretch(34_000, 64_000, True)]
+        first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
+        assert bool(first.refused and "somebody speaks at 1.2 – 1.9 s" in first.refused) == voiced
+        assert second.refused is None
+
+
+@given(st.lists(st.integers(0, 100), min_size=4, max_size=12), st.integers(0, 100), st.integers(1, 30))
+def test_a_stretch_has_a_word_where_they_have_a_moment_in_common(edges: list[int], start: int, length: int) -> None:
+    starts, ends = sorted(edges[::2]), sorted(edges[1::2])
+    spans = [(first, max(first + 1, last)) for first, last in zip(starts, ends, strict=False)]
+    evidence = replace(
+        heard("kæt", [], [], 1.0, 0.0), starts=tuple(first for first, _ in spans), ends=tuple(last for _, last in spans)
+    )
+    moments = set(range(start, start + length))
+    assert evidence.has_word(start, start + length) == any(moments & set(range(*span)) for span in spans)
+
+
 # --- what a model has heard -------------------------------------------------------------------------------------------
 
 
@@ -222,11 +296,17 @@ def aligned(long_corpus: Path, long_samples: list[Sample], tmp_path_factory: pyt
     (manifest_row,) = (row for row in read_manifest(long_corpus) if row["utterance_id"] == name)
     ends = sorted(sample.end_sec or 0 for sample in long_samples if sample.parent_id == name)
     words = manifest_row["phonetic_text"].split()
+    each = ends[-1] / len(words)  # seconds
     row = {
         "utterance_id": name,
         "text": " ".join(words),
-        "cuts": [{"at": end, "words_before": len(words) // 2, "probability": 0.999} for end in ends[:-1]],
-        "words": [{"word": word, "evidence": 9.0} for word in words],
+        "cuts": [
+            {"at": end, "words_before": len(words) // 2, "probability": 0.999, "inside": 0.0} for end in ends[:-1]
+        ],
+        "words": [
+            {"word": word, "start": number * each, "end": (number + 1) * each, "evidence": 9.0}
+            for number, word in enumerate(words)
+        ],
         "pieces": [{"gap": 3.0}] * len(ends),
         "without": [20.0],
         "error": None,
@@ -276,6 +356,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another label": (lambda row: row.update(text=row["text"] + " kæt"), "(another label was aligned)"),
     "other cuts": (lambda row: row["cuts"][0].update(at=row["cuts"][0]["at"] + 0.01), "(other cuts were aligned)"),
     "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "the cut is only 0.94 sure"),
+    "a cut inside a word": (
+        lambda row: row["cuts"][0].update(probability=0.001, inside=0.999), "the cut is only 0.10 sure",
+    ),
     "something else is heard": (
         lambda row: row.update(pieces=[{"gap": 25.0}] * len(row["pieces"])), "something else is heard",
     ),
