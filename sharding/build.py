@@ -68,6 +68,7 @@ class BuildSettings:
     track: str = "phonetic"
     group_by: str = ""
     min_confidence: float = Gates.min_confidence
+    max_swap: float = Gates.max_swap
     wrong_share: float = WRONG_SHARE
     min_evidence: float = Gates.min_evidence
     alignments: str = ""  # digest of what a model has aligned
@@ -252,7 +253,8 @@ def _cut(
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
     lines, sizes = _read_rows(examined, rows), clips["bytes"][rows].tolist()
     splits = np.where(valid[rows], "valid", "train").tolist()
-    gates = Gates(settings.min_confidence, alignments.bound(settings.wrong_share), settings.min_evidence)
+    bound = alignments.bound(settings.wrong_share)
+    gates = Gates(settings.min_confidence, settings.max_swap, bound, settings.min_evidence)
     jobs = (
         CutJob(where, line, size, split, settings.limit_sec, _evidence_of(line, where, alignments), gates)
         for line, size, split in zip(lines, sizes, splits, strict=True)

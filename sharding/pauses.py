@@ -15,6 +15,7 @@ VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz
 QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
 SPEECH_PROBABILITY = 0.50  # from it on it hears some
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
+STEADY_HOPS = 9  # the level is the median over so many: rooms rumble, and a click of 40 ms ends no pause
 MIN_PAUSE_SEC = 0.20
 CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
 
@@ -54,7 +55,7 @@ def listen(waveform: Waveform) -> Listening:
     """Level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
     frames = max(len(waveform) // HOP, 1)
     padded = np.pad(waveform, (0, max(0, frames * HOP - len(waveform))))[: frames * HOP].reshape(frames, HOP)
-    level = 10 * np.log10(np.square(padded, dtype=np.float32).mean(axis=1) + 1e-10)
+    level = _steady(10 * np.log10(np.square(padded, dtype=np.float32).mean(axis=1) + 1e-10))
     windows = np.minimum(np.arange(frames) * HOP // VAD_WINDOW, -(-len(waveform) // VAD_WINDOW) - 1)
     return Listening(
         level_db=level,
@@ -62,6 +63,13 @@ def listen(waveform: Waveform) -> Listening:
         floor_db=float(np.percentile(level, 10)),
         speech_db=float(np.percentile(level, 90)),
     )
+
+
+def _steady(level_db: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The median around each frame, which keeps edges where they are."""
+    around = np.pad(level_db, STEADY_HOPS // 2, mode="edge")
+    median: npt.NDArray[np.float32] = np.median(np.lib.stride_tricks.sliding_window_view(around, STEADY_HOPS), axis=1)
+    return median
 
 
 def find_pauses(heard: Listening) -> list[Pause]:

@@ -61,6 +61,7 @@ class Gates:
     """What a piece's label must pass."""
 
     min_confidence: float = 0.95  # probability, of each of its cuts
+    max_swap: float = 0.35  # nats, by which two neighbouring words may fit better the other way round (pass 1)
     max_gap: float = 0.0  # nats, how much likelier what is heard may be than the label, in half a second (pass 2)
     min_evidence: float = 0.0  # nats, by which the label is likelier with a word than without it, each (pass 2)
 
@@ -163,7 +164,8 @@ def assign_words(
 
     Where there are as many stretches of speech as words, each holds one, unless a word was heard as two or two as one:
     the confidence of a cut is the probability that no such mistakes move it, given how long each stretch lasts.
-    Otherwise the words of a piece cannot be told.
+    Otherwise the words of a piece cannot be told. Nor can they where two neighbours fit better the other way round: a
+    label may have them in the wrong order.
     """
     words = text.split()
     if not words:
@@ -172,13 +174,19 @@ def assign_words(
         why = f"{len(words)} words in {len(stretches)} stretches of speech: only a model can tell which is where"
         return [Given("", 0.0, why)] * (len(cuts) + 1)
     lasting = np.array([stretch.end - stretch.start for stretch in stretches]) / SAMPLE_RATE
-    before = words_after_stretches(lasting, np.array([len(word) + 1.0 for word in words]))
+    sizes = np.array([len(word) + 1.0 for word in words])
+    before, swap = words_after_stretches(lasting, sizes), gain_by_swapping(lasting, sizes)
     passed = np.searchsorted([stretch.end for stretch in stretches], [cut.position for cut in cuts], side="right")
     bounds = [0, *passed.tolist(), len(words)]
     sure = [1.0, *before[passed, passed].tolist(), 1.0]
     given = []
     for (start, end), confidence in zip(pairwise(bounds), map(min, pairwise(sure)), strict=True):
-        refused = None if confidence >= gates.min_confidence else f"the cut is only {confidence:.2f} sure"
+        refused = None
+        if confidence < gates.min_confidence:
+            refused = f"the cut is only {confidence:.2f} sure"
+        elif (gain := max(swap[start : end - 1], default=0.0)) > gates.max_swap:
+            first = start + int(swap[start : end - 1].argmax())
+            refused = f"'{words[first]} {words[first + 1]}' fits better the other way round, by {gain:.2f} nats"
         given.append(Given(" ".join(words[start:end]), confidence, refused))
     return given
 
@@ -189,15 +197,12 @@ def words_after_stretches(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     A stretch `lasting` so many seconds holds one word of so many `sizes`, seldom none or two; how long they last is
     normal around what their sizes promise. Summed over all ways to give words to stretches.
     """
-    expected = sizes * lasting.sum() / sizes.sum()
     count = len(sizes)
-    said = np.cumsum(np.concatenate([[0.0], expected]))
+    said = np.cumsum(np.concatenate([[0.0], sizes * lasting.sum() / sizes.sum()]))
     likely = np.full((3, len(lasting), count + 1), -np.inf)  # of a stretch with so many words, the last of them given
     for held in range(3):
         promise = said[held:] - said[: count + 1 - held]  # seconds, by words said in the end
-        spread = WORD_SPREAD * promise + STRETCH_SPREAD
-        miss = np.square(lasting[:, None] - promise) / (2 * spread) + 0.5 * np.log(spread)
-        likely[held, :, held:] = np.log(HELD[held]) - miss
+        likely[held, :, held:] = np.log(HELD[held]) + _fit(lasting[:, None], promise)
     forward = np.full((len(lasting) + 1, count + 1), -np.inf)
     backward = np.full_like(forward, -np.inf)
     forward[0, 0], backward[-1, -1] = 0.0, 0.0
@@ -209,6 +214,21 @@ def words_after_stretches(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         backward[stretch] = np.logaddexp.reduce(ways)
     probability: np.ndarray = np.exp(forward + backward - np.logaddexp.reduce(forward[-1] + backward[-1]))
     return probability
+
+
+def gain_by_swapping(lasting: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """By how many nats each word and the next, one in each stretch, fit better the other way round, (words − 1,)."""
+    promise = sizes * lasting.sum() / sizes.sum()
+    swapped = _fit(lasting[:-1], promise[1:]) + _fit(lasting[1:], promise[:-1])
+    gain: np.ndarray = swapped - _fit(lasting[:-1], promise[:-1]) - _fit(lasting[1:], promise[1:])
+    return gain
+
+
+def _fit(lasting: np.ndarray, promise: np.ndarray) -> np.ndarray:
+    """Log-density, up to a constant, of so many seconds where so many are promised."""
+    spread = WORD_SPREAD * promise + STRETCH_SPREAD
+    density: np.ndarray = -np.square(lasting - promise) / (2 * spread) - 0.5 * np.log(spread)
+    return density
 
 
 def _shift(values: np.ndarray, places: int) -> np.ndarray:

@@ -36,6 +36,7 @@ from sharding.split import (
     Cut,
     Stretch,
     choose_cuts,
+    gain_by_swapping,
     split_recording,
     words_after_stretches,
     words_by_evidence,
@@ -284,6 +285,28 @@ def test_a_stretch_has_a_word_where_they_have_a_moment_in_common(edges: list[int
     )
     moments = set(range(start, start + length))
     assert evidence.has_word(start, start + length) == any(moments & set(range(*span)) for span in spans)
+
+
+@given(st.lists(st.floats(0.1, 2.0), min_size=2, max_size=6), st.data())
+def test_what_is_gained_by_swapping_two_words_is_lost_by_swapping_what_was_heard(
+    seconds: list[float], data: st.DataObject
+) -> None:
+    lasting = np.array(seconds)
+    sizes = np.array(data.draw(st.lists(st.floats(2, 9), min_size=len(lasting), max_size=len(lasting))))
+    at = data.draw(st.integers(0, len(lasting) - 2))
+    other = lasting.copy()
+    other[[at, at + 1]] = lasting[[at + 1, at]]
+    assert gain_by_swapping(other, sizes)[at] == pytest.approx(-gain_by_swapping(lasting, sizes)[at], abs=1e-9)
+
+
+def test_words_that_fit_better_the_other_way_round_are_refused() -> None:
+    words = ["kæt", "ʃuzənkætɪ", "dɑgzɪ"] * 24
+    waveform = recite(words, 0, np.random.default_rng(5))
+    assert {segment.label_status for segment in split_recording("p", waveform, " ".join(words))} == {"labelled"}
+    words[3], words[4] = words[4], words[3]
+    first, *others = split_recording("p", waveform, " ".join(words))
+    assert (first.reason or "").startswith("'ʃuzənkætɪ kæt' fits better the other way round, by ")
+    assert {segment.label_status for segment in others} == {"labelled"}
 
 
 # --- what a model has heard -------------------------------------------------------------------------------------------
