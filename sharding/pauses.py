@@ -3,15 +3,20 @@
 import functools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sharding.audio import SAMPLE_RATE, Waveform
 
+if TYPE_CHECKING:
+    import torch
+
 HOP = SAMPLE_RATE // 100  # level and mask are sampled every 10 ms
-VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz
+VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz …
+VAD_CONTEXT = 64  # … and so many before them
+VAD_BATCH = 4_096  # windows
 QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
 SPEECH_PROBABILITY = 0.50  # from it on it hears some
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
@@ -19,7 +24,7 @@ STEADY_HOPS = 9  # the level is the median over so many: rooms rumble, and a cli
 MIN_PAUSE_SEC = 0.20
 CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
 
-_one_at_a_time = threading.Lock()  # the detector remembers what it heard last
+_one_at_a_time = threading.Lock()  # the number of threads is the process's
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +106,16 @@ def _pause(heard: Listening, start: int, end: int) -> Pause:
 def _detector() -> Any:
     import silero_vad
 
-    return silero_vad.load_silero_vad()
+    return silero_vad.load_silero_vad()._model  # for 16 kHz
 
 
 def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
     """Silero's probability per window of 32 ms, shape (windows,).
 
-    On one thread, because its operations are tiny: 47 s of sound took 0.26 s, and 34 s on two threads of a busy
-    machine. The import sets one thread for the whole process; the count that was there before is put back.
+    Its own `audio_forward` calls the network for one window at a time; only the LSTM has to wait for the window before,
+    so all else is done for thousands at once: the same numbers to 1e-4, at ten times the speed. On one thread, because
+    its operations are small. The import sets one thread for the whole process; the count that was there before is put
+    back.
     """
     import torch
 
@@ -117,7 +124,23 @@ def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                probability = _detector().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)
+                return _detect(_detector(), torch.from_numpy(waveform))
         finally:
             torch.set_num_threads(threads)
-    return probability[0].numpy().astype(np.float32)  # type: ignore[no-any-return]
+
+
+def _detect(network: Any, waveform: "torch.Tensor") -> npt.NDArray[np.float32]:
+    import torch
+
+    padded = torch.nn.functional.pad(waveform, (VAD_CONTEXT, -len(waveform) % VAD_WINDOW))
+    windows = padded.unfold(0, VAD_CONTEXT + VAD_WINDOW, VAD_WINDOW)
+    cell = network.decoder.rnn
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    state = (torch.zeros(1, 1, cell.weight_hh.shape[1]),) * 2  # nothing was heard yet
+    probabilities = []
+    for some in torch.split(windows, VAD_BATCH):
+        features = network.encoder(network.run_extractors(some.contiguous())).permute(0, 2, 1)  # (windows, 1, features)
+        hidden, short, long = torch.lstm(features, state, weights, True, 1, 0.0, False, False, False)
+        state = (short, long)
+        probabilities.append(network.decoder.decoder(hidden.permute(0, 2, 1)).flatten())
+    return torch.cat(probabilities).numpy().astype(np.float32)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import silero_vad
 import soundfile
+import torch
 import zstandard
 from conftest import ROOT, Command
 from corpus import SAMPLE_RATE, make_corpus, read_manifest, recite
@@ -23,9 +25,10 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from sharding.aligned import Evidence, hash_label
+from sharding.demo import open_espeak, plan_children, say_phrase
 from sharding.format import read_index, read_sample
 from sharding.manifest import Utterance
-from sharding.pauses import listen
+from sharding.pauses import HOP, VAD_WINDOW, listen
 from sharding.plots import DPI
 from sharding.report import Tally, ledger_row
 from sharding.sample import Sample
@@ -431,6 +434,21 @@ def test_the_split_command_refuses_what_is_no_audio(file: str, tmp_path: Path, r
     done = run_sharding("split", tmp_path / file)
     assert done.returncode == 1
     assert str(tmp_path / file) in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.5, 3.2, 140.0])
+def test_all_windows_at_once_are_heard_as_one_by_one(seconds: float) -> None:
+    rng = np.random.default_rng(3)
+    with open_espeak() as espeak:
+        espeak.become(plan_children(2, 0)[0])
+        said = np.concatenate([say_phrase(espeak, np.random.default_rng(seed))[0] for seed in range(80)])
+    waveform = np.resize(said, round(seconds * SAMPLE_RATE)).astype(np.float32) / 32_768
+    waveform += 0.003 * rng.standard_normal(len(waveform), np.float32)
+    with torch.inference_mode():
+        alone = silero_vad.load_silero_vad().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)[0].numpy()
+    assert seconds < 1 or (alone > 0.9).any()
+    windows = np.minimum(np.arange(max(len(waveform) // HOP, 1)) * HOP // VAD_WINDOW, len(alone) - 1)
+    np.testing.assert_allclose(listen(waveform).speech, alone[windows], atol=1e-4)
 
 
 def test_threads_that_listen_at_once_hear_what_one_hears() -> None:
