@@ -20,6 +20,7 @@ from sharding.ipa import TRACKS, normalize_ipa
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, parse_columns
 from sharding.pauses import find_pauses, listen
 from sharding.repair import find_faults, repair
+from sharding.sounds import example_of, learn
 from sharding.split import MIN_PIECE_SEC, Gates, split_recording
 from sharding.store import open_store
 from sharding.workers import available_cores
@@ -151,10 +152,10 @@ def _split(options: argparse.Namespace) -> int:
         raise AudioError(f"{options.audio}: {error.message}") from error
     name, heard = Path(options.audio).stem, listen(waveform)
     alignments = _read_alignments(options.alignments)
-    bound = alignments.bound(options.wrong_share)
-    gates = Gates(options.min_confidence, options.max_swap, bound, options.min_evidence)
+    gates = Gates(options.min_confidence, alignments.bound(options.wrong_share), options.min_evidence)
     text, evidence = normalize_ipa(options.text), alignments.by_id.get(name)
-    segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, gates)
+    sounds = learn([example_of(name, text, waveform)], "phonetic", options.wrong_share)
+    segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, sounds, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
     for segment in segments:
         mark = " (forced cut)" if segment.forced else ""
@@ -296,16 +297,12 @@ def _add_gates(parser: argparse.ArgumentParser, alignments: str) -> None:
     add("--min-confidence", metavar="P", type=number(0, 1), default=Gates.min_confidence,
         help="a piece keeps its words if each of its cuts falls where it should with this probability "
              "(default: %(default)s)")  # fmt: skip
-    add("--max-swap", metavar="NATS", type=number(0, 1_000), default=Gates.max_swap,
-        help="without --alignments: and if no word and the next last as if they were the other way round, by more than "
-             "so many nats (default: %(default)s)")  # fmt: skip
     add("--wrong-share", metavar="SHARE", type=number(0, 1), default=WRONG_SHARE,
-        help="with --alignments: and if what is heard in it is hardly likelier than its words: by so little that only "
-             "this share of labels with a word left out would pass; the model was tried on that "
-             "(default: %(default)s)")  # fmt: skip
+        help="and if what is heard in it is hardly likelier than its words: by so little that only this share of "
+             "labels with a word left out would pass, as trials show (default: %(default)s)")  # fmt: skip
     add("--min-evidence", metavar="NATS", type=number(-1_000, 1_000), default=Gates.min_evidence,
-        help="with --alignments: and if each of its words is heard: its label is likelier with the word than without "
-             "it, by at least so many nats (default: %(default)s)")  # fmt: skip
+        help="and if each of its words is heard: its label is likelier with the word than without it, by at least so "
+             "many nats (default: %(default)s)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Pass 1 of a build gives words to pieces by how long they last; this is pass 2. T
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sharding.errors import StreamtrainError
 
 WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
+BELIEVED = 0.4  # share of the pieces that are believed where trials tell nothing: labels are right, as a rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Evidence:
     inside: tuple[float, ...]  # probability that the cut falls inside a word
     gaps: tuple[float, ...]  # of each piece, in nats
     words: tuple[float, ...]  # for each word of the label, in nats
+    order: tuple[float, ...]  # for each word to come before the next, in nats
     starts: tuple[int, ...]  # of the words, samples
     ends: tuple[int, ...]
     error: str | None
@@ -58,15 +60,20 @@ class Alignments:
     wrong_gaps: tuple[float, ...] = ()  # where a label had a word left out, as a trial
 
     def bound(self, wrong_share: float) -> float:
-        """The gap above which a label is refused.
-
-        All but the worst hundredth of the pieces stay under it, and of the trials with a word left out no more than
-        that share.
-        """
+        """The gap above which a label is refused."""
         gaps = [gap for evidence in self.by_id.values() if evidence.cuts for gap in evidence.gaps]
-        if not gaps or not self.wrong_gaps:
-            return 0.0
-        return min(float(np.quantile(gaps, USUAL)), float(np.quantile(self.wrong_gaps, wrong_share)))
+        return largest_gap(gaps, self.wrong_gaps, wrong_share)
+
+
+def largest_gap(gaps: Sequence[float], wrong_gaps: Sequence[float], wrong_share: float) -> float:
+    """That a label may have: no more than the usual, and than all but a share of the labels with a word left out.
+
+    Where these look as right as the others, so that hardly any label would pass, the better half passes.
+    """
+    if not gaps or not wrong_gaps:
+        return 0.0
+    believed, usual = np.quantile(gaps, (BELIEVED, USUAL))
+    return float(min(usual, max(believed, np.quantile(wrong_gaps, wrong_share))))
 
 
 NOTHING_ALIGNED = Alignments({}, "")
@@ -118,6 +125,7 @@ def _evidence(row: dict[str, Any]) -> Evidence:
         inside=tuple(float(cut["inside"]) for cut in cuts),
         gaps=tuple(float(piece["gap"]) for piece in row["pieces"]),
         words=tuple(float(word["evidence"]) for word in row["words"]),
+        order=tuple(float(word["order"]) for word in row["words"]),
         starts=tuple(round(word["start"] * SAMPLE_RATE) for word in row["words"]),
         ends=tuple(round(word["end"] * SAMPLE_RATE) for word in row["words"]),
         error=row["error"],

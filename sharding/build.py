@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,19 @@ from sharding.buckets import fit_bins
 from sharding.cluster import ClusterWorkers
 from sharding.errors import ManifestError, ShardError
 from sharding.examine import Examined, examine, find_orphans, hash_pair, hash_sources
-from sharding.fill import CutJob, Member, Piece, Row, ShardJob, ShardResult, Where, cut, make_shard
+from sharding.fill import (
+    CutJob,
+    ListenJob,
+    Member,
+    Piece,
+    Row,
+    ShardJob,
+    ShardResult,
+    Where,
+    cut,
+    listen_to,
+    make_shard,
+)
 from sharding.format import (
     INDEX_NAME,
     SPLITS,
@@ -51,9 +64,12 @@ from sharding.format import (
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.sample import escape_key, whole_key
+from sharding.sounds import Sounds, learn
 from sharding.split import Gates
 from sharding.store import FolderStore, Store, open_store
 from sharding.workers import Workers, available_cores
+
+LEARN_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,6 @@ class BuildSettings:
     track: str = "phonetic"
     group_by: str = ""
     min_confidence: float = Gates.min_confidence
-    max_swap: float = Gates.max_swap
     wrong_share: float = WRONG_SHARE
     min_evidence: float = Gates.min_evidence
     alignments: str = ""  # digest of what a model has aligned
@@ -211,7 +226,8 @@ def plan_build(
     valid = is_validation(clips["speaker"], settings.valid_fraction, stand_in)
     usable, refused = _refuse(examined, valid)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
-    segments, cuts = _cut(examined, settings, where, pool, long, valid, alignments)
+    sounds = _learn(examined, settings, where, pool, usable & clips["fits"] & ~valid, long) if long.any() else None
+    segments, cuts = _cut(examined, settings, where, pool, long, valid, alignments, sounds)
     members = list_members(clips, usable & ~long, segments, valid)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     taken = _numbers_taken(base) if base else None
@@ -239,6 +255,23 @@ def _refuse(examined: Examined, valid: Mask) -> tuple[Mask, report.LedgerPart]:
     return usable, report.write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
+def _learn(
+    examined: Examined, settings: BuildSettings, where: Where, pool: Workers, labelled: Mask, long: Mask
+) -> Sounds | None:
+    """The sounds of some of the labels, in the order of keys: half of them long recordings' where there are both."""
+    clips = examined.clips
+    order = np.lexsort(clips["key"].T[::-1])
+    chosen = np.zeros(len(clips), bool)
+    for some, seconds in ((long, LEARN_SEC / 2), (~long, LEARN_SEC), (long, LEARN_SEC)):
+        rows = order[(labelled & some & ~chosen)[order]]
+        seconds -= clips["samples"][chosen].sum() / SAMPLE_RATE
+        chosen[rows[clips["samples"][rows].cumsum() <= seconds * SAMPLE_RATE]] = True
+    rows = np.flatnonzero(chosen)
+    jobs = map(ListenJob, repeat(where), _read_rows(examined, rows), clips["bytes"][rows].tolist())
+    examples = pool.map(listen_to, jobs, [1] * len(rows), "learning")
+    return learn([example for example in examples if example], settings.track, settings.wrong_share)
+
+
 def _cut(
     examined: Examined,
     settings: BuildSettings,
@@ -247,16 +280,16 @@ def _cut(
     long: Mask,
     valid: Mask,
     alignments: Alignments,
+    sounds: Sounds | None,
 ) -> tuple[Segments, list[report.LedgerPart]]:
     """Split the long recordings, longest first."""
     clips, rows = examined.clips, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
     lines, sizes = _read_rows(examined, rows), clips["bytes"][rows].tolist()
     splits = np.where(valid[rows], "valid", "train").tolist()
-    bound = alignments.bound(settings.wrong_share)
-    gates = Gates(settings.min_confidence, settings.max_swap, bound, settings.min_evidence)
+    gates = Gates(settings.min_confidence, alignments.bound(settings.wrong_share), settings.min_evidence)
     jobs = (
-        CutJob(where, line, size, split, settings.limit_sec, _evidence_of(line, where, alignments), gates)
+        CutJob(where, line, size, split, settings.limit_sec, _evidence_of(line, where, alignments), sounds, gates)
         for line, size, split in zip(lines, sizes, splits, strict=True)
     )
     results = pool.map(cut, jobs, [1] * len(rows), "splitting")

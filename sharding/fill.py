@@ -31,6 +31,7 @@ from sharding.ipa import normalize
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
 from sharding.sample import Sample, escape_key, piece_key
+from sharding.sounds import Example, Sounds, example_of
 from sharding.split import Gates, Segment, split_recording
 from sharding.store import Store, open_store
 from sharding.workers import count_done
@@ -97,6 +98,13 @@ class ShardResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ListenJob:
+    where: Where
+    row: Row
+    bytes: int  # of the recording's audio file
+
+
+@dataclass(frozen=True, slots=True)
 class CutJob:
     where: Where
     row: Row
@@ -104,6 +112,7 @@ class CutJob:
     split: str
     limit_sec: float
     evidence: Evidence | None
+    sounds: Sounds | None
     gates: Gates
 
 
@@ -111,6 +120,19 @@ class CutJob:
 class CutResult:
     segments: tuple[Segment, ...]  # none where the recording was refused
     ledger: report.LedgerPart
+
+
+def listen_to(job: ListenJob) -> Example | None:
+    """A labelled recording to learn sounds from; None where it cannot be read."""
+    utterance = job.row.parse(job.where.layouts)
+    try:
+        data = _read(utterance, job.where.layouts[job.row.source].audio, job.bytes)
+        waveform, _ = decode(data, prove=not utterance.md5_hash)
+    except AudioError:  # told when it is cut, or written
+        return None
+    finally:
+        count_done()
+    return example_of(utterance.utterance_id, normalize(utterance.text, job.where.track), waveform)
 
 
 def cut(job: CutJob) -> CutResult:
@@ -125,7 +147,9 @@ def cut(job: CutJob) -> CutResult:
     finally:
         count_done()
     segments = tuple(
-        split_recording(utterance.utterance_id, waveform, text, job.limit_sec, evidence=job.evidence, gates=job.gates)
+        split_recording(
+            utterance.utterance_id, waveform, text, job.limit_sec, None, job.evidence, job.sounds, job.gates
+        )
     )
     _check_place(open_store(job.where.out), job.where)
     scratch, rows = open_store(job.where.scratch), []

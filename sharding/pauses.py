@@ -2,6 +2,8 @@
 
 import functools
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,15 @@ class Pause:
     end: int
     cut: int
     quality: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Between two pauses; in samples."""
+
+    start: int
+    end: int
+    voiced: bool  # the detector hears speech in it
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +96,13 @@ def find_pauses(heard: Listening) -> list[Pause]:
     return [_pause(heard, start, end) for start, end in runs if start > 0 and end < len(quiet)]
 
 
+def find_stretches(heard: Listening, pauses: Sequence[Pause], samples: int) -> list[Stretch]:
+    """What lies between pauses; edges shorter than 0.1 s are no speech."""
+    edges = [0, *(edge for pause in pauses for edge in (pause.start, pause.end)), samples]
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    return [Stretch(start, end, heard.speaks(start, end)) for start, end in pairs if end - start > 10 * HOP]
+
+
 def quietest_cut(heard: Listening, start: int, end: int) -> int:
     """The middle, in samples, of the quietest 100 ms between two frames."""
     width = min(int(CUT_SEC * 100), end - start)
@@ -114,9 +132,17 @@ def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
 
     Its own `audio_forward` calls the network for one window at a time; only the LSTM has to wait for the window before,
     so all else is done for thousands at once: the same numbers to 1e-4, at ten times the speed. On one thread, because
-    its operations are small. The import sets one thread for the whole process; the count that was there before is put
-    back.
+    its operations are small; the import of the detector sets that too, for the whole process.
     """
+    import torch
+
+    with one_thread():
+        return _detect(_detector(), torch.from_numpy(waveform))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch without gradients on one thread, for many small operations; then on as many as before."""
     import torch
 
     with _one_at_a_time:
@@ -124,7 +150,7 @@ def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                return _detect(_detector(), torch.from_numpy(waveform))
+                yield
         finally:
             torch.set_num_threads(threads)
 

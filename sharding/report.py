@@ -97,7 +97,7 @@ class Tally:
         self.unlabelled_pieces += sum(piece["label_status"] == "unlabelled" for piece in row["pieces"])
         for piece in row["pieces"]:
             if piece["label_status"] == "labelled":
-                self.labelled_pieces[piece.get("by", "durations")] += 1  # which older ledgers do not say
+                self.labelled_pieces[piece["by"]] += 1
             if guess := piece.get("guess"):
                 place = min(bisect_right(SURE, guess["confidence"]), len(SURE) - 1) - 1
                 self.guessed[place] += 1
@@ -284,10 +284,10 @@ def render(summary: dict[str, Any], dry: bool = False) -> str:
 
 
 def _tell_reliability(table: Sequence[dict[str, Any]]) -> list[str]:
-    """How right pauses and durations alone would have been, where a model could tell."""
+    """How right the sounds of the corpus's labels would have been, where a model could tell."""
     if not table:
         return []
-    return ["pieces labelled by alignment, by how sure pauses and durations alone are of them:"] + [
+    return ["pieces labelled by alignment, by how sure the sounds of the corpus's labels are of them:"] + [
         f"{row['pieces']:6,} at {row['confidence'][0]:.2f} – {row['confidence'][1]:.2f}, "
         f"{row['wrong']:,} of them with other words"
         for row in table

@@ -3,27 +3,22 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-import xxhash
 import zstandard
 from tqdm import tqdm
 
+from sharding.align import AlignError, align, evidence_of, gaps_without, worst_gaps
 from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode, frame_count
 from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.format import ShardIndex, read_index
 from sharding.sample import Sample
 from sharding.store import Store, open_store
-from streamtrain.align import AlignedWord, AlignError, Alignment, align
 from streamtrain.decode import join_pieces
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
@@ -31,17 +26,12 @@ from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
 from streamtrain.recordings import read_pieces, rows_of_recordings
 from streamtrain.stream import read_ahead
-from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
 WINDOW_FRAMES = 1_000  # 20 s of a long recording are heard at a time …
 CONTEXT_FRAMES = 125  # … with 2.5 s on either side, of which nothing is told
 WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
 READERS = 2
-GAP_FRAMES = 25  # half a second: a word, about
-TRIAL_EVERY = 6  # of so many words of a long recording one is left out, for a trial
-EVIDENCE_SEC = 1_300.0  # padded seconds of the stretches in which evidence for words is sought at once
-CERTAIN_NATS = 999.0  # evidence for a word or against it is told up to here
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +65,8 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     """Write a JSONL row, compressed, for each recording that has a label; returns how many there are.
 
     Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, the probability that
-    both lie within 60 ms, and its `evidence`: by how many nats the label is likelier with it than without it), `cuts`
+    both lie within 60 ms, its `evidence`, by how many nats the label is likelier with it than without it, and its
+    `order`, by how many it is likelier than with this word and the next the other way round), `cuts`
     (each with its second, the likeliest number of words before it, the probability of that, and the probability that it
     falls `inside` a word), `pieces` (for each what lies between the cuts: how much likelier, in nats, what is heard is
     than the label in the half second where they differ most), `without` (the same around some of its words, had the
@@ -176,68 +167,20 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
     except AlignError as error:
         return row | {"error": str(error)}
     second = FRAME_SAMPLES / SAMPLE_RATE
+    evidence, order = evidence_of(log_probs, found.words, model.vocab)
+    without = gaps_without(log_probs, found.words, recording.utterance_id, model.vocab) if cuts else []
     return row | {
         "words": [
             {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),
-             "confidence": round(word.confidence, 4), "evidence": round(evidence, 2)}
-            for word, evidence in zip(found.words, evidence_of(log_probs, found.words, model.vocab), strict=True)
+             "confidence": round(word.confidence, 4), "evidence": round(nats, 2), "order": round(before_next, 2)}
+            for word, nats, before_next in zip(found.words, evidence, order, strict=True)
         ],
         "cuts": [
             {"at": round(cut / SAMPLE_RATE, 6), "words_before": int(before.argmax()),
              "probability": round(float(before.max()), 6), "inside": round(max(1 - float(before.sum()), 0.0), 6)}
             for cut, before in zip(recording.cuts, found.before, strict=True)
         ],
-        "pieces": [{"gap": round(gap, 3)} for gap in _worst_gaps(found.gap, cuts)],
-        "without": _without_words(log_probs, recording, found, model.vocab) if cuts and found.words else [],
+        "pieces": [{"gap": round(gap, 3)} for gap in worst_gaps(found.gap, cuts)],
+        "without": [round(gap, 3) for gap in without],
         "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
     }  # fmt: skip
-
-
-def evidence_of(log_probs: torch.Tensor, words: Sequence[AlignedWord], vocab: Vocab) -> list[float]:
-    """By how many nats the frames (T, V) speak for each word: log P(the word and its neighbours) − log P(these alone).
-
-    Both of the frames from where the word before it begins to where the word after it ends.
-    """
-    stretches, labels = [], []
-    for place in range(len(words)):
-        first = words[place - 1].first_frame if place else 0
-        end = words[place + 1].end_frame if place + 1 < len(words) else len(log_probs)
-        before, after = ([word.text for word in words[max(at, 0) : at + 1]] for at in (place - 1, place + 1))
-        for said in ([*before, words[place].text, *after], [*before, *after]):
-            stretches.append(log_probs[first:end])
-            labels.append(torch.tensor(vocab.encode(" ".join(said)), dtype=torch.int64, device=log_probs.device))
-    losses = torch.zeros(len(labels))
-    for chosen in plan_evaluation([len(stretch) * FRAME_SAMPLES for stretch in stretches], EVIDENCE_SEC):
-        losses[torch.from_numpy(chosen)] = F.ctc_loss(
-            torch.nn.utils.rnn.pad_sequence([stretches[i] for i in chosen]),  # (T, B, V)
-            torch.nn.utils.rnn.pad_sequence([labels[i] for i in chosen], batch_first=True),
-            torch.tensor([len(stretches[i]) for i in chosen]),
-            torch.tensor([len(labels[i]) for i in chosen]),
-            blank=vocab.blank,
-            reduction="none",
-        ).cpu()
-    evidence = (losses[1::2] - losses[::2]).tolist()
-    return [-CERTAIN_NATS if nats != nats else min(max(nats, -CERTAIN_NATS), CERTAIN_NATS) for nats in evidence]
-
-
-def _without_words(log_probs: torch.Tensor, recording: Labelled, found: Alignment, vocab: Vocab) -> list[float]:
-    """Leave out one word of every six, the first by the recording's name, and see how its surroundings look then."""
-    gaps, words = [], found.words
-    first = xxhash.xxh3_64_intdigest(recording.utterance_id.encode()) % TRIAL_EVERY
-    for place in range(first % len(words), len(words), TRIAL_EVERY):
-        around = [at for at in range(place - 2, place + 3) if 0 <= at < len(words)]
-        frames = log_probs[words[around[0]].first_frame : words[around[-1]].end_frame]
-        rest = " ".join(words[at].text for at in around if at != place)
-        with suppress(AlignError):
-            gaps += [round(gap, 3) for gap in _worst_gaps(align(frames, rest, vocab).gap, ())]
-    return gaps
-
-
-def _worst_gaps(gap: npt.NDArray[np.float64], cuts: Sequence[int]) -> list[float]:
-    """Of each piece the largest sum over half a second, or over all of it where it is shorter."""
-    gaps = []
-    for start, end in pairwise([0, *cuts, len(gap)]):
-        passed = np.concatenate([[0.0], np.cumsum(gap[start:end])])
-        width = min(GAP_FRAMES, end - start)
-        gaps.append(float((passed[width:] - passed[: len(passed) - width]).max()) if width else 0.0)
-    return gaps

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import make_network, save, talkative
 
+import sharding.align
+from sharding.align import CERTAIN_NATS, AlignError, align, evidence_of
 from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, frame_count
 from sharding.format import read_index, read_sample
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
-from streamtrain.align import AlignError, align
-from streamtrain.alignments import CERTAIN_NATS, WHOLE_SEC, align_shards, evidence_of, windows_of
+from streamtrain.alignments import WHOLE_SEC, align_shards, windows_of
 from streamtrain.network import CTCModel
 from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 
@@ -106,7 +107,7 @@ def test_evidence_for_an_only_word_is_its_probability_over_that_of_silence(text:
     log_probs = frames_of(seed, frames)
     said, silence = (sum(weight for _, weight in every_path(log_probs, label)) for label in (text, ""))
     tensor = torch.from_numpy(log_probs).float()
-    (evidence,) = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
+    ((evidence,), _) = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
     assert evidence == pytest.approx(np.log(said / silence), abs=1e-3)
 
 
@@ -115,10 +116,21 @@ def test_a_word_that_is_not_said_has_evidence_against_it(label: str, unsaid: int
     """Nothing but "ab a" is said."""
     log_probs = sure_frames([0, 0, 2, 0, 3, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0])
     found = align(log_probs, label, VOCAB)
-    evidence = evidence_of(log_probs, found.words, VOCAB)
+    evidence, _ = evidence_of(log_probs, found.words, VOCAB)
     assert len(evidence) == len(label.split())
-    assert min(evidence_of(log_probs, align(log_probs, "ab a", VOCAB).words, VOCAB)) > 10
+    assert min(evidence_of(log_probs, align(log_probs, "ab a", VOCAB).words, VOCAB)[0]) > 10
     assert (min(evidence, default=0) < -1) == bool(unsaid)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(["a b", "ab b", "b ab"]), st.integers(0, 9999), st.integers(5, 7))
+def test_evidence_for_an_order_is_its_probability_over_that_of_the_other(text: str, seed: int, frames: int) -> None:
+    log_probs = frames_of(seed, frames)
+    back = " ".join(reversed(text.split()))
+    said, swapped = (sum(weight for _, weight in every_path(log_probs, label)) for label in (text, back))
+    tensor = torch.from_numpy(log_probs).float()
+    _, order = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
+    assert order == [pytest.approx(np.log(said / swapped), abs=1e-3), CERTAIN_NATS]
 
 
 def test_a_sure_word_is_where_it_is_said_and_a_vague_one_says_so() -> None:
@@ -138,7 +150,13 @@ def test_blocks_change_nothing(seed: int, frames: int) -> None:
     """Long enough for many blocks, beside torch's own loss, and beside all frames in one block."""
     log_probs = torch.from_numpy(frames_of(seed, frames, sharp=1.0)).float()
     text = "ab a " * 5 + "b"
-    found = align(log_probs, text, VOCAB, cuts=range(frames))
+    whole = align(log_probs, text, VOCAB, cuts=range(frames))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding.align, "BLOCK_VALUES", 1)
+        found = align(log_probs, text, VOCAB, cuts=range(frames))
+    np.testing.assert_allclose(found.before, whole.before, atol=1e-4)
+    np.testing.assert_allclose(found.gap, whole.gap, atol=1e-3)
+    assert found.log_prob == pytest.approx(whole.log_prob, rel=1e-5)
     ids = torch.tensor(VOCAB.encode(text))
     loss = torch.nn.functional.ctc_loss(
         log_probs.double()[:, None], ids[None], torch.tensor([frames]), torch.tensor([len(ids)]),

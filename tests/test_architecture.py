@@ -16,6 +16,7 @@ SEEN_BY_STREAMTRAIN = {
     "ipa",
     "audio",
     "pauses",
+    "align",
     "split",
     "errors",
     "archive",
@@ -61,9 +62,21 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("sharding")])
-def test_sharding_knows_nothing_of_training_and_starts_without_torch(name: str) -> None:
+def test_sharding_knows_nothing_of_training(name: str) -> None:
     assert not any(other.split(".")[0] in ("streamtrain", "launch") for other in imports_of(MODULES[name]))
-    assert not any(other.split(".")[0] in ("torch", "silero_vad") for other in imports_of(MODULES[name], True))
+
+
+def test_sharding_starts_without_torch() -> None:
+    """Which takes longer to import than a small build takes."""
+    started, waiting = set[str](), ["sharding.__main__"]
+    while waiting:
+        name = waiting.pop()
+        started.add(name)
+        brought = imports_of(MODULES[name], True)
+        assert not any(other.split(".")[0] in ("torch", "silero_vad") for other in brought), name
+        waiting += sorted(brought & MODULES.keys() - started)
+    assert "sharding.sounds" in started
+    assert "sharding.align" not in started
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("streamtrain.")])
