@@ -1,8 +1,8 @@
 """When each word of a recording is said, and which words lie before a cut: CTC forward–backward over its whole label.
 
 The probability of every place in the label is summed over all paths that spell it (Graves et al. 2006), so a time comes
-with how sure it is. Memory is bounded: of a long recording a stretch of frames is computed anew, from states kept on
-the way, when its turn comes. This brings torch, so that it is imported where it is needed.
+with how sure it is. Memory grows with the root of the length: of a long recording a stretch of frames is computed anew,
+from states kept on the way, when its turn comes. This brings torch, so that it is imported where it is needed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -185,7 +185,7 @@ def posteriors(log_probs: torch.Tensor, lattice: Lattice) -> tuple[float, Iterat
         states, taken_off = lattice.forward(kept[-1], log_probs[first:last, lattice.labels])
         here, total = states[-1], total + taken_off
     total += float(torch.logsumexp(here[-2:], 0))
-    if total < NEVER / 2:
+    if not total >= NEVER / 2:  # nor where it is no number
         raise AlignError(f"{frames} frames cannot spell {len(lattice.labels) // 2} symbols")
     return total, _backward(log_probs, lattice, kept, size, states if len(kept) == 1 else None)
 

@@ -1,6 +1,6 @@
 """What a model has heard of the labels of long recordings: what `streamtrain align` wrote, as a build reads it.
 
-Pass 1 of a build gives words to pieces by how long they last; this is pass 2. The cuts stay where they are.
+Pass 1 of a build gives words to pieces by the sounds of its own labels; this is pass 2. The cuts stay where they are.
 """
 
 import json
@@ -19,6 +19,7 @@ from sharding.errors import StreamtrainError
 
 WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
+ANY_GAP = 1e6  # nats
 BELIEVED = 0.4  # share of the pieces that are believed where trials tell nothing: labels are right, as a rule
 
 
@@ -68,11 +69,13 @@ class Alignments:
 def largest_gap(gaps: Sequence[float], wrong_gaps: Sequence[float], wrong_share: float) -> float:
     """That a label may have: no more than the usual, and than all but a share of the labels with a word left out.
 
-    Where these look as right as the others, so that hardly any label would pass, the better half passes.
+    Where these look as right as the others, so that hardly any label would pass, those that are heard best pass.
     """
+    if wrong_share >= 1:
+        return ANY_GAP
     if not gaps or not wrong_gaps:
         return 0.0
-    believed, usual = np.quantile(gaps, (BELIEVED, USUAL))
+    believed, usual = np.quantile(gaps, (BELIEVED if wrong_share else 0.0, USUAL))
     return float(min(usual, max(believed, np.quantile(wrong_gaps, wrong_share))))
 
 
@@ -92,7 +95,9 @@ def read_alignments(path: Path) -> Alignments:
                 by_id[row["utterance_id"]] = _evidence(row)
                 wrong_gaps += map(float, row["without"])
             except (KeyError, TypeError, AttributeError) as error:
-                raise StreamtrainError(f"{path}:{number}: no row of an alignment ({error!r})", hint) from error
+                raise StreamtrainError(
+                    f"{path}:{number}: no row of an alignment, or one of an older version ({error!r})", hint
+                ) from error
     except OSError as error:
         raise StreamtrainError(f"{path}: {error.strerror}", hint) from error
     except (ValueError, zstandard.ZstdError, EOFError) as error:

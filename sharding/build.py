@@ -64,12 +64,14 @@ from sharding.format import (
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.sample import escape_key, whole_key
-from sharding.sounds import Sounds, learn
+from sharding.sounds import Sounds, learn, unpack_sounds
 from sharding.split import Gates
 from sharding.store import FolderStore, Store, open_store
 from sharding.workers import Workers, available_cores
 
-LEARN_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned
+LEARN_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned …
+LEARN_LEAST_SEC = 120.0  # … and so many at least: less would know its own mistakes by heart
+LEARN_LONGEST_SEC = 600.0  # no longer recording is learned from
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,7 @@ class Plan:
     bins: tuple[float, ...]
     shards: list[PlannedShard]
     stand_in: int | None  # the hash of the speaker who validates for want of another
+    sounds: Sounds | None
 
     def job(self, shard: PlannedShard) -> ShardJob:
         name, bucket, rows = shard
@@ -216,23 +219,29 @@ def plan_build(
     pool: Workers,
     base: ShardIndex | None = None,
     alignments: Alignments = NOTHING_ALIGNED,
+    sounds: Sounds | None = None,
 ) -> tuple[Plan, list[report.LedgerPart]]:
     """Split what is long, and say what every shard is to hold; with the ledger's rows of all that is decided so far.
 
-    What is added to a `base` goes into shards of its own, in the bins that are there.
+    What is added to a `base` goes into shards of its own, in the bins that are there. The `sounds` of the symbols are
+    its own too, or learned, where they are not given and somebody needs them.
     """
     clips = examined.clips
     stand_in = choose_stand_in(clips["speaker"], settings.valid_fraction) if base is None else _stand_in_of(base)
     valid = is_validation(clips["speaker"], settings.valid_fraction, stand_in)
     usable, refused = _refuse(examined, valid)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
-    sounds = _learn(examined, settings, where, pool, usable & clips["fits"] & ~valid, long) if long.any() else None
+    labelled = usable & clips["fits"] & ~valid
+    if sounds is None and base and base.sounds:
+        sounds = unpack_sounds(base.sounds)
+    if sounds is None and (labelled & long).any():
+        sounds = _learn(examined, settings, where, pool, labelled, long)
     segments, cuts = _cut(examined, settings, where, pool, long, valid, alignments, sounds)
     members = list_members(clips, usable & ~long, segments, valid)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     taken = _numbers_taken(base) if base else None
     shards = assign_shards(members, bins, round(settings.shard_mb * 2**20), settings.min_shards, taken)
-    return Plan(examined, settings, where, segments, members, bins, shards, stand_in), [refused, *cuts]
+    return Plan(examined, settings, where, segments, members, bins, shards, stand_in, sounds), [refused, *cuts]
 
 
 def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> list[ShardResult]:
@@ -258,17 +267,21 @@ def _refuse(examined: Examined, valid: Mask) -> tuple[Mask, report.LedgerPart]:
 def _learn(
     examined: Examined, settings: BuildSettings, where: Where, pool: Workers, labelled: Mask, long: Mask
 ) -> Sounds | None:
-    """The sounds of some of the labels, in the order of keys: half of them long recordings' where there are both."""
+    """The sounds of some of the labels, half of them of long recordings where there are both; None of too few."""
     clips = examined.clips
     order = np.lexsort(clips["key"].T[::-1])
-    chosen = np.zeros(len(clips), bool)
-    for some, seconds in ((long, LEARN_SEC / 2), (~long, LEARN_SEC), (long, LEARN_SEC)):
-        rows = order[(labelled & some & ~chosen)[order]]
-        seconds -= clips["samples"][chosen].sum() / SAMPLE_RATE
-        chosen[rows[clips["samples"][rows].cumsum() <= seconds * SAMPLE_RATE]] = True
-    rows = np.flatnonzero(chosen)
-    jobs = map(ListenJob, repeat(where), _read_rows(examined, rows), clips["bytes"][rows].tolist())
-    examples = pool.map(listen_to, jobs, [1] * len(rows), "learning")
+    order = order[labelled[order] & (clips["samples"][order] <= LEARN_LONGEST_SEC * SAMPLE_RATE)]
+    rows, seconds = dict[int, None](), 0.0  # in the order in which they are learned from
+    for some, enough in ((long, LEARN_SEC / 2), (~long, LEARN_SEC), (long, LEARN_SEC)):
+        for row in order[some[order]].tolist():
+            lasting = clips["samples"][row] / SAMPLE_RATE
+            if row not in rows and seconds + lasting <= enough:
+                rows[row], seconds = None, seconds + lasting
+    if seconds < LEARN_LEAST_SEC:
+        return None
+    chosen = np.array(list(rows))
+    jobs = map(ListenJob, repeat(where), _read_rows(examined, chosen), clips["bytes"][chosen].tolist())
+    examples = pool.map(listen_to, jobs, [1] * len(chosen), "learning")
     return learn([example for example in examples if example], settings.track, settings.wrong_share)
 
 
@@ -289,7 +302,16 @@ def _cut(
     splits = np.where(valid[rows], "valid", "train").tolist()
     gates = Gates(settings.min_confidence, alignments.bound(settings.wrong_share), settings.min_evidence)
     jobs = (
-        CutJob(where, line, size, split, settings.limit_sec, _evidence_of(line, where, alignments), sounds, gates)
+        CutJob(
+            where,
+            line,
+            size,
+            split,
+            settings.limit_sec,
+            _evidence_of(line, where, alignments),
+            None if split == "valid" else sounds,
+            gates,
+        )  # validation keeps the label of the whole
         for line, size, split in zip(lines, sizes, splits, strict=True)
     )
     results = pool.map(cut, jobs, [1] * len(rows), "splitting")
@@ -328,6 +350,7 @@ def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base
         },
         shards=tuple(entry for entry, _ in made),
         samples=join_samples([table for _, table in made]),
+        sounds=plan.sounds.pack() if plan.sounds else None,
     )
     return index if base is None else _grown(base, index)
 

@@ -78,6 +78,7 @@ class ShardIndex:
     shards: tuple[ShardEntry, ...]
     samples: SampleTable
     base: str = ""  # digest of the index that this one was appended to
+    sounds: dict[str, Any] | None = None  # by which the build gave words to pieces of long recordings
     digest: str = ""
 
     @property
@@ -249,6 +250,7 @@ def write_index(store: Store, index: ShardIndex) -> ShardIndex:
         "sources_hash": index.sources_hash,
         "notes": index.notes,
         "base": index.base,
+        "sounds": index.sounds,
         "samples": {
             # of an index that was appended to, beside the columns it began with, which its readers may still need
             "name": f"samples-{checksum}.bin.zst" if index.base else SAMPLES_NAME,

@@ -67,6 +67,7 @@ class Listening:
         return bool((self.speech[start // HOP : -(-end // HOP)] >= SPEECH_PROBABILITY).any())
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a sound too loud for a float
 def listen(waveform: Waveform) -> Listening:
     """Level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
     frames = max(len(waveform) // HOP, 1)

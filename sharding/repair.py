@@ -29,6 +29,7 @@ from sharding.format import (
 from sharding.lock import sole_build
 from sharding.manifest import Reading, read_sources
 from sharding.sample import whole_key
+from sharding.sounds import Sounds, unpack_sounds
 from sharding.store import Store, open_store
 from sharding.workers import Workers, count_done
 
@@ -74,7 +75,8 @@ def repair(
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 where = Where(url, scratch, tuple(source.layout for source in sources), settings.track, dry=True)
                 given = _tell_apart(store, examine(sources, settings.track, pool), generations, faults)
-                plans = [plan_build(part, settings, where, pool, base, alignments)[0] for part, base in given]
+                plans = [plan_build(part, settings, where, pool, base, alignments, sounds)[0]
+                         for part, base, sounds in given]  # fmt: skip
                 _rewrite(plans, {shard.name: shard for shard in shards if shard.name in faults}, pool)
             still = find_faults(url, [shard for shard in shards if shard.name in faults], with_audio, workers)
             if still:
@@ -89,8 +91,8 @@ def repair(
 
 def _tell_apart(
     store: Store, examined: Examined, generations: Sequence[ShardIndex], faults: Faults
-) -> list[tuple[Examined, ShardIndex]]:
-    """For each build that made a damaged shard, the first or an append: its clips, and the index that it added to.
+) -> list[tuple[Examined, ShardIndex, Sounds | None]]:
+    """For each build that made a damaged shard: its clips, the index that it added to, and the sounds that it learned.
 
     The shards tell which clips they hold. What none of them tells of is of the build whose indexes are damaged.
     """
@@ -114,12 +116,13 @@ def _tell_apart(
     if untold.any() and sum(silent) > 1:
         raise ShardError(f"{store.url}: the indexes of shards of several builds are damaged; nothing was repaired",
                          "who added which clips cannot be told: build it anew")  # fmt: skip
-    result: list[tuple[Examined, ShardIndex]] = []
+    result: list[tuple[Examined, ShardIndex, Sounds | None]] = []
     before: tuple[ShardEntry, ...] = ()
     for generation, part, is_silent in zip(generations, parts, silent, strict=True):
         if any(shard.name in faults for shard in generation.shards[len(before) :]):
             base = replace(generations[-1], shards=before)  # its bins and its stand-in are those of the first
-            result.append((examined.select(part | untold if is_silent else part), base))
+            sounds = unpack_sounds(generation.sounds) if generation.sounds else None
+            result.append((examined.select(part | untold if is_silent else part), base, sounds))
         before = generation.shards
     return result
 
@@ -152,7 +155,8 @@ def _rewrite(plans: Sequence[Plan], damaged: Mapping[str, ShardEntry], pool: Wor
         out = plans[0].where.out
         raise ShardError(
             f"{out}: {', '.join(differ)}: comes out otherwise than {out}/index.json says; nothing was repaired",
-            "another version of libsndfile or soxr makes other bytes, and so does audio that has changed",
+            "another version of this package, of libsndfile, soxr, silero-vad or torch makes other bytes, and so does audio "
+            "that has changed",
         )
     for plan, shards in chosen:
         write_shards(replace(plan, where=replace(plan.where, dry=False)), shards, pool)

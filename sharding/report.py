@@ -97,7 +97,7 @@ class Tally:
         self.unlabelled_pieces += sum(piece["label_status"] == "unlabelled" for piece in row["pieces"])
         for piece in row["pieces"]:
             if piece["label_status"] == "labelled":
-                self.labelled_pieces[piece["by"]] += 1
+                self.labelled_pieces[piece.get("by", "durations")] += 1  # as older ledgers mean
             if guess := piece.get("guess"):
                 place = min(bisect_right(SURE, guess["confidence"]), len(SURE) - 1) - 1
                 self.guessed[place] += 1

@@ -6,12 +6,14 @@ Half an hour of speech is enough to tell between which pauses a word lies. It is
 """
 
 import functools
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from sharding.aligned import Evidence, hash_label, largest_gap
 from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform
@@ -33,6 +35,7 @@ LEARNING = 0.1  # what a log-density counts when it is learned from: the frames 
 HEARING = 0.2  # … and when it is told by it
 QUIET_NATS = 50.0  # by which a symbol is unlikelier in a pause
 PIECE_FRAMES = 1_250  # 25 s
+LONGEST = 4e9  # frames × symbols of a recording that is listened to: three quarters of an hour
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +53,8 @@ class Sounds:
     """Symbols as ids: 0 is silence, which CTC takes for its blank. Spaces have none."""
 
     alphabet: str
-    mean: npt.NDArray[np.float64]  # (symbols, D)
-    precision: npt.NDArray[np.float64]  # (symbols, D): 1 / variance
+    mean: Floats  # (symbols, D)
+    precision: Floats  # (symbols, D): 1 / variance
     max_gap: float = 0.0  # nats, how much likelier what is heard may be than a label, in half a second
 
     @property
@@ -71,7 +74,12 @@ class Sounds:
         density += (np.square(self.mean) * self.precision - np.log(self.precision)).sum(axis=1)
         density *= -scale / 2
         density[quiet, 1:] -= QUIET_NATS
-        return torch.log_softmax(torch.from_numpy(density.astype(np.float32)), dim=1)
+        return torch.log_softmax(torch.from_numpy(density), dim=1)
+
+    def pack(self) -> dict[str, Any]:
+        """As an index keeps it: what was learned is not learned again for a repair."""
+        values = np.stack([self.mean, self.precision]).astype("<f4")
+        return {"alphabet": self.alphabet, "max_gap": self.max_gap, "values": b64encode(values.tobytes()).decode()}
 
     def hear(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
         """What a label's words sound like in a recording that is cut at these samples."""
@@ -81,14 +89,17 @@ class Sounds:
     def _hear(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
         from sharding.align import AlignError, align, evidence_of, worst_gaps
 
+        label = hash_label(text)
+        unheard = Evidence(label, tuple(cuts), (), (), (), (), (), (), (), (), "not heard")
+        if len(waveform) // FRAME_SAMPLES * len(text) > LONGEST:
+            return unheard
         features, quiet = listen_closely(waveform, stretches)
         log_probs = self.log_probs(features, quiet, HEARING)
         frames = [min(cut // FRAME_SAMPLES, len(log_probs) - 1) for cut in cuts]
-        label = hash_label(text)
         try:
             found = align(log_probs, text, self, frames)
-        except AlignError as error:
-            return Evidence(label, tuple(cuts), (), (), (), (), (), (), (), (), str(error))
+        except AlignError:
+            return unheard
         words, order = evidence_of(log_probs, found.words, self)
         return Evidence(
             label=label,
@@ -105,12 +116,19 @@ class Sounds:
         )
 
 
+def unpack_sounds(packed: dict[str, Any]) -> Sounds:
+    """What `Sounds.pack` made."""
+    values = np.frombuffer(b64decode(packed["values"]), "<f4").reshape(2, len(packed["alphabet"]) + 2, -1)
+    return Sounds(packed["alphabet"], values[0], values[1], packed["max_gap"])
+
+
 def example_of(name: str, text: str, waveform: Waveform) -> Example:
     """A recording of 16 kHz and its normalised label."""
     heard = listen(waveform)
     return Example(name, text, *listen_closely(waveform, find_stretches(heard, find_pauses(heard), len(waveform))))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is too loud for a float is heard by nobody
 def listen_closely(waveform: Waveform, stretches: Sequence[Stretch]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Cepstra and their slopes every 20 ms, as deviations of the recording's speech; and which frames are quiet."""
     frames = len(waveform) // FRAME_SAMPLES
@@ -154,21 +172,27 @@ def learn(examples: Sequence[Example], track: str, wrong_share: float) -> Sounds
 
 def _learn(examples: Sequence[Example], track: str, wrong_share: float) -> Sounds | None:
     alphabet = "".join(sorted(alphabet_of(track) - {" "}))
-    spoken = [example for example in examples if example.text and not example.quiet.all()]
+    spoken = [
+        example
+        for example in examples
+        if example.text and not example.quiet.all() and np.isfinite(example.features).all()
+    ]
     if not spoken:
         return None
     sums = _Sums(len(alphabet) + 2, spoken[0].features.shape[1])
-    sounds = Sounds(alphabet, sums.values, sums.values)  # to spell with
+    sounds = Sounds(alphabet, *np.zeros((2, *sums.values.shape), np.float32))  # to spell with
     for example in spoken:
         speech, ids = np.flatnonzero(~example.quiet), np.array(sounds.encode(example.text))
         owner = np.zeros((len(example.quiet), len(alphabet) + 2))
         owner[speech, ids[np.arange(len(speech)) * len(ids) // len(speech)]] = 1.0
         owner[example.quiet, 0] = 1.0
         sums.add(owner, example.features)
-    for _ in range(ROUNDS):
+    for _ in tqdm(range(ROUNDS), desc="    sounds", unit="round", leave=False, disable=None):  # None: on a terminal
         sounds, sums = sums.estimate(alphabet), _Sums(*sums.values.shape)
         for example in spoken:
             sums.add(_owners(sounds, example), example.features)
+        if not sums.frames[1:].sum():  # no label fits
+            return None
     sounds = sums.estimate(alphabet)
     return _with_bound(sounds, spoken, wrong_share)
 
@@ -183,9 +207,12 @@ class _Sums:
 
     def add(self, owner: npt.NDArray[np.float64], features: Floats) -> None:
         """`owner` (T, symbols) says with which probability each frame is whose."""
+        import torch
+
+        whose, heard = torch.from_numpy(owner).T, torch.from_numpy(features).double()  # on one thread, unlike numpy
         self.frames += owner.sum(axis=0)
-        self.values += owner.T @ features
-        self.squares += owner.T @ np.square(features)
+        self.values += (whose @ heard).numpy()
+        self.squares += (whose @ heard.square()).numpy()
 
     def estimate(self, alphabet: str) -> Sounds:
         mean, square = (sums[1:].sum(axis=0) / self.frames[1:].sum() for sums in (self.values, self.squares))
@@ -193,7 +220,8 @@ class _Sums:
         count = (self.frames + PRIOR_FRAMES)[:, None]
         means = (self.values + PRIOR_FRAMES * mean) / count
         variances = (self.squares + PRIOR_FRAMES * square) / count - means**2
-        return Sounds(alphabet, means, 1 / np.maximum(variances, LEAST_VARIANCE * variance))
+        precision = 1 / np.maximum(variances, LEAST_VARIANCE * np.maximum(variance, 1e-6))
+        return Sounds(alphabet, means.astype(np.float32), precision.astype(np.float32))
 
 
 def _owners(sounds: Sounds, example: Example) -> npt.NDArray[np.float64]:

@@ -111,7 +111,7 @@ def split_recording(
     if evidence and not useless:
         by, given = "alignment", give(evidence, gates.max_gap)
     else:
-        by, given = "sounds", guessed or [_untold(text, heard, sounds)] * (len(ends) - 1)
+        by, given = "sounds", guessed or [_untold(text, heard, len(waveform))] * (len(ends) - 1)
     if useless:
         given = [replace(words, refused=words.refused and f"{words.refused} ({useless})") for words in given]
     forced = [False, *(cut.forced for cut in cuts), False]
@@ -124,12 +124,13 @@ def split_recording(
     return [_beside_guess(*pair) for pair in zip(segments, guessed, strict=True)]
 
 
-def _untold(text: str, heard: Listening, sounds: Sounds | None) -> Given:
+def _untold(text: str, heard: Listening, samples: int) -> Given:
     """What pass 1 says of a piece where it hears no words."""
     if not text.strip():
         return Given("", float(heard.silent), None if heard.silent else "speech without a label")
-    why = "its label does not fit into it" if sounds else "no labels to learn the sounds of words from"
-    return Given("", 0.0, why)
+    if frame_count(samples) < ctc_frames_needed(text):
+        return Given("", 0.0, "the label does not fit into the recording")
+    return Given("", 0.0, "too few labels to learn the sounds of words from, or too long a recording")
 
 
 def candidates(heard: Listening, pauses: Sequence[Pause], limit_sec: float) -> list[Cut]:

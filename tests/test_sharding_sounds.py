@@ -1,5 +1,6 @@
 """The sounds of a corpus, learned from its own labels, tell which words lie where, and which labels are wrong."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from corpus import SAMPLE_RATE, SYMBOL_SEC, Sound, make_corpus, make_text, read_
 from sharding.audio import FRAME_SAMPLES
 from sharding.format import read_index, read_sample
 from sharding.pauses import Stretch
-from sharding.sounds import Sounds, example_of, learn, listen_closely
+from sharding.sounds import Sounds, example_of, learn, listen_closely, unpack_sounds
 from sharding.split import Segment, split_recording
 from sharding.store import open_store
 
@@ -128,12 +129,24 @@ def test_frames_are_as_many_as_the_sound_has_and_pauses_are_quiet() -> None:
 def test_nothing_is_learned_from_nothing(sounds: Sounds) -> None:
     assert learn([], "phonetic", 0.02) is None
     assert learn([example_of("mute", "", said(0, ["kæt"]))], "phonetic", 0.02) is None
+    crowded = example_of("crowded", " ".join(words_of(0, 60) * 40), said(0, words_of(0, 60)))
+    burst = example_of("burst", "kæt", np.full(16_000, 1e30, np.float32))
+    for useless in (crowded, burst):
+        assert learn([useless], "phonetic", 0.02) is None
+    mute = learn([example_of("silence", "kæt", np.zeros(16_000, np.float32))], "phonetic", 0.02)
+    assert mute is not None
+    assert np.isfinite(mute.precision).all()
     words = words_of(0, 60)
     alone = split_recording("parent", said(0, words), " ".join(words))
-    assert {segment.reason for segment in alone} == {"no labels to learn the sounds of words from"}
-    crowded = split(sounds, said(0, words), words * 40)
-    assert {segment.reason for segment in crowded} == {"its label does not fit into it"}
+    (reason,) = {segment.reason for segment in alone}
+    assert str(reason).startswith("too few labels to learn the sounds of words from")
+    too_many = split(sounds, said(0, words), words * 40)
+    assert {segment.reason for segment in too_many} == {"the label does not fit into the recording"}
     assert sounds.encode("kæt ☃") == [*sounds.encode("kæt"), len(sounds.alphabet) + 1]
+
+
+def read_tars(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.tar"))}
 
 
 def test_a_build_learns_from_its_short_clips_and_labels_long_ones(tmp_path: Path, run_sharding: Command) -> None:
@@ -143,10 +156,7 @@ def test_a_build_learns_from_its_short_clips_and_labels_long_ones(tmp_path: Path
         done = run_sharding("build", corpus, "--out", tmp_path / f"out{workers}", "--workers", workers)
         assert done.returncode == 0, done.stderr
         assert "by sounds" in done.stdout
-    one, two = (
-        {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*.tar"))}
-        for out in (tmp_path / "out1", tmp_path / "out2")
-    )
+    one, two = read_tars(tmp_path / "out1"), read_tars(tmp_path / "out2")
     assert one == two
     store = open_store(tmp_path / "out1")
     index = read_index(store)
@@ -156,3 +166,15 @@ def test_a_build_learns_from_its_short_clips_and_labels_long_ones(tmp_path: Path
     assert pieces
     for piece in pieces:
         assert f" {piece.text} " in f" {texts[piece.parent_id]} "
+    for path in (tmp_path / "out2").rglob("*.tar"):
+        path.write_bytes(path.read_bytes()[:-2_000])
+    mended = run_sharding("verify", tmp_path / "out2", "--repair", corpus)
+    assert mended.returncode == 0, mended.stderr
+    assert "learning" not in mended.stderr  # the index has what the build learned
+    assert read_tars(tmp_path / "out2") == one
+
+
+def test_an_index_keeps_all_that_was_learned(sounds: Sounds) -> None:
+    kept = unpack_sounds(json.loads(json.dumps(sounds.pack())))
+    words = words_of(30, 100)
+    assert split(kept, said(30, words), words) == split(sounds, said(30, words), words)
