@@ -155,8 +155,8 @@ def _rewrite(plans: Sequence[Plan], damaged: Mapping[str, ShardEntry], pool: Wor
         out = plans[0].where.out
         raise ShardError(
             f"{out}: {', '.join(differ)}: comes out otherwise than {out}/index.json says; nothing was repaired",
-            "another version of this package, of libsndfile, soxr, silero-vad or torch makes other bytes, and so does audio "
-            "that has changed",
+            "another version of this package, of libsndfile, soxr, silero-vad or torch makes other bytes, and so does "
+            "audio that has changed",
         )
     for plan, shards in chosen:
         write_shards(replace(plan, where=replace(plan.where, dry=False)), shards, pool)
