@@ -262,7 +262,10 @@ def _commands() -> Commands:
         help="share of rejected samples above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_split = commands.add(
-        "split", _split, "Show where one long recording would be cut, and what each piece would hold."
+        "split",
+        _split,
+        "Show where one long recording would be cut, and what each piece would hold, by the sounds of its own label alone: "
+        "a build knows those of the whole corpus.",
     )
     parser_split.add_argument("audio", help="audio file")
     parser_split.add_argument("--text", default="", help="its label")
