@@ -264,8 +264,8 @@ def _commands() -> Commands:
     parser_split = commands.add(
         "split",
         _split,
-        "Show where one long recording would be cut, and what each piece would hold, by the sounds of its own label alone: "
-        "a build knows those of the whole corpus.",
+        "Show where one long recording would be cut, and what each piece would hold, by the sounds of its own label "
+        "alone: a build knows those of the whole corpus.",
     )
     parser_split.add_argument("audio", help="audio file")
     parser_split.add_argument("--text", default="", help="its label")
