@@ -302,8 +302,8 @@ def _add_gates(parser: argparse.ArgumentParser, alignments: str) -> None:
              "(default: %(default)s)")  # fmt: skip
     add("--wrong-share", metavar="SHARE", type=number(0, 1), default=WRONG_SHARE,
         help="and if what is heard in it is hardly likelier than its words: by so little that only this share of "
-             "labels with a word left out would pass, as trials show. Those that are heard best pass in any case, "
-             "unless this is 0, and all if it is 1 (default: %(default)s)")  # fmt: skip
+             "labels with a word left out would pass, as trials show. Where hardly any would, those that are "
+             "heard best do, unless this is 0; all do if it is 1 (default: %(default)s)")  # fmt: skip
     add("--min-evidence", metavar="NATS", type=number(-1_000, 1_000), default=Gates.min_evidence,
         help="and if each of its words is heard: its label is likelier with the word than without it, by at least so "
              "many nats (default: %(default)s)")  # fmt: skip

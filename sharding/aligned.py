@@ -17,8 +17,9 @@ import zstandard
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 
-WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
+WRONG_SHARE = 0.01  # of labels that lack a word, those that may pass for how little differs from what is heard
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
+HARDLY_ANY = 0.1  # share of the pieces: where no more would pass, trials tell nothing
 ANY_GAP = 1e6  # nats
 BELIEVED = 0.4  # share of the pieces that are believed where trials tell nothing: labels are right, as a rule
 
@@ -75,8 +76,10 @@ def largest_gap(gaps: Sequence[float], wrong_gaps: Sequence[float], wrong_share:
         return ANY_GAP
     if not gaps or not wrong_gaps:
         return 0.0
-    believed, usual = np.quantile(gaps, (BELIEVED if wrong_share else 0.0, USUAL))
-    return float(min(usual, max(believed, np.quantile(wrong_gaps, wrong_share))))
+    believed, usual = np.quantile(gaps, (BELIEVED, USUAL))
+    bound = min(usual, np.quantile(wrong_gaps, wrong_share))
+    blind = wrong_share > 0 and np.mean(gaps <= bound) < HARDLY_ANY
+    return float(believed if blind else bound)
 
 
 NOTHING_ALIGNED = Alignments({}, "")
