@@ -8,7 +8,7 @@ Half an hour of speech is enough to tell between which pauses a word lies. It is
 import functools
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -254,4 +254,4 @@ def _with_bound(sounds: Sounds, examples: Sequence[Example], wrong_share: float)
             continue
         gaps += worst_gaps(found.gap, range(PIECE_FRAMES, len(found.gap), PIECE_FRAMES))
         wrong += gaps_without(log_probs, found.words, example.name, sounds)
-    return Sounds(sounds.alphabet, sounds.mean, sounds.precision, largest_gap(gaps, wrong, wrong_share))
+    return replace(sounds, max_gap=largest_gap(gaps, wrong, wrong_share))

@@ -507,7 +507,7 @@ def measure(name: str, corpus: Path, model: Path, out: Path, with_corruption: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="such as data/demo/noisy/best: see above")
+    parser.add_argument("model", type=Path, help="such as data/demo/noisy/best, which `make bench` trains")
     parser.add_argument(
         "--hours",
         type=float,

@@ -9,6 +9,7 @@ import torch
 from conftest import Command
 from corpus import SAMPLE_RATE, SYMBOL_SEC, Sound, make_corpus, make_text, read_manifest, recite
 
+from sharding.aligned import BELIEVED, largest_gap
 from sharding.audio import FRAME_SAMPLES
 from sharding.format import read_index, read_sample
 from sharding.pauses import Stretch
@@ -145,6 +146,19 @@ def test_nothing_is_learned_from_nothing(sounds: Sounds) -> None:
     assert sounds.encode("kæt ☃") == [*sounds.encode("kæt"), len(sounds.alphabet) + 1]
 
 
+def test_labels_may_differ_from_what_is_heard_by_what_trials_allow_unless_these_tell_nothing() -> None:
+    gaps = [float(gap) for gap in range(1, 101)]
+    telling, blind = [50.0 + gap for gap in gaps], [gap / 100 for gap in gaps]
+    for share in (0.01, 0.1):
+        bound = largest_gap(gaps, telling, share)
+        assert np.mean(np.array(telling) <= bound) <= share
+        assert np.mean(np.array(gaps) <= largest_gap(gaps, blind, share)) == pytest.approx(BELIEVED, abs=0.01)
+    assert largest_gap(gaps, blind, 0.0) == min(blind)  # no exception
+    assert largest_gap(gaps, blind, 1.0) > max(gaps)  # all are believed
+    assert largest_gap(gaps, [1e3] * 9, 0.01) < max(gaps)  # the unusual is refused in any case
+    assert largest_gap(gaps, [], 0.01) == 0.0  # nothing was tried
+
+
 def read_tars(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.tar"))}
 
@@ -156,6 +170,7 @@ def test_a_build_learns_from_its_short_clips_and_labels_long_ones(tmp_path: Path
         done = run_sharding("build", corpus, "--out", tmp_path / f"out{workers}", "--workers", workers)
         assert done.returncode == 0, done.stderr
         assert "by sounds" in done.stdout
+        assert "learning" in done.stderr
     one, two = read_tars(tmp_path / "out1"), read_tars(tmp_path / "out2")
     assert one == two
     store = open_store(tmp_path / "out1")
