@@ -37,6 +37,11 @@ class Spelling(Protocol):
     @property
     def blank(self) -> int: ...
 
+    @property
+    def blank_inside(self) -> int:
+        """The blank between symbols of one word, where it is told from that between words."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
 
@@ -66,11 +71,20 @@ class Alignment:
 class Lattice:
     """A label as states 0 … 2 L: its symbols at odd places; a blank before, between and after them."""
 
-    def __init__(self, ids: Sequence[int], blank: int, device: torch.device) -> None:
-        self.labels = torch.full((2 * len(ids) + 1,), blank, device=device)
+    def __init__(self, text: str, spelling: Spelling, device: torch.device) -> None:
+        ids = spelling.encode(text)
+        self.words = text.split()
+        space = len(spelling.encode(" "))  # symbols between two words
+        begin = np.cumsum([0, *(len(word) + space for word in self.words)])[:-1]
+        self.firsts = torch.as_tensor(2 * begin + 1, device=device)  # states of the words' first symbols …
+        lengths = [2 * len(word) - 2 for word in self.words]
+        self.lasts = self.firsts + torch.as_tensor(lengths, dtype=torch.int64, device=device)  # … and of their last
+        self.labels = torch.full((2 * len(ids) + 1,), spelling.blank_inside, device=device)
+        self.labels[0] = self.labels[-1] = spelling.blank
+        self.labels[self.lasts + 1] = self.labels[self.firsts - 1] = spelling.blank
         self.labels[1::2] = torch.as_tensor(ids, dtype=torch.int64, device=device)
         skips = torch.zeros(len(self.labels), dtype=torch.bool, device=device)  # from two states before, over a blank
-        skips[2:] = (self.labels[2:] != blank) & (self.labels[2:] != self.labels[:-2])
+        skips[3::2] = self.labels[3::2] != self.labels[1:-2:2]
         self._no_skip = torch.where(skips, 0.0, NEVER)
 
     def start(self, emitted: torch.Tensor) -> torch.Tensor:
@@ -125,11 +139,10 @@ def align(log_probs: torch.Tensor, text: str, spelling: Spelling, cuts: Sequence
 
     Raises AlignError where the label does not fit into the frames.
     """
-    lattice = Lattice(spelling.encode(text), spelling.blank, log_probs.device)
-    words, ends = _words_of(text, len(spelling.encode(" ")))
     if not len(log_probs):
         raise AlignError("there are no frames")
-    firsts, lasts = (torch.as_tensor(each, dtype=torch.int64, device=log_probs.device) for each in ends)
+    lattice = Lattice(text, spelling, log_probs.device)
+    words, firsts, lasts = lattice.words, lattice.firsts, lattice.lasts
     found = _Boundaries(2 * len(words), len(log_probs))
     before = np.zeros((len(cuts), len(words) + 1))
     best = log_probs.max(dim=1).values
@@ -159,14 +172,6 @@ def align(log_probs: torch.Tensor, text: str, spelling: Spelling, cuts: Sequence
         gap=gap,
         before=before,
     )
-
-
-def _words_of(text: str, space: int) -> tuple[list[str], tuple[list[int], list[int]]]:
-    """The words, and for each the states of its first and its last symbol; `space` symbols lie between two."""
-    words = text.split()
-    begin = np.cumsum([0, *(len(word) + space for word in words)])[:-1].tolist()
-    ends = [start + len(word) for start, word in zip(begin, words, strict=True)]
-    return words, ([2 * start + 1 for start in begin], [2 * end - 1 for end in ends])
 
 
 def posteriors(log_probs: torch.Tensor, lattice: Lattice) -> tuple[float, Iterator[tuple[int, torch.Tensor]]]:

@@ -17,7 +17,7 @@ import zstandard
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 
-WRONG_SHARE = 0.01  # of labels that lack a word, those that may pass for how little differs from what is heard
+WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
 HARDLY_ANY = 0.1  # share of the pieces: where no more would pass, trials tell nothing
 ANY_GAP = 1e6  # nats
@@ -51,6 +51,11 @@ class Evidence:
     def has_word(self, start: int, end: int) -> bool:
         """Whether a word is said, at least partly, between two samples."""
         return bisect_left(self.starts, end) > bisect_right(self.ends, start)
+
+    def word_over(self, start: int, end: int) -> int | None:
+        """The word that is said until well after `end` from well before `start` on, samples, if there is one."""
+        word = bisect_left(self.starts, start - SAMPLE_RATE // 20) - 1
+        return word if word >= 0 and self.ends[word] > end + SAMPLE_RATE // 20 else None
 
 
 @dataclass(frozen=True, eq=False)

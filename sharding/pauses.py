@@ -24,6 +24,7 @@ SPEECH_PROBABILITY = 0.50  # from it on it hears some
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
 STEADY_HOPS = 9  # the level is the median over so many: rooms rumble, and a click of 40 ms ends no pause
 MIN_PAUSE_SEC = 0.20
+LONGEST_STOP_SEC = 0.3  # a longer silence is no part of a sound, so that it lies between words
 CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
 
 _one_at_a_time = threading.Lock()  # the number of threads is the process's

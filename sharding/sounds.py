@@ -2,7 +2,8 @@
 
 One Gaussian a symbol over cepstra, learned from nothing ("flat start"): at first each recording's speech is shared out
 evenly among its symbols, then CTC's forward–backward over the labels says anew which frames are whose, a few times.
-Half an hour of speech is enough to tell between which pauses a word lies. It is no recogniser.
+A word does not go on after a pause. Half an hour of speech is enough to tell between which pauses it lies; this is no
+recogniser.
 """
 
 import functools
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from sharding.aligned import Evidence, hash_label, largest_gap
 from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform
 from sharding.ipa import alphabet_of
-from sharding.pauses import Stretch, find_pauses, find_stretches, listen, one_thread
+from sharding.pauses import LONGEST_STOP_SEC, Stretch, find_pauses, find_stretches, listen, one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ LEAST_VARIANCE = 0.1  # of all speech's
 LEARNING = 0.1  # what a log-density counts when it is learned from: the frames of a sound are not independent …
 HEARING = 0.2  # … and when it is told by it
 QUIET_NATS = 50.0  # by which a symbol is unlikelier in a pause
+PAUSE_NATS = 10.0  # by which a pause is unlikelier within a word than between two …
+LONGEST_STOP = round(LONGEST_STOP_SEC * SAMPLE_RATE / FRAME_SAMPLES)  # … if it has more frames
 PIECE_FRAMES = 1_250  # 25 s
 LONGEST = 4e9  # frames × symbols of a recording that is listened to: three quarters of an hour
 
@@ -61,20 +64,28 @@ class Sounds:
     def blank(self) -> int:
         return 0
 
+    @property
+    def blank_inside(self) -> int:
+        return len(self.mean)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a normalised label; what is not in the alphabet sounds like any speech."""
         other = len(self.alphabet) + 1
         return [self.alphabet.find(symbol) + 1 or other for symbol in text if symbol != " "]
 
     def log_probs(self, features: Floats, quiet: npt.NDArray[np.bool_], scale: float) -> "torch.Tensor":
-        """Of each symbol at each frame, shape (T, symbols)."""
+        """Of each symbol at each frame, and of silence within a word, shape (T, symbols + 1)."""
         import torch
 
         density = np.square(features) @ self.precision.T - 2 * features @ (self.mean * self.precision).T
         density += (np.square(self.mean) * self.precision - np.log(self.precision)).sum(axis=1)
         density *= -scale / 2
         density[quiet, 1:] -= QUIET_NATS
-        return torch.log_softmax(torch.from_numpy(density), dim=1)
+        log_probs = torch.log_softmax(torch.from_numpy(density), dim=1)
+        inside = log_probs[:, 0].clone()
+        pauses = np.flatnonzero(np.diff(quiet, prepend=False, append=False)).reshape(-1, 2)
+        inside[[sum(pause) // 2 for pause in pauses.tolist() if pause[1] - pause[0] > LONGEST_STOP]] -= PAUSE_NATS
+        return torch.cat([log_probs, inside[:, None]], dim=1)
 
     def pack(self) -> dict[str, Any]:
         """As an index keeps it: what was learned is not learned again for a repair."""
@@ -230,15 +241,16 @@ def _owners(sounds: Sounds, example: Example) -> npt.NDArray[np.float64]:
 
     from sharding.align import AlignError, Lattice, posteriors
 
-    lattice = Lattice(sounds.encode(example.text), sounds.blank, torch.device("cpu"))
-    owner = torch.zeros(len(example.quiet), len(sounds.mean))
+    lattice = Lattice(example.text, sounds, torch.device("cpu"))
+    owner = torch.zeros(len(example.quiet), sounds.blank_inside + 1)
     try:
         _, blocks = posteriors(sounds.log_probs(example.features, example.quiet, LEARNING), lattice)
     except AlignError:
-        return owner.double().numpy()
+        return owner[:, :-1].double().numpy()
     for first, likely in blocks:
         owner[first : first + len(likely)].index_add_(1, lattice.labels, likely)
-    return owner.double().numpy()
+    owner[:, sounds.blank] += owner[:, sounds.blank_inside]
+    return owner[:, :-1].double().numpy()
 
 
 def _with_bound(sounds: Sounds, examples: Sequence[Example], wrong_share: float) -> Sounds:

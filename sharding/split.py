@@ -14,7 +14,16 @@ import numpy as np
 from sharding.aligned import Evidence
 from sharding.audio import SAMPLE_RATE, Waveform, frame_count
 from sharding.ipa import ctc_frames_needed
-from sharding.pauses import Listening, Pause, Stretch, find_pauses, find_stretches, listen, quietest_cut
+from sharding.pauses import (
+    LONGEST_STOP_SEC,
+    Listening,
+    Pause,
+    Stretch,
+    find_pauses,
+    find_stretches,
+    listen,
+    quietest_cut,
+)
 from sharding.sounds import Sounds
 
 MIN_PIECE_SEC = 1.5
@@ -175,17 +184,20 @@ def words_by_evidence(
 ) -> list[Given]:
     """For each piece its words, as they were heard.
 
-    Refused where a cut is not sure, where what is heard is something else than the label, where a word is not heard or
-    not before the next, where somebody speaks and the label has no word, or where words come much faster or slower than
-    in the rest of the recording. A cut in a pause lies between words, whatever the room's noise is taken for: what is
-    said of the cut is taken under that condition.
+    Refused where a cut is not sure, where what is heard is something else than the label, where a word is not heard,
+    not before the next or on both sides of a pause, where somebody speaks and the label has no word, or where words
+    come much faster or slower than in the rest of the recording. A cut in a pause lies between words, whatever the
+    room's noise is taken for: what is said of the cut is taken under that condition.
     """
     words = text.split()
     bounds = np.maximum.accumulate([0, *evidence.words_before, len(words)]).tolist()
     forced = [cut.forced for cut in cuts]
     between = np.where(forced, 1.0, np.maximum(1 - np.array(evidence.inside), LEAST_BETWEEN))
     sure = [1.0, *np.minimum(evidence.probability / between, 1.0).tolist(), 1.0]
-    wordless = [each for each in stretches if each.voiced and not evidence.has_word(each.start, each.end)]
+    voiced = [each for each in stretches if each.voiced]
+    wordless = [each for each in voiced if not evidence.has_word(each.start, each.end)]
+    pauses = [(one.end, other.start) for one, other in pairwise(voiced)]
+    over = [evidence.word_over(*pause) for pause in pauses if pause[1] - pause[0] > LONGEST_STOP_SEC * SAMPLE_RATE]
     ends = [0, *(cut.position for cut in cuts), samples]
     spoken = [max(_in_common(stretches, start, end) / SAMPLE_RATE, 0.1) for start, end in pairwise(ends)]  # seconds
     rate = sum(map(len, words)) / sum(spoken)  # symbols a second
@@ -194,6 +206,7 @@ def words_by_evidence(
         said = words[start:end]
         confidence = min(sure[piece], sure[piece + 1])
         own = sum(map(len, said)) / spoken[piece]
+        torn = [words[word] for word in over if word is not None and start <= word < end]
         unsaid = [each for each in wordless if _in_common([each], ends[piece], ends[piece + 1])]
         refused = None
         if confidence < gates.min_confidence:
@@ -209,6 +222,8 @@ def words_by_evidence(
         elif said and min(evidence.order[start : end - 1], default=0.0) < 0:
             worst = min(range(start, end - 1), key=evidence.order.__getitem__)
             refused = f"'{words[worst]} {words[worst + 1]}' is likelier the other way round"
+        elif torn:
+            refused = f"'{torn[0]}' is heard on both sides of a pause"
         elif unsaid:
             first, last = unsaid[0].start / SAMPLE_RATE, unsaid[0].end / SAMPLE_RATE
             refused = f"somebody speaks at {first:.1f} – {last:.1f} s, where no word of the label is heard"

@@ -23,6 +23,11 @@ class Vocab:
         return self.tokens.index(BLANK)
 
     @property
+    def blank_inside(self) -> int:
+        """Of a word: to CTC all blanks are the same."""
+        return self.blank
+
+    @property
     def space(self) -> int:
         return self.tokens.index(SPACE)
 

@@ -28,7 +28,7 @@ from sharding.aligned import Evidence, hash_label
 from sharding.demo import open_espeak, plan_children, say_phrase
 from sharding.format import read_index, read_sample
 from sharding.manifest import Utterance
-from sharding.pauses import HOP, VAD_WINDOW, Stretch, listen
+from sharding.pauses import HOP, VAD_WINDOW, Stretch, find_pauses, find_stretches, listen
 from sharding.plots import DPI
 from sharding.report import Tally, ledger_row
 from sharding.sample import Sample
@@ -207,8 +207,14 @@ def test_what_sounds_say_is_checked_where_a_model_has_labelled() -> None:
     assert " ".join(segment.text for segment in first).split() == words
     cuts = [round(segment.end_sec * SAMPLE_RATE) for segment in first[:-1]]
     before = list(itertools.accumulate(len(segment.text.split()) for segment in first[:-1]))
+    listening = listen(waveform)
+    stretches = find_stretches(listening, find_pauses(listening), len(waveform))
     for shift, right in ((0, True), (1, False)):
-        evidence = heard(text, cuts, [count + shift for count in before], 0.999, 0.0)
+        evidence = replace(
+            sounds.hear(text, waveform, stretches, cuts),
+            words_before=tuple(count + shift for count in before),
+            gaps=(0.0,) * len(first),
+        )
         second = split_recording("parent", waveform, text, evidence=evidence, sounds=sounds)
         assert [segment.guess and segment.guess.confidence for segment in second] == [s.confidence for s in first]
         assert {segment.guess and segment.guess.right for segment in second} == {right}
@@ -251,6 +257,18 @@ def test_a_stretch_has_a_word_where_they_have_a_moment_in_common(edges: list[int
     )
     moments = set(range(start, start + length))
     assert evidence.has_word(start, start + length) == any(moments & set(range(*span)) for span in spans)
+
+
+@pytest.mark.parametrize("pause_sec", [0.2, 0.5])
+def test_a_word_that_goes_on_after_a_pause_is_refused(pause_sec: float) -> None:
+    text, cuts, samples = "kæt dɑg", [Cut(42_000, 1.0, False)], 64_000
+    end = 10_000 + round(pause_sec * SAMPLE_RATE)
+    stretches = [Stretch(0, 10_000, True), Stretch(end, 40_000, True), Stretch(44_000, 64_000, True)]
+    for last, over in ((39_000, True), (9_500, False)):
+        evidence = replace(heard(text, [42_000], [1], 1.0, 0.0), starts=(1_000, 45_000), ends=(last, 63_000))
+        first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
+        assert (first.refused == "'kæt' is heard on both sides of a pause") == (over and pause_sec > 0.3)
+        assert second.refused is None
 
 
 def test_words_that_are_likelier_the_other_way_round_are_refused() -> None:
