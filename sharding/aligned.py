@@ -53,9 +53,9 @@ class Evidence:
         return bisect_left(self.starts, end) > bisect_right(self.ends, start)
 
     def word_over(self, start: int, end: int) -> int | None:
-        """The word that is said until well after `end` from well before `start` on, samples, if there is one."""
-        word = bisect_left(self.starts, start - SAMPLE_RATE // 20) - 1
-        return word if word >= 0 and self.ends[word] > end + SAMPLE_RATE // 20 else None
+        """The word that begins before one sample and ends after another, if there is one."""
+        word = bisect_left(self.starts, start) - 1
+        return word if word >= 0 and self.ends[word] > end else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 One Gaussian a symbol over cepstra, learned from nothing ("flat start"): at first each recording's speech is shared out
 evenly among its symbols, then CTC's forward–backward over the labels says anew which frames are whose, a few times.
-A word does not go on after a pause. Half an hour of speech is enough to tell between which pauses it lies; this is no
+A word hardly goes on after a pause. Half an hour of speech is enough to tell between which pauses it lies; this is no
 recogniser.
 """
 

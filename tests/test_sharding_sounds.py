@@ -9,11 +9,12 @@ import torch
 from conftest import Command
 from corpus import SAMPLE_RATE, SYMBOL_SEC, Sound, make_corpus, make_text, read_manifest, recite
 
+from sharding.align import align
 from sharding.aligned import BELIEVED, largest_gap
 from sharding.audio import FRAME_SAMPLES
 from sharding.format import read_index, read_sample
 from sharding.pauses import Stretch
-from sharding.sounds import Sounds, example_of, learn, listen_closely, unpack_sounds
+from sharding.sounds import HEARING, PAUSE_NATS, Sounds, _owners, example_of, learn, listen_closely, unpack_sounds
 from sharding.split import Segment, split_recording
 from sharding.store import open_store
 
@@ -125,6 +126,20 @@ def test_frames_are_as_many_as_the_sound_has_and_pauses_are_quiet() -> None:
         assert quiet[: samples // 2 // FRAME_SAMPLES].all()
         assert not quiet[-1]
     np.testing.assert_allclose(features[~quiet].mean(axis=0), 0, atol=1e-3)  # of the speech alone
+
+
+@pytest.mark.parametrize(("phrases", "apart"), [(["kætɪ", "ʃumtə"], True), (["kætɪ ʃumtə"], False)])
+def test_a_pause_is_likelier_between_words_than_within_one(phrases: list[str], apart: bool, sounds: Sounds) -> None:
+    """As two words or as one, the label spells the same."""
+    example = example_of("parent", "kætɪʃumtə", recite(phrases, 0, np.random.default_rng(3)))
+    log_probs = sounds.log_probs(example.features, example.quiet, HEARING)
+    two, one = (align(log_probs, text, sounds).log_prob for text in ("kætɪ ʃumtə", "kætɪʃumtə"))
+    assert two - one == pytest.approx(PAUSE_NATS if apart else 0.0, abs=0.5)
+
+
+def test_every_frame_is_learned_from_once(sounds: Sounds) -> None:
+    example = example_of("parent", "kætɪʃumtə", recite(["kætɪ", "ʃumtə"], 0, np.random.default_rng(3)))
+    assert _owners(sounds, example).sum(axis=1) == pytest.approx(np.ones(len(example.quiet)), abs=1e-5)
 
 
 def test_nothing_is_learned_from_nothing(sounds: Sounds) -> None:

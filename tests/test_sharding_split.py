@@ -259,16 +259,21 @@ def test_a_stretch_has_a_word_where_they_have_a_moment_in_common(edges: list[int
     assert evidence.has_word(start, start + length) == any(moments & set(range(*span)) for span in spans)
 
 
-@pytest.mark.parametrize("pause_sec", [0.2, 0.5])
-def test_a_word_that_goes_on_after_a_pause_is_refused(pause_sec: float) -> None:
+@pytest.mark.parametrize(("pause_sec", "long"), [(0.29, False), (0.31, True)])
+@pytest.mark.parametrize(("start", "end", "over"), [(0, 1, True), (-1, 0, False), (300, 400, True)])
+def test_a_word_that_goes_on_after_a_pause_is_refused(
+    pause_sec: float, long: bool, start: int, end: int, over: bool
+) -> None:
+    """`start` and `end` say by how many samples it begins before the pause, and ends after it."""
     text, cuts, samples = "kæt dɑg", [Cut(42_000, 1.0, False)], 64_000
-    end = 10_000 + round(pause_sec * SAMPLE_RATE)
-    stretches = [Stretch(0, 10_000, True), Stretch(end, 40_000, True), Stretch(44_000, 64_000, True)]
-    for last, over in ((39_000, True), (9_500, False)):
-        evidence = replace(heard(text, [42_000], [1], 1.0, 0.0), starts=(1_000, 45_000), ends=(last, 63_000))
-        first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
-        assert (first.refused == "'kæt' is heard on both sides of a pause") == (over and pause_sec > 0.3)
-        assert second.refused is None
+    resumed = 10_000 + round(pause_sec * SAMPLE_RATE)
+    stretches = [Stretch(0, 10_000, True), Stretch(resumed, 40_000, True), Stretch(44_000, 64_000, True)]
+    evidence = replace(
+        heard(text, [42_000], [1], 1.0, 0.0), starts=(9_999 - start, 45_000), ends=(resumed + end, 63_000)
+    )
+    first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
+    assert (first.refused == "'kæt' is heard on both sides of a pause") == (over and long)
+    assert second.refused is None
 
 
 def test_words_that_are_likelier_the_other_way_round_are_refused() -> None:
