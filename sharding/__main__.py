@@ -306,7 +306,8 @@ def _add_gates(parser: argparse.ArgumentParser, alignments: str) -> None:
              "heard best do, unless this is 0; all do if it is 1 (default: %(default)s)")  # fmt: skip
     add("--min-evidence", metavar="NATS", type=number(-1_000, 1_000), default=Gates.min_evidence,
         help="and if each of its words is heard: its label is likelier with the word than without it, by at least so "
-             "many nats (default: %(default)s)")  # fmt: skip
+             "many nats (default: %(default)s). Whatever these say, it loses them if two words are likelier the other "
+             "way round, if one goes on after a pause, or if somebody speaks where no word is heard")  # fmt: skip
 
 
 if __name__ == "__main__":
