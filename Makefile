@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NOISY := data/demo/noisy/best/model.safetensors
 # What every recipe prints before it runs it is an ordinary command: copy it, change it, run it yourself.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help setup demo test test-all check bench clean
 .DEFAULT_GOAL := help
