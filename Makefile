@@ -32,7 +32,7 @@ demo test test-all $(NOISY): export DS_ACCELERATOR := cpu
 
 demo: setup
 	python -m sharding demo-corpus data/demo/raw
-	python -m sharding build data/demo/raw/* --out data/demo/shards
+	python -m sharding build data/demo/raw/* --limit-sec 12 --out data/demo/shards
 	deepspeed --num_accelerators 2 launch/train.py --config configs/demo.json
 	deepspeed --num_accelerators 2 launch/evaluate.py --model data/demo/run/best --shards data/demo/shards --out data/demo/run
 	@python -m streamtrain summary data/demo/run

@@ -1,10 +1,13 @@
 """The demo corpus is a corpus like any other, with one file that is only a header."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import ROOT, Command, run_module
 from corpus import read_manifest
 from test_sharding_build import assert_balanced, read_all, read_ledger
 
@@ -46,6 +49,25 @@ def test_its_rows_are_true_and_the_same_seed_speaks_the_same(
             data = (demo_corpus / corpus / row["audio_path"]).read_bytes()
             assert row["md5_hash"] == hashlib.md5(data, usedforsecurity=False).hexdigest()
             assert row["filesize_bytes"] == len(data)
+
+
+def test_what_make_demo_builds_fits_its_configuration(tmp_path: Path) -> None:
+    """Its shards as the Makefile builds them, planned as it trains on them."""
+    commands = [line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "\tpython -m sharding" in line]
+    assert [command.split()[3] for command in commands] == ["demo-corpus", "build"]
+    for command in commands:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            command.replace("python", sys.executable, 1),
+            shell=True,
+            check=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+        )
+    shards = f"data.shards={tmp_path}/data/demo/shards"
+    done = run_module("streamtrain", "plan", "--config", ROOT / "configs/demo.json", "--world-size", 2, "--set", shards)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--children", "1"], ["--seed", "-1"], ["--minutes", "nan"]])
