@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,9 +63,9 @@ class Engine:
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # it is told by the loop
         _leave_overflow_to_the_norm(self._engine.optimizer)
         self._average = WeightAverage(model, ema_decay) if ema_decay else None
-        self._reached: set[str] = set()
-        for name, parameter in self._learning():
-            hook = partial(self._mark_reached, name)
+        self._arrived: list[int] = []
+        for number, (_, parameter) in enumerate(self._learning()):
+            hook = partial(self._note_arrival, number)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -76,22 +76,35 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)  # the engine takes the mean over the ranks
 
-    def try_reach(self, seed: int) -> frozenset[str]:
-        """The weights that a backward pass reaches, found on this rank alone: nothing is summed, nothing is kept."""
-        torch.manual_seed(seed)
+    def try_order(self, lengths: list[int]) -> list[str]:
+        """Return the order in which a backward pass over silent clips of these lengths (samples) reaches the weights.
+
+        It runs on this rank alone: no gradient is summed over ranks or kept.
+        """
         names, weights = zip(*self._learning(), strict=True)
-        silence = torch.zeros(1, SAMPLE_RATE, device=self.world.device)
-        log_probs = self.model(silence, torch.tensor([SAMPLE_RATE]))
-        gradients = torch.autograd.grad(log_probs.sum(), weights, allow_unused=True)
-        return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+        order: list[str] = []
+        hooks = [
+            weight.register_hook(lambda _, name=name: order.append(name)) for name, weight in zip(names, weights, strict=True)
+        ]
+        silence = torch.zeros(len(lengths), max(lengths), device=self.world.device)
+        log_probs = self.model(silence, torch.tensor(lengths))
+        torch.autograd.grad(log_probs.sum(), weights, allow_unused=True)
+        for hook in hooks:
+            hook.remove()
+        return order
 
-    def take_reached(self) -> frozenset[str]:
-        """The weights to which gradients have come since the last call."""
-        reached, self._reached = frozenset(self._reached), set()
-        return reached
+    def take_arrivals(self) -> list[int]:
+        """Return the numbers of the weights to which gradients have come since the last call, in that order."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
-    def _mark_reached(self, name: str, _: torch.Tensor) -> None:
-        self._reached.add(name)
+    def names_of(self, numbers: Iterable[int]) -> list[str]:
+        """Return the names of weights, by the numbers of `take_arrivals`."""
+        names = [name for name, _ in self._learning()]
+        return [names[number] for number in numbers]
+
+    def _note_arrival(self, number: int, _: torch.Tensor) -> None:
+        self._arrived.append(number)
 
     def step(self, step: int) -> float | None:
         """Step `step` of the recipe; the norm of its gradient, or None where that was not finite and nothing moved."""
@@ -156,7 +169,7 @@ class Engine:
         if scaler:
             vars(scaler).update(scale)
         self._link_moments()
-        self.take_reached()
+        self.take_arrivals()
 
     def _link_moments(self) -> None:
         """ZeRO 1 and 2 lead from a weight to its moments, but where there are several groups only of the first."""

@@ -14,6 +14,7 @@ from streamtrain.network import CTCModel
 from streamtrain.vocab import Vocab, load_vocab, vocab_of
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
+MASKED_ATTENTION = "sdpa_always_masked"
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
 
 
@@ -41,7 +42,26 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
         getattr(network, network.base_model_prefix).masked_spec_embed.requires_grad_(False)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
+    fix_graph(network)
     return CTCModel(network, vocab, normalize=_normalizes(config.pretrained)).train()
+
+
+def fix_graph(network: Any) -> None:
+    """Have attention masked also where no frame is padded, so that the autograd graph is the same for every batch.
+
+    Transformers leaves out a mask that hides nothing, and looks for that at the values on the device.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def always(**arguments: Any) -> torch.Tensor | None:
+        return sdpa_mask(**arguments | {"allow_is_bidirectional_skip": False})  # type: ignore[no-any-return]
+
+    if network.config._attn_implementation == "sdpa":  # WavLM has attention of its own, which is always masked
+        AttentionInterface.register(MASKED_ATTENTION, sdpa_attention_forward)
+        AttentionMaskInterface.register(MASKED_ATTENTION, always)
+        network.set_attn_implementation(MASKED_ATTENTION)
 
 
 def load_trained(folder: str | Path) -> CTCModel:

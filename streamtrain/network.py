@@ -4,6 +4,10 @@ Transformers computes the first GroupNorm of group-norm models (wav2vec2-base, H
 those models no attention mask. Here that norm takes its statistics over true frames, and the mask is always given.
 Weights keep their names and values, so what is trained here loads in Transformers as it is.
 
+While a model learns, the autograd graph of a forward does not depend on its data, because ZeRO-2 and -3 sum gradients
+across ranks in the order in which they arrive: the first norm is masked and masked frames are replaced whether or not a
+batch has any (`model.fix_graph` does the same for attention).
+
 This file travels as it is into a submission, where neither the rest of this package nor its libraries are at hand.
 """
 
@@ -118,7 +122,7 @@ class CTCModel(nn.Module):
         time_mask: torch.Tensor | None,
         feature_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        padded = bool((input_lengths != inputs.shape[1]).any())
+        padded = self._front_end_learns or bool((input_lengths != inputs.shape[1]).any())
         features = self._features(inputs.to(self.dtype), input_lengths if padded else None)  # (B, C, T)
         hidden = self._base.feature_projection(features.transpose(1, 2))  # (B, T, H)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # wav2vec2 also gives the normed features
@@ -171,6 +175,13 @@ class CTCModel(nn.Module):
     @property
     def _base(self) -> Any:
         return getattr(self.network, self.network.base_model_prefix)
+
+    @property
+    def _front_end_learns(self) -> bool:
+        """Whether gradients reach the first norm: it is then always masked, so that every batch has the same graph."""
+        return torch.is_grad_enabled() and any(
+            weight.requires_grad for weight in self._base.feature_extractor.conv_layers[0].parameters()
+        )
 
     def _features(self, inputs: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The convolutional front end, (B, S) → (B, C, T); `lengths` only where rows are padded."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import MIN_SAMPLES, SAMPLE_RATE
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
 from streamtrain.checkpoint import (
@@ -41,12 +41,16 @@ from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_
 from streamtrain.probe import Memory, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
 from streamtrain.stream import open_stream
-from streamtrain.train import Plans, Trainer, TrainError, check_alike, is_stopped_early
+from streamtrain.train import Plans, Trainer, TrainError, check_order, is_stopped_early
 from streamtrain.world import World
 
 log = logging.getLogger("streamtrain")
 
-ATTEMPTS = 3  # to see whether a model draws at random which of its layers run
+TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order of gradients is tried
+    "a silent row": [4 * MIN_SAMPLES],
+    "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
+    "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
+}
 LOCK_TRIES = 10  # a second apart: a run that is being stopped still saves
 
 
@@ -204,8 +208,9 @@ def _start_engine(config: Config, track: str, checkpoint: Checkpoint | None, tot
     engine = Engine(model.to(world.device), recipe, config.deepspeed, config.train.ema_decay, world)
     if parts is not None:
         engine.restore(parts)
-    for attempt in range(ATTEMPTS):  # before gradients are summed, which would end in a crash, or go unnoticed
-        check_alike(world, engine.try_reach(seed=attempt * world.size + world.rank))
+    torch.manual_seed(world.rank)  # what draws at random must not decide which layers run
+    tried = world.gather({name: engine.try_order(lengths) for name, lengths in TRIED_LENGTHS.items()})
+    check_order({f"rank {rank}, {name}": order for rank, orders in enumerate(tried) for name, order in orders.items()})
     return engine
 
 

@@ -4,9 +4,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, fields, replace
-from functools import cache, partial
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +50,29 @@ class TrainError(StreamtrainError):
     """Training that cannot go on."""
 
 
-def check_alike(world: World, reached: frozenset[str]) -> None:
-    """Raises TrainError on all ranks where gradients reach other weights on one: their sum would be of no step."""
-    everyone = world.gather(reached)
-    differ = frozenset.union(*everyone) - frozenset.intersection(*everyone)
+def check_order(orders: Mapping[str, Sequence[str]]) -> None:
+    """Raise TrainError unless gradients reached the weights in the same order everywhere: `orders` by place.
+
+    ZeRO-2 and -3 flatten gradients into buckets as they arrive and sum the buckets over the ranks, so that in another
+    order the gradient of one weight is added to that of another.
+    """
+    (first, expected), *others = orders.items()
+    differ = set(expected).union(*orders.values()) - set(expected).intersection(*orders.values())
     if differ:
         named = ", ".join(sorted(differ)[:3])
         raise TrainError(
             f"gradients of {len(differ)} weights come on some ranks and not on others: {named}, …",
             "ranks must run the same layers: what draws at random, such as LayerDrop, must be off",
         )
+    for other, order in others:
+        for number, (one, another) in enumerate(zip_longest(expected, order, fillvalue="no weight"), start=1):
+            if one != another:
+                raise TrainError(
+                    f"gradients arrive in another order on {other} than on {first}: the {number}th is that of "
+                    f"{another} instead of {one}",
+                    "summed over ranks they would mix weights, so no step is taken; please report the model's "
+                    "configuration",
+                )
 
 
 class Plans:
@@ -114,6 +128,7 @@ class Trainer:
         self._saved = saved  # what the newest checkpoint holds
         self._failed = 0  # clips of this epoch, of all ranks, that did not decode
         self._skipped_in_a_row = 0
+        self._update_sec = 0.0  # of the optimizer, in the step before
         self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
         self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
 
@@ -195,16 +210,19 @@ class Trainer:
             summed = self._forward(item.batch.to(self.world.device), item.numbers[0])
             self.engine.backward(summed / symbols, last=item.last)
             nats += summed.detach()
-        norm = self.engine.step(state.step)
-        reached = self.engine.take_reached()
+        arrivals = self.engine.take_arrivals()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
         failed = [key for item in forwards for key in item.batch.failed]
-        told = [float(nats), waited, waited + here_sec, *astuple(counts)]
-        everyone = self.world.gather_floats([len(failed), _fingerprint(reached), self._preemption.asked, *told])
+        told = [float(nats), waited, waited + here_sec + self._update_sec, *astuple(counts)]
+        everyone = self.world.gather_floats([len(failed), _fingerprint(arrivals), self._preemption.asked, *told])
         all_failed, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
         everyone = everyone[:, 3:]
-        if (fingerprints != fingerprints[0]).any():
-            check_alike(self.world, reached)
+        if (fingerprints != fingerprints[0]).any():  # before the sums are used
+            orders = self.world.gather(self.engine.names_of(arrivals))
+            check_order({f"rank {rank}": order for rank, order in enumerate(orders)})
+        updating = time.perf_counter()
+        norm = self.engine.step(state.step)
+        self._update_sec = time.perf_counter() - updating
         loss = float(everyone[:, 0].sum()) / symbols
         self._check(loss, norm, forwards)
         self._check_decoding(failed, int(all_failed), first_step=here == 0)
@@ -336,10 +354,9 @@ class Trainer:
         self._saved = self.state
 
 
-@cache
-def _fingerprint(names: frozenset[str]) -> float:
-    """Equal for equal sets; a float holds 53 bits."""
-    return float(xxhash.xxh3_64_intdigest("\n".join(sorted(names)).encode()) >> 11)
+def _fingerprint(arrivals: Sequence[int]) -> float:
+    """Return a number that is equal for equal sequences; a float holds 53 bits."""
+    return float(xxhash.xxh3_64_intdigest(np.array(arrivals, np.int32).tobytes()) >> 11)
 
 
 def is_stopped_early(state: RunState, patience: int | None) -> bool:
