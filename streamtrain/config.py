@@ -63,6 +63,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     pretrained: str | None = None  # a hub name or a local folder
     scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
+    vocab: Literal["auto", "new"] = "auto"  # auto: a model that has a CTC head keeps it; new: it gets a new one
     dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
     freeze_cnn: bool = True
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower

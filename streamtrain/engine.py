@@ -84,7 +84,8 @@ class Engine:
         names, weights = zip(*self._learning(), strict=True)
         order: list[str] = []
         hooks = [
-            weight.register_hook(lambda _, name=name: order.append(name)) for name, weight in zip(names, weights, strict=True)
+            weight.register_hook(lambda _, name=name: order.append(name))
+            for name, weight in zip(names, weights, strict=True)
         ]
         silence = torch.zeros(len(lengths), max(lengths), device=self.world.device)
         log_probs = self.model(silence, torch.tensor(lengths))

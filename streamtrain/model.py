@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from sharding.errors import StreamtrainError
 from streamtrain.config import ModelConfig
 from streamtrain.network import CTCModel
 from streamtrain.vocab import Vocab, load_vocab, vocab_of
+
+log = logging.getLogger("streamtrain")
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
 MASKED_ATTENTION = "sdpa_always_masked"
@@ -23,9 +27,10 @@ class ModelError(StreamtrainError):
 
 
 def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
-    """A pretrained encoder with a CTC head for the symbols of a track, or one from scratch.
+    """Return a pretrained encoder with a CTC head for the symbols of a track, or a model from scratch, to be trained.
 
-    A model that was trained for them here keeps its vocabulary and its head; another gets new ones.
+    A model whose vocabulary holds all of these symbols keeps it, and its head. Raise ModelError if the weights of a
+    pretrained model are not all there, or if it has a head that cannot be kept and `model.vocab` does not let it go.
     """
     settings: dict[str, Any] = dict.fromkeys(ACTIVE_DROPOUTS, config.dropout)
     # A share above 0 makes Transformers create the embedding of masked frames; the masks themselves are ours
@@ -34,8 +39,7 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
         vocab = vocab_of(track)
         network = _from_scratch(config.scratch, settings | _ctc_settings(vocab))
     else:
-        vocab = _vocab_to_train(Path(str(config.pretrained)), track)
-        network = _from_pretrained(str(config.pretrained), settings | _ctc_settings(vocab))
+        network, vocab = _to_train(str(config.pretrained), settings, vocab_of(track), config.vocab)
     if config.freeze_cnn:
         network.freeze_feature_encoder()
     if config.mask_time_prob == 0:
@@ -65,9 +69,14 @@ def fix_graph(network: Any) -> None:
 
 
 def load_trained(folder: str | Path) -> CTCModel:
-    """A model saved by `save_model`, for evaluation."""
+    """Return a model saved by `save_model`, for evaluation. Raise ModelError if it lacks a weight or its vocabulary."""
     folder = Path(folder)
-    vocab, network = load_vocab(folder), _from_pretrained(str(folder), {})
+    vocab, (network, lacks) = load_vocab(folder), _from_pretrained(str(folder), {})
+    if lacks:
+        raise ModelError(
+            f"model {str(folder)!r} has no CTC head: {' and '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} missing",
+            "give the folder of a trained model",
+        )
     if len(vocab) != network.lm_head.out_features or vocab.blank != network.config.pad_token_id:
         raise ModelError(
             f"{folder / 'vocab.json'}: {len(vocab)} symbols, blank {vocab.blank}; the model has "
@@ -81,7 +90,8 @@ def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) 
     """Write the Hugging Face layout: weights (of `model.network`), configuration, tokenizer, feature extractor."""
     from streamtrain.vocab import save_vocab
 
-    model.network.save_pretrained(folder, state_dict=dict(weights))  # which it empties
+    # In today's names, as they are in memory: by itself Transformers gives back those of the file it has read
+    model.network.save_pretrained(folder, state_dict=dict(weights), save_original_format=False)  # which empties it
     config = json.loads((folder / "config.json").read_text())
     kinds = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
     config["dtype"] = str(kinds.pop()).removeprefix("torch.")  # a network trained in bf16 would name that
@@ -107,13 +117,47 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
     }
 
 
-def _vocab_to_train(folder: Path, track: str) -> Vocab:
-    wanted = vocab_of(track)
+def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -> tuple[Any, Vocab]:
+    """Return a pretrained network and its vocabulary: its own if it holds what is `wanted`, else that with a new head."""
+    tokens, own = _vocab_of_pretrained(name)
+    kept = choice == "auto" and own is not None and set(wanted.tokens) <= set(own.tokens)
+    vocab = own if own is not None and kept else wanted
+    network, lacks = _from_pretrained(name, settings | _ctc_settings(vocab))
+    if lacks:  # of its pretraining: the head is new
+        return network, vocab
+    if choice == "auto" and not (kept and network.lm_head.out_features == len(vocab)):
+        raise ModelError(
+            f"model {name!r} is a CTC model: its head is for symbols of its own ({_few(tokens) or 'which are not told'}), "
+            f"not for all those of the shard set ({_few(wanted.tokens)})",
+            "to train its encoder with a new head, --set model.vocab=new; or build the shard set for the track that "
+            "the model writes",
+        )
+    if choice == "new":
+        network.lm_head = torch.nn.Linear(network.lm_head.in_features, len(vocab))  # else its values count as loaded
+        network._init_weights(network.lm_head)
+    return network, vocab
+
+
+def _few(tokens: Sequence[str]) -> str:
+    return " ".join(tokens[:12]) + (" …" if len(tokens) > 12 else "")
+
+
+def _vocab_of_pretrained(name: str) -> tuple[list[str], Vocab | None]:
+    """Return the tokens of a model, in a folder or on a hub, and its vocabulary if it can be kept here as it is."""
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
     try:
-        own = load_vocab(folder)
+        path = Path(cached_file(name, "vocab.json"))
+        tokens = list(json.loads(path.read_text(encoding="utf-8")))
+        blank = AutoConfig.from_pretrained(name).pad_token_id
+    except (OSError, ValueError):
+        return [], None
+    try:
+        vocab = load_vocab(path.parent)
     except StreamtrainError:
-        return wanted
-    return own if set(wanted.tokens) <= set(own.tokens) else wanted
+        return tokens, None
+    return tokens, vocab if vocab.blank == blank else None
 
 
 def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
@@ -133,7 +177,11 @@ def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
         raise ModelError(f"model.scratch: {error}", hint) from error
 
 
-def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
+def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return a network in fp32 with all weights of its encoder, and the names of those of its head that were not found.
+
+    What was not found has random values. Raise ModelError if that is a weight of the encoder.
+    """
     from transformers import AutoConfig, AutoModelForCTC
     from transformers.utils import logging
 
@@ -146,8 +194,8 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
             raise ValueError(f"its type is {config.model_type!r}, not one of {', '.join(FAMILIES)}")
         if getattr(config, "add_adapter", False):
             raise ValueError(f"{config.model_type} with a convolutional adapter is not supported")
-        return AutoModelForCTC.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=bool(settings), **settings
+        network, seen = AutoModelForCTC.from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
         )
     except Exception as error:  # Transformers, safetensors and torch raise whatever they met
         reason = str(error).strip().split("\n")[0]
@@ -158,6 +206,33 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> Any:
             "or train a small one from scratch with configs/demo.json"
         )
         raise ModelError(f"model {name!r} cannot be loaded: {reason}", hint) from error
+    sizes = {key: f"{key} ({tuple(theirs)} in the file, {tuple(ours)} in the model)"
+             for key, theirs, ours in seen["mismatched_keys"]}  # fmt: skip
+    _check_weights(name, network, set(seen["missing_keys"]), sizes)
+    if unused := sorted(seen["unexpected_keys"]):
+        log.info("model %s: %d weights of its file are not used: %s, …", name, len(unused), ", ".join(unused[:3]))
+    return network, sorted(key for key in seen["missing_keys"] if key.startswith("lm_head."))
+
+
+def _check_weights(name: str, network: Any, missing: set[str], mismatched: dict[str, str]) -> None:
+    """Raise ModelError if a weight of the encoder has random values, or any is not a number."""
+    weights = dict(network.named_parameters())
+    learnt_anew = ("lm_head.weight", "lm_head.bias", f"{network.base_model_prefix}.masked_spec_embed")
+    encoder = {key: weight.numel() for key, weight in weights.items() if key not in learnt_anew}
+    lost = [key for key in encoder if key in missing | mismatched.keys()]
+    if lost:
+        found = 1 - sum(encoder[key] for key in lost) / sum(encoder.values())
+        raise ModelError(
+            f"model {name!r}: {len(lost)} of its encoder's weights are not in its file: "
+            f"{', '.join(mismatched.get(key, key) for key in lost[:3])}{', …' if len(lost) > 3 else ''}; "
+            f"{found:.1%} of the encoder was found",
+            f"the names must be those of Transformers' {type(network).__name__}, and config.json that of these weights",
+        )
+    broken = [key for key, weight in weights.items() if not bool(weight.isfinite().all())]
+    if broken:
+        raise ModelError(
+            f"model {name!r}: {len(broken)} weights are not finite: {', '.join(broken[:3])}", "is it whole?"
+        )
 
 
 def _normalizes(name: str | None) -> bool:

@@ -29,9 +29,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(command: Sequence[object], expect: int | None = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[object], expect: int | None = 0, folder: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=240
+        list(map(str, command)), cwd=folder, env=environment() | variables, capture_output=True, text=True, timeout=240
     )
     if expect is not None:
         assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-5000:]

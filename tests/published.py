@@ -1,0 +1,63 @@
+"""Tiny checkpoints as they are published: the key names, files and configurations of 2020 to 2022, not of today.
+
+Names and files are those of facebook/wav2vec2-base, facebook/wav2vec2-large-960h, facebook/hubert-base-ls960,
+facebook/hubert-large-ls960-ft, microsoft/wavlm-base and their fine-tuned forms; the weights are random.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+OLD_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+HEADS = {"wav2vec2": "ForPreTraining", "hubert": "Model", "wavlm": "Model"}  # what was published of the pretraining
+CLASSES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}
+LETTERS_960H = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK", "'", *"XJQZ"]
+OLD_KEYS = {"gradient_checkpointing": False, "freeze_feat_extract_train": True, "no_mask_channel_overlap": False,
+            "mask_channel_length": 10, "mask_channel_prob": 0.0, "transformers_version": "4.7.0.dev0"}  # fmt: skip
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+        "proj_codevector_dim": 8, "codevector_dim": 8, "num_codevectors_per_group": 4}  # fmt: skip
+LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+
+def publish(folder: Path, family: str, fine_tuned: bool, file: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write FOLDER: of the pretraining, without a CTC head; or fine-tuned, with the vocabulary of wav2vec2-base-960h.
+
+    `file` is "bin" for pytorch_model.bin alone, "safetensors" for model.safetensors alone.
+    """
+    torch.manual_seed(1)
+    folder.mkdir(parents=True)
+    head = "ForCTC" if fine_tuned else HEADS[family]
+    settings: dict[str, Any] = TINY | (LARGE if fine_tuned else {}) | {"vocab_size": len(LETTERS_960H)}
+    network = getattr(transformers, f"{CLASSES[family]}{head}")(
+        getattr(transformers, f"{CLASSES[family]}Config")(**settings, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
+    weights = {name: weight.to(dtype).contiguous() for name, weight in network.state_dict().items()}
+    for today, then in OLD_NAMES.items():
+        weights = {name.replace(today, then): weight for name, weight in weights.items()}
+    if file == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = network.config.to_dict() | OLD_KEYS | {"architectures": [f"{CLASSES[family]}{head}"]}
+    config.pop("dtype", None)
+    if dtype == torch.float16:
+        config["torch_dtype"] = "float16"
+    write(folder / "config.json", config)
+    extractor = {"do_normalize": True, "feature_size": 1, "padding_side": "right", "padding_value": 0.0,
+                 "sampling_rate": 16000}  # fmt: skip
+    write(folder / "preprocessor_config.json", extractor)
+    if fine_tuned or family == "wav2vec2":  # wav2vec2-base comes with the tokenizer of its fine-tuned form
+        write(folder / "vocab.json", {token: number for number, token in enumerate(LETTERS_960H)})
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        write(folder / "special_tokens_map.json", special)
+        write(folder / "tokenizer_config.json", special | {"do_lower_case": False, "word_delimiter_token": "|"})
+    return folder
+
+
+def write(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document), encoding="utf-8")
