@@ -18,12 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from sharding.errors import StreamtrainError
 from streamtrain.plan import PlanSettings
-
-
-class ConfigError(StreamtrainError):
-    """A configuration that cannot be run as it stands."""
+from streamtrain.precision import ConfigError, check_precision
 
 
 class Section(BaseModel):
@@ -144,14 +140,12 @@ class Config(Section):
         )
 
 
-# What the engine reads at the top of its section; anything else it would ignore without a word.
+# What a test has seen of the top of the engine's section. It would ignore what it does not know without a word, and much
+# of what it knows changes what a step computes.
 _TOP_LEVEL = """
-    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
-    compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather
-    disable_python_gc dump_state eigenvalue elasticity flops_profiler fp16 gradient_clipping
-    gradient_predivide_factor graph_harvesting load_universal memory_breakdown monitor_config nebula optimizer
-    prescale_gradients progressive_layer_drop sparse_attention sparse_gradients steps_per_print tensorboard
-    timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    activation_checkpointing aio bf16 comms_logger communication_data_type csv_monitor data_types dump_state
+    flops_profiler fp16 gradient_clipping memory_breakdown monitor_config optimizer steps_per_print tensorboard timers
+    torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     zero_optimization
 """
 DEEPSPEED_KEYS = frozenset(_TOP_LEVEL.split())
@@ -188,8 +182,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {instead}")
     for key in config.deepspeed.keys() - DEEPSPEED_KEYS:  # the engine would ignore it
         near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.5)
-        hint = f"did you mean 'deepspeed.{near[0]}'?" if near else None
-        raise ConfigError(f"{path}: unknown key 'deepspeed.{key}'", hint)
+        hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"these are: {', '.join(sorted(DEEPSPEED_KEYS))}"
+        raise ConfigError(f"{path}: key 'deepspeed.{key}' is not known, or not supported", hint)
+    check_precision(config.deepspeed)
     return config
 
 

@@ -55,6 +55,11 @@ class Recipe:
     groups: list[Group]
     schedule: Schedule
 
+    @property
+    def learning(self) -> int:
+        """The number of weights that learn."""
+        return sum(parameter.numel() for group in self.groups for parameter in group.parameters)
+
     def rates(self, step: int) -> list[float]:
         """The learning rate of each group at optimizer step `step`, counted from 0."""
         return [group.peak * self.schedule.at(step) * self._thawed(group, step) for group in self.groups]

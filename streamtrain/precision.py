@@ -1,0 +1,102 @@
+"""Which combinations of precision, ZeRO stage and offload are trained. What no test covers is refused, in words.
+
+DeepSpeed takes many more, and some of them train wrongly without a word: torch_autocast in float16 scales the loss but
+clips and measures gradients that are still scaled. Needs no torch, so that a mistake is told at once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sharding.errors import StreamtrainError
+
+
+class ConfigError(StreamtrainError):
+    """A configuration that cannot be run as it stands."""
+
+
+PRECISIONS = {  # how weights are kept and how a forward computes, by the section of `deepspeed` that asks for it
+    "fp32": "weights and arithmetic in fp32",
+    "torch_autocast": "weights in fp32, products in bfloat16",
+    "bf16": "weights in bf16 with an fp32 copy in the optimizer",
+    "fp16": "weights in fp16 with an fp32 copy in the optimizer, and a loss scale",
+}
+OFFLOADS = {  # what may lie in the machine's memory rather than the GPU's, by ZeRO stage
+    1: [(), ("offload_optimizer",)],
+    2: [(), ("offload_optimizer",)],
+    3: [(), ("offload_optimizer",), ("offload_optimizer", "offload_param")],
+}
+NEVER = {("bf16", 1, ("offload_optimizer",)): "take stage 2, which costs no more"}
+KEYS = {  # of each section; others change what a step computes, or are nothing that a test has seen
+    "torch_autocast": "enabled dtype lower_precision_safe_modules",
+    "bf16": "enabled check_grad_overflow",
+    "fp16": "enabled loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale",
+    "data_types": "grad_accum_dtype",
+    "zero_optimization": """
+        stage reduce_bucket_size allgather_bucket_size overlap_comm contiguous_gradients reduce_scatter
+        allgather_partitions round_robin_gradients sub_group_size offload_optimizer offload_param
+        stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
+        stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save""",
+}
+DEVICES = ("cpu", "none")
+
+
+def check_precision(deepspeed: Mapping[str, Any]) -> str:
+    """Return the precision of a section `deepspeed`, a key of PRECISIONS. Raise ConfigError if it is not trained."""
+    for name, keys in KEYS.items():
+        section = deepspeed.get(name, {})
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"deepspeed.{name} is {section!r}, not a section", "see configs/zero2.json")
+        for key in section.keys() - set(keys.split()):
+            raise ConfigError(f"deepspeed.{name}.{key} is not supported", f"its keys are {', '.join(keys.split())}")
+    asked = [name for name in PRECISIONS if deepspeed.get(name, {}).get("enabled")]
+    if len(asked) > 1:
+        raise ConfigError(
+            f"deepspeed.{' and deepspeed.'.join(asked)} are both enabled", "enable one: --set deepspeed.NAME.enabled=false"
+        )
+    precision = asked[0] if asked else "fp32"
+    dtype = deepspeed.get("torch_autocast", {}).get("dtype", "bfloat16")
+    if precision == "torch_autocast" and dtype != "bfloat16":
+        raise ConfigError(
+            f"deepspeed.torch_autocast.dtype is {dtype!r}: DeepSpeed would clip gradients that are still scaled",
+            "bfloat16 needs no scale; for half precision in 16 bits --set deepspeed.torch_autocast.enabled=false "
+            "deepspeed.fp16.enabled=true",
+        )
+    _check_sums(deepspeed)
+    _check_offload(precision, deepspeed.get("zero_optimization", {}))
+    return precision
+
+
+def _check_sums(deepspeed: Mapping[str, Any]) -> None:
+    """Raise ConfigError if gradients would be summed in fewer digits than fp32 has."""
+    for name, value in (
+        ("data_types.grad_accum_dtype", deepspeed.get("data_types", {}).get("grad_accum_dtype")),
+        ("communication_data_type", deepspeed.get("communication_data_type")),
+    ):
+        if value not in (None, "fp32"):
+            raise ConfigError(f"deepspeed.{name} is {value!r}: the sum of a step's gradients would lose digits",
+                              "leave it out, or write fp32")  # fmt: skip
+
+
+def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
+    stage = zero.get("stage")
+    if stage not in OFFLOADS or isinstance(stage, bool):
+        raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}", "1, 2 and 3 are trained here")
+    offload = tuple(name for name in ("offload_optimizer", "offload_param") if name in zero)
+    for name in offload:
+        device = zero[name].get("device", "none") if isinstance(zero[name], Mapping) else zero[name]
+        if device not in DEVICES:
+            raise ConfigError(f"deepspeed.zero_optimization.{name} is to {device!r}", f"{' and '.join(DEVICES)} are trained here")
+    if offload not in OFFLOADS[stage]:
+        which = [name for name in offload if name != "offload_optimizer"] or list(offload)
+        raise ConfigError(
+            f"deepspeed.zero_optimization.{which[0]} is not trained at stage {stage} with {_list(offload)}",
+            f"at stage {stage}: {'; '.join(_list(names) for names in OFFLOADS[stage])}",
+        )
+    if (precision, stage, offload) in NEVER:
+        raise ConfigError(
+            f"deepspeed.{precision} with stage {stage} and {_list(offload)} is not trained", NEVER[precision, stage, offload]
+        )
+
+
+def _list(offload: tuple[str, ...]) -> str:
+    return " and ".join(offload) or "no offload"
