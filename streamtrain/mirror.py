@@ -7,24 +7,29 @@ changed is not sent again, what is read back is checked, and nothing that a poin
 import json
 import logging
 import os
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import xxhash
 
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
-from streamtrain.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints
+from streamtrain.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints, open_checkpoint
+from streamtrain.folders import sync
 
 log = logging.getLogger("streamtrain")
 
 POINTER, PIECES = "newest.json", "pieces/"
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has its place in the file
+FETCHED_AT_ONCE = 8  # pieces, each held in memory until it is written
 NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
-PART = ".mirrored.part"  # in the run folder: what is being fetched
+PART = ".mirrored.part"  # in the run folder: what is being fetched, and what a broken-off attempt has fetched
 STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
 FILES = (
     "log.csv",
@@ -54,21 +59,19 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def check(self, check: Callable[[Path], None]) -> bool:
-        """Whether the copy is ahead of the run folder, once it is known to be of this run, by its state alone.
+    def check(self, check: Callable[[Path], object]) -> bool:
+        """Tell whether the copy is ahead of the run folder, once its state alone shows that it is of this run.
 
-        `check` looks at a checkpoint's state, and raises CheckpointError where it is not of this run; so nothing of
-        another run is overwritten, neither here nor there. Raises StoreError where the copy is not of this run.
+        `check` looks at a checkpoint's state, and raises CheckpointError if it is not of this run; so nothing of
+        another run is overwritten, neither here nor there. Raises StoreError if the copy is not of this run.
         """
         pointer = _read_pointer(self._store)
         if pointer is None:
             return False
-        part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
-        try:
-            self._fetch(f"{checkpoint}/{STATE_NAME}", pointer, part)
-            self._check(check, part / checkpoint)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        checkpoint = f"checkpoints/{pointer['checkpoint']}"
+        with TemporaryDirectory() as folder:
+            self._fetch([f"{checkpoint}/{STATE_NAME}"], pointer, Path(folder))
+            self._check(check, Path(folder) / checkpoint, "another run's? name another train.mirror")
         here = list_checkpoints(self._run / "checkpoints")
         ahead = not here or here[-1].name < pointer["checkpoint"]
         if here and ahead:
@@ -76,54 +79,93 @@ class Mirror:
         return ahead
 
     def fetch(self) -> None:
-        """Bring the copy into the run folder, over what is there. Raises StoreError where the copy is not whole."""
+        """Bring the copy into the run folder, over what is there. Raises StoreError if the copy is not whole.
+
+        Pieces that an earlier attempt has fetched are checked and not fetched again.
+        """
         pointer = _read_pointer(self._store)
         if pointer is None:
             return
         part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
         log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
-        try:
-            for name in pointer["files"]:
-                self._fetch(name, pointer, part)
-            (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: what has it is whole
-                if (part / name).exists():
-                    if (self._run / name).is_dir():
-                        shutil.rmtree(self._run / name)
-                    os.replace(part / name, self._run / name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        for path in [path for path in part.rglob("*") if path.is_file()]:
+            if path.relative_to(part).as_posix() not in pointer["files"]:
+                path.unlink()  # an earlier attempt fetched it, of an older copy
+        self._fetch(pointer["files"], pointer, part)
+        self._check(open_checkpoint, part / checkpoint, NO_MIRROR)
+        (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: what has it is whole
+            if (part / name).exists():
+                if (self._run / name).is_dir():
+                    shutil.rmtree(self._run / name)
+                os.replace(part / name, self._run / name)
+        shutil.rmtree(part)
 
-    def _fetch(self, name: str, pointer: dict[str, Any], part: Path) -> None:
-        """One file of the copy, into the folder `part`."""
-        path = part / name
-        if not path.resolve().is_relative_to(part.resolve()):
-            raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
-        if name not in pointer["files"]:
-            raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            for piece in pointer["files"][name]:
-                file.write(_read_piece(self._store, piece))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _check(self, check: Callable[[Path], None], fetched: Path) -> None:
+    def _fetch(self, names: Collection[str], pointer: dict[str, Any], folder: Path) -> None:
+        """Fetch files of the copy into a folder, several pieces at a time."""
+        places = []
         try:
-            check(fetched)
+            for name in names:
+                path = folder / name
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
+                if name not in pointer["files"]:
+                    raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
+                pieces = pointer["files"][name]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "ab") as file:
+                    file.truncate(min(file.tell(), len(pieces) * PIECE_BYTES))
+                places += [(path, number, pieces) for number in range(len(pieces))]
+            with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+                for _ in pool.map(lambda place: self._fetch_piece(*place), places):  # which cancels the rest on error
+                    pass
+            for name in names:
+                sync(folder / name)
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            hint = "make room, and the same command goes on with what it has fetched"
+            raise StoreError(f"{folder}: the mirror's copy cannot be written: {error}", hint) from error
+
+    def _fetch_piece(self, path: Path, number: int, pieces: list[str]) -> None:
+        """Put one piece of a file in its place, unless it is there."""
+        with open(path, "r+b") as file:
+            file.seek(number * PIECE_BYTES)
+            if _name(file.read(PIECE_BYTES)) == pieces[number]:
+                return
+            data = _read_piece(self._store, pieces[number])
+            last = number == len(pieces) - 1
+            if len(data) != PIECE_BYTES and not last:
+                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {PIECE_BYTES:,}")
+            file.seek(number * PIECE_BYTES)
+            file.write(data)
+            if last:
+                file.truncate()
+
+    def _check(self, check: Callable[[Path], object], checkpoint: Path, hint: str) -> None:
+        """Check a checkpoint outside of its run. Raises StoreError if `check` raises CheckpointError."""
+        try:
+            check(checkpoint)
         except CheckpointError as error:
-            said = error.message.removeprefix(f"{fetched.resolve()}").lstrip(":/ ")
-            hint = error.hint if error.hint == REPLAN_HINT else "another run's? name another train.mirror"
-            raise StoreError(f"{self._store.url}: {fetched.name} {said}", hint) from error
+            said = error.message.removeprefix(f"{checkpoint.resolve()}").lstrip(":/ ")
+            hint = error.hint if error.hint == REPLAN_HINT else hint
+            raise StoreError(f"{self._store.url}: {checkpoint.name} {said}", hint) from error
 
     def forget(self) -> None:
-        """No machine goes on from what is there: the run starts over."""
+        """Delete the pointer, after the copy that is under way: no machine goes on from either; the run starts over."""
+        with self._changed:
+            self._drop_waiting()
+            self._changed.wait_for(lambda: not self._busy)
         self._store.delete(POINTER)
 
     def offer(self, checkpoint: Path) -> None:
-        """Have a checkpoint copied, unless a newer one is offered before its turn comes."""
-        staged = self._staging / checkpoint.name
-        shutil.rmtree(staged, ignore_errors=True)
+        """Have a checkpoint copied, unless a newer one is offered before its turn comes.
+
+        Called by the thread that writes the run's files: none of them changes while it is staged.
+        """
+        if self._closing:
+            raise RuntimeError(f"{checkpoint}: offered to a mirror that is closed")
+        shutil.rmtree(self._run / PART, ignore_errors=True)  # the run goes on from elsewhere
+        self._staging.mkdir(exist_ok=True)
+        staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # its own: a step may be offered twice
         for name in self._files_of(checkpoint):
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             if name in FILES:
@@ -131,13 +173,17 @@ class Mirror:
             else:
                 _link(self._run / name, staged / name)
         with self._changed:
-            if self._waiting is not None and self._waiting != staged:
-                shutil.rmtree(self._waiting, ignore_errors=True)
+            self._drop_waiting()
             self._waiting = staged
             self._changed.notify_all()
 
+    def _drop_waiting(self) -> None:
+        if self._waiting is not None:
+            shutil.rmtree(self._waiting, ignore_errors=True)
+        self._waiting = None
+
     def close(self, wait_sec: float | None = None) -> None:
-        """Wait for the last copy, at most so long. Raises StoreError where it failed or is not there by then."""
+        """Wait for the last copy, at most so long. Raises StoreError if it failed or is not there by then."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -167,29 +213,35 @@ class Mirror:
                 self._failed = None
             except Exception as error:  # whatever it is, training goes on, and does not wait for a dead thread
                 self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
-                log.warning("%s has not reached the mirror; the next one is tried: %s", staged.name, error)
+                log.warning("%s has not reached the mirror; the next one is tried: %s", staged.stem, error)
             shutil.rmtree(staged, ignore_errors=True)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
 
     def _copy(self, staged: Path) -> None:
-        """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer."""
-        there = {name for name in self._store.names() if name.startswith(PIECES)}  # what else lies there is not ours
+        """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer.
+
+        Of what is there, only what the pointer names is known to be whole: it was read back before it was named.
+        """
         before = _read_pointer(self._store)
+        kept = _pieces_of(before["files"]) if before else set()
+        sent = kept.intersection(self._store.names())
         files: dict[str, list[str]] = {}
         for path in sorted(path for path in staged.rglob("*") if path.is_file()):
             pieces = files[path.relative_to(staged).as_posix()] = []
             for data in _pieces(path):
                 pieces.append(name := _name(data))
-                if name not in there:
+                if name not in sent:
                     self._store.write(name, data)
                     _read_piece(self._store, name)
-                    there.add(name)
-        self._store.write(POINTER, json.dumps({"checkpoint": staged.name, "files": files}, indent=1).encode())
-        needed = {piece for pieces in files.values() for piece in pieces}
-        needed |= {piece for pieces in (before or {"files": {}})["files"].values() for piece in pieces}
-        for name in there - needed:
+                    sent.add(name)
+        self._check(open_checkpoint, staged / "checkpoints" / staged.stem, "is this machine's disk faulty?")
+        there = {name for name in self._store.names() if name.startswith(PIECES)}  # what else lies there is not ours
+        if missing := _pieces_of(files) - there:
+            raise StoreError(f"{self._store.url}: pieces are gone, such as {min(missing)}", NO_MIRROR)
+        self._store.write(POINTER, json.dumps({"checkpoint": staged.stem, "files": files}, indent=1).encode())
+        for name in there - _pieces_of(files) - kept:
             self._store.delete(name)
 
 
@@ -204,11 +256,17 @@ def _read_pointer(store: Store) -> dict[str, Any] | None:
     try:
         pointer = json.loads(store.read(POINTER))
         files = {str(name): [str(piece) for piece in list(pieces)] for name, pieces in pointer["files"].items()}
-        return {"checkpoint": str(pointer["checkpoint"]), "files": files}
+        if not re.fullmatch(r"step-\d+", checkpoint := str(pointer["checkpoint"])):
+            raise ValueError(f"{checkpoint!r} is no checkpoint")
+        return {"checkpoint": checkpoint, "files": files}
     except MissingError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", NO_MIRROR) from error
+
+
+def _pieces_of(files: dict[str, list[str]]) -> set[str]:
+    return {piece for pieces in files.values() for piece in pieces}
 
 
 def _read_piece(store: Store, name: str) -> bytes:

@@ -34,7 +34,7 @@ from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
 from streamtrain.loader import LoadingProcesses
-from streamtrain.mirror import Mirror
+from streamtrain.mirror import PART, Mirror
 from streamtrain.model import load_model
 from streamtrain.network import ctc_sum
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
@@ -162,7 +162,8 @@ def _open_mirror(config: Config, run: Path, resume: str, world: World, check: Ca
     if world.main and config.train.mirror is not None:
         mirror = Mirror(open_store(config.train.mirror), run)
         if resume != "none":
-            _check_best(run, bool(list_checkpoints(run / "checkpoints")), resume)
+            fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
+            _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)
             if mirror.check(check) and resume == "auto":
                 mirror.fetch()
     world.barrier()
