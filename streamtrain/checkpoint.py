@@ -59,6 +59,7 @@ class RunState:
     epoch: int = 0
     step_in_epoch: int = 0
     begun: tuple[Begun, ...] = ()  # how this epoch was planned before it was planned anew
+    split: str = ""  # that the scores below are of
     evaluated: int = -1  # step of the last evaluation
     best_cer: float | None = None
     best_step: int | None = None

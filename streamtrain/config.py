@@ -140,8 +140,8 @@ class Config(Section):
         )
 
 
-# What a test has seen of the top of the engine's section. It would ignore what it does not know without a word, and much
-# of what it knows changes what a step computes.
+# What a test has seen at the top of the engine's section. It would ignore what it does not know without a word, and
+# much of what it knows changes what a step computes.
 _TOP_LEVEL = """
     activation_checkpointing aio bf16 comms_logger communication_data_type csv_monitor data_types dump_state
     flops_profiler fp16 gradient_clipping memory_breakdown monitor_config optimizer steps_per_print tensorboard timers

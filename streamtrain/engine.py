@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,8 +21,9 @@ from deepspeed.utils import (
 from torch import nn
 
 from sharding.audio import SAMPLE_RATE
-from streamtrain.config import ConfigError
+from streamtrain.model import copy_of
 from streamtrain.network import CTCModel
+from streamtrain.precision import ConfigError
 from streamtrain.recipe import Recipe
 from streamtrain.world import World
 
@@ -123,14 +123,18 @@ class Engine:
         """The highest learning rate of a step."""
         return max(self._recipe.rates(step))
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model with its averaged weights, where an average is kept."""
-        if self._average is None:
-            yield
-            return
-        with self._average.swapped_in(self._drop_gathered):
-            yield
+    def judged(self) -> CTCModel:
+        """Return a copy of the model with the weights that are scored and saved: the average if one is kept.
+
+        It has them whole and in fp32 on every rank, whatever the precision and the stage of training; all ranks call it
+        together.
+        """
+        weights = Tensors()
+        for name, parameter in self.model.network.named_parameters():
+            weights[name] = _whole_weight(parameter).detach().float().to(self.world.device)
+        if self._average is not None:
+            weights |= {name: whole.to(self.world.device) for name, whole in self._average.gather(self.world)}
+        return copy_of(self.model, weights)
 
     # --- whole tensors ----------------------------------------------------------------------------------------------
 
@@ -142,10 +146,6 @@ class Engine:
             for kind in _moments_of(self._engine.optimizer.optimizer):
                 self._keep(moments, f"{kind}.{name}", safe_get_full_optimizer_state(parameter, kind))
         return Parts(self._gather_weights(), moments, self._gather_average(), self._numbers())
-
-    def gather_judged(self) -> Tensors:
-        """The weights that `averaged` shows: the average where one is kept. As `gather`."""
-        return self._gather_weights() | self._gather_average()
 
     def make_moments(self) -> None:
         """Have the optimizer make its moments now, as zeros, which it does at its first step: one over silence.
@@ -240,11 +240,6 @@ class Engine:
             "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, bool | int | float)},
         }
 
-    def _drop_gathered(self) -> None:
-        """Under ZeRO-3 small weights stay gathered: forget them, so that the parts are gathered anew."""
-        if hasattr(self._engine.optimizer, "parameter_offload"):
-            self._engine.optimizer.parameter_offload.partition_all_parameters()
-
 
 class WeightAverage:
     """An exponential moving average of the weights (Polyak & Juditsky 1992); under ZeRO-3 each rank averages its part.
@@ -262,17 +257,6 @@ class WeightAverage:
         """After optimizer step `step`, counted from 0."""
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, [here.float() for here in self._here()], 1 - decay)
-
-    @contextmanager
-    def swapped_in(self, drop_gathered: Any) -> Iterator[None]:
-        drop_gathered()
-        kept = [here.clone() for here in self._here()]
-        self._put(self._averages)
-        try:
-            yield
-        finally:
-            drop_gathered()
-            self._put(kept)
 
     def gather(self, world: World) -> Iterator[tuple[str, torch.Tensor]]:
         for (name, parameter), average in zip(self._parameters.items(), self._averages, strict=True):
@@ -294,10 +278,6 @@ class WeightAverage:
         return [parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
                 for parameter in self._parameters.values()]  # fmt: skip
 
-    def _put(self, values: Sequence[torch.Tensor]) -> None:
-        for here, value in zip(self._here(), values, strict=True):
-            here.data.copy_(value)
-
 
 def _leave_overflow_to_the_norm(optimizer: Any) -> None:
     """Spare ZeRO 1 and 2 seven kernels a gradient: where one is not finite the norm shows it, and nothing moves."""
@@ -306,7 +286,7 @@ def _leave_overflow_to_the_norm(optimizer: Any) -> None:
 
 
 def _settings_here(settings: Mapping[str, Any], learning: int, world: World) -> dict[str, Any]:
-    """Return the section `deepspeed` with what is ours, for so many weights that learn, and as it runs without a GPU."""
+    """Return the section `deepspeed` with what is ours, for `learning` weights, and as it runs without a GPU."""
     here: dict[str, Any] = json.loads(json.dumps(settings))  # the engine writes into what it is given
     here["train_micro_batch_size_per_gpu"] = 1
     here["gradient_accumulation_steps"] = 1  # forwards of a step are told from one another by its boundary

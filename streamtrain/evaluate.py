@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE
@@ -20,6 +19,7 @@ from sharding.store import open_store
 from streamtrain.compare import compare
 from streamtrain.compare import render as render_comparison
 from streamtrain.decode import Hypothesis, join_pieces, read_out
+from streamtrain.hear import scoring
 from streamtrain.metrics import EditCounts, count_edits, spoken_words
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
@@ -62,9 +62,9 @@ def evaluate(
 ) -> Evaluation:
     """Decode every clip of a split once and add up its edits; the same counts at any world size.
 
-    Batches are formed without regard to the ranks, then dealt out in turn; ranks run equally many forwards (ZeRO-3
-    needs that), the spare ones over a silent row. Raises StreamtrainError where a clip comes twice or never, and
-    PreemptedError on all ranks where `preemption` was asked for on one.
+    Batches are formed without regard to the ranks, then dealt out in turn; ranks take equally many, the spare ones of a
+    silent row, so that they can tell one another of `preemption` after each. Raise StreamtrainError if a clip comes
+    twice or never, and PreemptedError on all ranks if `preemption` was asked for on one.
     """
     rows = stream.index.split(split)
     if len(rows) == 0:
@@ -80,13 +80,11 @@ def evaluate(
     mine = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     mine += [np.zeros(0, np.int64)] * (rounds - len(mine))
-    was_training = model.training
-    model.eval()
     pieces: list[Piece] = []
     bar = tqdm(
         total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=None if world.main else True
     )
-    with torch.no_grad(), bar:  # inference mode would leave ZeRO-3 tensors that cannot be trained on
+    with scoring(), bar:
         for here, (batch, samples) in zip(mine, stream.batches(mine), strict=True):
             on_device = batch.to(world.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
@@ -99,7 +97,6 @@ def evaluate(
             bar.update(len(samples))
             if preemption is not None and world.gather_floats([preemption.asked]).any():
                 raise PreemptedError("stopped while it was evaluated")
-    model.train(was_training)
     return _score(pieces, stream.index, len(rows), world)
 
 
@@ -128,15 +125,17 @@ def evaluate_model(
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
-    if not world.main:
-        return {}
-    card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
-    write_scorecard(card, evaluation.clips, out)
-    print(render(card))
-    compared = compare(other, evaluation.clips, str(beside)) if other is not None else None
-    if compared:
-        print(render_comparison(compared))
-    write_page(card, evaluation.clips, _worst_sounds(card, evaluation, stream), out / "scorecard.html", compared)
+    card: dict[str, Any] = {}
+    with world.main_alone(f"write the scorecard to {out}") as mine:
+        if mine:
+            card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
+            write_scorecard(card, evaluation.clips, out)
+            print(render(card))
+            compared = compare(other, evaluation.clips, str(beside)) if other is not None else None
+            if compared:
+                print(render_comparison(compared))
+            sounds = _worst_sounds(card, evaluation, stream)
+            write_page(card, evaluation.clips, sounds, out / "scorecard.html", compared)
     return card
 
 

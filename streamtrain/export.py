@@ -30,11 +30,11 @@ class ExportError(StreamtrainError):
     """An export that does not compute what the model computes."""
 
 
-def save_best(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write the model with these weights to `folder`, whole or not at all. Raises ExportError."""
+def save_best(model: CTCModel, folder: Path) -> None:
+    """Write a model to `folder`, whole or not at all. Raise ExportError if it cannot be written."""
     partial = folder.with_name(f".{folder.name}.part")
     try:
-        _save(model, partial, weights)
+        _save(model, partial)
         put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +52,7 @@ def export_model(source: Path, out: Path) -> float:
         raise ExportError(f"{out}: is not an empty folder", "choose another one")
     model, run = load_trained(source), source.resolve().parent
     partial = out.with_name(f".{out.name}.part")
-    _save(model, partial, {name: value.contiguous() for name, value in model.network.state_dict().items()})
+    _save(model, partial)
     for name, copied in BESIDE.items():
         if (run / name).is_file():
             shutil.copyfile(run / name, partial / copied)
@@ -62,11 +62,11 @@ def export_model(source: Path, out: Path) -> float:
     return difference
 
 
-def _save(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a new folder. Raises ExportError where the file does not hold these very weights afterwards."""
+def _save(model: CTCModel, folder: Path) -> None:
+    """Write a new folder. Raise ExportError if the file does not hold the model's very weights afterwards."""
     shutil.rmtree(folder, ignore_errors=True)
-    save_model(model, folder, weights)
-    written = load_file(folder / "model.safetensors")
+    save_model(model, folder)
+    written, weights = load_file(folder / "model.safetensors"), model.network.state_dict()
     if written.keys() != weights.keys() or any(not torch.equal(written[name], weights[name]) for name in written):
         raise ExportError(f"{folder}: does not hold the weights that were to be saved")
 

@@ -1,6 +1,7 @@
 """Waveforms to log-probabilities, for all who only listen: in batches that suit the machine."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -47,10 +48,23 @@ def chunks_of(recordings: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-@torch.inference_mode()
+@contextmanager
+def scoring() -> Iterator[None]:
+    """Run a model as it is scored wherever that happens: fp32 weights, no autocast, no TF32, no gradients."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        with torch.inference_mode(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
 def hear(model: CTCModel, waveforms: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (B, T, V) of waveforms of like lengths, and the frames (B,) that each of them has."""
     rows = [zero_mean_unit_variance(waveform) if model.normalize else waveform for waveform in waveforms]
     lengths = torch.tensor([len(row) for row in rows])
     inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-    return model(inputs.to(model.device), lengths), model.frame_counts(lengths)
+    with scoring():
+        return model(inputs.to(model.device), lengths), model.frame_counts(lengths)

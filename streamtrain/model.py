@@ -1,5 +1,6 @@
 """CTC models from Transformers: by name, by folder or from scratch, and saved so that Transformers loads them."""
 
+import copy
 import difflib
 import json
 import logging
@@ -13,7 +14,7 @@ import torch
 from sharding.errors import StreamtrainError
 from streamtrain.config import ModelConfig
 from streamtrain.network import CTCModel
-from streamtrain.vocab import Vocab, load_vocab, vocab_of
+from streamtrain.vocab import Vocab, load_vocab, save_vocab, vocab_of
 
 log = logging.getLogger("streamtrain")
 
@@ -68,13 +69,24 @@ def fix_graph(network: Any) -> None:
         network.set_attn_implementation(MASKED_ATTENTION)
 
 
+def copy_of(model: CTCModel, weights: dict[str, torch.Tensor]) -> CTCModel:
+    """Return a model of the same kind with other weights, to be scored; it takes up the tensors themselves."""
+    config = copy.deepcopy(model.network.config)
+    if config._attn_implementation == MASKED_ATTENTION:
+        config._attn_implementation = "sdpa"  # as a model that is loaded has it
+    with torch.device("meta"):
+        network = type(model.network)(config)
+    network.load_state_dict(weights, assign=True)
+    return CTCModel(network, model.vocab, model.normalize).eval()
+
+
 def load_trained(folder: str | Path) -> CTCModel:
     """Return a model saved by `save_model`, for evaluation. Raise ModelError if it lacks a weight or its vocabulary."""
     folder = Path(folder)
     vocab, (network, lacks) = load_vocab(folder), _from_pretrained(str(folder), {})
     if lacks:
         raise ModelError(
-            f"model {str(folder)!r} has no CTC head: {' and '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} missing",
+            f"model {str(folder)!r} has no CTC head: it lacks {' and '.join(lacks)}",
             "give the folder of a trained model",
         )
     if len(vocab) != network.lm_head.out_features or vocab.blank != network.config.pad_token_id:
@@ -86,16 +98,10 @@ def load_trained(folder: str | Path) -> CTCModel:
     return CTCModel(network, vocab, normalize=_normalizes(str(folder))).eval()
 
 
-def save_model(model: CTCModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def save_model(model: CTCModel, folder: Path) -> None:
     """Write the Hugging Face layout: weights (of `model.network`), configuration, tokenizer, feature extractor."""
-    from streamtrain.vocab import save_vocab
-
     # In today's names, as they are in memory: by itself Transformers gives back those of the file it has read
-    model.network.save_pretrained(folder, state_dict=dict(weights), save_original_format=False)  # which empties it
-    config = json.loads((folder / "config.json").read_text())
-    kinds = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
-    config["dtype"] = str(kinds.pop()).removeprefix("torch.")  # a network trained in bf16 would name that
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    model.network.save_pretrained(folder, save_original_format=False)
     save_vocab(model.vocab, folder, model.normalize, attention_mask=model.wants_mask)
     for path in folder.iterdir():
         give_usual_mode(path)
@@ -118,7 +124,7 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
 
 
 def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -> tuple[Any, Vocab]:
-    """Return a pretrained network and its vocabulary: its own if it holds what is `wanted`, else that with a new head."""
+    """Return a pretrained network and its vocabulary: its own if that holds all `wanted`, else those, with a new head."""
     tokens, own = _vocab_of_pretrained(name)
     kept = choice == "auto" and own is not None and set(wanted.tokens) <= set(own.tokens)
     vocab = own if own is not None and kept else wanted
@@ -127,8 +133,8 @@ def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -
         return network, vocab
     if choice == "auto" and not (kept and network.lm_head.out_features == len(vocab)):
         raise ModelError(
-            f"model {name!r} is a CTC model: its head is for symbols of its own ({_few(tokens) or 'which are not told'}), "
-            f"not for all those of the shard set ({_few(wanted.tokens)})",
+            f"model {name!r} is a CTC model: its head is for symbols of its own "
+            f"({_few(tokens) or 'which are not told'}), not for all those of the shard set ({_few(wanted.tokens)})",
             "to train its encoder with a new head, --set model.vocab=new; or build the shard set for the track that "
             "the model writes",
         )

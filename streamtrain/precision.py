@@ -25,7 +25,9 @@ OFFLOADS = {  # what may lie in the machine's memory rather than the GPU's, by Z
     2: [(), ("offload_optimizer",)],
     3: [(), ("offload_optimizer",), ("offload_optimizer", "offload_param")],
 }
-NEVER = {("bf16", 1, ("offload_optimizer",)): "take stage 2, which costs no more"}
+NEVER: dict[tuple[str, int, tuple[str, ...]], str] = {
+    ("bf16", 1, ("offload_optimizer",)): "take stage 2, which costs no more"
+}
 KEYS = {  # of each section; others change what a step computes, or are nothing that a test has seen
     "torch_autocast": "enabled dtype lower_precision_safe_modules",
     "bf16": "enabled check_grad_overflow",
@@ -51,7 +53,8 @@ def check_precision(deepspeed: Mapping[str, Any]) -> str:
     asked = [name for name in PRECISIONS if deepspeed.get(name, {}).get("enabled")]
     if len(asked) > 1:
         raise ConfigError(
-            f"deepspeed.{' and deepspeed.'.join(asked)} are both enabled", "enable one: --set deepspeed.NAME.enabled=false"
+            f"deepspeed.{' and deepspeed.'.join(asked)} are both enabled",
+            "enable one: --set deepspeed.NAME.enabled=false",
         )
     precision = asked[0] if asked else "fp32"
     dtype = deepspeed.get("torch_autocast", {}).get("dtype", "bfloat16")
@@ -85,7 +88,9 @@ def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
     for name in offload:
         device = zero[name].get("device", "none") if isinstance(zero[name], Mapping) else zero[name]
         if device not in DEVICES:
-            raise ConfigError(f"deepspeed.zero_optimization.{name} is to {device!r}", f"{' and '.join(DEVICES)} are trained here")
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{name} is to {device!r}", f"{' and '.join(DEVICES)} are trained here"
+            )
     if offload not in OFFLOADS[stage]:
         which = [name for name in offload if name != "offload_optimizer"] or list(offload)
         raise ConfigError(
@@ -94,7 +99,8 @@ def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
         )
     if (precision, stage, offload) in NEVER:
         raise ConfigError(
-            f"deepspeed.{precision} with stage {stage} and {_list(offload)} is not trained", NEVER[precision, stage, offload]
+            f"deepspeed.{precision} with stage {stage} and {_list(offload)} is not trained",
+            NEVER[precision, stage, offload],
         )
 
 

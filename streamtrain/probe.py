@@ -5,13 +5,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from streamtrain.collate import Batch
-from streamtrain.plan import EpochPlan
+from streamtrain.plan import EpochPlan, plan_evaluation
 from streamtrain.world import World
 
 USABLE = 0.92  # of the memory: other shapes leave gaps, and so do allocators
@@ -73,6 +75,14 @@ def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | 
         clips = max(int(plan.clips[step, number]), min(merged, whole_step))
         shapes.append(Shape(f"{name} micro-batch (number {number + 1} of step {step + 1})", clips, samples, symbols))
     return shapes
+
+
+def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) -> list[Shape]:
+    """Return the batch of an evaluation with the longest clip and that with most padded seconds."""
+    sizes = [(len(batch), int(lengths[batch].max())) for batch in plan_evaluation(lengths, batch_seconds)]
+    longest, densest = max(sizes, key=lambda size: size[1]), max(sizes, key=lambda size: size[0] * size[1])
+    return [Shape(f"the {name} batch of the evaluation", clips, samples, 1)
+            for name, (clips, samples) in (("longest", longest), ("densest", densest))]  # fmt: skip
 
 
 def probe(run: Run, shapes: list[Shape], world: World) -> Memory:

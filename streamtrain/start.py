@@ -30,15 +30,17 @@ from streamtrain.checkpoint import (
     read_checkpoint,
 )
 from streamtrain.collate import Batch
-from streamtrain.config import Config, ConfigError
+from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
+from streamtrain.hear import scoring
 from streamtrain.loader import LoadingProcesses
 from streamtrain.mirror import PART, Mirror
 from streamtrain.model import load_model
-from streamtrain.network import ctc_sum
+from streamtrain.network import CTCModel, ctc_sum
 from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
-from streamtrain.probe import Memory, largest_shapes, probe, render
+from streamtrain.precision import ConfigError
+from streamtrain.probe import Memory, evaluation_shapes, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
 from streamtrain.stream import open_stream
 from streamtrain.train import Plans, Trainer, TrainError, check_order, is_stopped_early
@@ -64,10 +66,12 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
     index = read_index(store)
     run = Path(config.train.run_dir)
     with _only_run_in(run, world):
-        if world.main:
-            put_back(run / "checkpoints", NAMES)
-            put_back(run, "best")
-        mirror = _open_mirror(config, run, resume, world, partial(_check_mirrored, config, index, store, replan))
+        mirror = None
+        with world.main_alone("bring the run folder up to its mirror") as mine:
+            if mine:
+                put_back(run / "checkpoints", NAMES)
+                put_back(run, "best")
+                mirror = _open_mirror(config, run, resume, partial(_check_mirrored, config, index, store, replan))
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
@@ -84,8 +88,12 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
                 log.info("planned anew: %d steps are left, of %d", plans.total_steps - state.step, plans.total_steps)
-        if not world.gather((run / "best").is_dir())[0]:  # resumed into a new run folder: its first score is its best
+        scored = state.split == config.eval.split
+        if not scored and state.best_cer is not None:
+            log.info("eval.split was %r, is %r: the best score is sought anew", state.split, config.eval.split)
+        if not (scored and world.gather((run / "best").is_dir())[0]):  # or resumed into a new run folder
             state = replace(state, best_cer=None, best_step=None, evaluated=-1, evaluations_since_best=0)
+        state = replace(state, split=config.eval.split)
         if state.step == plans.total_steps:
             log.info("%s: all %d steps are done; --replan with more train.epochs goes on, --resume none starts over",
                      run, state.step)  # fmt: skip
@@ -95,18 +103,9 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         elif config.train.probe:
             whole = plan_epoch(index, config.plan, state.epoch) if state.begun else plans.epoch(state.epoch)
             log.info("%s", _probe(engine, whole, index, config)[0])
-        if world.main:
-            if resume == "none":
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)
-                if mirror is not None:
-                    mirror.forget()
-            elif found is not None and found.resolve().parent == (run / "checkpoints").resolve():
-                chosen = run / "checkpoints" / found.resolve().name
-                drop_later(chosen)
-                if mirror is not None:
-                    mirror.offer(chosen)  # else a later one would come back
-            (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
-            (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
+        with world.main_alone("prepare the run folder") as mine:
+            if mine:
+                _prepare(run, config, index, found, resume, mirror)
         data, model = config.data, engine.model
         make = partial(
             open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world,
@@ -114,6 +113,23 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         )  # fmt: skip
         stream = LoadingProcesses(make) if world.device.type == "cuda" and data.workers else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
+
+
+def _prepare(
+    run: Path, config: Config, index: ShardIndex, found: Path | None, resume: str, mirror: Mirror | None
+) -> None:
+    """Leave in the run folder, and in its mirror, what the run goes on from, and what it was asked for."""
+    if resume == "none":
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        if mirror is not None:
+            mirror.forget()
+    elif found is not None and found.resolve().parent == (run / "checkpoints").resolve():
+        chosen = run / "checkpoints" / found.resolve().name
+        drop_later(chosen)
+        if mirror is not None:
+            mirror.offer(chosen)  # else a later one would come back
+    (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+    (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
 
 
 def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
@@ -147,6 +163,10 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
     engine.make_moments()
     shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
     memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world)
+    lengths = index.samples["samples"][index.split(config.eval.split)]
+    probe(
+        partial(_score_unweighted, engine.judged()), evaluation_shapes(lengths, config.data.batch_seconds), engine.world
+    )
     return render(memory, shapes), memory
 
 
@@ -156,17 +176,16 @@ def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: boo
     go_on_from(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
 
 
-def _open_mirror(config: Config, run: Path, resume: str, world: World, check: Callable[[Path], None]) -> Mirror | None:
-    """Rank 0's mirror; where it is ahead of this machine, the run folder is brought up to it."""
-    mirror = None
-    if world.main and config.train.mirror is not None:
-        mirror = Mirror(open_store(config.train.mirror), run)
-        if resume != "none":
-            fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
-            _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)
-            if mirror.check(check) and resume == "auto":
-                mirror.fetch()
-    world.barrier()
+def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path], None]) -> Mirror | None:
+    """Return the mirror, if there is to be one; if it is ahead of this machine, bring the run folder up to it."""
+    if config.train.mirror is None:
+        return None
+    mirror = Mirror(open_store(config.train.mirror), run)
+    if resume != "none":
+        fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
+        _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)
+        if mirror.check(check) and resume == "auto":
+            mirror.fetch()
     return mirror
 
 
@@ -177,6 +196,12 @@ def _run_unweighted(engine: Engine, batch: Batch) -> None:
     log_probs = engine.forward(batch.inputs, batch.input_lengths)
     loss = ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, engine.model.vocab.blank)
     engine.backward(loss, last=False)
+
+
+def _score_unweighted(model: CTCModel, batch: Batch) -> None:
+    """Run a forward as an evaluation does."""
+    with scoring():
+        model(batch.inputs.to(model.device), batch.input_lengths)
 
 
 def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> ShardIndex:

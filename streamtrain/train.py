@@ -142,20 +142,21 @@ class Trainer:
             said = f"stopped at step {self.state.step}; the same command goes on from there"
             raise PreemptedError(said) from error
         self._close(None)
-        if self.world.main:
-            difference = verify(self.run_dir / "best")
-            log.info("Transformers computes the same from best/: largest difference %.1e", difference)
+        with self.world.main_alone("verify best/") as mine:
+            if mine:
+                difference = verify(self.run_dir / "best")
+                log.info("Transformers computes the same from best/: largest difference %.1e", difference)
 
     def _close(self, wait_sec: float | None) -> None:
         """Let the mirror come to its end, for at most so long."""
-        if self.mirror is not None:
-            try:
-                self.mirror.close(wait_sec)
-            except StoreError as error:
-                log.warning("%s", error)
-        if self.monitor is not None:
-            self.monitor.close()
-        self.world.barrier()
+        with self.world.main_alone("copy the last checkpoint to the mirror"):
+            if self.mirror is not None:
+                try:
+                    self.mirror.close(wait_sec)
+                except StoreError as error:
+                    log.warning("%s", error)
+            if self.monitor is not None:
+                self.monitor.close()
 
     def _run(self) -> None:
         self._save()  # before any result: from now on the same command always has a place to go on from
@@ -309,10 +310,10 @@ class Trainer:
         settings, state = self.config.eval, self.state
         if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
             return
-        with self.engine.averaged():
-            evaluation = evaluate(
-                self.model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
-            )
+        model = self.engine.judged()
+        evaluation = evaluate(
+            model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
+        )
         cer = evaluation.total.rate
         if self.monitor is not None:
             self.monitor.evaluated(state.step, evaluation)
@@ -325,10 +326,10 @@ class Trainer:
                 log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
             return
         self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
-        weights = self.engine.gather_judged()
-        if self.world.main:
-            save_best(self.model, self.run_dir / "best", weights)
-            self._write_scorecard(evaluation)
+        with self.world.main_alone("save best/") as mine:
+            if mine:
+                save_best(model.cpu(), self.run_dir / "best")
+                self._write_scorecard(evaluation)
 
     def _first_cer(self, cer: float) -> None:
         if self.world.main:
@@ -345,12 +346,12 @@ class Trainer:
         if self.state == self._saved:
             return
         parts = self.engine.gather()
-        if self.world.main:
-            folder, keep = self.run_dir / "checkpoints", self.config.train.keep_checkpoints
-            saved = save_checkpoint(parts, self.state, folder, keep)
-            if self.mirror is not None:
-                self.mirror.offer(saved)
-        self.world.barrier()
+        with self.world.main_alone(f"save step {self.state.step}") as mine:
+            if mine:
+                folder, keep = self.run_dir / "checkpoints", self.config.train.keep_checkpoints
+                saved = save_checkpoint(parts, self.state, folder, keep)
+                if self.mirror is not None:
+                    self.mirror.offer(saved)
         self._saved = self.state
 
 

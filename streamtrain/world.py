@@ -1,16 +1,19 @@
 """Who I am among the ranks, the few things ranks tell one another, and how a rank comes up and goes down."""
 
 import ctypes
+import itertools
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,7 @@ LOST = (  # what gloo and NCCL say then
     "ncclremoteerror",
     "remote process exited",
 )
+BEAT_SEC, SILENT_SEC = 5.0, 60.0  # of rank 0, while the others wait for it
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
 
 
@@ -118,6 +122,40 @@ class World:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def main_alone(self, work: str) -> Iterator[bool]:
+        """Let rank 0 do some work, for as long as it takes; the other ranks wait for its end. True on rank 0.
+
+        In a collective they would give up after ten minutes, so they wait at the store of the process group, where
+        rank 0 shows every few seconds that it lives. Raise StreamtrainError on the others if its work failed, or if it
+        has been silent for a minute.
+
+            with world.main_alone("save step 20") as mine:
+                if mine:
+                    …
+        """
+        if self.size == 1:
+            yield True
+            return
+        store, key = torch.distributed.distributed_c10d._get_default_store(), f"streamtrain/{next(_WORKS)}"
+        if not self.main:
+            yield False
+            _wait_for_main(store, key, work)
+            return
+        done = threading.Event()
+        beating = threading.Thread(target=_beat, args=(store, key, done), daemon=True)
+        beating.start()
+        try:
+            yield True
+        except BaseException as error:
+            store.set(key, f"{type(error).__name__}: {error}")
+            raise
+        else:
+            store.set(key, "")
+        finally:
+            done.set()
+            beating.join()
+
     def barrier(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
@@ -127,6 +165,31 @@ class World:
             tensor = tensor.to(self.device)
             torch.distributed.all_reduce(tensor)
         return tensor.cpu()
+
+
+_WORKS = itertools.count()  # of rank 0 alone: every rank counts them alike
+
+
+def _beat(store: Any, key: str, done: threading.Event) -> None:
+    while not done.wait(BEAT_SEC):
+        store.add(f"{key}/alive", 1)
+
+
+def _wait_for_main(store: Any, key: str, work: str) -> None:
+    """Wait until rank 0 has set the key. Raise StreamtrainError if it holds an error, or if rank 0 is silent."""
+    beats, heard = 0, time.monotonic()
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=BEAT_SEC))
+            break
+        except torch.distributed.DistStoreError:  # not yet
+            now = store.add(f"{key}/alive", 0)
+        if now != beats:
+            beats, heard = now, time.monotonic()
+        elif time.monotonic() - heard > SILENT_SEC:
+            raise StreamtrainError(f"rank 0 has been silent for {SILENT_SEC:.0f} s, it was to {work}", LOST_A_RANK)
+    if failed := store.get(key).decode():
+        raise StreamtrainError(f"rank 0 could not {work}: {failed.splitlines()[0]}", "look above for all it said")
 
 
 def world_from_environment() -> World:

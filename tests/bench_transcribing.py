@@ -33,7 +33,7 @@ def make_model(name: str, scratch: dict[str, object]) -> Path:
     folder = WORK / f"model-{name}"
     if not folder.is_dir():
         model = load_model(ModelConfig(scratch=scratch))
-        save_model(model, folder, {name: weight.contiguous() for name, weight in model.network.state_dict().items()})
+        save_model(model, folder)
     return folder
 
 

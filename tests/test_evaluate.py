@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_tiny_model(folder / "encoder")
     network = load_model(ModelConfig(pretrained=str(folder / "encoder")))
-    save_model(network, folder / "model", dict(network.network.state_dict()))
+    save_model(network, folder / "model")
     return folder / "model"
 
 
@@ -151,7 +151,7 @@ def test_a_model_beside_itself_differs_in_nothing_and_beside_another_as_the_scor
     other = load_model(ModelConfig(pretrained=str(model)))
     with torch.no_grad():
         other.network.lm_head.bias[other.vocab.encode("k")] += 3
-    save_model(other, tmp_path / "other", dict(other.network.state_dict()))
+    save_model(other, tmp_path / "other")
     before, _ = score(model, shards, tmp_path / "before")
     after, _ = score(tmp_path / "other", shards, tmp_path / "after")
     same = run_module("streamtrain", "compare", tmp_path / "before", tmp_path / "before", "--json")

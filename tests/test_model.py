@@ -451,7 +451,7 @@ def talkative(family: str) -> CTCModel:
 
 
 def save(model: CTCModel, folder: Path) -> Path:
-    save_model(model, folder, {name: weight.contiguous() for name, weight in model.network.state_dict().items()})
+    save_model(model, folder)
     return folder
 
 
@@ -503,16 +503,6 @@ def test_what_was_saved_is_loaded_as_it_was(family: str, tmp_path: Path) -> None
 def test_whether_inputs_are_normalised_travels_with_the_model(normalize: bool, tmp_path: Path) -> None:
     model = CTCModel(make_network("WavLM, group norm"), VOCAB, normalize=normalize)
     assert load_trained(save(model, tmp_path / "model")).normalize is normalize
-
-
-def test_a_network_trained_in_bf16_is_saved_as_the_fp32_that_it_is(tmp_path: Path) -> None:
-    model = talkative("HuBERT, group norm")
-    weights = {name: weight.clone() for name, weight in model.network.state_dict().items()}
-    model.network.to(torch.bfloat16)
-    save_model(model, tmp_path / "model", weights)
-    loaded = transformers.AutoModelForCTC.from_pretrained(tmp_path / "model").state_dict()
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 def test_an_export_is_verified_against_transformers_and_never_overwrites(family: str, tmp_path: Path) -> None:
