@@ -124,7 +124,7 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
 
 
 def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -> tuple[Any, Vocab]:
-    """Return a pretrained network and its vocabulary: its own if that holds all `wanted`, else those, with a new head."""
+    """Return a pretrained network and its vocabulary: its own if it holds all `wanted`, else those, with a new head."""
     tokens, own = _vocab_of_pretrained(name)
     kept = choice == "auto" and own is not None and set(wanted.tokens) <= set(own.tokens)
     vocab = own if own is not None and kept else wanted

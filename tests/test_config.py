@@ -14,7 +14,7 @@ Load = Callable[..., Config]
 
 SMALL: dict[str, Any] = {
     "model": {"scratch": {"hidden_size": 64}},
-    "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+    "deepspeed": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
 }
 
 
@@ -92,7 +92,7 @@ def test_set_reaches_any_depth_and_takes_several_pairs(load: Load) -> None:
     assert config.train.max_steps is None
     assert config.model.scratch == {"hidden_size": 64, "conv_dim": [32, 32]}
     assert config.deepspeed["optimizer"] == {"type": "AdamW", "params": {"lr": 2e-4}}
-    assert config.deepspeed["zero_optimization"] == {"offload_optimizer": {"device": "cpu"}}
+    assert config.deepspeed["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
 def test_the_last_of_two_overrides_holds(load: Load) -> None:

@@ -1,0 +1,119 @@
+"""What precision, ZeRO stage and offload may be together: what is allowed trains rightly, what is not is refused."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import PART_ALL, ROOT, losses, run, training
+
+from streamtrain.precision import NEVER, OFFLOADS, PRECISIONS, ConfigError, check_precision
+
+ALLOWED = [
+    (precision, stage, offload)
+    for precision in PRECISIONS
+    for stage, offloads in OFFLOADS.items()
+    for offload in offloads
+    if (precision, stage, offload) not in NEVER
+]
+
+
+def section(precision: str, stage: int, offload: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    zero = {"stage": stage} | {name: {"device": "cpu"} for name in offload}
+    return {"zero_optimization": zero, **({} if precision == "fp32" else {precision: {"enabled": True}}), **more}
+
+
+@pytest.mark.parametrize(("precision", "stage", "offload"), ALLOWED)
+def test_what_is_allowed_is_taken(precision: str, stage: int, offload: tuple[str, ...]) -> None:
+    assert check_precision(section(precision, stage, offload)) == precision
+
+
+HALF_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "told", "hint"),
+    [
+        (section("fp32", 2, **HALF_AUTOCAST), "gradients that are still scaled", "deepspeed.fp16.enabled=true"),
+        (section("bf16", 2, fp16={"enabled": True}), "bf16 and deepspeed.fp16 are both enabled", "enable one"),
+        (section("fp16", 2, torch_autocast={"enabled": True}), "are both enabled", "enable one"),
+        (section("bf16", 2, data_types={"grad_accum_dtype": "bf16"}), "would lose digits", "write fp32"),
+        (section("bf16", 2, communication_data_type="fp16"), "would lose digits", "write fp32"),
+        (section("bf16", 1, ("offload_optimizer",)), "bf16 with stage 1 and offload_optimizer", "take stage 2"),
+        (section("fp32", 2, ("offload_param",)), "offload_param is not trained at stage 2", "no offload; offload_opt"),
+        (section("fp32", 0), "stage is 0", "1, 2 and 3"),
+        ({}, "stage is None", "1, 2 and 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "to 'nvme'", "cpu and none"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_quantized_weights is not",
+            "its keys",
+        ),
+        (
+            section("fp32", 2, bf16={"enabled": True, "bf16_master_weights_and_grads": True}),
+            "is not supported",
+            "its keys",
+        ),
+        (section("fp32", 2, fp16=True), "deepspeed.fp16 is True, not a section", "configs"),
+    ],
+)
+def test_what_no_test_covers_is_refused_in_words(deepspeed: dict[str, Any], told: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_precision(deepspeed)
+    assert told in refused.value.message
+    assert hint in str(refused.value.hint)
+
+
+def test_a_combination_is_refused_before_anything_heavy_is_imported(work: Path) -> None:
+    done = run(training(work, "refused", "deepspeed.torch_autocast.dtype=float16", ranks=1), expect=1)
+    assert "ConfigError: deepspeed.torch_autocast.dtype is 'float16'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (work / "refused").exists()
+
+
+RUN_OFTEN = [("bf16", 1), ("fp16", 2)]
+PAIRS = sorted({(precision, stage) for precision, stage, _ in ALLOWED})
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [pytest.param(*pair, marks=() if pair in RUN_OFTEN else pytest.mark.long) for pair in PAIRS],
+)
+def test_what_is_allowed_is_trained_resumed_and_scored_alike(precision: str, stage: int, work: Path) -> None:
+    """On CPU ranks, where offload has no effect: exact at a resume, and the score is that of launch/evaluate.py."""
+    folder = work / f"{precision}-{stage}"
+    settings = ["train.max_steps=4", "train.checkpoint_every=2", "eval.every_steps=4", "train.ema_decay=0.5",
+                "deepspeed.torch_autocast.enabled=false", *([PART_ALL] if stage == 3 else [])]  # fmt: skip
+    if precision != "fp32":
+        settings += [f"deepspeed.{precision}.enabled=true"]
+    if precision == "fp16":
+        settings += ["deepspeed.fp16.initial_scale_power=8"]
+    command = training(work, folder.name, *settings, config=f"zero{stage}")
+    run(command)
+    whole = losses(folder)
+    assert len(set(whole)) == 4
+    shutil.rmtree(folder / "checkpoints" / "step-0000004")
+    assert "resumed at step 2" in run(command).stderr
+    assert losses(folder) == whole
+    run([sys.executable, "launch/evaluate.py", "--model", folder / "best", "--shards", work / "shards",
+         "--out", folder / "evaluation"])  # fmt: skip
+    seen = []
+    for each in (folder, folder / "evaluation"):
+        rows = [json.loads(line) for line in (each / "hypotheses.jsonl").read_text("utf-8").splitlines()]
+        seen.append({row["utterance_id"]: row["hypothesis"] for row in rows})
+    assert seen[0] == seen[1]
+    assert any(seen[0].values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [("bf16", 1), ("bf16", 2), ("bf16", 3), pytest.param("torch_autocast", 2, marks=pytest.mark.long)],
+)
+def test_gradients_are_summed_in_fp32_and_buckets_hold_what_learns(precision: str, stage: int) -> None:
+    """The sum of 64 equal gradients is 64 times one of them: summed in bf16 it is off by 3 %."""
+    done = run([sys.executable, "tests/sums_rank.py", stage, precision, 64], folder=ROOT)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["off"] < 1e-6
+    assert seen["buckets"] == [seen["learning"]] * 2
