@@ -116,6 +116,67 @@ def test_gradients_do_not_depend_on_padding_either(model: CTCModel) -> None:
     assert torch.linalg.vector_norm(alone - beside_another) < 1e-4 * torch.linalg.vector_norm(alone)
 
 
+ALONE, SILENT, UNPADDED, PADDED = [16_000], [4 * MIN_SAMPLES], [9_600] * 2, [16_000, 9_000]  # samples of the clips
+RESHAPED = ("View", "UnsafeView", "ReshapeAlias", "Clone", "Alias")  # a copy or a view of the same values
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_batch_has_the_same_graph_and_its_gradients_arrive_in_one_order(
+    family: str, frozen: bool, dropout: float, tmp_path: Path
+) -> None:
+    """Padded or not, masked or not, empty or not: ZeRO sums gradients over the ranks in the order of their arrival."""
+    make_network(family).save_pretrained(tmp_path)
+    settings = ModelConfig(
+        pretrained=str(tmp_path), vocab="new", dropout=dropout, freeze_cnn=frozen, mask_time_prob=0.1
+    )
+    model = load_model(settings)
+    assert model.training
+    orders = []
+    for batches in ((ALONE, SILENT), (UNPADDED, PADDED)):  # of one row, torch's linear layers take another kernel
+        seen = [arrivals_and_graph(model, lengths, masked) for lengths in batches for masked in (False, True)]
+        assert [graph for _, graph in seen] == [seen[0][1]] * len(seen)
+        orders += [arrived for arrived, _ in seen]
+    assert len(orders[0]) == sum(weight.requires_grad for weight in model.parameters())
+    assert orders == [orders[0]] * len(orders)
+
+
+def arrivals_and_graph(model: CTCModel, lengths: list[int], masked: bool) -> tuple[list[str], list[str]]:
+    """The weights in the order in which gradients reach them, and what the graph of the loss does."""
+    arrived: list[str] = []
+    hooks = [
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))  # type: ignore[misc]
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    ]
+    samples = torch.tensor(lengths)
+    frames = model.frame_counts(samples)
+    mask = torch.zeros(len(lengths), int(frames.max()), dtype=torch.bool)
+    mask[:, :2] = masked
+    log_probs = model(torch.randn(len(lengths), max(lengths)), samples, mask)
+    weights = torch.full((len(lengths),), float(frames.max() > 5))
+    targets, counts = torch.full((len(lengths), 3), 5), (3 * weights).long()
+    loss = ctc_sum(log_probs, frames, targets, counts, weights, VOCAB.blank)
+    graph = names_in(loss.grad_fn)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return arrived, graph
+
+
+def names_in(node: Any) -> list[str]:
+    """The operations of an autograd graph, from its end, without those that only lay values out otherwise."""
+    names, left, seen = [], [node], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if not node.name().removesuffix("Backward0").endswith(RESHAPED):
+                names.append(node.name())
+            left += [following for following, _ in node.next_functions]
+    return names
+
+
 def test_a_hidden_frame_cannot_be_heard_and_its_mask_is_the_clips_own(model: CTCModel) -> None:
     lengths = torch.tensor([8_000, 16_000])
     frames = model.frame_counts(lengths).tolist()

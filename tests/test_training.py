@@ -28,6 +28,7 @@ from training_runs import (
     read_rows,
     run,
     start,
+    steps_saved,
     training,
     wait_for_all,
     wait_until,
@@ -300,6 +301,23 @@ def test_ranks_whose_gradients_are_of_other_weights_are_stopped(config: str, for
     assert "come on some ranks and not on others" in done.stderr
     assert "encoder.layers." in done.stderr
     assert (work / f"unlike-{config}" / "log.csv").is_file() == bool(forwards)
+
+
+@pytest.mark.parametrize("forwards", [0, 40])
+def test_gradients_that_arrive_in_another_order_are_never_used(forwards: int, work: Path) -> None:
+    """As they did from batches without padding: seen before the first step, or in the step that would use them."""
+    name = f"unordered-{forwards}"
+    settings = (*EXACT, *AUGMENTED, "model.freeze_cnn=false", "train.max_steps=40", "train.checkpoint_every=1")
+    command = training(work, name, *settings, "eval.every_steps=50", "train.probe=false", config="zero2")
+    command = ["tests/unlike_rank.py" if word == "launch/train.py" else word for word in command]
+    done = run(command, expect=1, UNLIKE_AFTER=str(forwards), UNLIKE_ORDER="1")
+    assert "TrainError: gradients arrive in another order on rank" in done.stderr
+    assert "conv_layers.0.layer_norm." in done.stderr
+    assert "Traceback" not in done.stderr
+    if forwards:
+        assert max(steps_saved(work / name)) == len(losses(work / name)) < 40
+    else:
+        assert not (work / name / "log.csv").exists()
 
 
 def test_clips_that_do_not_decode_though_their_checksums_hold_stop_the_run_when_they_are_many(work: Path) -> None:

@@ -1,6 +1,7 @@
 """A rank whose model skips layers as it likes, which streamtrain forbids: what then happens must be seen and said.
 
-Run by the launcher with the arguments of `launch/train.py`; UNLIKE_AFTER says after how many forwards it begins.
+Run by the launcher with the arguments of `launch/train.py`; UNLIKE_AFTER says after how many forwards it begins. With
+UNLIKE_ORDER it skips nothing: unpadded batches then have a graph of their own, in which gradients arrive otherwise.
 """
 
 import os
@@ -24,6 +25,9 @@ def load_unlike_model(*arguments: Any) -> CTCModel:
 
     def begin(*_: object) -> None:
         if next(forwards, None) is not None:
+            return
+        if "UNLIKE_ORDER" in os.environ:
+            CTCModel._front_end_learns = False  # type: ignore[assignment,method-assign]
             return
         if after:
             layer = model.network.base_model.encoder.layers[int(os.environ["RANK"])]
