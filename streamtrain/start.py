@@ -235,8 +235,11 @@ def _start_engine(config: Config, track: str, checkpoint: Checkpoint | None, tot
     if parts is not None:
         engine.restore(parts)
     torch.manual_seed(world.rank)  # what draws at random must not decide which layers run
-    tried = world.gather({name: engine.try_order(lengths) for name, lengths in TRIED_LENGTHS.items()})
-    check_order({f"rank {rank}, {name}": order for rank, orders in enumerate(tried) for name, order in orders.items()})
+    orders: dict[str, list[str]] = {}
+    for name, lengths in TRIED_LENGTHS.items():
+        tried = world.gather(engine.try_order(lengths))
+        orders |= {f"rank {rank}, {name}": order for rank, order in enumerate(tried)}
+        check_order(orders)  # at once: after another forward the ranks of ZeRO-3 may wait for one another
     return engine
 
 

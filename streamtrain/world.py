@@ -221,6 +221,7 @@ def running() -> Iterator[World]:
     try:
         _start_process_group(world)
         yield world
+        world.barrier()
     except PreemptedError as stopped:
         if world.main:
             print(stopped, file=sys.stderr, flush=True)
@@ -239,7 +240,6 @@ def running() -> Iterator[World]:
         if world.main:
             print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         os._exit(130)
-    world.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     logging.shutdown()

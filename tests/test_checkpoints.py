@@ -421,6 +421,17 @@ def test_a_run_goes_on_with_the_clips_it_began_with_while_its_shard_set_grows(wo
     assert losses(folder) == losses(finished)
 
 
+def test_the_best_score_of_one_split_is_never_that_of_another(work: Path, finished: Path) -> None:
+    """The score on what is trained on, which is far from that on the validation clips."""
+    folder = shutil.copytree(finished, work / "resplit", symlinks=True)
+    done = run(training(work, "resplit", *TWO_STEPS, "eval.split=train", ranks=1))
+    assert "eval.split was 'valid', is 'train': the best score is sought anew" in done.stderr
+    card, before = (json.loads((each / "scorecard.json").read_text()) for each in (folder, finished))
+    assert (card["split"], before["split"]) == ("train", "valid")
+    state = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state
+    assert (state.split, state.best_cer) == ("train", card["cer"])
+
+
 def test_a_model_is_not_overwritten_by_a_run_that_lost_its_checkpoints(work: Path, finished: Path) -> None:
     folder = shutil.copytree(finished, work / "lost", symlinks=True)
     before = (folder / "best" / "model.safetensors").read_bytes()

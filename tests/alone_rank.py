@@ -1,0 +1,42 @@
+"""Ranks that wait while rank 0 works alone, longer than their collectives would wait.
+
+alone_rank.py slow|collective|fails|silent
+"""
+
+import ctypes
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from sharding.errors import StoreError
+from streamtrain import world as ranks
+
+COLLECTIVE_SEC, WORK_SEC = 2, 6
+
+
+def main() -> None:
+    mode = sys.argv[-1]
+    ranks.BEAT_SEC, ranks.SILENT_SEC = 0.5, 3.0
+    with ranks.running() as world:
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=COLLECTIVE_SEC))
+        if mode == "collective":
+            time.sleep(WORK_SEC * world.main)
+            world.barrier()
+            return
+        with world.main_alone("fetch the copy") as mine:
+            if mine and mode == "fails":
+                raise StoreError("s3://bucket/run: no such bucket", "create it")
+            if mine and mode == "silent":
+                ctypes.PyDLL(None).sleep(WORK_SEC)  # no other thread runs meanwhile
+            if mine and mode == "slow":
+                time.sleep(WORK_SEC)
+        print(f"rank {world.rank} goes on", flush=True)
+
+
+if __name__ == "__main__":
+    main()
