@@ -1,6 +1,5 @@
 """Keep a second build out of the same folder or bucket prefix."""
 
-import fcntl
 import json
 import os
 import socket
@@ -8,13 +7,14 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sharding.bucket import BucketStore, Found, Tag
 from sharding.errors import MissingError, StoreError
+from sharding.exclusive import HeldError, exclusive, name_holder, parse_holder, started, this_process
 from sharding.store import FolderStore, Store
 
 LOCK_NAME = ".building"
@@ -42,22 +42,22 @@ def sole_build(store: Store) -> AbstractContextManager[Lease]:
 def check_token(store: Store, token: str) -> None:
     """Raise StoreError where the build of that token does not hold OUT, as seen from here: another machine."""
     try:
-        holder = _parse(store.read(LOCK_NAME))
+        holder = parse_holder(store.read(LOCK_NAME))
     except MissingError as error:
         raise StoreError(
             f"{store.url}: {socket.gethostname()} does not see the build that it works for",
             "every worker must see OUT under the same path, or OUT be a bucket",
         ) from error
     if holder.get("token") != token:
-        raise StoreError(f"{store.url}: now held by another build ({_name(holder)})", HINT)
+        raise StoreError(f"{store.url}: now held by another build ({name_holder(holder)})", HINT)
 
 
-# --- a folder: a lock that the kernel frees when its holder dies ----------------------------------------------------
+# --- a folder: a lock that ends with its holder ---------------------------------------------------------------------
 
 
 class _FolderLock(Lease):
     def __init__(self, path: Path) -> None:
-        self.path, self.file = path, open(path, "a+b")  # noqa: SIM115
+        self.path = path
         self.token = uuid.uuid4().hex
 
     def check(self) -> None:
@@ -66,18 +66,18 @@ class _FolderLock(Lease):
 
     def is_in_place(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+            return bool(parse_holder(self.path.read_bytes()).get("token") == self.token)
         except FileNotFoundError:
             return False
 
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[Lease]:
-    try:
-        lock = _locked(folder)
-    except OSError as error:
-        raise StoreError(f"{folder}: {error.strerror}", "choose an --out that can be written") from error
-    with lock.file:
+    with ExitStack() as held:
+        try:
+            lock = _locked(folder, held)
+        except OSError as error:
+            raise StoreError(f"{folder}: {error.strerror}", "choose an --out that can be written") from error
         try:
             yield lock
         finally:
@@ -85,23 +85,22 @@ def _folder_lock(folder: Path) -> Iterator[Lease]:
                 lock.path.unlink()  # while it is locked, so that nobody else's is removed
 
 
-def _locked(folder: Path) -> _FolderLock:
+def _locked(folder: Path, held: ExitStack) -> _FolderLock:
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        lock = _FolderLock(folder / LOCK_NAME)
+    lock = _FolderLock(folder / LOCK_NAME)
+    while not lock.is_in_place():  # more than once if the build before removes it while it is being taken
+        held.close()
+        file = held.enter_context(open(lock.path, "a+b"))  # noqa: SIM115
         try:
-            fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with lock.file as file:
-                file.seek(0)
-                raise _refusal(folder, _parse(file.read()), HINT) from None
-        if lock.is_in_place():  # else the build before removed it between the two calls
-            lock.file.truncate(0)
-            lock.file.write(json.dumps(_this_process() | {"token": lock.token}).encode())
-            lock.file.flush()
-            os.fsync(lock.file.fileno())  # other machines read it
-            return lock
-        lock.file.close()
+            held.enter_context(exclusive(file))
+        except HeldError as error:
+            file.seek(0)
+            raise _refusal(folder, error.holder or parse_holder(file.read()), HINT + error.remedy) from error
+        file.truncate(0)
+        file.write(json.dumps(this_process() | {"token": lock.token}).encode())
+        file.flush()
+        os.fsync(file.fileno())  # other machines read it
+    return lock
 
 
 # --- a bucket: an object that says who builds, renewed as long as that process lives --------------------------------
@@ -113,7 +112,7 @@ class _BucketLease(Lease):
     def __init__(self, url: str) -> None:
         self.store = BucketStore(url, PATIENCE_SEC)
         self.token = uuid.uuid4().hex
-        self._holder = _this_process() | {"token": self.token, "renewals": 0}
+        self._holder = this_process() | {"token": self.token, "renewals": 0}
         self._tag: Tag | None = None
         self._lost: StoreError | None = None
         self._away = False
@@ -166,20 +165,20 @@ class _BucketLease(Lease):
         return self.store.write_if(LOCK_NAME, json.dumps(self._holder).encode(), tag)
 
     def _is_mine(self, found: Found) -> bool:
-        return bool(_parse(found.data).get("token") == self.token)
+        return bool(parse_holder(found.data).get("token") == self.token)
 
     def _tag_if_mine(self) -> Tag:
         found = self.store.look(LOCK_NAME)
         if found and self._is_mine(found):
             return found.tag
-        taker = f"now held by {_name(_parse(found.data))}" if found else "somebody removed it"
+        taker = f"now held by {name_holder(parse_holder(found.data))}" if found else "somebody removed it"
         self._lost = StoreError(f"{self.store.url}/{LOCK_NAME}: this build has lost its place: {taker}", HINT)
         raise self._lost
 
     def _refuse_if_alive(self, found: Found | None) -> None:
-        holder = _parse(found.data) if found else {}
+        holder = parse_holder(found.data) if found else {}
         if holder.get("place") == self._holder["place"]:
-            if _started(holder["pid"]) == holder["started"]:
+            if started(holder["pid"]) == holder["started"]:
                 raise _refusal(self.store.url, holder, BUCKET_HINT)
         elif found and (silence := self._server_time() - found.modified).total_seconds() <= ABANDONED_SEC:
             raise _refusal(self.store.url, holder, BUCKET_HINT, f", last seen {silence.total_seconds():.0f} s ago")
@@ -208,40 +207,5 @@ def _bucket_lease(url: str) -> Iterator[Lease]:
         lease.give_back()
 
 
-# --- who holds it ---------------------------------------------------------------------------------------------------
-
-
-def _this_process() -> dict[str, Any]:
-    """Who this is, told from any process of another boot, container or machine, and from later ones of its number."""
-    host, boot = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return {
-        "host": host,
-        "place": f"{host} {boot} {os.readlink('/proc/self/ns/pid')}",
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-    }
-
-
-def _started(pid: int) -> int:
-    """When a living process started, in ticks since boot; 0 for a dead one."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return 0 if state in "ZX" else int(fields[18])
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        return dict(json.loads(data))
-    except (ValueError, TypeError):
-        return {}
-
-
-def _name(holder: dict[str, Any]) -> str:
-    return "pid {pid} on host {host} since {since}".format_map({"pid": "?", "host": "?", "since": "?"} | holder)
-
-
 def _refusal(where: str | Path, holder: dict[str, Any], hint: str, seen: str = "") -> StoreError:
-    return StoreError(f"{where}: another build is running ({_name(holder)}{seen})", hint)
+    return StoreError(f"{where}: another build is running ({name_holder(holder)}{seen})", hint)

@@ -17,6 +17,7 @@ import xxhash
 
 from sharding.bucket import Range
 from sharding.errors import ShardError, StoreError
+from sharding.exclusive import NO_LOCKS
 from sharding.format import ShardEntry, ShardIndex
 from sharding.sample import escape_key
 from sharding.store import Reader
@@ -82,9 +83,11 @@ class ShardCache:
             )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (folder / EVICT_LOCK).touch()
+            with _locked(folder / EVICT_LOCK):
+                pass
         except OSError as error:
-            raise StoreError(f"{self._folder}: {error.strerror}", "choose another data.cache_dir") from error
+            said = "this file system has no file locks" if error.errno in NO_LOCKS else error.strerror
+            raise StoreError(f"data.cache_dir: {folder}: {said}", "choose a cache_dir on a local disk") from error
 
     def take_counts(self) -> CacheCounts:
         """What was asked of it since the last call."""

@@ -1,10 +1,8 @@
 """All before the first step: one run in its folder, one opinion among the ranks, the model as it begins or goes on."""
 
-import fcntl
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from sharding.audio import MIN_SAMPLES, SAMPLE_RATE
+from sharding.exclusive import HeldError, exclusive
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
 from streamtrain.checkpoint import (
@@ -53,7 +52,7 @@ TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
-LOCK_TRIES = 10  # a second apart: a run that is being stopped still saves
+LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to go
 
 
 def train(config: Config, world: World, resume: str = "auto", replan: bool = False) -> None:
@@ -271,23 +270,19 @@ def _check_best(run: Path, has_checkpoint: bool, resume: str) -> None:
 
 @contextmanager
 def _only_run_in(run: Path, world: World) -> Iterator[None]:
-    """Hold the run folder, so that no second run writes into it. The kernel lets go when the process ends."""
+    """Hold the run folder, so that no second run writes into it."""
     if not world.main:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a") as file:
-        for attempt in range(LOCK_TRIES):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if attempt == LOCK_TRIES - 1:
-                    raise TrainError(
-                        f"{run}: another run is writing here", "wait for it, stop it, or name another train.run_dir"
-                    ) from error
-                time.sleep(1)  # ranks that were just killed need a moment to go
-        yield
+    try:
+        with open(run / ".lock", "a") as file, exclusive(file, LOCK_WAIT_SEC):
+            yield
+    except HeldError as error:
+        raise TrainError(
+            f"{run}: another run is writing here{error.who}",
+            f"wait for it, stop it, or name another train.run_dir{error.remedy}",
+        ) from error
 
 
 def _agree(world: World, *hashes: str) -> None:

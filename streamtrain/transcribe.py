@@ -1,9 +1,9 @@
 """Recordings to JSONL: each decoded, batched by length, and written in the order it was found; goes on after a kill."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
+from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
 from sharding.split import split_recording
@@ -85,16 +86,16 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     _make_room(out, reading.log_probs)
     if reading.log_probs:
         (reading.log_probs / "vocab.json").write_bytes((model_folder / "vocab.json").read_bytes())
-    progress = Progress(out, _digest(model_folder, model.normalize, recordings, reading))
-    left = recordings[progress.rows :]
-    failed = progress.failed
-    with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
-        for chunk in chunks_of(read_ahead(load, iter(left), READERS)):
-            rows = _read_chunk(model, chunk, reading)
-            failed += sum(row["error"] is not None for row in rows)
-            progress.write(rows, failed)
-            bar.update(len(rows))
-    progress.finish()
+    with closing(Progress(out, _digest(model_folder, model.normalize, recordings, reading))) as progress:
+        left = recordings[progress.rows :]
+        failed = progress.failed
+        with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
+            for chunk in chunks_of(read_ahead(load, iter(left), READERS)):
+                rows = _read_chunk(model, chunk, reading)
+                failed += sum(row["error"] is not None for row in rows)
+                progress.write(rows, failed)
+                bar.update(len(rows))
+        progress.finish()
     done = f"{out}: {len(recordings) - failed:,} recordings transcribed"
     print(done + (f", {failed:,} failed" if failed else ""))
     return failed
@@ -106,11 +107,14 @@ class Progress:
     def __init__(self, out: Path, digest: str) -> None:
         self._out, self._digest = out, digest
         self._partial, self._state = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.part.json")
-        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed by finish)
+        self._held = ExitStack()
+        self._file = self._held.enter_context(open(self._partial, "ab"))  # noqa: SIM115
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StreamtrainError(f"{out}: another run is writing it", "wait for it, or name another file") from error
+            self._held.enter_context(exclusive(self._file))
+        except HeldError as error:
+            raise StreamtrainError(
+                f"{out}: another run is writing it{error.who}", f"wait for it, or name another file{error.remedy}"
+            ) from error
         self.rows = self.failed = 0
         size = 0
         if self._state.is_file() and self._partial.is_file():
@@ -142,6 +146,11 @@ class Progress:
         os.replace(self._partial, self._out)
         sync(self._out.parent)
         self._state.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs write the file, finished or not."""
+        self._held.close()
 
 
 def load(recording: Recording) -> Sound:

@@ -19,6 +19,7 @@ SEEN_BY_STREAMTRAIN = {
     "align",
     "split",
     "errors",
+    "exclusive",
     "archive",
     "workers",
     "command",

@@ -23,6 +23,7 @@ from seaweed import Seaweed
 from sharding import lock
 from sharding.bucket import BucketStore
 from sharding.errors import StoreError
+from sharding.exclusive import this_process
 from sharding.lock import LOCK_NAME, sole_build
 from sharding.store import open_store
 
@@ -243,7 +244,7 @@ def test_a_lease_that_somebody_removed_is_noticed(url: str) -> None:
 
 
 def test_a_later_process_with_the_number_of_a_dead_one_is_told_from_it(url: str) -> None:
-    dead = lock._this_process() | {"started": 1}
+    dead = this_process() | {"started": 1}
     BucketStore(url).write(LOCK_NAME, json.dumps(dead).encode())
     enter(url)
 
@@ -259,7 +260,7 @@ def test_what_is_no_lease_counts_as_one_until_it_is_old(url: str, monkeypatch: p
 
 def test_of_many_that_would_take_over_one_does(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for round_ in range(5):
-        dead = lock._this_process() | {"started": 1, "round": round_}
+        dead = this_process() | {"started": 1, "round": round_}
         BucketStore(url).write(LOCK_NAME, json.dumps(dead).encode())
         start, end, entered = threading.Barrier(6), threading.Barrier(6), []
 
