@@ -272,7 +272,8 @@ def _start_process_group(world: World) -> None:
         # 1.9 GB a rank after 600 steps of the demo at the default of 1,024
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
         _keep_freed_memory()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
     else:
         torch.cuda.set_device(world.local_rank)
     if "MASTER_ADDR" not in os.environ:  # started without a launcher

@@ -103,7 +103,7 @@ KINDS = {
     "frozen": [],
     "learns": ["model.freeze_cnn=false"],
     # Fewer clips than micro-batches: some ranks' are empty
-    "empty": ["model.freeze_cnn=false", "data.batch_seconds=30", "train.micro_batches_per_step=44"],
+    "empty": ["model.freeze_cnn=false", "train.micro_batches_per_step=16", "data.shards={work}/few"],
 }
 SMALL_BUCKETS = ["deepspeed.zero_optimization.reduce_bucket_size=4000",
                  "deepspeed.zero_optimization.allgather_bucket_size=4000"]  # several in a backward  # fmt: skip
@@ -122,10 +122,14 @@ class Outcome:
 @pytest.fixture(scope="module")
 def alone(work: Path) -> Callable[[str], Outcome]:
     """Return what one rank computes under ZeRO-2, by kind."""
+    few = make_corpus(work / "raw" / "few", clips=14, children=5, seconds=(0.6, 2.0), symbols="ɑeiostkm")
+    run([sys.executable, "-m", "sharding", "build", few, "--out", work / "few"])
+    assert len(read_index(open_store(work / "few")).split("train")) < 16
     return cache(lambda kind: outcome(work, f"alone-{kind}", 1, "zero2", *KINDS[kind]))
 
 
 def outcome(work: Path, name: str, ranks: int, config: str, *settings: str) -> Outcome:
+    settings = tuple(each.format(work=work) for each in settings)
     settings = (*EXACT, *AUGMENTED, *SMALL_BUCKETS, *([PART_ALL] if config == "zero3" else []), *settings)
     run(training(work, name, "train.max_steps=20", "eval.every_steps=10", *settings, ranks=ranks, config=config))
     rows, card = read_rows(work / name), json.loads((work / name / "scorecard.json").read_text())
