@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from itertools import cycle
 from multiprocessing.connection import Connection
 from queue import Empty, Queue
-from socket import MSG_WAITALL, socket
+from socket import MSG_WAITALL, SHUT_RDWR, socket
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ import torch
 from sharding.errors import StreamtrainError
 from sharding.workers import die_with_parent
 from streamtrain.collate import Batch
+from streamtrain.patience import Patience
 from streamtrain.plan import EpochPlan
 from streamtrain.stream import ShardStream, Share, StepBatch, StreamCounts, as_it_is
 
@@ -76,15 +77,19 @@ class LoadingProcesses(ShardStream):
                 self._processes = [LoadingProcess(self._make, pinned) for _ in range(count)]
             for number, process in enumerate(self._processes):
                 process.begin(plan, first_step, device_batch_seconds, finish, Share(number, count))
-            for process in cycle(self._processes):
-                arrived = process.next()
+            step = first_step
+            for number, process in cycle(enumerate(self._processes, start=1)):
+                what = f"{self._name(step)} (loading process {number} of {count})"
+                arrived = process.next(self.patience, what)
                 if arrived is None:  # whoever would have had the next batch is the first to end
-                    finished = all(other.next() is None for other in self._processes if other is not process)
+                    others = (other for other in self._processes if other is not process)
+                    finished = all(other.next(self.patience, what) is None for other in others)
                     return
                 item, counts = arrived
                 with self._lock:
                     summed = zip(astuple(self._counts), astuple(counts), strict=True)
                     self._counts = StreamCounts(*(before + more for before, more in summed))
+                step = item.step + item.last
                 yield item
         finally:
             if not finished:  # what they have under way nobody wants
@@ -117,29 +122,33 @@ class LoadingProcess:
         return self._process.pid
 
     def begin(self, *request: object) -> None:
-        with suppress(OSError):  # it is gone: why, it has said, or its end says so
-            if self._make is not None:
-                self._connection.send(self._make)
-                self._make = None
-            self._connection.send(request)
-        self._receiver = threading.Thread(target=self._receive_all, daemon=True)
+        self._receiver = threading.Thread(target=self._receive_all, args=request, daemon=True)
         self._receiver.start()
 
-    def next(self) -> tuple[StepBatch, StreamCounts] | None:
+    def next(self, patience: Patience, what: str) -> tuple[StepBatch, StreamCounts] | None:
         """The next batch and what it took, or None at the epoch's end."""
-        item = self._arrived.get()
+        item = patience.wait_for(lambda seconds: self._arrived.get(timeout=seconds), what, self.pid or 0)
         if isinstance(item, Exception):
             raise item
         return item
 
     def kill(self) -> None:
+        """End the process and the thread, whatever they wait for."""
         self._process.kill()
+        with suppress(OSError), socket(fileno=os.dup(self._connection.fileno())) as stream:
+            stream.shutdown(SHUT_RDWR)  # a process that hangs in the kernel keeps its end open
         while self._receiver is not None and self._receiver.is_alive():
             with suppress(Empty):
                 self._arrived.get(timeout=0.05)
 
-    def _receive_all(self) -> None:
+    def _receive_all(self, *request: object) -> None:
+        """Have the request answered: in this thread, for a process that hangs takes no more than its pipe does."""
         try:
+            with suppress(OSError):  # it is gone: why, it has said, or its end says so
+                if self._make is not None:
+                    self._connection.send(self._make)
+                    self._make = None
+                self._connection.send(request)
             while (item := self._receive()) is not None:
                 self._arrived.put(item)
         except Exception as error:  # raised again where the batches are wanted

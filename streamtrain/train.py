@@ -31,6 +31,7 @@ from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
 from streamtrain.noise import RoomNoise, change_for_training
+from streamtrain.patience import Patience
 from streamtrain.plan import EpochPlan, plan_rest
 from streamtrain.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
@@ -111,6 +112,7 @@ class Trainer:
         snr_db = config.data.noise_snr_db
         self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
         self._preemption = Preemption()
+        self.stream.patience = Patience(stopped=lambda: self._preemption.asked)
         self._saved = saved  # what the newest checkpoint holds
         self._failed = 0  # clips of this epoch, of all ranks, that did not decode
         self._skipped_in_a_row = 0

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +45,10 @@ LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the la
 
 class PreemptedError(StreamtrainError):
     """Raised on all ranks at the same step, where one of them was asked to stop."""
+
+
+class LostStepError(StreamtrainError):
+    """Raised on one rank that was asked to stop while its data hang: others wait in this step, so nothing is saved."""
 
 
 class Preemption:
@@ -163,12 +168,16 @@ def running() -> Iterator[World]:
             print(stopped, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(TAKEN_AWAY)
+    except LostStepError as lost:
+        print(lost, file=sys.stderr, flush=True)
+        os._exit(TAKEN_AWAY)
     except (StreamtrainError, OSError) as error:
         _tell(error, world)
         os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
-    except (RuntimeError, torch.distributed.DistError) as error:
+    except Exception as error:
         if not _lost_a_rank(error):
-            raise
+            traceback.print_exc()
+            os._exit(1)  # the interpreter would wait for threads that read ahead, and they may hang
         said = str(error).splitlines()[0].partition(". ")[0]
         _tell(StreamtrainError(f"another rank is gone, or hangs: {said}", LOST_A_RANK), world)
         os._exit(1)
@@ -197,7 +206,7 @@ def _tell(error: Exception, world: World) -> None:
 
 def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
-    said = str(error).lower()
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
     of_the_line = (torch.distributed.DistStoreError, torch.distributed.DistNetworkError)
     return isinstance(error, of_the_line) or any(word in said for word in LOST)
 

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,8 +22,9 @@ from sharding.store import FolderStore
 from streamtrain.collate import Batch
 from streamtrain.loader import LoaderError, LoadingProcesses, _read_into
 from streamtrain.mask import Masking, Spans
+from streamtrain.patience import Patience, StallError
 from streamtrain.stream import StepBatch, open_stream
-from streamtrain.world import World
+from streamtrain.world import LostStepError, World
 from tests.stream_sets import VOCAB, plan_of, stream_of, write_set
 
 GEOMETRY = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
@@ -174,6 +176,59 @@ def test_a_process_that_is_killed_is_told_and_sigterm_is_not_its_to_answer(meado
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(LoaderError, match="is gone"):
         list(items)
+
+
+def stop_in(seconds: float) -> Callable[[], bool]:
+    """Whether the rank is asked to stop: from so many seconds after the first look on."""
+    since: list[float] = []
+
+    def stopped() -> bool:
+        since.append(time.monotonic())
+        return since[-1] - since[0] >= seconds
+
+    return stopped
+
+
+def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow: Path) -> None:
+    loading, plan = processes_of(meadow), plan_of(meadow)
+    step = r"rank 0's batch of step \d+ of this epoch .loading process 2 of 2. has not come in"
+    for patience, error, words in (
+        (Patience(2), StallError, step + r" 2 s(?s:.*)py-spy dump --pid {pid}"),
+        (Patience(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command"),
+    ):
+        items = loading.epoch(plan)
+        next(items)
+        child = child_of(loading)
+        child.suspend()
+        loading.patience = patience
+        started = time.monotonic()
+        with pytest.raises(error, match=words.replace("{pid}", str(child.pid))):
+            list(items)
+        assert time.monotonic() - started < 5
+        child.wait(10)
+        loading.patience = Patience()
+    assert len(list(loading.epoch(plan))) == plan.steps * 8
+
+
+def test_a_process_that_hangs_before_an_epoch_or_in_its_middle_is_left_at_once(meadow: Path) -> None:
+    """Though what it is asked for is more than its pipe holds."""
+    loading, plan = processes_of(meadow), plan_of(meadow)
+    list(loading.epoch(plan))
+    child_of(loading).suspend()
+    loading.patience = Patience(1)
+    with pytest.raises(StallError):
+        list(loading.epoch(plan, finish=partial(weigh, bytes(8_000_000))))
+    items = loading.epoch(plan)
+    loading.patience = Patience()
+    next(items)
+    child_of(loading).suspend()
+    started = time.monotonic()
+    items.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 1
+
+
+def weigh(_: bytes, batch: Batch) -> Batch:
+    return batch
 
 
 def test_masks_are_a_clips_own_and_never_hide_its_end(meadow: Path) -> None:

@@ -1,9 +1,11 @@
 """Whatever the number of ranks and threads, every clip arrives once, whole, and in the plan's order."""
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -28,8 +30,10 @@ from sharding.errors import ShardError, StoreError
 from sharding.format import read_index, read_keys
 from sharding.store import FolderStore
 from streamtrain.collate import collate
+from streamtrain.patience import Patience, StallError
 from streamtrain.plan import PlanError, PlanSettings, Sounds, plan_epoch
 from streamtrain.stream import BATCHES_AHEAD, read_ahead
+from streamtrain.world import LostStepError
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
@@ -285,6 +289,51 @@ def test_an_error_comes_where_its_batch_would_have_and_the_threads_stop() -> Non
     with pytest.raises(ShardError, match="b00-00001"):
         next(items)
     assert not loaders()
+
+
+@contextmanager
+def mute(path: Path) -> Iterator[None]:
+    """A pipe that nobody writes to, in place of a file: whoever opens it to read waits."""
+    whole = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    try:
+        yield
+    finally:
+        while loaders():  # whoever waits gets nothing, and an end
+            with suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            time.sleep(0.01)
+        path.unlink()
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("patience", "error", "words"), [
+    (Patience(1), StallError, r"rank 0's batch of step \d+ of this epoch has not come in [12] s(?s:.*)dump --pid"),
+    (Patience(60, lambda: True, 1), LostStepError, r"step \d+ of this epoch has not come in [12] s: the step"),
+])  # fmt: skip
+def test_a_read_that_hangs_is_told_in_time_and_keeps_nobody(
+    patience: Patience, error: type[Exception], words: str, workers: int, tmp_path: Path
+) -> None:
+    index = write_set(tmp_path)
+    stream, plan = stream_of(tmp_path, workers=workers), plan_of(tmp_path)
+    stream.patience = patience
+    with mute(tmp_path / index.shards[0].name):
+        started = time.monotonic()
+        with pytest.raises(error, match=words):
+            list(stream.epoch(plan))
+        assert time.monotonic() - started < 5
+    stream.patience = Patience()
+    assert keys_of(list(stream.epoch(plan))) == training_keys(tmp_path)
+
+
+def test_a_batch_of_validation_that_hangs_is_told_too(tmp_path: Path) -> None:
+    index = write_set(tmp_path)
+    stream = stream_of(tmp_path)
+    stream.patience = Patience(1)
+    with mute(tmp_path / index.shards[-1].name), pytest.raises(StallError, match="rank 0's batch of 2 clips has not"):
+        list(stream.batches([index.split("valid")]))
 
 
 def test_the_threads_stop_when_the_consumer_does(meadow: Path) -> None:

@@ -3,9 +3,11 @@
 import csv
 import fcntl
 import json
+import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,8 @@ from streamtrain.config import ModelConfig
 from streamtrain.metrics import spoken_words
 from streamtrain.model import load_model, save_model
 from streamtrain.monitor import read_log
+from streamtrain.patience import GRACE_SEC
+from streamtrain.world import TAKEN_AWAY
 
 
 def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformers_runs(work: Path) -> None:
@@ -295,6 +299,20 @@ def test_machines_with_other_configurations_are_stopped(work: Path) -> None:
         machines.append(start(["deepspeed", *where, "--node_rank", node, *script], log))
     assert all(machine.wait(120) for machine in machines)
     assert "ranks [1] have another configuration" in logs[0].read_text()
+
+
+def test_a_rank_whose_data_hang_stops_within_seconds_of_a_sigterm(work: Path) -> None:
+    shards, log = shutil.copytree(work / "shards", work / "mute"), work / "mute.out"
+    for tar in (shards / "train").glob("*.tar"):
+        tar.unlink()
+        os.mkfifo(tar)  # whoever opens it to read waits for somebody who writes
+    process = start(training(work, "mute-run", f"data.shards={shards}", "train.probe=false", ranks=1), log)
+    wait_until((work / "mute-run" / "before.json").is_file, process, log)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(GRACE_SEC + 10) == TAKEN_AWAY
+    assert "stopped, though rank 0's batch of step 1 of this epoch has not come in" in log.read_text()
+    assert "the same command goes on from the newest checkpoint" in log.read_text()
 
 
 @pytest.mark.long
