@@ -276,11 +276,12 @@ class Uses:
         return Uses(self.node[here], self.shard[here], self.first[here], self.last[here])
 
 
-def find_uses(index: ShardIndex, plan: EpochPlan, world_size: int = 1, ranks_per_node: int = 1) -> Uses:
-    """When each shard is needed, by default by all ranks together."""
+def find_uses(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> Uses:
+    """When each shard is needed by the ranks of each node, given the node of every rank; by default of all together."""
     per_step = plan.micro_batches_per_step
     batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
-    pair = batch % per_step % world_size // ranks_per_node * len(index.shards) + index.samples["shard"][plan.rows]
+    node = np.asarray(node_of)[batch % per_step % len(node_of)]
+    pair = node * len(index.shards) + index.samples["shard"][plan.rows]
     pairs, first = np.unique(pair, return_index=True)
     _, from_the_end = np.unique(pair[::-1], return_index=True)
     last = len(pair) - 1 - from_the_end

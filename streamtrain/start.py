@@ -105,7 +105,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
         data, model = config.data, engine.model
         make = partial(
-            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world,
+            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world.meet(),
             data.workers,
         )  # fmt: skip
         stream = LoadingProcesses(make) if world.device.type == "cuda" and data.workers else make()

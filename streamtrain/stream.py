@@ -27,7 +27,7 @@ from sharding.store import Reader, open_store
 from streamtrain.cache import FetchError, ShardCache
 from streamtrain.collate import Batch, collate
 from streamtrain.patience import Patience
-from streamtrain.plan import EpochPlan, Sounds, find_uses, forwards_of
+from streamtrain.plan import EpochPlan, Sounds, Uses, find_uses, forwards_of
 from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
@@ -123,8 +123,7 @@ class ShardStream:
         )
         cache = self.store if isinstance(self.store, ShardCache) else None
         if cache:
-            node = self.world.rank // self.world.local_size
-            cache.follow(self.index, find_uses(self.index, plan, self.world.size, self.world.local_size).of(node))
+            cache.follow(self.index, self.uses(plan))
 
         def load(place: tuple[int, tuple[int, ...], bool]) -> StepBatch:
             step, numbers, last = place
@@ -141,6 +140,11 @@ class ShardStream:
         finally:
             if cache:
                 cache.stop_prefetching()
+
+    def uses(self, plan: EpochPlan) -> Uses:
+        """When the ranks of this machine need which shard."""
+        here = {self.world.rank, *self.world.neighbours}
+        return find_uses(self.index, plan, [int(rank in here) for rank in range(self.world.size)]).of(1)
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Batch, list[Sample]]]:
         """The given batches of rows, in order, with their samples."""

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    neighbours: frozenset[int] = frozenset()  # all ranks of this machine, where they have met
 
     @property
     def main(self) -> bool:
@@ -100,6 +101,15 @@ class World:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
+
+    def meet(self) -> "World":
+        """This rank with its neighbours; all ranks call it together.
+
+        No rank knows them by itself: deepspeed's local rank is rank modulo slots, and machines may differ in slots.
+        """
+        machine = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK")  # of deepspeed, of torchrun
+        nodes = self.gather(machine or self.rank - self.local_rank)
+        return replace(self, neighbours=frozenset(rank for rank, node in enumerate(nodes) if node == nodes[self.rank]))
 
     def sum(self, counts: EditCounts) -> EditCounts:
         """The counts of all ranks together: one reduction of four int64."""

@@ -196,7 +196,7 @@ def test_a_node_uses_a_shard_from_the_first_to_the_last_step_at_which_one_of_its
                 for row in plan.micro_batch(step, number).tolist():
                     key = rank // ranks_per_node, int(index.samples["shard"][row])
                     steps.setdefault(key, []).append(step)
-    uses = find_uses(index, plan, world_size, ranks_per_node)
+    uses = find_uses(index, plan, [rank // ranks_per_node for rank in range(world_size)])
     found = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
     assert {(node, shard): (first, last) for node, shard, first, last in found} == {
         key: (min(seen), max(seen)) for key, seen in steps.items()

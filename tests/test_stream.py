@@ -3,16 +3,18 @@
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from stream_sets import (
     SETTINGS,
     VOCAB,
@@ -23,6 +25,8 @@ from stream_sets import (
     training_keys,
     write_set,
 )
+from test_plan import make_index
+from training_runs import free_port, start
 from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.audio import SAMPLE_RATE, decode, encode
@@ -31,9 +35,9 @@ from sharding.format import read_index, read_keys
 from sharding.store import FolderStore
 from streamtrain.collate import collate
 from streamtrain.patience import Patience, StallError
-from streamtrain.plan import PlanError, PlanSettings, Sounds, plan_epoch
-from streamtrain.stream import BATCHES_AHEAD, read_ahead
-from streamtrain.world import LostStepError
+from streamtrain.plan import PlanError, PlanSettings, Sounds, numbers_of_rank, plan_epoch
+from streamtrain.stream import BATCHES_AHEAD, ShardStream, read_ahead
+from streamtrain.world import LostStepError, World
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
@@ -103,6 +107,53 @@ def test_stopped_twice_at_any_step_it_goes_on_as_if_uninterrupted(
             seen += [item for item in run_epoch(meadow, size, threads, plan, first) if item.step < last]
         assert len(seen) == len(whole)
         assert {(item.step, *item.numbers): item.batch.keys for item in seen} == whole
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3), st.lists(st.floats(0.1, 3), min_size=1))
+def test_a_machine_knows_when_its_own_ranks_read_which_shard_however_many_the_others_have(
+    slots: list[int], forwards: int, seconds: list[float]
+) -> None:
+    index, size = make_index(seconds, shard_sec=2.0), sum(slots)
+    plan = plan_epoch(index, replace(SETTINGS, micro_batches_per_step=size * forwards), 0)
+    for node, count in enumerate(slots):
+        ranks = range(sum(slots[:node]), sum(slots[: node + 1]))
+        read = defaultdict(set)
+        for step, rank in product(range(plan.steps), ranks):
+            for number in numbers_of_rank(rank, size, plan.micro_batches_per_step):
+                for shard in index.samples["shard"][plan.micro_batch(step, number)].tolist():
+                    read[shard].add(step)
+        for rank in ranks:
+            world = World(rank, size, rank % count, count, frozenset(ranks))
+            uses = ShardStream(index, FolderStore(Path()), VOCAB, True, world).uses(plan)
+            found = zip(uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
+            assert {shard: (first, last) for shard, first, last in found} == {
+                shard: (min(steps), max(steps)) for shard, steps in read.items()
+            }
+
+
+@pytest.mark.long
+def test_ranks_find_their_neighbours_under_either_launcher_on_machines_of_unequal_slots(tmp_path: Path) -> None:
+    script, hosts = tmp_path / "meet.py", tmp_path / "hosts"
+    script.write_text(
+        "from streamtrain.world import running\n"
+        "with running() as world:\n"
+        "    print(f'rank {world.rank} with {sorted(world.meet().neighbours)}.')\n"
+    )
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=3\n")
+    port = str(free_port())
+    deepspeed = ["deepspeed", "--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
+    torchrun = ["torchrun", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    for commands in (
+        [[*deepspeed, "--node_rank", "0"], [*deepspeed, "--node_rank", "1"]],
+        [[*torchrun, "--node_rank", "0"], [*torchrun, "--node_rank", "1", "--nproc_per_node", "3"]],
+    ):
+        machines = [start([*command, script], tmp_path / f"{node}.out") for node, command in enumerate(commands)]
+        assert [machine.wait(120) for machine in machines] == [0, 0]
+        said = "".join((tmp_path / f"{node}.out").read_text() for node in (0, 1))
+        assert "rank 0 with [0]." in said
+        assert all(f"rank {rank} with [1, 2, 3]." in said for rank in (1, 2, 3))
+        for node in (0, 1):
+            (tmp_path / f"{node}.out").unlink()
 
 
 def test_a_world_that_does_not_divide_a_step_is_refused(meadow: Path) -> None:
