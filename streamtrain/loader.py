@@ -22,13 +22,17 @@ from typing import Any
 import torch
 
 from sharding.errors import StreamtrainError
+from sharding.format import ShardIndex
 from sharding.workers import die_with_parent
 from streamtrain.collate import Batch
 from streamtrain.patience import Patience
 from streamtrain.plan import EpochPlan
-from streamtrain.stream import ShardStream, Share, StepBatch, StreamCounts, as_it_is
+from streamtrain.probe import Loader
+from streamtrain.stream import BATCHES_HELD, ShardStream, Share, StepBatch, StreamCounts, as_it_is
 
-BATCHES_AHEAD = 2  # of each process, that wait in this one
+ARRIVED = 2  # batches of each process that wait in this one
+HELD_FOR_PROCESS = BATCHES_HELD + 1 + ARRIVED + 1  # in the process, one being sent, those here, one being received
+PROCESS_BYTES = 150 * 2**20  # that a process takes beside them, as measured: libraries above all
 FOR_THE_DEVICE = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
 TENSORS = (*FOR_THE_DEVICE, "input_lengths", "target_lengths", "weights")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # which are the rank's to answer
@@ -49,6 +53,14 @@ class Head:
     failed: tuple[str, ...]
     layout: dict[str, tuple[torch.Size, torch.dtype]]
     counts: StreamCounts  # since the batch before
+
+
+def count_loaded(index: ShardIndex, workers: int, in_processes: bool) -> Loader:
+    """What waits in the host's memory for a rank; where processes load, threads still do for an evaluation beside."""
+    if not in_processes:
+        return Loader(workers * BATCHES_HELD)
+    copies = 2 * index.samples.nbytes  # the index and the plan, about, which each process has
+    return Loader(workers * (HELD_FOR_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
 
 
 class LoadingProcesses(ShardStream):
@@ -104,7 +116,7 @@ class LoadingProcess:
     def __init__(self, make: Callable[[], ShardStream], pinned: bool) -> None:
         self._make: Callable[[], ShardStream] | None = make  # what the process is not yet told
         self._pinned = pinned
-        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(BATCHES_AHEAD)
+        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(ARRIVED)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -33,7 +33,7 @@ from streamtrain.collate import Batch
 from streamtrain.config import Config, ConfigError
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
-from streamtrain.loader import LoadingProcesses
+from streamtrain.loader import LoadingProcesses, count_loaded
 from streamtrain.mirror import Mirror
 from streamtrain.model import load_model
 from streamtrain.network import ctc_sum
@@ -108,7 +108,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world.meet(),
             data.workers,
         )  # fmt: skip
-        stream = LoadingProcesses(make) if world.device.type == "cuda" and data.workers else make()
+        stream = LoadingProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 
@@ -142,8 +142,15 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
     """
     engine.make_moments()
     shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
-    memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world)
-    return render(memory, shapes), memory
+    loader = count_loaded(index, config.data.workers, _loads_in_processes(config, engine.world))
+    a_step = plan.padded.max() / SAMPLE_RATE * plan.micro_batches_per_step / engine.world.size  # s, held together
+    loader = replace(loader, batches=loader.batches + a_step / max(shape.seconds for shape in shapes))
+    memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world, loader)
+    return render(memory, shapes, loader), memory
+
+
+def _loads_in_processes(config: Config, world: World) -> bool:
+    return world.device.type == "cuda" and config.data.workers > 0
 
 
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:

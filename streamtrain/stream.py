@@ -32,6 +32,7 @@ from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
 BATCHES_AHEAD = 4  # per worker thread
+BATCHES_HELD = BATCHES_AHEAD + 2  # of memory for each: while it loads one, its clips as stored, and a copy with noise
 LEAVE_SEC = 2.0  # for loads under way that nobody wants any more: by then they end, or they hang
 READS = 3  # of a clip that comes wrong over a network, which may happen twice
 

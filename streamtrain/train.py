@@ -174,13 +174,13 @@ class Trainer:
         """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
         merged = self.config.data.device_batch_seconds
         finish = partial(change_for_training, self._masking, self._noise, self.state.epoch)
-        forwards = []
+        forwards: list[StepBatch] = []
         started = time.perf_counter()
         for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
             forwards.append(item)
             if item.last:
                 yield forwards, time.perf_counter() - started
-                forwards = []
+                forwards.clear()  # rather than a new list: the loop still holds this one while the next step is loaded
                 started = time.perf_counter()
 
     def _step(self, plan: EpochPlan, forwards: list[StepBatch], waited: float) -> tuple[StepRow, bool]:

@@ -11,18 +11,20 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import SAMPLE_RATE, encode
 from sharding.errors import ShardError
 from sharding.format import read_index
 from sharding.store import FolderStore
 from streamtrain.collate import Batch
-from streamtrain.loader import LoaderError, LoadingProcesses, _read_into
+from streamtrain.loader import LoaderError, LoadingProcesses, _read_into, count_loaded
 from streamtrain.mask import Masking, Spans
 from streamtrain.patience import Patience, StallError
+from streamtrain.plan import PlanSettings, plan_epoch
 from streamtrain.stream import StepBatch, open_stream
 from streamtrain.world import LostStepError, World
 from tests.stream_sets import VOCAB, plan_of, stream_of, write_set
@@ -229,6 +231,34 @@ def test_a_process_that_hangs_before_an_epoch_or_in_its_middle_is_left_at_once(m
 
 def weigh(_: bytes, batch: Batch) -> Batch:
     return batch
+
+
+@pytest.mark.parametrize(("workers", "in_processes"), [(3, False), (1, True)])
+def test_the_memory_that_is_foretold_is_about_what_a_full_look_ahead_takes(
+    workers: int, in_processes: bool, tmp_path: Path
+) -> None:
+    tone = encode(np.sin(np.arange(10 * SAMPLE_RATE) / 9).astype(np.float32) / 2)
+    index = write_set(tmp_path, 400, 40, spoilt=dict.fromkeys(range(400), tone), lengths=[10 * SAMPLE_RATE] * 400)
+    plan = plan_epoch(index, PlanSettings(batch_seconds=160, micro_batches_per_step=1), 0)
+    make = partial(open_stream, index, str(tmp_path), None, 1.0, VOCAB, True, World(), workers)
+    stream, me = LoadingProcesses(make) if in_processes else make(), psutil.Process()
+
+    def taken() -> int:
+        children = [psutil.Process(one.pid) for one in stream._processes] if in_processes else []
+        return sum(int(process.memory_full_info().uss) for process in (me, *children))
+
+    seen = [taken()]
+    items = stream.epoch(plan)
+    next(items)
+    while len(seen) < 10 or seen[-1] > seen[-9] + 1e6:
+        time.sleep(0.2)
+        seen.append(taken())
+    items.close()  # type: ignore[attr-defined]
+    largest = int(plan.padded.max()) / SAMPLE_RATE
+    foretold = count_loaded(index, workers, in_processes).at(largest)
+    if in_processes:  # an evaluation's, beside, is not under way
+        foretold -= count_loaded(index, workers, False).at(largest)
+    assert 0.5 * foretold < seen[-1] - seen[0] < 1.2 * foretold
 
 
 def test_masks_are_a_clips_own_and_never_hide_its_end(meadow: Path) -> None:
