@@ -51,6 +51,7 @@ class Head:
     last: bool
     keys: tuple[str, ...]
     failed: tuple[str, ...]
+    crowded: tuple[str, ...]
     layout: dict[str, tuple[torch.Size, torch.dtype]]
     counts: StreamCounts  # since the batch before
 
@@ -186,7 +187,7 @@ class LoadingProcess:
         for name, (shape, dtype) in head.layout.items():
             tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in FOR_THE_DEVICE)
             _read_into(self._connection, tensors[name])
-        return Batch(keys=head.keys, failed=head.failed, **tensors)
+        return Batch(keys=head.keys, failed=head.failed, crowded=head.crowded, **tensors)
 
 
 def _serve(connection: Connection) -> None:
@@ -218,7 +219,8 @@ def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None
     tensors = {name: tensor.contiguous() for name in TENSORS if (tensor := getattr(batch, name)) is not None}
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     try:
-        connection.send(Head(item.step, item.numbers, item.last, batch.keys, batch.failed, layout, counts))
+        head = Head(item.step, item.numbers, item.last, batch.keys, batch.failed, batch.crowded, layout, counts)
+        connection.send(head)
         for tensor in tensors.values():
             left = _bytes_of(tensor)
             while left:

@@ -337,9 +337,23 @@ def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: 
     factors = np.array(settings.speed_factors)
     speeds = factors[(drawn * len(factors)).astype(np.intp)]
     lengths = length_at(samples["samples"], speeds)
+    return np.where((lengths <= cap) & ((speeds < 1) | _spells(lengths, samples)), speeds, 1.0)
+
+
+def _spells(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
+    """Whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
     frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
-    needed = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
-    return np.where((lengths <= cap) & ((speeds < 1) | (frames >= needed)), speeds, 1.0)
+    needed: Rows = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
+    return frames >= needed
+
+
+def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Rows:
+    """Samples of each clip, shape (N,), at the fastest of the speeds at which an epoch may play it."""
+    shortest: Rows = samples["samples"].astype(np.int64)
+    for factor in speed_factors:
+        lengths = length_at(samples["samples"], factor)
+        shortest = np.where(_spells(lengths, samples), np.minimum(shortest, lengths), shortest)
+    return shortest
 
 
 def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch: int) -> Floats | None:

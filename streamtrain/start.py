@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,8 +36,8 @@ from streamtrain.folders import put_back
 from streamtrain.loader import LoadingProcesses, count_loaded
 from streamtrain.mirror import Mirror
 from streamtrain.model import load_model
-from streamtrain.network import ctc_sum
-from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
+from streamtrain.network import CTCModel, ctc_sum
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch, shortest_lengths
 from streamtrain.probe import Memory, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
 from streamtrain.stream import open_stream
@@ -76,6 +76,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         plans = Plans(index, config, state)
         _agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
+        _check_frames(engine.model, index, config.data.speed_factors)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
@@ -110,6 +111,27 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         )  # fmt: skip
         stream = LoadingProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
+
+
+def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[float]) -> None:
+    """Raises TrainError where the model makes fewer frames of a training clip than its label has symbols.
+
+    The build has seen to that for wav2vec2's strides alone. Such a clip's loss is infinite, and its step lost.
+    """
+    rows = index.split("train")
+    clips = index.samples[rows]
+    frames = model.frame_counts(torch.from_numpy(shortest_lengths(clips, speed_factors))).numpy()
+    missing = clips["label_length"].astype(np.int64) - frames
+    if (missing > 0).any():
+        worst = int(missing.argmax())
+        raise TrainError(
+            f"{(missing > 0).sum():,} of {len(rows):,} training clips have more symbols than frames, of which this "
+            f"model makes {SAMPLE_RATE / model.frame_samples:g} a second: a clip of "
+            f"{index.shards[clips['shard'][worst]].name} (row {rows[worst]} of the index) has "
+            f"{clips['label_length'][worst]} symbols and {max(frames[worst], 0)} frames",
+            "take a model of smaller strides (model.scratch: conv_stride)"
+            + (", or data.speed_factors of at most 1" if max(speed_factors, default=1) > 1 else ""),
+        )
 
 
 def _describe(index: ShardIndex, shards: str) -> dict[str, object]:

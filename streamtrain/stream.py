@@ -65,7 +65,7 @@ class StreamCounts:
 
     batches: float = 0
     clips: float = 0
-    silent: float = 0  # clips that did not decode
+    silent: float = 0  # clips that are trained as silence
     ready: float = 0  # batches that were there already when one was taken, summed over those taken
     read_sec: float = 0
     decode_sec: float = 0
@@ -130,8 +130,10 @@ class ShardStream:
             step, numbers, last = place
             if cache:
                 cache.reach(step)
-            batch = self.load(plan.micro_batch(step, *numbers), plan.sounds(step, *numbers))
-            return StepBatch(step, numbers, last, finish(batch))
+            batch = finish(self.load(plan.micro_batch(step, *numbers), plan.sounds(step, *numbers)))
+            with self._lock:
+                self._counts.silent += len(batch.failed) + len(batch.crowded)
+            return StepBatch(step, numbers, last, batch)
 
         try:
             mine = islice(places, share.number, None, share.of)
@@ -168,7 +170,6 @@ class ShardStream:
         with self._lock:
             self._counts.batches += 1
             self._counts.clips += len(samples)
-            self._counts.silent += len(batch.failed)
             self._counts.read_sec += read - started
             self._counts.decode_sec += time.perf_counter() - read
         return batch

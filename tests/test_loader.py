@@ -7,6 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +24,7 @@ from sharding.store import FolderStore
 from streamtrain.collate import Batch
 from streamtrain.loader import LoaderError, LoadingProcesses, _read_into, count_loaded
 from streamtrain.mask import Masking, Spans
+from streamtrain.noise import change_for_training
 from streamtrain.patience import Patience, StallError
 from streamtrain.plan import PlanSettings, plan_epoch
 from streamtrain.stream import StepBatch, open_stream
@@ -39,9 +41,9 @@ def meadow(tmp_path: Path) -> Path:
     return tmp_path / "meadow"
 
 
-def processes_of(folder: Path, rank: int = 0, size: int = 1) -> LoadingProcesses:
-    index = read_index(FolderStore(folder))
-    return LoadingProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, World(rank, size), 2))
+def processes_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> LoadingProcesses:
+    index, world = read_index(FolderStore(folder)), World(rank, size)
+    return LoadingProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, world, workers))
 
 
 def child_of(loading: LoadingProcesses) -> psutil.Process:
@@ -53,7 +55,8 @@ def assert_alike(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
         (item.step, item.numbers, item.last) for item in theirs
     ]
     for mine, other in zip(ours, theirs, strict=True):
-        assert (mine.batch.keys, mine.batch.failed) == (other.batch.keys, other.batch.failed)
+        for named in ("keys", "failed", "crowded"):
+            assert getattr(mine.batch, named) == getattr(other.batch, named)
         for name in ("inputs", "input_lengths", "targets", "target_lengths", "weights", "time_mask", "feature_mask"):
             one, another = getattr(mine.batch, name), getattr(other.batch, name)
             assert (one is None and another is None) or torch.equal(one, another), name
@@ -97,6 +100,17 @@ def test_its_epochs_are_those_of_a_stream(rank: int, size: int, merged: float | 
         theirs = list(stream.epoch(plan, first_step, merged, hide))
         assert_alike(list(loading.epoch(plan, first_step, merged, hide)), theirs)
         assert loading.take_counts().clips == stream.take_counts().clips == sum(len(item.batch.keys) for item in theirs)
+
+
+def test_a_label_too_long_for_its_frames_is_silenced_and_counted_there_too(meadow: Path) -> None:
+    loading, stream, plan = processes_of(meadow, workers=1), stream_of(meadow), plan_of(meadow)
+    slow = replace(MASKING, geometry=((400, 1600),))
+    ours, theirs = (
+        list(one.epoch(plan, finish=partial(change_for_training, slow, None, 0))) for one in (loading, stream)
+    )
+    assert_alike(ours, theirs)
+    silent = sum(len(item.batch.crowded) for item in ours)
+    assert 0 < silent == stream.take_counts().silent == loading.take_counts().silent < 60
 
 
 def test_an_epoch_left_in_the_middle_ends_its_process_and_the_next_one_is_whole(meadow: Path) -> None:
@@ -192,14 +206,10 @@ def stop_in(seconds: float) -> Callable[[], bool]:
 
 
 def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow: Path) -> None:
-    loading, plan = processes_of(meadow), plan_of(meadow)
-    step = r"rank 0's batch of step \d+ of this epoch .loading process 2 of 2. has not come in"
-    for patience, error, words in (
-        (Patience(2), StallError, step + r" 2 s(?s:.*)py-spy dump --pid {pid}"),
-        (Patience(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command"),
-    ):
-        items = loading.epoch(plan)
-        next(items)
+    loading, plan = processes_of(meadow, workers=1), plan_of(meadow)
+    step = r"rank 0's batch of step \d+ of this epoch .loading process 1 of 1. has not come in"
+
+    def expect(items: Iterator[StepBatch], patience: Patience, error: type[Exception], words: str) -> None:
         child = child_of(loading)
         child.suspend()
         loading.patience = patience
@@ -209,24 +219,14 @@ def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow
         assert time.monotonic() - started < 5
         child.wait(10)
         loading.patience = Patience()
+
+    next(items := loading.epoch(plan))
+    expect(items, Patience(1), StallError, step + r" 1 s(?s:.*)py-spy dump --pid {pid}")
+    next(items := loading.epoch(plan))
+    expect(items, Patience(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command")
     assert len(list(loading.epoch(plan))) == plan.steps * 8
-
-
-def test_a_process_that_hangs_before_an_epoch_or_in_its_middle_is_left_at_once(meadow: Path) -> None:
-    """Though what it is asked for is more than its pipe holds."""
-    loading, plan = processes_of(meadow), plan_of(meadow)
-    list(loading.epoch(plan))
-    child_of(loading).suspend()
-    loading.patience = Patience(1)
-    with pytest.raises(StallError):
-        list(loading.epoch(plan, finish=partial(weigh, bytes(8_000_000))))
-    items = loading.epoch(plan)
-    loading.patience = Patience()
-    next(items)
-    child_of(loading).suspend()
-    started = time.monotonic()
-    items.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - started < 1
+    more_than_a_pipe_holds = partial(weigh, bytes(8_000_000))
+    expect(loading.epoch(plan, finish=more_than_a_pipe_holds), Patience(1), StallError, step)
 
 
 def weigh(_: bytes, batch: Batch) -> Batch:

@@ -34,6 +34,7 @@ from streamtrain.plan import (
     plan_epoch,
     plan_evaluation,
     plan_rest,
+    shortest_lengths,
     valid_world_sizes,
 )
 
@@ -265,6 +266,12 @@ def test_a_clip_is_played_at_one_of_the_speeds_where_its_label_and_the_cap_allow
         assert length == round(int(clip["samples"]) / speed)
         if speed > 1:
             assert frame_count(length) >= max(2 * int(clip["label_length"]) - 1, 1)
+
+
+@given(indices, plan_settings, epochs)
+def test_no_epoch_plays_a_clip_faster_than_was_foretold(index: ShardIndex, wanted: PlanSettings, epoch: int) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    assert (plan.lengths >= shortest_lengths(index.samples, wanted.speed_factors)[plan.rows]).all()
 
 
 def test_speeds_and_gains_depend_on_seed_epoch_and_clip_alone(meadow: ShardIndex) -> None:
