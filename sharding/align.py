@@ -134,8 +134,12 @@ class Lattice:
         return after
 
 
-def align(log_probs: torch.Tensor, text: str, spelling: Spelling, cuts: Sequence[int] = ()) -> Alignment:
+def align(
+    log_probs: torch.Tensor, text: str, spelling: Spelling, cuts: Sequence[int] = (), near: int = NEAR_FRAMES
+) -> Alignment:
     """Align a label with the frames (T, V) of its recording; `cuts` are frames, each of which begins a new piece.
+
+    A word's confidence is the probability that its ends lie within `near` frames of where they are told.
 
     Raises AlignError where the label does not fit into the frames.
     """
@@ -159,7 +163,7 @@ def align(log_probs: torch.Tensor, text: str, spelling: Spelling, cuts: Sequence
                 at = passed[cut - first]
                 edges = torch.cat([at[firsts], at[-1:]]) - torch.cat([at[:1], at[lasts + 1]])
                 before[number] = edges.double().cpu().numpy()
-    times, sure = found.read()
+    times, sure = found.read(near)
     return Alignment(
         words=tuple(
             AlignedWord(word, int(start), max(int(end), int(start) + 1), float(min(sure_start, sure_end)))
@@ -227,8 +231,8 @@ class _Boundaries:
         self._keys.append(boundary * self._frames + first + frame)
         self._values.append(passed[frame, boundary])
 
-    def read(self) -> tuple[npt.NDArray[np.int64], Floats]:
-        """The median of each boundary's time, and how much of its distribution lies near there."""
+    def read(self, near: int) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The median of each boundary's time, and how much of its distribution lies so many frames around it."""
         keys = np.concatenate([*self._keys, np.zeros(0, np.int64)])
         order = np.argsort(keys)
         keys, values = keys[order], np.concatenate([*self._values, np.zeros(0)])[order]
@@ -242,8 +246,8 @@ class _Boundaries:
             result[known] = values[place[known]]
             return result
 
-        near = passed_at(self._times + NEAR_FRAMES, 1.0) - passed_at(self._times - NEAR_FRAMES - 1, 0.0)
-        return self._times, np.clip(near, 0, 1)
+        there = passed_at(self._times + near, 1.0) - passed_at(self._times - near - 1, 0.0)
+        return self._times, np.clip(there, 0, 1)
 
 
 # --- how well a label is heard ----------------------------------------------------------------------------------
@@ -304,7 +308,9 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         start += count
 
 
-def gaps_without(log_probs: torch.Tensor, words: Sequence[AlignedWord], name: str, spelling: Spelling) -> list[float]:
+def gaps_without(
+    log_probs: torch.Tensor, words: Sequence[AlignedWord], name: str, spelling: Spelling, width: int = GAP_FRAMES
+) -> list[float]:
     """Leave out one word of every six, the first by the recording's name, and see how its surroundings look then."""
     gaps: list[float] = []
     if not words:
@@ -315,15 +321,15 @@ def gaps_without(log_probs: torch.Tensor, words: Sequence[AlignedWord], name: st
         frames = log_probs[words[around[0]].first_frame : words[around[-1]].end_frame]
         rest = " ".join(words[at].text for at in around if at != place)
         with suppress(AlignError):
-            gaps += worst_gaps(align(frames, rest, spelling).gap, ())
+            gaps += worst_gaps(align(frames, rest, spelling).gap, (), width)
     return gaps
 
 
-def worst_gaps(gap: Floats, cuts: Sequence[int]) -> list[float]:
-    """Of each piece the largest sum over half a second, or over all of it where it is shorter."""
+def worst_gaps(gap: Floats, cuts: Sequence[int], width: int = GAP_FRAMES) -> list[float]:
+    """Of each piece the largest sum over so many frames, by default half a second, or over all that it has."""
     gaps = []
     for start, end in pairwise([0, *cuts, len(gap)]):
         passed = np.concatenate([[0.0], np.cumsum(gap[start:end])])
-        width = min(GAP_FRAMES, end - start)
-        gaps.append(float((passed[width:] - passed[: len(passed) - width]).max()) if width else 0.0)
+        here = min(width, end - start)
+        gaps.append(float((passed[here:] - passed[: len(passed) - here]).max()) if here else 0.0)
     return gaps

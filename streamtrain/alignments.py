@@ -1,9 +1,11 @@
 """A shard set's labels on the time line: each word of a recording, and which words lie before each cut of the build."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,8 +15,8 @@ import torch
 import zstandard
 from tqdm import tqdm
 
-from sharding.align import AlignError, align, evidence_of, gaps_without, worst_gaps
-from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode, frame_count
+from sharding.align import GAP_FRAMES, NEAR_FRAMES, AlignError, align, evidence_of, gaps_without, worst_gaps
+from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.format import ShardIndex, read_index
 from sharding.sample import Sample
@@ -22,14 +24,14 @@ from sharding.store import Store, open_store
 from streamtrain.decode import join_pieces
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
-from streamtrain.network import CTCModel
+from streamtrain.network import CTCModel, count_frames
 from streamtrain.plan import plan_evaluation
 from streamtrain.recordings import read_pieces, rows_of_recordings
 from streamtrain.stream import read_ahead
 from streamtrain.world import World
 
-WINDOW_FRAMES = 1_000  # 20 s of a long recording are heard at a time …
-CONTEXT_FRAMES = 125  # … with 2.5 s on either side, of which nothing is told
+WINDOW_SEC = 20.0  # of a long recording are heard at a time …
+CONTEXT_SEC = 2.5  # … with these on either side, of which nothing is told
 WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
 READERS = 2
 
@@ -119,24 +121,28 @@ def _label_of(samples: Sequence[Sample]) -> str:
     return whole[0] if whole else join_pieces([sample.text for sample in samples])
 
 
-def windows_of(recording: int, samples: int) -> Iterator[Window]:
-    """Windows whose kept frames are those of the recording, each once."""
-    frames = frame_count(samples)
+def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]) -> Iterator[Window]:
+    """Windows whose kept frames are those that convolutions of these kernels and strides make of it, each once."""
+    frames = max(int(count_frames(torch.tensor(samples), geometry)), 0)
+    hop = math.prod(stride for _, stride in geometry)
+    in_window, in_context = (round(seconds * SAMPLE_RATE / hop) for seconds in (WINDOW_SEC, CONTEXT_SEC))
     if samples <= WHOLE_SEC * SAMPLE_RATE:
         yield Window(recording, 0, samples, 0, 0, frames)
         return
-    for first in range(0, frames, WINDOW_FRAMES):
-        kept = min(WINDOW_FRAMES, frames - first)
-        skip = min(CONTEXT_FRAMES, first)
-        end = (first + kept + CONTEXT_FRAMES) * FRAME_SAMPLES
-        yield Window(recording, (first - skip) * FRAME_SAMPLES, min(end, samples), skip, first, kept)
+    for first in range(0, frames, in_window):
+        kept = min(in_window, frames - first)
+        skip = min(in_context, first)
+        end = (first + kept + in_context) * hop
+        yield Window(recording, (first - skip) * hop, min(end, samples), skip, first, kept)
 
 
 def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float) -> Iterator[dict[str, Any]]:
     whole = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
-    heard = {number: torch.zeros(frame_count(len(recording.waveform)), len(model.vocab), device=model.device)
-             for number, recording in whole.items()}  # fmt: skip
-    windows = [window for number, recording in whole.items() for window in windows_of(number, len(recording.waveform))]
+    cut = {number: list(windows_of(number, len(recording.waveform), model.geometry))
+           for number, recording in whole.items()}  # fmt: skip
+    heard = {number: torch.zeros(sum(one.frames for one in windows), len(model.vocab), device=model.device)
+             for number, windows in cut.items()}  # fmt: skip
+    windows = list(chain.from_iterable(cut.values()))
     for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
         chosen = [windows[i] for i in batch]
         log_probs, _ = hear(model, [whole[window.recording].waveform[window.start : window.end] for window in chosen])
@@ -161,14 +167,15 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
     }
     if log_probs is None:
         return row
-    cuts = [min(cut // FRAME_SAMPLES, len(log_probs) - 1) for cut in recording.cuts]
+    cuts = [min(cut // model.frame_samples, len(log_probs) - 1) for cut in recording.cuts]
+    near, width = (max(round(n * FRAME_SAMPLES / model.frame_samples), 1) for n in (NEAR_FRAMES, GAP_FRAMES))
     try:
-        found = align(log_probs, recording.text, model.vocab, cuts)
+        found = align(log_probs, recording.text, model.vocab, cuts, near)
     except AlignError as error:
         return row | {"error": str(error)}
-    second = FRAME_SAMPLES / SAMPLE_RATE
+    second = model.frame_samples / SAMPLE_RATE  # of a frame
     evidence, order = evidence_of(log_probs, found.words, model.vocab)
-    without = gaps_without(log_probs, found.words, recording.utterance_id, model.vocab) if cuts else []
+    without = gaps_without(log_probs, found.words, recording.utterance_id, model.vocab, width) if cuts else []
     return row | {
         "words": [
             {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),
@@ -180,7 +187,7 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
              "probability": round(float(before.max()), 6), "inside": round(max(1 - float(before.sum()), 0.0), 6)}
             for cut, before in zip(recording.cuts, found.before, strict=True)
         ],
-        "pieces": [{"gap": round(gap, 3)} for gap in worst_gaps(found.gap, cuts)],
+        "pieces": [{"gap": round(gap, 3)} for gap in worst_gaps(found.gap, cuts, width)],
         "without": [round(gap, 3) for gap in without],
         "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
     }  # fmt: skip

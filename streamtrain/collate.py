@@ -25,6 +25,7 @@ class Batch:
     weights: torch.Tensor  # (B,) float32, 1 for a clip, 0 for a silent row
     keys: tuple[str, ...]  # "" for a silent row that stands for no clip
     failed: tuple[str, ...] = ()  # keys of clips that did not decode
+    crowded: tuple[str, ...] = ()  # keys of clips whose labels need more frames than the model makes of them
     time_mask: torch.Tensor | None = None  # (B, T) bool, frames that training hides from the encoder
     feature_mask: torch.Tensor | None = None  # (B, H) bool, features that it hides
 
@@ -75,6 +76,20 @@ def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: 
         keys=keys,
         failed=tuple(failed),
     )
+
+
+def silence_crowded(batch: Batch, frames: torch.Tensor) -> Batch:
+    """Give no weight to clips whose label their `frames` (B,) cannot spell: CTC's loss of it would be infinite.
+
+    It takes a frame for each symbol, and one for a blank between equal neighbours.
+    """
+    symbols = torch.arange(1, max(batch.targets.shape[1], 1)) < batch.target_lengths[:, None]  # but the first
+    blanks = (symbols & (batch.targets[:, 1:] == batch.targets[:, :-1])).sum(1)
+    crowded = (batch.weights > 0) & (batch.target_lengths + blanks > frames)
+    if not crowded.any():
+        return batch
+    keys = tuple(key for key, one in zip(batch.keys, crowded.tolist(), strict=True) if one)
+    return replace(batch, weights=batch.weights * ~crowded, crowded=keys)
 
 
 def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:

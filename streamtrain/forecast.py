@@ -59,7 +59,7 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], machines
     per_step = settings.train.micro_batches_per_step
     check_world_size(machines.world_size, per_step)
     plan, next_plan = (plan_epoch(index, settings.plan, number) for number in (epoch, epoch + 1))
-    uses = find_uses(index, plan, machines.world_size, machines.ranks_per_node)
+    uses = find_uses(index, plan, [rank // machines.ranks_per_node for rank in range(machines.world_size)])
     cap = round(settings.data.batch_seconds * SAMPLE_RATE)
     seconds = float(plan.lengths.sum() / SAMPLE_RATE)
     duration = seconds / (machines.world_size * machines.speed * (1 - plan.rank_idle(machines.world_size)))

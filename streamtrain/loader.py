@@ -16,18 +16,23 @@ from dataclasses import astuple, dataclass
 from itertools import cycle
 from multiprocessing.connection import Connection
 from queue import Empty, Queue
-from socket import MSG_WAITALL, socket
+from socket import MSG_WAITALL, SHUT_RDWR, socket
 from typing import Any
 
 import torch
 
 from sharding.errors import StreamtrainError
+from sharding.format import ShardIndex
 from sharding.workers import die_with_parent
 from streamtrain.collate import Batch
+from streamtrain.patience import Patience
 from streamtrain.plan import EpochPlan
-from streamtrain.stream import ShardStream, Share, StepBatch, StreamCounts, as_it_is
+from streamtrain.probe import Loader
+from streamtrain.stream import BATCHES_HELD, ShardStream, Share, StepBatch, StreamCounts, as_it_is
 
-BATCHES_AHEAD = 2  # of each process, that wait in this one
+ARRIVED = 2  # batches of each process that wait in this one
+HELD_FOR_PROCESS = BATCHES_HELD + 1 + ARRIVED + 1  # in the process, one being sent, those here, one being received
+PROCESS_BYTES = 150 * 2**20  # that a process takes beside them, as measured: libraries above all
 FOR_THE_DEVICE = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
 TENSORS = (*FOR_THE_DEVICE, "input_lengths", "target_lengths", "weights")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # which are the rank's to answer
@@ -46,8 +51,17 @@ class Head:
     last: bool
     keys: tuple[str, ...]
     failed: tuple[str, ...]
+    crowded: tuple[str, ...]
     layout: dict[str, tuple[torch.Size, torch.dtype]]
     counts: StreamCounts  # since the batch before
+
+
+def count_loaded(index: ShardIndex, workers: int, in_processes: bool) -> Loader:
+    """What waits in the host's memory for a rank; where processes load, threads still do for an evaluation beside."""
+    if not in_processes:
+        return Loader(workers * BATCHES_HELD)
+    copies = 2 * index.samples.nbytes  # the index and the plan, about, which each process has
+    return Loader(workers * (HELD_FOR_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
 
 
 class LoadingProcesses(ShardStream):
@@ -76,15 +90,19 @@ class LoadingProcesses(ShardStream):
                 self._processes = [LoadingProcess(self._make, pinned) for _ in range(count)]
             for number, process in enumerate(self._processes):
                 process.begin(plan, first_step, device_batch_seconds, finish, Share(number, count))
-            for process in cycle(self._processes):
-                arrived = process.next()
+            step = first_step
+            for number, process in cycle(enumerate(self._processes, start=1)):
+                what = f"{self._name(step)} (loading process {number} of {count})"
+                arrived = process.next(self.patience, what)
                 if arrived is None:  # whoever would have had the next batch is the first to end
-                    finished = all(other.next() is None for other in self._processes if other is not process)
+                    others = (other for other in self._processes if other is not process)
+                    finished = all(other.next(self.patience, what) is None for other in others)
                     return
                 item, counts = arrived
                 with self._lock:
                     summed = zip(astuple(self._counts), astuple(counts), strict=True)
                     self._counts = StreamCounts(*(before + more for before, more in summed))
+                step = item.step + item.last
                 yield item
         finally:
             if not finished:  # what they have under way nobody wants
@@ -99,7 +117,7 @@ class LoadingProcess:
     def __init__(self, make: Callable[[], ShardStream], pinned: bool) -> None:
         self._make: Callable[[], ShardStream] | None = make  # what the process is not yet told
         self._pinned = pinned
-        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(BATCHES_AHEAD)
+        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(ARRIVED)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -117,29 +135,33 @@ class LoadingProcess:
         return self._process.pid
 
     def begin(self, *request: object) -> None:
-        with suppress(OSError):  # it is gone: why, it has said, or its end says so
-            if self._make is not None:
-                self._connection.send(self._make)
-                self._make = None
-            self._connection.send(request)
-        self._receiver = threading.Thread(target=self._receive_all, daemon=True)
+        self._receiver = threading.Thread(target=self._receive_all, args=request, daemon=True)
         self._receiver.start()
 
-    def next(self) -> tuple[StepBatch, StreamCounts] | None:
+    def next(self, patience: Patience, what: str) -> tuple[StepBatch, StreamCounts] | None:
         """The next batch and what it took, or None at the epoch's end."""
-        item = self._arrived.get()
+        item = patience.wait_for(lambda seconds: self._arrived.get(timeout=seconds), what, self.pid or 0)
         if isinstance(item, Exception):
             raise item
         return item
 
     def kill(self) -> None:
+        """End the process and the thread, whatever they wait for."""
         self._process.kill()
+        with suppress(OSError), socket(fileno=os.dup(self._connection.fileno())) as stream:
+            stream.shutdown(SHUT_RDWR)  # a process that hangs in the kernel keeps its end open
         while self._receiver is not None and self._receiver.is_alive():
             with suppress(Empty):
                 self._arrived.get(timeout=0.05)
 
-    def _receive_all(self) -> None:
+    def _receive_all(self, *request: object) -> None:
+        """Have the request answered: in this thread, for a process that hangs takes no more than its pipe does."""
         try:
+            with suppress(OSError):  # it is gone: why, it has said, or its end says so
+                if self._make is not None:
+                    self._connection.send(self._make)
+                    self._make = None
+                self._connection.send(request)
             while (item := self._receive()) is not None:
                 self._arrived.put(item)
         except Exception as error:  # raised again where the batches are wanted
@@ -165,7 +187,7 @@ class LoadingProcess:
         for name, (shape, dtype) in head.layout.items():
             tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in FOR_THE_DEVICE)
             _read_into(self._connection, tensors[name])
-        return Batch(keys=head.keys, failed=head.failed, **tensors)
+        return Batch(keys=head.keys, failed=head.failed, crowded=head.crowded, **tensors)
 
 
 def _serve(connection: Connection) -> None:
@@ -197,7 +219,8 @@ def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None
     tensors = {name: tensor.contiguous() for name in TENSORS if (tensor := getattr(batch, name)) is not None}
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     try:
-        connection.send(Head(item.step, item.numbers, item.last, batch.keys, batch.failed, layout, counts))
+        head = Head(item.step, item.numbers, item.last, batch.keys, batch.failed, batch.crowded, layout, counts)
+        connection.send(head)
         for tensor in tensors.values():
             left = _bytes_of(tensor)
             while left:

@@ -11,6 +11,7 @@ batch has any (`model.fix_graph` does the same for attention).
 This file travels as it is into a submission, where neither the rest of this package nor its libraries are at hand.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,11 @@ class CTCModel(nn.Module):
     def frame_counts(self, samples: torch.Tensor) -> torch.Tensor:
         """Frames of so many samples, elementwise."""
         return count_frames(samples, self.geometry)
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return math.prod(stride for _, stride in self.geometry)
 
     @property
     def wants_mask(self) -> bool:

@@ -7,14 +7,16 @@ import torch
 
 from sharding.audio import SAMPLE_RATE, Waveform
 from streamtrain.augment import keyed_random
-from streamtrain.collate import Batch, zero_mean_unit_variance
+from streamtrain.collate import Batch, silence_crowded, zero_mean_unit_variance
 from streamtrain.mask import Masking
+from streamtrain.network import count_frames
 
 DULL_HZ = (100.0, 8_000.0)  # above a frequency drawn from this range the noise falls by 6 dB an octave
 
 
 def change_for_training(masking: Masking, noise: "RoomNoise | None", epoch: int, batch: Batch) -> Batch:
     """What the threads or processes that load a batch do to it last."""
+    batch = silence_crowded(batch, count_frames(batch.input_lengths, masking.geometry))
     return masking.hide(epoch, noise.add(epoch, batch) if noise else batch)
 
 

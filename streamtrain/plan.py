@@ -276,11 +276,12 @@ class Uses:
         return Uses(self.node[here], self.shard[here], self.first[here], self.last[here])
 
 
-def find_uses(index: ShardIndex, plan: EpochPlan, world_size: int = 1, ranks_per_node: int = 1) -> Uses:
-    """When each shard is needed, by default by all ranks together."""
+def find_uses(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> Uses:
+    """When each shard is needed by the ranks of each node, given the node of every rank; by default of all together."""
     per_step = plan.micro_batches_per_step
     batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
-    pair = batch % per_step % world_size // ranks_per_node * len(index.shards) + index.samples["shard"][plan.rows]
+    node = np.asarray(node_of)[batch % per_step % len(node_of)]
+    pair = node * len(index.shards) + index.samples["shard"][plan.rows]
     pairs, first = np.unique(pair, return_index=True)
     _, from_the_end = np.unique(pair[::-1], return_index=True)
     last = len(pair) - 1 - from_the_end
@@ -336,9 +337,23 @@ def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: 
     factors = np.array(settings.speed_factors)
     speeds = factors[(drawn * len(factors)).astype(np.intp)]
     lengths = length_at(samples["samples"], speeds)
+    return np.where((lengths <= cap) & ((speeds < 1) | _spells(lengths, samples)), speeds, 1.0)
+
+
+def _spells(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
+    """Whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
     frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
-    needed = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
-    return np.where((lengths <= cap) & ((speeds < 1) | (frames >= needed)), speeds, 1.0)
+    needed: Rows = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
+    return frames >= needed
+
+
+def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Rows:
+    """Samples of each clip, shape (N,), at the fastest of the speeds at which an epoch may play it."""
+    shortest: Rows = samples["samples"].astype(np.int64)
+    for factor in speed_factors:
+        lengths = length_at(samples["samples"], factor)
+        shortest = np.where(_spells(lengths, samples), np.minimum(shortest, lengths), shortest)
+    return shortest
 
 
 def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch: int) -> Floats | None:

@@ -16,6 +16,7 @@ from streamtrain.collate import Batch
 from streamtrain.plan import EpochPlan, plan_evaluation
 from streamtrain.world import World
 
+SECOND_BYTES = 4 * SAMPLE_RATE  # of a padded second in a batch
 USABLE = 0.92  # of the memory: other shapes leave gaps, and so do allocators
 GIB = 2**30
 
@@ -64,6 +65,18 @@ class Memory:
         return max(USABLE * self.limit - self.base, 0.0) / max(self.per_second, 1.0)
 
 
+@dataclass(frozen=True)
+class Loader:
+    """What loads the batches of a rank ahead: in the host's memory, so many of the largest, and bytes beside."""
+
+    batches: float = 0.0
+    beside: int = 0
+
+    def at(self, seconds: float) -> float:
+        """Bytes, where the largest batch has so many padded seconds."""
+        return self.batches * SECOND_BYTES * seconds + self.beside
+
+
 def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | None) -> list[Shape]:
     """The micro-batch with the longest clip and the one with most padded seconds, with all it may be merged with."""
     shapes = []
@@ -85,20 +98,38 @@ def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) ->
             for name, (clips, samples) in (("longest", longest), ("densest", densest))]  # fmt: skip
 
 
-def probe(run: Run, shapes: list[Shape], world: World) -> Memory:
-    """Run each shape, smaller ones before it; all ranks together. Raises ProbeError where one does not fit."""
+def probe(run: Run, shapes: list[Shape], world: World, loader: Loader = Loader()) -> Memory:
+    """Run each shape, smaller ones before it; all ranks together.
+
+    Raises ProbeError where one does not fit, or where what is loaded ahead does not.
+    """
+    largest = max(shapes, key=lambda shape: shape.seconds)
+    _check_loader(loader.at(largest.seconds), world)
+    here = loader if world.device.type == "cpu" else Loader()  # in the same memory
     limit = _limit(world)
     once = _peak_of(run, shapes[0].of(1), Memory(limit, 0.0, 0.0), world)  # what libraries need is no batch's
     memory = Memory(limit, once, 0.0)
-    seen: list[tuple[float, int]] = []
+    seen: list[tuple[float, float]] = []
     for shape in shapes:
         for clips in _doubling(shape.clips):  # so that each foretells the next
             part = shape.of(clips)
             if world.device.type == "cpu" and memory.at(part.seconds) > limit:
                 raise _does_not_fit(part, memory)  # here memory never says no: the kernel kills
-            seen.append((part.seconds, _peak_of(run, part, memory, world)))
+            seen.append((part.seconds, _peak_of(run, part, memory, world) + here.at(part.seconds)))
             memory = _line_through(seen, limit)
+    if here.batches and memory.at(largest.seconds) > limit:
+        raise _does_not_fit(largest, memory)
     return memory
+
+
+def _check_loader(needed: float, world: World) -> None:
+    share = _host_share(world)
+    if needed > share:
+        raise ProbeError(
+            f"the batches that are loaded ahead take up to {needed / GIB:.2f} GiB, {share / GIB:.2f} GiB of this "
+            "machine's memory are left for this rank",
+            "lower data.workers, or what they load: data.batch_seconds and data.device_batch_seconds",
+        )
 
 
 def _doubling(clips: int) -> list[int]:
@@ -106,18 +137,19 @@ def _doubling(clips: int) -> list[int]:
     return [2**power for power in range(clips.bit_length()) if 2**power < clips] + [clips]
 
 
-def _line_through(seen: list[tuple[float, int]], limit: int) -> Memory:
+def _line_through(seen: list[tuple[float, float]], limit: int) -> Memory:
     """Through the smallest and the largest forward, by seconds."""
     (least, low), (most, high) = min(seen), max(seen)
-    slope = max(high - low, 0) / (most - least) if most > least else 0.0
+    slope = max(high - low, 0.0) / (most - least) if most > least else 0.0
     return Memory(limit, high - slope * most, slope)
 
 
-def render(memory: Memory, shapes: list[Shape]) -> str:
+def render(memory: Memory, shapes: list[Shape], loader: Loader = Loader()) -> str:
     """One line for the log of a run."""
     largest = max(shapes, key=lambda shape: shape.seconds)
     return (
         f"memory: {memory.at(largest.seconds) / GIB:.2f} of {memory.limit / GIB:.1f} GiB that a rank has, for {largest}"
+        f"; batches loaded ahead take up to {loader.at(largest.seconds) / GIB:.2f} GiB of the host's"
     )
 
 
@@ -173,16 +205,21 @@ def _status(name: str) -> int:
 
 
 def _limit(world: World) -> int:
-    """Bytes that this rank may hold: of its GPU, or its share of what the machine or its container has left."""
+    """Bytes that this rank may hold: of its GPU, or of the host."""
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
         return int(free + torch.cuda.memory_reserved(world.device))
+    return _status("VmRSS") + _host_share(world)
+
+
+def _host_share(world: World) -> int:
+    """Bytes that this rank may take yet of what the machine or its container has left."""
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # no container, or one without a limit
         group = Path("/sys/fs/cgroup")
         taken = int((group / "memory.current").read_text()) - _file_cache(group)
         free = min(free, int((group / "memory.max").read_text()) - taken)
-    return _status("VmRSS") + int(free / max(world.local_size, 1))
+    return int(free / max(world.local_size, 1))
 
 
 def _file_cache(group: Path) -> int:

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,11 +33,11 @@ from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
 from streamtrain.hear import scoring
-from streamtrain.loader import LoadingProcesses
+from streamtrain.loader import LoadingProcesses, count_loaded
 from streamtrain.mirror import PART, Mirror
 from streamtrain.model import load_model
 from streamtrain.network import CTCModel, ctc_sum
-from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch, shortest_lengths
 from streamtrain.precision import ConfigError
 from streamtrain.probe import Memory, evaluation_shapes, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
@@ -83,6 +83,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         plans = Plans(index, config, state)
         _agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
+        _check_frames(engine.model, index, config.data.speed_factors)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
@@ -107,10 +108,10 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
                 _prepare(run, config, index, found, resume, mirror)
         data, model = config.data, engine.model
         make = partial(
-            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world,
+            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world.meet(),
             data.workers,
         )  # fmt: skip
-        stream = LoadingProcesses(make) if world.device.type == "cuda" and data.workers else make()
+        stream = LoadingProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 
@@ -129,6 +130,27 @@ def _prepare(
             mirror.offer(chosen)  # else a later one would come back
     (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
     (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
+
+
+def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[float]) -> None:
+    """Raises TrainError where the model makes fewer frames of a training clip than its label has symbols.
+
+    The build has seen to that for wav2vec2's strides alone. Such a clip's loss is infinite, and its step lost.
+    """
+    rows = index.split("train")
+    clips = index.samples[rows]
+    frames = model.frame_counts(torch.from_numpy(shortest_lengths(clips, speed_factors))).numpy()
+    missing = clips["label_length"].astype(np.int64) - frames
+    if (missing > 0).any():
+        worst = int(missing.argmax())
+        raise TrainError(
+            f"{(missing > 0).sum():,} of {len(rows):,} training clips have more symbols than frames, of which this "
+            f"model makes {SAMPLE_RATE / model.frame_samples:g} a second: a clip of "
+            f"{index.shards[clips['shard'][worst]].name} (row {rows[worst]} of the index) has "
+            f"{clips['label_length'][worst]} symbols and {max(frames[worst], 0)} frames",
+            "take a model of smaller strides (model.scratch: conv_stride)"
+            + (", or data.speed_factors of at most 1" if max(speed_factors, default=1) > 1 else ""),
+        )
 
 
 def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
@@ -161,12 +183,18 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
     """
     engine.make_moments()
     shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
-    memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world)
+    loader = count_loaded(index, config.data.workers, _loads_in_processes(config, engine.world))
+    a_step = plan.padded.max() / SAMPLE_RATE * plan.micro_batches_per_step / engine.world.size  # s, held together
+    loader = replace(loader, batches=loader.batches + a_step / max(shape.seconds for shape in shapes))
+    memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world, loader)
     lengths = index.samples["samples"][index.split(config.eval.split)]
-    probe(
-        partial(_score_unweighted, engine.judged()), evaluation_shapes(lengths, config.data.batch_seconds), engine.world
-    )
-    return render(memory, shapes), memory
+    scored = evaluation_shapes(lengths, config.data.batch_seconds)
+    probe(partial(_score_unweighted, engine.judged()), scored, engine.world)
+    return render(memory, shapes, loader), memory
+
+
+def _loads_in_processes(config: Config, world: World) -> bool:
+    return world.device.type == "cuda" and config.data.workers > 0
 
 
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:

@@ -4,14 +4,18 @@ Threads suffice: libsndfile and the object store work outside the interpreter's 
 to start, to hang or to leave shared memory behind.
 """
 
+import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from queue import Empty
 from typing import TypeVar
 
 import numpy as np
@@ -22,11 +26,14 @@ from sharding.sample import Sample
 from sharding.store import Reader, open_store
 from streamtrain.cache import FetchError, ShardCache
 from streamtrain.collate import Batch, collate
-from streamtrain.plan import EpochPlan, Sounds, find_uses, forwards_of
+from streamtrain.patience import Patience
+from streamtrain.plan import EpochPlan, Sounds, Uses, find_uses, forwards_of
 from streamtrain.vocab import Vocab
 from streamtrain.world import World
 
 BATCHES_AHEAD = 4  # per worker thread
+BATCHES_HELD = BATCHES_AHEAD + 2  # of memory for each: while it loads one, its clips as stored, and a copy with noise
+LEAVE_SEC = 2.0  # for loads under way that nobody wants any more: by then they end, or they hang
 READS = 3  # of a clip that comes wrong over a network, which may happen twice
 
 
@@ -58,7 +65,7 @@ class StreamCounts:
 
     batches: float = 0
     clips: float = 0
-    silent: float = 0  # clips that did not decode
+    silent: float = 0  # clips that are trained as silence
     ready: float = 0  # batches that were there already when one was taken, summed over those taken
     read_sec: float = 0
     decode_sec: float = 0
@@ -80,6 +87,7 @@ class ShardStream:
         self.normalize = normalize
         self.world = world
         self.workers = workers
+        self.patience = Patience()
         self._counts = StreamCounts()
         self._lock = threading.Lock()
 
@@ -116,21 +124,30 @@ class ShardStream:
         )
         cache = self.store if isinstance(self.store, ShardCache) else None
         if cache:
-            node = self.world.rank // self.world.local_size
-            cache.follow(self.index, find_uses(self.index, plan, self.world.size, self.world.local_size).of(node))
+            cache.follow(self.index, self.uses(plan))
 
         def load(place: tuple[int, tuple[int, ...], bool]) -> StepBatch:
             step, numbers, last = place
             if cache:
                 cache.reach(step)
-            batch = self.load(plan.micro_batch(step, *numbers), plan.sounds(step, *numbers))
-            return StepBatch(step, numbers, last, finish(batch))
+            batch = finish(self.load(plan.micro_batch(step, *numbers), plan.sounds(step, *numbers)))
+            with self._lock:
+                self._counts.silent += len(batch.failed) + len(batch.crowded)
+            return StepBatch(step, numbers, last, batch)
 
         try:
-            yield from read_ahead(load, islice(places, share.number, None, share.of), self.workers, self._count_ready)
+            mine = islice(places, share.number, None, share.of)
+            yield from read_ahead(
+                load, mine, self.workers, self._count_ready, self.patience, lambda place: self._name(place[0])
+            )
         finally:
             if cache:
                 cache.stop_prefetching()
+
+    def uses(self, plan: EpochPlan) -> Uses:
+        """When the ranks of this machine need which shard."""
+        here = {self.world.rank, *self.world.neighbours}
+        return find_uses(self.index, plan, [int(rank in here) for rank in range(self.world.size)]).of(1)
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Batch, list[Sample]]]:
         """The given batches of rows, in order, with their samples."""
@@ -139,7 +156,10 @@ class ShardStream:
             samples = self._read(rows)
             return self._collate(samples, self._as_recorded(rows)), samples
 
-        return read_ahead(load, iter(batches), self.workers)
+        def name(rows: np.ndarray) -> str:
+            return f"rank {self.world.rank}'s batch of {len(rows)} clips"
+
+        return read_ahead(load, iter(batches), self.workers, patience=self.patience, name=name)
 
     def load(self, rows: np.ndarray, sounds: Sounds | None = None) -> Batch:
         """Read, verify, decode and pad the clips of these rows, to be heard so, or else as recorded."""
@@ -150,10 +170,12 @@ class ShardStream:
         with self._lock:
             self._counts.batches += 1
             self._counts.clips += len(samples)
-            self._counts.silent += len(batch.failed)
             self._counts.read_sec += read - started
             self._counts.decode_sec += time.perf_counter() - read
         return batch
+
+    def _name(self, step: int) -> str:
+        return f"rank {self.world.rank}'s batch of step {step + 1} of this epoch"
 
     def _count_ready(self, batches: int) -> None:
         with self._lock:
@@ -195,29 +217,48 @@ Item = TypeVar("Item")
 
 
 def read_ahead(
-    load: Callable[[Place], Item], places: Iterator[Place], workers: int, tell: Callable[[int], None] = lambda _: None
+    load: Callable[[Place], Item],
+    places: Iterator[Place],
+    workers: int,
+    tell: Callable[[int], None] = lambda _: None,
+    patience: Patience | None = None,
+    name: Callable[[Place], str] = str,
 ) -> Iterator[Item]:
     """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: none ahead.
 
-    `tell` is given the number of those that are ready when one is taken.
+    `tell` is given the number of those that are ready when one is taken. One that does not come is waited for with
+    `patience`, and named by its place; by default as long as it takes.
     """
-    if workers == 0:
-        with ThreadPoolExecutor(1, "load") as pool:  # not in this thread, which Ctrl-C must reach at once
-            for place in places:
-                yield pool.submit(load, place).result()
-        return
-    with ThreadPoolExecutor(workers, "load") as pool:
-        pending: deque[Future[Item]] = deque(
-            pool.submit(load, place) for place in islice(places, workers * BATCHES_AHEAD)
-        )
-        try:
-            while pending:
-                tell(sum(future.done() for future in pending))
-                item = pending.popleft().result()
-                pending.extend(pool.submit(load, place) for place in islice(places, 1))
-                yield item
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    patience = patience or Patience(math.inf)
+    ahead = workers * BATCHES_AHEAD
+    pool = ThreadPoolExecutor(max(workers, 1), "load")  # never in this thread, which signals must reach at once
+    pending: deque[tuple[Place, Future[Item]]] = deque()
+
+    def submit(wanted: int) -> None:
+        more = islice(places, max(wanted - len(pending), 0))
+        pending.extend((place, pool.submit(load, place)) for place in more)
+
+    try:
+        submit(max(ahead, 1))
+        while pending:
+            tell(sum(future.done() for _, future in pending))
+            place, future = pending[0]
+            item = patience.wait_for(partial(_result, future), name(place), os.getpid())
+            pending.popleft()
+            submit(ahead)
+            yield item
+            submit(1)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        _, hanging = wait([future for _, future in pending if not future.cancelled()], LEAVE_SEC)
+        pool.shutdown(wait=not hanging)
+
+
+def _result(future: Future[Item], seconds: float) -> Item:
+    """What a future holds. Raises `queue.Empty` where that is not known in so many seconds."""
+    if not wait([future], seconds).done:
+        raise Empty
+    return future.result()
 
 
 def open_stream(

@@ -32,6 +32,7 @@ from streamtrain.mirror import Mirror
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
 from streamtrain.noise import RoomNoise, change_for_training
+from streamtrain.patience import Patience
 from streamtrain.plan import EpochPlan, plan_rest
 from streamtrain.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.stream import ShardStream, StepBatch, StreamCounts
@@ -43,7 +44,7 @@ TELL_RANKS_EVERY = 20  # steps
 MIRROR_GRACE_SEC = 10.0  # after SIGTERM: the launcher kills after 30 s
 SILENT = [field.name for field in fields(StreamCounts)].index("silent")
 MAX_SKIPPED = 20  # steps in a row; fp16 skips some at its start, until its loss scale fits
-MAX_FAILED = 0.001  # share of clips that may fail to decode though their bytes are right: above it, something is wrong
+MAX_SILENCED = 0.001  # share of clips that may train as silence though their bytes are right: above, something is wrong
 
 
 class TrainError(StreamtrainError):
@@ -125,8 +126,9 @@ class Trainer:
         snr_db = config.data.noise_snr_db
         self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
         self._preemption = Preemption()
+        self.stream.patience = Patience(stopped=lambda: self._preemption.asked)
         self._saved = saved  # what the newest checkpoint holds
-        self._failed = 0  # clips of this epoch, of all ranks, that did not decode
+        self._silenced = 0  # clips of this epoch, of all ranks, that trained as silence
         self._skipped_in_a_row = 0
         self._update_sec = 0.0  # of the optimizer, in the step before
         self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
@@ -188,13 +190,13 @@ class Trainer:
         """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
         merged = self.config.data.device_batch_seconds
         finish = partial(change_for_training, self._masking, self._noise, self.state.epoch)
-        forwards = []
+        forwards: list[StepBatch] = []
         started = time.perf_counter()
         for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
             forwards.append(item)
             if item.last:
                 yield forwards, time.perf_counter() - started
-                forwards = []
+                forwards.clear()  # rather than a new list: the loop still holds this one while the next step is loaded
                 started = time.perf_counter()
 
     def _step(self, plan: EpochPlan, forwards: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
@@ -214,9 +216,11 @@ class Trainer:
         arrivals = self.engine.take_arrivals()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
         failed = [key for item in forwards for key in item.batch.failed]
+        crowded = [key for item in forwards for key in item.batch.crowded]
+        silenced = len(failed) + len(crowded)
         told = [float(nats), waited, waited + here_sec + self._update_sec, *astuple(counts)]
-        everyone = self.world.gather_floats([len(failed), _fingerprint(arrivals), self._preemption.asked, *told])
-        all_failed, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
+        everyone = self.world.gather_floats([silenced, _fingerprint(arrivals), self._preemption.asked, *told])
+        all_silenced, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
         everyone = everyone[:, 3:]
         if (fingerprints != fingerprints[0]).any():  # before the sums are used
             orders = self.world.gather(self.engine.names_of(arrivals))
@@ -226,7 +230,7 @@ class Trainer:
         self._update_sec = time.perf_counter() - updating
         loss = float(everyone[:, 0].sum()) / symbols
         self._check(loss, norm, forwards)
-        self._check_decoding(failed, int(all_failed), first_step=here == 0)
+        self._check_silenced(failed, crowded, int(all_silenced), first_step=here == 0)
         self._told += everyone
         seconds = waited + time.perf_counter() - started
         true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
@@ -294,15 +298,19 @@ class Trainer:
                     "lower the learning rate or lengthen train.warmup_steps, then resume from an earlier checkpoint",
                 )
 
-    def _check_decoding(self, failed: list[str], all_failed: int, first_step: bool) -> None:
-        """Name the clips of this rank that did not decode. Raises TrainError where all ranks have had too many."""
+    def _check_silenced(self, failed: list[str], crowded: list[str], everywhere: int, first_step: bool) -> None:
+        """Name the clips of this rank that train as silence. Raises TrainError where all ranks have had too many."""
         for key in failed:
             log.warning("%s does not decode as planned: trained as silence, without its label", key)
-        self._failed = all_failed if first_step else self._failed + all_failed
-        if self._failed > MAX_FAILED * len(self.stream.index.samples) + 1:
+        for key in crowded:
+            log.warning("%s has a label of more symbols and blanks than frames: trained as silence, without it", key)
+        self._silenced = everywhere if first_step else self._silenced + everywhere
+        if self._silenced > MAX_SILENCED * len(self.stream.index.samples) + 1:
             raise TrainError(
-                f"{self._failed} clips of this epoch do not decode though their checksums hold; they are named above",
-                "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`",
+                f"{self._silenced} clips of this epoch do not decode though their checksums hold, or have labels too "
+                "long for their frames; they are named above",
+                "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`; for long labels "
+                "take a model with more frames a second",
             )
 
     def _evaluate_if_due(self) -> None:

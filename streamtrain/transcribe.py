@@ -13,7 +13,7 @@ import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
-from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
+from sharding.audio import SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
@@ -31,7 +31,6 @@ from streamtrain.world import World
 
 LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
 READERS = 2
-FRAME_SEC = FRAME_SAMPLES / SAMPLE_RATE
 
 LogProbs = npt.NDArray[np.float32]
 
@@ -187,7 +186,7 @@ def _segments(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
 def _read_chunk(model: CTCModel, sounds: Sequence[Sound], reading: Reading) -> list[dict[str, Any]]:
     pieces = [piece for sound in sounds for piece in sound.pieces]
     heard = iter(_read_pieces(model, pieces, reading))
-    return [_row(sound, [next(heard) for _ in sound.pieces], model.vocab.track, reading) for sound in sounds]
+    return [_row(sound, [next(heard) for _ in sound.pieces], model, reading) for sound in sounds]
 
 
 def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: Reading) -> list[Heard]:
@@ -204,8 +203,9 @@ def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: Reading) 
     return [heard[i] for i in range(len(pieces))]
 
 
-def _row(sound: Sound, heard: Sequence[Heard], track: str, reading: Reading) -> dict[str, Any]:
+def _row(sound: Sound, heard: Sequence[Heard], model: CTCModel, reading: Reading) -> dict[str, Any]:
     """The row of a recording, from its pieces."""
+    track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
     row: dict[str, Any] = {"utterance_id": sound.utterance_id, "audio_path": sound.recording.audio_path}
     if sound.error is not None:
         return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": sound.error}
@@ -215,7 +215,9 @@ def _row(sound: Sound, heard: Sequence[Heard], track: str, reading: Reading) -> 
         TRACKS[track]: join_pieces([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(one.confidence * share for one, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
-            _timed(word, start) for piece, start in zip(heard, sound.starts, strict=True) for word in piece.words
+            _timed(word, start, frame_sec)
+            for piece, start in zip(heard, sound.starts, strict=True)
+            for word in piece.words
         ],
         "error": None,
     }
@@ -228,11 +230,11 @@ def _row(sound: Sound, heard: Sequence[Heard], track: str, reading: Reading) -> 
     return row
 
 
-def _timed(word: Word, start_sec: float) -> dict[str, Any]:
+def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
     return {
         "word": word.text,
-        "start": round(start_sec + word.first_frame * FRAME_SEC, 3),
-        "end": round(start_sec + word.end_frame * FRAME_SEC, 3),
+        "start": round(start_sec + word.first_frame * frame_sec, 3),
+        "end": round(start_sec + word.end_frame * frame_sec, 3),
         "confidence": round(word.confidence, 4),
     }
 

@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +49,10 @@ LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the la
 
 class PreemptedError(StreamtrainError):
     """Raised on all ranks at the same step, where one of them was asked to stop."""
+
+
+class LostStepError(StreamtrainError):
+    """Raised on one rank that was asked to stop while its data hang: others wait in this step, so nothing is saved."""
 
 
 class Preemption:
@@ -91,6 +96,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    neighbours: frozenset[int] = frozenset()  # all ranks of this machine, where they have met
 
     @property
     def main(self) -> bool:
@@ -99,6 +105,15 @@ class World:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
+
+    def meet(self) -> "World":
+        """This rank with its neighbours; all ranks call it together.
+
+        No rank knows them by itself: deepspeed's local rank is rank modulo slots, and machines may differ in slots.
+        """
+        machine = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK")  # of deepspeed, of torchrun
+        nodes = self.gather(machine or self.rank - self.local_rank)
+        return replace(self, neighbours=frozenset(rank for rank, node in enumerate(nodes) if node == nodes[self.rank]))
 
     def sum(self, counts: EditCounts) -> EditCounts:
         """The counts of all ranks together: one reduction of four int64."""
@@ -227,12 +242,16 @@ def running() -> Iterator[World]:
             print(stopped, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(TAKEN_AWAY)
+    except LostStepError as lost:
+        print(lost, file=sys.stderr, flush=True)
+        os._exit(TAKEN_AWAY)
     except (StreamtrainError, OSError) as error:
         _tell(error, world)
         os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
-    except (RuntimeError, torch.distributed.DistError) as error:
+    except Exception as error:
         if not _lost_a_rank(error):
-            raise
+            traceback.print_exc()
+            os._exit(1)  # the interpreter would wait for threads that read ahead, and they may hang
         said = str(error).splitlines()[0].partition(". ")[0]
         _tell(StreamtrainError(f"another rank is gone, or hangs: {said}", LOST_A_RANK), world)
         os._exit(1)
@@ -260,7 +279,7 @@ def _tell(error: Exception, world: World) -> None:
 
 def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
-    said = str(error).lower()
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
     of_the_line = (torch.distributed.DistStoreError, torch.distributed.DistNetworkError)
     return isinstance(error, of_the_line) or any(word in said for word in LOST)
 

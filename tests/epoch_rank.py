@@ -18,7 +18,7 @@ from streamtrain.world import World
 
 def main(folder: str, url: str, cache: str, rank: str, size: str, patience_sec: str) -> None:
     store = BucketStore(url, float(patience_sec))
-    world = World(int(rank), int(size), local_size=int(size))
+    world = World(int(rank), int(size), int(rank), int(size), frozenset(range(int(size))))
     stream = ShardStream(read_index(store), cached(store, Path(cache)), VOCAB, True, world, workers=2)
     for item in stream.epoch(plan_of(Path(folder))):
         print(json.dumps(item.batch.keys), flush=True)

@@ -30,8 +30,12 @@ def write_set(
     seed: int = 0,
     spoilt: dict[int, bytes] | None = None,
     lengths: Sequence[int] | None = None,
+    texts: dict[int, str] | None = None,
 ) -> ShardIndex:
-    """Shards of noise in two buckets, 0.3 to 2 s, and two clips of validation; `spoilt` replaces a clip's audio."""
+    """Shards of noise in two buckets, 0.3 to 2 s, and two clips of validation.
+
+    `spoilt` replaces a clip's audio, `texts` its label.
+    """
     random = np.random.default_rng(seed)
     store = FolderStore(folder)
     samples: dict[tuple[str, int], list[tuple[Sample, int]]] = {}
@@ -44,7 +48,7 @@ def write_set(
         sample = Sample(
             key=f"clip-{seed}-{number:03d}",
             audio=(spoilt or {}).get(number, audio),
-            text=text,
+            text=(texts or {}).get(number, text),
             label_status="labelled",
             utterance_id=f"clip-{seed}-{number:03d}",
             child_id=f"child-{number % 5}",

@@ -15,16 +15,16 @@ from conftest import run_module
 from corpus import make_corpus, read_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import make_network, save, talkative
+from test_model import SLOW, make_network, save, talkative
 
 import sharding.align
 from sharding.align import CERTAIN_NATS, AlignError, align, evidence_of
-from sharding.audio import FRAME_SAMPLES, SAMPLE_RATE, frame_count
+from sharding.audio import CONV_LAYERS, SAMPLE_RATE
 from sharding.format import read_index, read_sample
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store
 from streamtrain.alignments import WHOLE_SEC, align_shards, windows_of
-from streamtrain.network import CTCModel
+from streamtrain.network import CTCModel, count_frames
 from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 
 Row = dict[str, Any]
@@ -198,14 +198,19 @@ def test_no_frames_and_no_label() -> None:
 # --- whole recordings -------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(400, 200 * SAMPLE_RATE))
-def test_windows_keep_every_frame_of_a_recording_once_and_hear_enough_for_it(samples: int) -> None:
-    windows = list(windows_of(0, samples))
+@given(st.integers(400, 200 * SAMPLE_RATE), st.sampled_from([2, 1, 3, 4]))
+def test_windows_keep_every_frame_of_a_recording_once_and_hear_enough_for_it(samples: int, last_stride: int) -> None:
+    geometry = (*CONV_LAYERS[:-1], (2, last_stride))
+
+    def frame_count(samples: int) -> int:
+        return int(count_frames(torch.tensor(samples), geometry))
+
+    windows = list(windows_of(0, samples, geometry))
     kept = [frame for window in windows for frame in range(window.first, window.first + window.frames)]
     assert kept == list(range(frame_count(samples)))
     for window in windows:
         assert 0 <= window.start < window.end <= samples
-        assert window.start == (window.first - window.skip) * FRAME_SAMPLES
+        assert window.start == (window.first - window.skip) * 160 * last_stride
         assert frame_count(window.end - window.start) >= window.skip + window.frames
         assert window.end - window.start <= WHOLE_SEC * SAMPLE_RATE + 400
 
@@ -240,6 +245,21 @@ def test_every_labelled_recording_is_aligned_whole(rows: tuple[Path, dict[str, R
         times = [edge for word in row["words"] for edge in (word["start"], word["end"])]
         assert times == sorted(times)
         assert times[-1] <= row["seconds"] + 0.02
+
+
+def test_a_model_of_other_strides_aligns_by_its_own_frames(
+    rows: tuple[Path, dict[str, Row], dict[str, Row]], tmp_path: Path
+) -> None:
+    folder, _, found = rows
+    align_shards(
+        save(talkative("wav2vec2, group norm", **SLOW), tmp_path / "slow"), str(folder / "shards"), tmp_path / "o"
+    )
+    raw = zstandard.ZstdDecompressor().stream_reader((tmp_path / "o").read_bytes()).read()
+    for row in map(json.loads, raw.decode().splitlines()):
+        times = [edge for word in row["words"] for edge in (word["start"], word["end"])]
+        assert times == [pytest.approx(round(25 * time) / 25) for time in sorted(times)]
+        assert row["seconds"] / 2 < times[-1] <= row["seconds"] + 0.04
+        assert [cut["at"] for cut in row["cuts"]] == [cut["at"] for cut in found[row["utterance_id"]]["cuts"]]
 
 
 def test_cuts_are_those_of_the_build(rows: tuple[Path, dict[str, Row], dict[str, Row]]) -> None:

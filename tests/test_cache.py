@@ -56,7 +56,9 @@ def test_ranks_of_a_node_share_one_cache_at_the_same_time(bucket: BucketStore, m
 
     def run(rank: int) -> None:
         store = cached(bucket, tmp_path / "cache")
-        stream = ShardStream(read_index(bucket), store, VOCAB, True, World(rank, 4, local_size=4), workers=2)
+        stream = ShardStream(
+            read_index(bucket), store, VOCAB, True, World(rank, 4, rank, 4, frozenset(range(4))), workers=2
+        )
         seen.append(keys_of(list(stream.epoch(plan))))
         fetched.append(store.counts.bytes)
 

@@ -5,24 +5,30 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import SAMPLE_RATE, encode
 from sharding.errors import ShardError
 from sharding.format import read_index
 from sharding.store import FolderStore
 from streamtrain.collate import Batch
-from streamtrain.loader import LoaderError, LoadingProcesses, _read_into
+from streamtrain.loader import LoaderError, LoadingProcesses, _read_into, count_loaded
 from streamtrain.mask import Masking, Spans
+from streamtrain.noise import change_for_training
+from streamtrain.patience import Patience, StallError
+from streamtrain.plan import PlanSettings, plan_epoch
 from streamtrain.stream import StepBatch, open_stream
-from streamtrain.world import World
+from streamtrain.world import LostStepError, World
 from tests.stream_sets import VOCAB, plan_of, stream_of, write_set
 
 GEOMETRY = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
@@ -35,9 +41,9 @@ def meadow(tmp_path: Path) -> Path:
     return tmp_path / "meadow"
 
 
-def processes_of(folder: Path, rank: int = 0, size: int = 1) -> LoadingProcesses:
-    index = read_index(FolderStore(folder))
-    return LoadingProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, World(rank, size), 2))
+def processes_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> LoadingProcesses:
+    index, world = read_index(FolderStore(folder)), World(rank, size)
+    return LoadingProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, world, workers))
 
 
 def child_of(loading: LoadingProcesses) -> psutil.Process:
@@ -49,7 +55,8 @@ def assert_alike(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
         (item.step, item.numbers, item.last) for item in theirs
     ]
     for mine, other in zip(ours, theirs, strict=True):
-        assert (mine.batch.keys, mine.batch.failed) == (other.batch.keys, other.batch.failed)
+        for named in ("keys", "failed", "crowded"):
+            assert getattr(mine.batch, named) == getattr(other.batch, named)
         for name in ("inputs", "input_lengths", "targets", "target_lengths", "weights", "time_mask", "feature_mask"):
             one, another = getattr(mine.batch, name), getattr(other.batch, name)
             assert (one is None and another is None) or torch.equal(one, another), name
@@ -93,6 +100,17 @@ def test_its_epochs_are_those_of_a_stream(rank: int, size: int, merged: float | 
         theirs = list(stream.epoch(plan, first_step, merged, hide))
         assert_alike(list(loading.epoch(plan, first_step, merged, hide)), theirs)
         assert loading.take_counts().clips == stream.take_counts().clips == sum(len(item.batch.keys) for item in theirs)
+
+
+def test_a_label_too_long_for_its_frames_is_silenced_and_counted_there_too(meadow: Path) -> None:
+    loading, stream, plan = processes_of(meadow, workers=1), stream_of(meadow), plan_of(meadow)
+    slow = replace(MASKING, geometry=((400, 1600),))
+    ours, theirs = (
+        list(one.epoch(plan, finish=partial(change_for_training, slow, None, 0))) for one in (loading, stream)
+    )
+    assert_alike(ours, theirs)
+    silent = sum(len(item.batch.crowded) for item in ours)
+    assert 0 < silent == stream.take_counts().silent == loading.take_counts().silent < 60
 
 
 def test_an_epoch_left_in_the_middle_ends_its_process_and_the_next_one_is_whole(meadow: Path) -> None:
@@ -174,6 +192,73 @@ def test_a_process_that_is_killed_is_told_and_sigterm_is_not_its_to_answer(meado
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(LoaderError, match="is gone"):
         list(items)
+
+
+def stop_in(seconds: float) -> Callable[[], bool]:
+    """Whether the rank is asked to stop: from so many seconds after the first look on."""
+    since: list[float] = []
+
+    def stopped() -> bool:
+        since.append(time.monotonic())
+        return since[-1] - since[0] >= seconds
+
+    return stopped
+
+
+def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow: Path) -> None:
+    loading, plan = processes_of(meadow, workers=1), plan_of(meadow)
+    step = r"rank 0's batch of step \d+ of this epoch .loading process 1 of 1. has not come in"
+
+    def expect(items: Iterator[StepBatch], patience: Patience, error: type[Exception], words: str) -> None:
+        child = child_of(loading)
+        child.suspend()
+        loading.patience = patience
+        started = time.monotonic()
+        with pytest.raises(error, match=words.replace("{pid}", str(child.pid))):
+            list(items)
+        assert time.monotonic() - started < 5
+        child.wait(10)
+        loading.patience = Patience()
+
+    next(items := loading.epoch(plan))
+    expect(items, Patience(1), StallError, step + r" 1 s(?s:.*)py-spy dump --pid {pid}")
+    next(items := loading.epoch(plan))
+    expect(items, Patience(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command")
+    assert len(list(loading.epoch(plan))) == plan.steps * 8
+    more_than_a_pipe_holds = partial(weigh, bytes(8_000_000))
+    expect(loading.epoch(plan, finish=more_than_a_pipe_holds), Patience(1), StallError, step)
+
+
+def weigh(_: bytes, batch: Batch) -> Batch:
+    return batch
+
+
+@pytest.mark.parametrize(("workers", "in_processes"), [(3, False), (1, True)])
+def test_the_memory_that_is_foretold_is_about_what_a_full_look_ahead_takes(
+    workers: int, in_processes: bool, tmp_path: Path
+) -> None:
+    tone = encode(np.sin(np.arange(10 * SAMPLE_RATE) / 9).astype(np.float32) / 2)
+    index = write_set(tmp_path, 400, 40, spoilt=dict.fromkeys(range(400), tone), lengths=[10 * SAMPLE_RATE] * 400)
+    plan = plan_epoch(index, PlanSettings(batch_seconds=160, micro_batches_per_step=1), 0)
+    make = partial(open_stream, index, str(tmp_path), None, 1.0, VOCAB, True, World(), workers)
+    stream, me = LoadingProcesses(make) if in_processes else make(), psutil.Process()
+
+    def taken() -> int:
+        children = [psutil.Process(one.pid) for one in stream._processes] if in_processes else []
+        return sum(int(process.memory_full_info().uss) for process in (me, *children))
+
+    seen = [taken()]
+    items = stream.epoch(plan)
+    next(items)
+    while len(seen) < 10 or seen[-1] > seen[-9] + 1e6:
+        time.sleep(0.2)
+        seen.append(taken())
+    items.close()  # type: ignore[attr-defined]
+    largest = int(plan.padded.max()) / SAMPLE_RATE
+    foretold = count_loaded(index, workers, in_processes).at(largest)
+    if in_processes:  # an evaluation's, beside, is not under way
+        foretold -= count_loaded(index, workers, False).at(largest)
+    assert 0.5 * foretold < seen[-1] - seen[0] < 1.2 * foretold
 
 
 def test_masks_are_a_clips_own_and_never_hide_its_end(meadow: Path) -> None:

@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
 }
+SLOW = {"conv_stride": [5, 2, 2, 2, 2, 2, 4]}  # a frame every 40 ms
 LAYER_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2, group norm": ("Wav2Vec2", {}),
@@ -50,11 +51,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_network(family: str, head: str = "ForCTC") -> Any:
+def make_network(family: str, head: str = "ForCTC", **more: Any) -> Any:
     """A tiny network of a family with random weights, in evaluation."""
     prefix, settings = FAMILIES[family]
     torch.manual_seed(3)
-    config = getattr(transformers, f"{prefix}Config")(**TINY, **settings, vocab_size=len(VOCAB), pad_token_id=0)
+    config = getattr(transformers, f"{prefix}Config")(**TINY, **settings, **more, vocab_size=len(VOCAB), pad_token_id=0)
     return getattr(transformers, f"{prefix}{head}")(config).eval()
 
 
@@ -499,9 +500,9 @@ def test_a_mistake_in_a_model_from_scratch_is_told(change: dict[str, Any], said:
 # --- saving and export ----------------------------------------------------------------------------------------------
 
 
-def talkative(family: str) -> CTCModel:
+def talkative(family: str, **more: Any) -> CTCModel:
     """A model whose head says something other than blank: another symbol every few frames."""
-    network = make_network(family)
+    network = make_network(family, **more)
     with torch.no_grad():
         network.lm_head.weight.mul_(6)
         network.lm_head.bias.fill_(0.0)

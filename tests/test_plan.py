@@ -34,6 +34,7 @@ from streamtrain.plan import (
     plan_epoch,
     plan_evaluation,
     plan_rest,
+    shortest_lengths,
     valid_world_sizes,
 )
 
@@ -196,7 +197,7 @@ def test_a_node_uses_a_shard_from_the_first_to_the_last_step_at_which_one_of_its
                 for row in plan.micro_batch(step, number).tolist():
                     key = rank // ranks_per_node, int(index.samples["shard"][row])
                     steps.setdefault(key, []).append(step)
-    uses = find_uses(index, plan, world_size, ranks_per_node)
+    uses = find_uses(index, plan, [rank // ranks_per_node for rank in range(world_size)])
     found = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
     assert {(node, shard): (first, last) for node, shard, first, last in found} == {
         key: (min(seen), max(seen)) for key, seen in steps.items()
@@ -265,6 +266,12 @@ def test_a_clip_is_played_at_one_of_the_speeds_where_its_label_and_the_cap_allow
         assert length == round(int(clip["samples"]) / speed)
         if speed > 1:
             assert frame_count(length) >= max(2 * int(clip["label_length"]) - 1, 1)
+
+
+@given(indices, plan_settings, epochs)
+def test_no_epoch_plays_a_clip_faster_than_was_foretold(index: ShardIndex, wanted: PlanSettings, epoch: int) -> None:
+    plan = plan_epoch(index, wanted, epoch)
+    assert (plan.lengths >= shortest_lengths(index.samples, wanted.speed_factors)[plan.rows]).all()
 
 
 def test_speeds_and_gains_depend_on_seed_epoch_and_clip_alone(meadow: ShardIndex) -> None:

@@ -1,13 +1,14 @@
 """What the memory does not hold is named before the first step, with what it would hold."""
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from sharding.audio import SAMPLE_RATE
 from streamtrain.collate import Batch
 from streamtrain.plan import EpochPlan
-from streamtrain.probe import Memory, ProbeError, Shape, largest_shapes, probe, render
+from streamtrain.probe import GIB, SECOND_BYTES, Loader, Memory, ProbeError, Shape, largest_shapes, probe, render
 from streamtrain.world import World
 
 MANY = Shape("the longest micro-batch (number 1 of step 1)", 37, 2 * SAMPLE_RATE, 5)
@@ -29,6 +30,22 @@ def test_every_shape_is_run_by_doubling_up_to_its_size() -> None:
     assert [clips for clips, _ in seen] == [1, 1, 2, 4, 8, 16, 32, 37]
     assert {samples for _, samples in seen} == {2 * SAMPLE_RATE}
     assert "for the longest micro-batch (number 1 of step 1): 37 clips of up to 2.0 s" in render(memory, [MANY])
+
+
+def test_batches_loaded_ahead_are_counted_and_refused_where_the_memory_does_not_hold_them() -> None:
+    free = psutil.virtual_memory().available
+    many = Loader(free / MANY.seconds / SECOND_BYTES, beside=2**20)
+    with pytest.raises(
+        ProbeError, match=r"loaded ahead take up to [\d.]+ GiB, [\d.]+ GiB of this.*\nhint: lower data.w"
+    ):
+        probe(lambda _: None, [MANY], World(), many)
+    loader = Loader(batches=64)
+    alone, beside = (probe(lambda _: None, [MANY], World(), one) for one in (Loader(), loader))
+    assert beside.at(MANY.seconds) - alone.at(MANY.seconds) == pytest.approx(loader.at(MANY.seconds), rel=0.1)
+    assert beside.largest < alone.largest
+    assert f"loaded ahead take up to {loader.at(MANY.seconds) / GIB:.2f} GiB of the host's" in render(
+        beside, [MANY], loader
+    )
 
 
 def test_what_fits_lies_on_the_line_through_what_was_seen() -> None:

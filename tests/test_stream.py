@@ -1,16 +1,20 @@
 """Whatever the number of ranks and threads, every clip arrives once, whole, and in the plan's order."""
 
+import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from stream_sets import (
     SETTINGS,
     VOCAB,
@@ -21,15 +25,22 @@ from stream_sets import (
     training_keys,
     write_set,
 )
+from test_plan import make_index
+from training_runs import free_port, start
 from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.audio import SAMPLE_RATE, decode, encode
 from sharding.errors import ShardError, StoreError
 from sharding.format import read_index, read_keys
+from sharding.ipa import ctc_frames_needed
+from sharding.sample import Sample
 from sharding.store import FolderStore
-from streamtrain.collate import collate
-from streamtrain.plan import PlanError, PlanSettings, Sounds, plan_epoch
-from streamtrain.stream import BATCHES_AHEAD, read_ahead
+from streamtrain.collate import collate, silence_crowded
+from streamtrain.network import ctc_sum
+from streamtrain.patience import Patience, StallError
+from streamtrain.plan import PlanError, PlanSettings, Sounds, numbers_of_rank, plan_epoch
+from streamtrain.stream import BATCHES_AHEAD, ShardStream, read_ahead
+from streamtrain.world import LostStepError, World
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
@@ -101,6 +112,53 @@ def test_stopped_twice_at_any_step_it_goes_on_as_if_uninterrupted(
         assert {(item.step, *item.numbers): item.batch.keys for item in seen} == whole
 
 
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3), st.lists(st.floats(0.1, 3), min_size=1))
+def test_a_machine_knows_when_its_own_ranks_read_which_shard_however_many_the_others_have(
+    slots: list[int], forwards: int, seconds: list[float]
+) -> None:
+    index, size = make_index(seconds, shard_sec=2.0), sum(slots)
+    plan = plan_epoch(index, replace(SETTINGS, micro_batches_per_step=size * forwards), 0)
+    for node, count in enumerate(slots):
+        ranks = range(sum(slots[:node]), sum(slots[: node + 1]))
+        read = defaultdict(set)
+        for step, rank in product(range(plan.steps), ranks):
+            for number in numbers_of_rank(rank, size, plan.micro_batches_per_step):
+                for shard in index.samples["shard"][plan.micro_batch(step, number)].tolist():
+                    read[shard].add(step)
+        for rank in ranks:
+            world = World(rank, size, rank % count, count, frozenset(ranks))
+            uses = ShardStream(index, FolderStore(Path()), VOCAB, True, world).uses(plan)
+            found = zip(uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
+            assert {shard: (first, last) for shard, first, last in found} == {
+                shard: (min(steps), max(steps)) for shard, steps in read.items()
+            }
+
+
+@pytest.mark.long
+def test_ranks_find_their_neighbours_under_either_launcher_on_machines_of_unequal_slots(tmp_path: Path) -> None:
+    script, hosts = tmp_path / "meet.py", tmp_path / "hosts"
+    script.write_text(
+        "from streamtrain.world import running\n"
+        "with running() as world:\n"
+        "    print(f'rank {world.rank} with {sorted(world.meet().neighbours)}.')\n"
+    )
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=3\n")
+    port = str(free_port())
+    deepspeed = ["deepspeed", "--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
+    torchrun = ["torchrun", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    for commands in (
+        [[*deepspeed, "--node_rank", "0"], [*deepspeed, "--node_rank", "1"]],
+        [[*torchrun, "--node_rank", "0"], [*torchrun, "--node_rank", "1", "--nproc_per_node", "3"]],
+    ):
+        machines = [start([*command, script], tmp_path / f"{node}.out") for node, command in enumerate(commands)]
+        assert [machine.wait(120) for machine in machines] == [0, 0]
+        said = "".join((tmp_path / f"{node}.out").read_text() for node in (0, 1))
+        assert "rank 0 with [0]." in said
+        assert all(f"rank {rank} with [1, 2, 3]." in said for rank in (1, 2, 3))
+        for node in (0, 1):
+            (tmp_path / f"{node}.out").unlink()
+
+
 def test_a_world_that_does_not_divide_a_step_is_refused(meadow: Path) -> None:
     with pytest.raises(PlanError, match="3 ranks cannot share 8 micro-batches"):
         next(stream_of(meadow, size=3).epoch(plan_of(meadow)))
@@ -121,6 +179,25 @@ def test_a_batch_holds_each_clip_normalised_padded_and_labelled(meadow: Path) ->
         assert not batch.inputs[row, length:].any()
         assert VOCAB.decode(batch.targets[row, : batch.target_lengths[row]].tolist()) == sample.text
     assert batch.weights.tolist() == [1.0] * len(rows)
+
+
+@given(st.lists(st.text("kaæ", max_size=8), min_size=1, max_size=4), st.integers(1, 16))
+def test_a_clip_without_frames_for_its_label_weighs_nothing_and_is_named(texts: list[str], frames: int) -> None:
+    """Then the loss is what the others' is, and finite; else infinite."""
+    audio = encode(np.zeros(400, np.float32))
+    samples = [Sample(f"clip-{row}", audio, text, "labelled", f"clip-{row}") for row, text in enumerate(texts)]
+    lengths = torch.full((len(texts),), frames)
+    whole = collate(samples, Sounds.as_recorded(np.full(len(texts), 400)), VOCAB, normalize=False)
+    batch = silence_crowded(whole, lengths)
+    crowded = [ctc_frames_needed(text) > frames for text in texts]
+    assert batch.weights.tolist() == [float(not one) for one in crowded]
+    assert batch.crowded == tuple(sample.key for sample, one in zip(samples, crowded, strict=True) if one)
+    scores = torch.zeros(len(texts), frames, len(VOCAB)).log_softmax(-1)
+    before, after = (
+        ctc_sum(scores, lengths, one.targets, one.target_lengths, one.weights, VOCAB.blank) for one in (whole, batch)
+    )
+    assert torch.isfinite(after)
+    assert bool(torch.isfinite(before)) == (not any(crowded))
 
 
 # --- augmentation ---------------------------------------------------------------------------------------------------
@@ -285,6 +362,50 @@ def test_an_error_comes_where_its_batch_would_have_and_the_threads_stop() -> Non
     with pytest.raises(ShardError, match="b00-00001"):
         next(items)
     assert not loaders()
+
+
+@contextmanager
+def mute(path: Path) -> Iterator[None]:
+    """A pipe that nobody writes to, in place of a file: whoever opens it to read waits."""
+    whole = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    try:
+        yield
+    finally:
+        while loaders():  # whoever waits gets nothing, and an end
+            with suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            time.sleep(0.01)
+        path.unlink()
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(("workers", "patience", "error", "words"), [
+    (2, Patience(1), StallError, r"rank 0's batch of step \d+ of this epoch has not come in [12] s(?s:.*)dump --pid"),
+    (0, Patience(60, lambda: True, 1), LostStepError, r"step \d+ of this epoch has not come in [12] s: the step"),
+])  # fmt: skip
+def test_a_read_that_hangs_is_told_in_time_and_keeps_nobody(
+    workers: int, patience: Patience, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    index = write_set(tmp_path)
+    stream, plan = stream_of(tmp_path, workers=workers), plan_of(tmp_path)
+    stream.patience = patience
+    with mute(tmp_path / index.shards[0].name):
+        started = time.monotonic()
+        with pytest.raises(error, match=words):
+            list(stream.epoch(plan))
+        assert time.monotonic() - started < 5
+    stream.patience = Patience()
+    assert keys_of(list(stream.epoch(plan))) == training_keys(tmp_path)
+
+
+def test_a_batch_of_validation_that_hangs_is_told_too(tmp_path: Path) -> None:
+    index = write_set(tmp_path)
+    stream = stream_of(tmp_path)
+    stream.patience = Patience(1)
+    with mute(tmp_path / index.shards[-1].name), pytest.raises(StallError, match="rank 0's batch of 2 clips has not"):
+        list(stream.batches([index.split("valid")]))
 
 
 def test_the_threads_stop_when_the_consumer_does(meadow: Path) -> None:

@@ -3,20 +3,27 @@
 import csv
 import fcntl
 import json
+import math
+import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 import yaml
 from corpus import make_corpus, read_manifest, write_manifest
 from seaweed import BUCKET, SECRET_KEY, Seaweed
+from stream_sets import write_set
+from test_model import SLOW, TINY, make_network
+from test_plan import make_index
 from tiny_model import make_tiny_model
 from training_runs import (
     AUGMENTED,
@@ -34,7 +41,7 @@ from training_runs import (
     wait_until,
 )
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio import SAMPLE_RATE, encode
 from sharding.errors import StreamtrainError
 from sharding.format import check_shard, join_samples, read_index, read_keys, read_sample, write_index, write_shard
 from sharding.ipa import normalize_ipa
@@ -44,6 +51,12 @@ from streamtrain.config import ModelConfig
 from streamtrain.metrics import spoken_words
 from streamtrain.model import load_model, save_model
 from streamtrain.monitor import read_log
+from streamtrain.network import CTCModel
+from streamtrain.patience import GRACE_SEC
+from streamtrain.start import _check_frames
+from streamtrain.train import TrainError
+from streamtrain.vocab import vocab_of
+from streamtrain.world import TAKEN_AWAY
 
 
 def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformers_runs(work: Path) -> None:
@@ -341,6 +354,34 @@ def test_clips_that_do_not_decode_though_their_checksums_hold_stop_the_run_when_
     assert done.stderr.count("TrainError") == 1
 
 
+def test_a_model_of_other_strides_trains_and_names_what_its_frames_cannot_spell(tmp_path: Path) -> None:
+    """At 25 frames a second a label of 20 equal symbols has a frame for each, but none for the blanks between."""
+    tone = encode(np.sin(np.arange(16_000) / 9).astype(np.float32) / 2)
+    write_set(tmp_path / "set", 30, lengths=[16_000] * 30, spoilt=dict.fromkeys(range(30), tone), texts={7: "k" * 20})
+    model = [f"model.scratch={json.dumps(TINY | SLOW)}", "model.pretrained=null", f"data.shards={tmp_path / 'set'}"]
+    done = run(training(tmp_path, "slow", *model, "train.epochs=1", "train.probe=false", ranks=1))
+    assert re.findall(r"(\S+) has a label of more symbols and blanks than frames", done.stderr) == ["clip-0-007"]
+    rows = read_rows(tmp_path / "slow")
+    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    assert [sum(int(row[name]) for row in rows) for name in ("silent", "skipped")] == [1, 0]
+
+
+@pytest.mark.parametrize("factors", [(), (0.9, 1.1)])
+def test_a_model_that_makes_fewer_frames_than_symbols_is_refused_in_words(factors: tuple[float, ...]) -> None:
+    index, slow = make_index([1.0] * 9), make_network("wav2vec2, group norm", conv_stride=[5, 2, 2, 2, 2, 2, 8])
+    model = CTCModel(slow, vocab_of("phonetic"), normalize=True)
+    for symbols in range(1, 40):
+        index.samples["label_length"] = 1
+        index.samples["label_length"][4] = symbols
+        frames = 12 if factors and symbols <= 23 else 13  # beyond, no epoch plays it faster
+        if symbols <= frames:
+            _check_frames(model, index, factors)
+            continue
+        said = f"1 of 9 .* 12.5 a second: .* .row 4 of the index. has {symbols} symbols and {frames} frames\nhint: take"
+        with pytest.raises(TrainError, match=said):
+            _check_frames(model, index, factors)
+
+
 def test_a_log_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step,epoch,loss\n1,0,0.5\n")
     with pytest.raises(StreamtrainError, match=r"log\.csv: is not the log of a run"):
@@ -358,6 +399,20 @@ def test_machines_with_other_configurations_are_stopped(work: Path) -> None:
         machines.append(start(["deepspeed", *where, "--node_rank", node, *script], log))
     assert all(machine.wait(120) for machine in machines)
     assert "ranks [1] have another configuration" in logs[0].read_text()
+
+
+def test_a_rank_whose_data_hang_stops_within_seconds_of_a_sigterm(work: Path) -> None:
+    shards, log = shutil.copytree(work / "shards", work / "mute"), work / "mute.out"
+    for tar in (shards / "train").glob("*.tar"):
+        tar.unlink()
+        os.mkfifo(tar)  # whoever opens it to read waits for somebody who writes
+    process = start(training(work, "mute-run", f"data.shards={shards}", "train.probe=false", ranks=1), log)
+    wait_until((work / "mute-run" / "before.json").is_file, process, log)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(GRACE_SEC + 10) == TAKEN_AWAY
+    assert "stopped, though rank 0's batch of step 1 of this epoch has not come in" in log.read_text()
+    assert "the same command goes on from the newest checkpoint" in log.read_text()
 
 
 @pytest.mark.long

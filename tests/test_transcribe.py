@@ -16,7 +16,7 @@ import soundfile
 import torch
 from conftest import ROOT, run_module
 from corpus import recite
-from test_model import decode, save, talkative
+from test_model import SLOW, decode, save, talkative
 
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.audio import decode as decode_audio
@@ -201,6 +201,16 @@ def test_words_are_said_where_the_model_hears_them(folder: Path, model: CTCModel
         said = path[round(word["start"] * 50) : round(word["end"] * 50)].tolist()
         assert model.vocab.decode([one for one, before in zip(said, [-1, *said], strict=False)
                                    if one not in (before, model.vocab.blank)]) == word["word"]  # fmt: skip
+
+
+def test_words_of_a_model_of_other_strides_are_said_at_its_own_frames(clips: Path, tmp_path: Path) -> None:
+    slow = talkative("wav2vec2, group norm", **SLOW)
+    (row, *_) = rows_of(save(slow, tmp_path / "slow"), [clips], tmp_path / "out.jsonl")
+    path = log_probs_of(slow, row["audio_path"]).argmax(-1)
+    assert len(row["words"]) > 1
+    for word in row["words"]:
+        said = torch.unique_consecutive(path[round(word["start"] * 25) : round(word["end"] * 25)]).tolist()
+        assert slow.vocab.decode([one for one in said if one != slow.vocab.blank]) == word["word"]
 
 
 def log_probs_of(model: CTCModel, path: str) -> torch.Tensor:
