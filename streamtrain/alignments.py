@@ -122,7 +122,7 @@ def _label_of(samples: Sequence[Sample]) -> str:
 
 
 def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]) -> Iterator[Window]:
-    """Windows whose kept frames are those that convolutions of these kernels and strides make of it, each once."""
+    """Yield windows that keep each frame once that convolutions of these kernels and strides make of a recording."""
     frames = max(int(count_frames(torch.tensor(samples), geometry)), 0)
     hop = math.prod(stride for _, stride in geometry)
     in_window, in_context = (round(seconds * SAMPLE_RATE / hop) for seconds in (WINDOW_SEC, CONTEXT_SEC))

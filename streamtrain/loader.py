@@ -57,7 +57,7 @@ class Head:
 
 
 def count_loaded(index: ShardIndex, workers: int, in_processes: bool) -> Loader:
-    """What waits in the host's memory for a rank; where processes load, threads still do for an evaluation beside."""
+    """Count what waits in the host's memory; if processes load, an evaluation's threads do too, beside."""
     if not in_processes:
         return Loader(workers * BATCHES_HELD)
     copies = 2 * index.samples.nbytes  # the index and the plan, about, which each process has
@@ -139,7 +139,7 @@ class LoadingProcess:
         self._receiver.start()
 
     def next(self, patience: Patience, what: str) -> tuple[StepBatch, StreamCounts] | None:
-        """The next batch and what it took, or None at the epoch's end."""
+        """Return the next batch and what it took, or None at the epoch's end."""
         item = patience.wait_for(lambda seconds: self._arrived.get(timeout=seconds), what, self.pid or 0)
         if isinstance(item, Exception):
             raise item
@@ -155,7 +155,7 @@ class LoadingProcess:
                 self._arrived.get(timeout=0.05)
 
     def _receive_all(self, *request: object) -> None:
-        """Have the request answered: in this thread, for a process that hangs takes no more than its pipe does."""
+        """Send the request and receive its batches: in this thread, as a process that hangs may never read it whole."""
         try:
             with suppress(OSError):  # it is gone: why, it has said, or its end says so
                 if self._make is not None:

@@ -150,7 +150,7 @@ class CTCModel(nn.Module):
 
     @property
     def frame_samples(self) -> int:
-        """Samples from one frame to the next."""
+        """Return the samples from one frame to the next."""
         return math.prod(stride for _, stride in self.geometry)
 
     @property

@@ -17,11 +17,11 @@ Item = TypeVar("Item")
 
 
 class StallError(StreamtrainError):
-    """Data that did not come in time."""
+    """Raised where data do not come in time."""
 
 
 class Patience:
-    """How long a rank waits for a batch, in all and once `stopped()` is true."""
+    """Bound how long a rank waits: for one batch `seconds`, and `grace_sec` in all from when `stopped()` is true."""
 
     def __init__(
         self,

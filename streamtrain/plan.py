@@ -277,7 +277,7 @@ class Uses:
 
 
 def find_uses(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> Uses:
-    """When each shard is needed by the ranks of each node, given the node of every rank; by default of all together."""
+    """Find when the ranks of each node need each shard, given the node of every rank; by default, all together."""
     per_step = plan.micro_batches_per_step
     batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
     node = np.asarray(node_of)[batch % per_step % len(node_of)]
@@ -341,14 +341,14 @@ def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: 
 
 
 def _spells(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
-    """Whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
+    """Tell whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
     frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
     needed: Rows = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
     return frames >= needed
 
 
 def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Rows:
-    """Samples of each clip, shape (N,), at the fastest of the speeds at which an epoch may play it."""
+    """Return the samples of each clip, shape (N,), at the fastest of the speeds at which an epoch may play it."""
     shortest: Rows = samples["samples"].astype(np.int64)
     for factor in speed_factors:
         lengths = length_at(samples["samples"], factor)

@@ -67,13 +67,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Loader:
-    """What loads the batches of a rank ahead: in the host's memory, so many of the largest, and bytes beside."""
+    """Describe what a rank loads ahead: in the host's memory, so many of the largest batches, and bytes beside."""
 
     batches: float = 0.0
     beside: int = 0
 
     def at(self, seconds: float) -> float:
-        """Bytes, where the largest batch has so many padded seconds."""
+        """Return bytes, for a largest batch of so many padded seconds."""
         return self.batches * SECOND_BYTES * seconds + self.beside
 
 
@@ -123,6 +123,7 @@ def probe(run: Run, shapes: list[Shape], world: World, loader: Loader = Loader()
 
 
 def _check_loader(needed: float, world: World) -> None:
+    """Raise ProbeError if what is loaded ahead needs more than the rank's share of the host's memory."""
     share = _host_share(world)
     if needed > share:
         raise ProbeError(
@@ -205,7 +206,7 @@ def _status(name: str) -> int:
 
 
 def _limit(world: World) -> int:
-    """Bytes that this rank may hold: of its GPU, or of the host."""
+    """Return the bytes that this rank may hold: of its GPU, or of the host."""
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
         return int(free + torch.cuda.memory_reserved(world.device))
@@ -213,7 +214,7 @@ def _limit(world: World) -> int:
 
 
 def _host_share(world: World) -> int:
-    """Bytes that this rank may take yet of what the machine or its container has left."""
+    """Return the bytes that this rank may take yet of what the machine or its container has left."""
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # no container, or one without a limit
         group = Path("/sys/fs/cgroup")

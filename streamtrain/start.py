@@ -133,7 +133,7 @@ def _prepare(
 
 
 def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[float]) -> None:
-    """Raises TrainError where the model makes fewer frames of a training clip than its label has symbols.
+    """Raise TrainError if the model makes fewer frames of a training clip than its label has symbols.
 
     The build has seen to that for wav2vec2's strides alone. Such a clip's loss is infinite, and its step lost.
     """

@@ -145,7 +145,7 @@ class ShardStream:
                 cache.stop_prefetching()
 
     def uses(self, plan: EpochPlan) -> Uses:
-        """When the ranks of this machine need which shard."""
+        """Find when the ranks of this machine need which shard."""
         here = {self.world.rank, *self.world.neighbours}
         return find_uses(self.index, plan, [int(rank in here) for rank in range(self.world.size)]).of(1)
 
@@ -224,7 +224,7 @@ def read_ahead(
     patience: Patience | None = None,
     name: Callable[[Place], str] = str,
 ) -> Iterator[Item]:
-    """`load` of every place, in order, with a bounded number of them under way in `workers` threads; 0: none ahead.
+    """Yield `load` of every place, in order, a bounded number of them under way in `workers` threads; 0: none ahead.
 
     `tell` is given the number of those that are ready when one is taken. One that does not come is waited for with
     `patience`, and named by its place; by default as long as it takes.
@@ -255,7 +255,7 @@ def read_ahead(
 
 
 def _result(future: Future[Item], seconds: float) -> Item:
-    """What a future holds. Raises `queue.Empty` where that is not known in so many seconds."""
+    """Return what a future holds. Raises `queue.Empty` if it is not done in so many seconds."""
     if not wait([future], seconds).done:
         raise Empty
     return future.result()

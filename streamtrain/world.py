@@ -107,7 +107,7 @@ class World:
         return torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
 
     def meet(self) -> "World":
-        """This rank with its neighbours; all ranks call it together.
+        """Return this rank with its neighbours; all ranks call it together.
 
         No rank knows them by itself: deepspeed's local rank is rank modulo slots, and machines may differ in slots.
         """
