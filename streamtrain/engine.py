@@ -23,7 +23,7 @@ from torch import nn
 from sharding.audio import SAMPLE_RATE
 from streamtrain.model import copy_of
 from streamtrain.network import CTCModel
-from streamtrain.precision import ConfigError
+from streamtrain.precision import ConfigError, check_precision, offloads_of
 from streamtrain.recipe import Recipe
 from streamtrain.world import World
 
@@ -51,6 +51,7 @@ class Engine:
     ) -> None:
         self.model, self.world = model, world
         self._recipe = recipe
+        self._autocast = check_precision(settings) == "torch_autocast"
         groups = [{"params": group.parameters, "lr": group.peak} for group in recipe.groups]
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -89,7 +90,8 @@ class Engine:
             for name, weight in zip(names, weights, strict=True)
         ]
         silence = torch.zeros(len(lengths), max(lengths), device=self.world.device)
-        log_probs = self.model(silence, torch.tensor(lengths))
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
+            log_probs = self.model(silence, torch.tensor(lengths))
         torch.autograd.grad(log_probs.sum(), weights, allow_unused=True)
         for hook in hooks:
             hook.remove()
@@ -129,11 +131,12 @@ class Engine:
         It has them whole and in fp32 on every rank, whatever the precision and the stage of training; all ranks call it
         together.
         """
-        weights = Tensors()
+        weights = Tensors(self.model.network.named_buffers())
         for name, parameter in self.model.network.named_parameters():
-            weights[name] = _whole_weight(parameter).detach().float().to(self.world.device)
+            if self._average is None or not parameter.requires_grad:
+                weights[name] = _whole_weight(parameter).detach().float().to(self.world.device)
         if self._average is not None:
-            weights |= {name: whole.to(self.world.device) for name, whole in self._average.gather(self.world)}
+            weights.update((name, whole.to(self.world.device)) for name, whole in self._average.gather(self.world))
         return copy_of(self.model, weights)
 
     # --- whole tensors ----------------------------------------------------------------------------------------------
@@ -294,14 +297,22 @@ def _settings_here(settings: Mapping[str, Any], learning: int, world: World) -> 
     if any(here.get(half, {}).get("enabled") for half in ("bf16", "fp16")):
         # The engine's own choice is the half type: in bf16 the sum of 8 gradients is off by 0.4 %, of 64 by 3 %
         here.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        here.setdefault("communication_data_type", "fp32")
+    if here.get("torch_autocast", {}).get("enabled"):
+        here["torch_autocast"].setdefault("dtype", "bfloat16")  # without one, GPUs would take float16
+        # Modules whose gradients the engine would sum over the ranks in bf16; what autocast computes stays as it is
+        here["torch_autocast"].setdefault("lower_precision_safe_modules", [])
     zero = here["zero_optimization"]
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         # The engine's own 5e8 are 2 GB each of a GPU's memory, whatever the model; it wants an even number
         zero.setdefault(name, min(learning + learning % 2, MAX_BUCKET))
     on_cpu = world.device.type == "cpu"
-    for name in [name for name in zero if name.startswith("offload_") and on_cpu]:
-        del zero[name]
-        log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
+    offloads = offloads_of(zero)
+    for name in ("offload_optimizer", "offload_param"):
+        if name in offloads and on_cpu:
+            log.info("deepspeed.zero_optimization.%s has no effect on CPU, where all is in its memory already", name)
+        if name not in offloads or on_cpu:
+            zero.pop(name, None)
     optimizer = here.get("optimizer", {})
     if str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
         params = optimizer["params"]

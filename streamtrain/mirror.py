@@ -26,6 +26,7 @@ from streamtrain.folders import sync
 log = logging.getLogger("streamtrain")
 
 POINTER, PIECES = "newest.json", "pieces/"
+PREVIOUS = "previous.json"  # the pointer before, whose pieces are kept: copied over the newest, it takes a run back
 PIECE_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has its place in the file
 FETCHED_AT_ONCE = 8  # pieces, each held in memory until it is written
 NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
@@ -154,7 +155,8 @@ class Mirror:
         with self._changed:
             self._drop_waiting()
             self._changed.wait_for(lambda: not self._busy)
-        self._store.delete(POINTER)
+        for name in (POINTER, PREVIOUS):
+            self._store.delete(name)
 
     def offer(self, checkpoint: Path) -> None:
         """Have a checkpoint copied, unless a newer one is offered before its turn comes.
@@ -240,6 +242,8 @@ class Mirror:
         there = {name for name in self._store.names() if name.startswith(PIECES)}  # what else lies there is not ours
         if missing := _pieces_of(files) - there:
             raise StoreError(f"{self._store.url}: pieces are gone, such as {min(missing)}", NO_MIRROR)
+        if before is not None:
+            self._store.write(PREVIOUS, json.dumps(before, indent=1).encode())
         self._store.write(POINTER, json.dumps({"checkpoint": staged.stem, "files": files}, indent=1).encode())
         for name in there - _pieces_of(files) - kept:
             self._store.delete(name)

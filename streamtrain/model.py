@@ -83,11 +83,11 @@ def copy_of(model: CTCModel, weights: dict[str, torch.Tensor]) -> CTCModel:
 def load_trained(folder: str | Path) -> CTCModel:
     """Return a model saved by `save_model`, for evaluation. Raise ModelError if it lacks a weight or its vocabulary."""
     folder = Path(folder)
-    vocab, (network, lacks) = load_vocab(folder), _from_pretrained(str(folder), {})
-    if lacks:
+    vocab, (network, random) = load_vocab(folder), _from_pretrained(str(folder), {})
+    if random:
         raise ModelError(
-            f"model {str(folder)!r} has no CTC head: it lacks {' and '.join(lacks)}",
-            "give the folder of a trained model",
+            f"model {str(folder)!r} has no CTC head of its own: {', '.join(random.values())}",
+            "give the folder of a trained model, whole",
         )
     if len(vocab) != network.lm_head.out_features or vocab.blank != network.config.pad_token_id:
         raise ModelError(
@@ -128,10 +128,10 @@ def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -
     tokens, own = _vocab_of_pretrained(name)
     kept = choice == "auto" and own is not None and set(wanted.tokens) <= set(own.tokens)
     vocab = own if own is not None and kept else wanted
-    network, lacks = _from_pretrained(name, settings | _ctc_settings(vocab))
-    if lacks:  # of its pretraining: the head is new
-        return network, vocab
-    if choice == "auto" and not (kept and network.lm_head.out_features == len(vocab)):
+    network, random = _from_pretrained(name, settings | _ctc_settings(vocab))
+    if all(f"lm_head.{part} is missing" in random.values() for part in ("weight", "bias")):
+        return network, vocab  # of its pretraining: the head is new
+    if choice == "auto" and (random or not kept):
         raise ModelError(
             f"model {name!r} is a CTC model: its head is for symbols of its own "
             f"({_few(tokens) or 'which are not told'}), not for all those of the shard set ({_few(wanted.tokens)})",
@@ -183,10 +183,10 @@ def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
         raise ModelError(f"model.scratch: {error}", hint) from error
 
 
-def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return a network in fp32 with all weights of its encoder, and the names of those of its head that were not found.
+def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """Return a network in fp32 with all weights of its encoder, and which of its head have random values, and why.
 
-    What was not found has random values. Raise ModelError if that is a weight of the encoder.
+    Raise ModelError if a weight of the encoder is missing or has another shape.
     """
     from transformers import AutoConfig, AutoModelForCTC
     from transformers.utils import logging
@@ -200,6 +200,8 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, list[str
             raise ValueError(f"its type is {config.model_type!r}, not one of {', '.join(FAMILIES)}")
         if getattr(config, "add_adapter", False):
             raise ValueError(f"{config.model_type} with a convolutional adapter is not supported")
+        if getattr(config, "conv_pos_batch_norm", False):
+            raise ValueError("its batch norm over positions counts padding, and other ranks' clips not at all")
         network, seen = AutoModelForCTC.from_pretrained(
             name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
         )
@@ -212,25 +214,26 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, list[str
             "or train a small one from scratch with configs/demo.json"
         )
         raise ModelError(f"model {name!r} cannot be loaded: {reason}", hint) from error
-    sizes = {key: f"{key} ({tuple(theirs)} in the file, {tuple(ours)} in the model)"
-             for key, theirs, ours in seen["mismatched_keys"]}  # fmt: skip
-    _check_weights(name, network, set(seen["missing_keys"]), sizes)
+    random = {key: f"{key} is missing" for key in seen["missing_keys"]}
+    for key, theirs, ours in seen["mismatched_keys"]:
+        random[key] = f"{key} is {tuple(theirs)} in the file, {tuple(ours)} in the model"
+    _check_weights(name, network, random)
     if unused := sorted(seen["unexpected_keys"]):
         log.info("model %s: %d weights of its file are not used: %s, …", name, len(unused), ", ".join(unused[:3]))
-    return network, sorted(key for key in seen["missing_keys"] if key.startswith("lm_head."))
+    return network, {key: why for key, why in random.items() if key.startswith("lm_head.")}
 
 
-def _check_weights(name: str, network: Any, missing: set[str], mismatched: dict[str, str]) -> None:
+def _check_weights(name: str, network: Any, random: dict[str, str]) -> None:
     """Raise ModelError if a weight of the encoder has random values, or any is not a number."""
     weights = dict(network.named_parameters())
     learnt_anew = ("lm_head.weight", "lm_head.bias", f"{network.base_model_prefix}.masked_spec_embed")
     encoder = {key: weight.numel() for key, weight in weights.items() if key not in learnt_anew}
-    lost = [key for key in encoder if key in missing | mismatched.keys()]
+    lost = [key for key in encoder if key in random]
     if lost:
         found = 1 - sum(encoder[key] for key in lost) / sum(encoder.values())
         raise ModelError(
-            f"model {name!r}: {len(lost)} of its encoder's weights are not in its file: "
-            f"{', '.join(mismatched.get(key, key) for key in lost[:3])}{', …' if len(lost) > 3 else ''}; "
+            f"model {name!r}: its file lacks {len(lost)} weights of its encoder: "
+            f"{', '.join(random[key] for key in lost[:3])}{', …' if len(lost) > 3 else ''}; "
             f"{found:.1%} of the encoder was found",
             f"the names must be those of Transformers' {type(network).__name__}, and config.json that of these weights",
         )

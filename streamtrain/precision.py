@@ -30,24 +30,29 @@ NEVER: dict[tuple[str, int, tuple[str, ...]], str] = {
 }
 KEYS = {  # of each section; others change what a step computes, or are nothing that a test has seen
     "torch_autocast": "enabled dtype lower_precision_safe_modules",
-    "bf16": "enabled check_grad_overflow",
+    "bf16": "enabled",
     "fp16": "enabled loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale",
     "data_types": "grad_accum_dtype",
+    "zero_optimization.offload_optimizer": "device pin_memory",
+    "zero_optimization.offload_param": "device pin_memory",
     "zero_optimization": """
         stage reduce_bucket_size allgather_bucket_size overlap_comm contiguous_gradients reduce_scatter
         allgather_partitions round_robin_gradients sub_group_size offload_optimizer offload_param
         stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
         stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save""",
 }
-DEVICES = ("cpu", "none")
 
 
 def check_precision(deepspeed: Mapping[str, Any]) -> str:
     """Return the precision of a section `deepspeed`, a key of PRECISIONS. Raise ConfigError if it is not trained."""
     for name, keys in KEYS.items():
-        section = deepspeed.get(name, {})
+        section: Any = deepspeed
+        for part in name.split("."):
+            section = section.get(part, {})
         if not isinstance(section, Mapping):
             raise ConfigError(f"deepspeed.{name} is {section!r}, not a section", "see configs/zero2.json")
+        if not isinstance(section.get("enabled", True), bool):
+            raise ConfigError(f"deepspeed.{name}.enabled is {section['enabled']!r}", "true or false is expected")
         for key in section.keys() - set(keys.split()):
             raise ConfigError(f"deepspeed.{name}.{key} is not supported", f"its keys are {', '.join(keys.split())}")
     asked = [name for name in PRECISIONS if deepspeed.get(name, {}).get("enabled")]
@@ -76,7 +81,7 @@ def _check_sums(deepspeed: Mapping[str, Any]) -> None:
         ("communication_data_type", deepspeed.get("communication_data_type")),
     ):
         if value not in (None, "fp32"):
-            raise ConfigError(f"deepspeed.{name} is {value!r}: the sum of a step's gradients would lose digits",
+            raise ConfigError(f"deepspeed.{name} is {value!r}: gradients are summed in fp32 alone",
                               "leave it out, or write fp32")  # fmt: skip
 
 
@@ -84,13 +89,10 @@ def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
     stage = zero.get("stage")
     if stage not in OFFLOADS or isinstance(stage, bool):
         raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}", "1, 2 and 3 are trained here")
-    offload = tuple(name for name in ("offload_optimizer", "offload_param") if name in zero)
+    offload = offloads_of(zero)
     for name in offload:
-        device = zero[name].get("device", "none") if isinstance(zero[name], Mapping) else zero[name]
-        if device not in DEVICES:
-            raise ConfigError(
-                f"deepspeed.zero_optimization.{name} is to {device!r}", f"{' and '.join(DEVICES)} are trained here"
-            )
+        if (device := zero[name]["device"]) != "cpu":
+            raise ConfigError(f"deepspeed.zero_optimization.{name} is to {device!r}", "cpu and none are trained here")
     if offload not in OFFLOADS[stage]:
         which = [name for name in offload if name != "offload_optimizer"] or list(offload)
         raise ConfigError(
@@ -102,6 +104,12 @@ def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
             f"deepspeed.{precision} with stage {stage} and {_list(offload)} is not trained",
             NEVER[precision, stage, offload],
         )
+
+
+def offloads_of(zero: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a section `zero_optimization` moves off the GPU."""
+    names = ("offload_optimizer", "offload_param")
+    return tuple(name for name in names if zero.get(name, {}).get("device", "none") != "none")
 
 
 def _list(offload: tuple[str, ...]) -> str:

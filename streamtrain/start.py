@@ -75,7 +75,9 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
             index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
-        _agree(world, json.dumps(config.decisive), index.digest, checkpoint.name if checkpoint else "")
+        _agree(
+            world, json.dumps([config.decisive, config.eval.split]), index.digest, checkpoint.name if checkpoint else ""
+        )
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.decisive, index.digest, PLANNER_VERSION)
         if checkpoint is not None:
@@ -91,7 +93,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         scored = state.split == config.eval.split
         if not scored and state.best_cer is not None:
             log.info("eval.split was %r, is %r: the best score is sought anew", state.split, config.eval.split)
-        if not (scored and world.gather((run / "best").is_dir())[0]):  # or resumed into a new run folder
+        if not world.gather((run / "best").is_dir())[0] or not scored:  # resumed into a new run folder, maybe
             state = replace(state, best_cer=None, best_step=None, evaluated=-1, evaluations_since_best=0)
         state = replace(state, split=config.eval.split)
         if state.step == plans.total_steps:

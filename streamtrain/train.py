@@ -141,6 +141,7 @@ class Trainer:
         except PreemptedError as error:
             self._save()
             self._close(MIRROR_GRACE_SEC)
+            self.world.barrier()  # rank 0 holds the store at which the others wait
             said = f"stopped at step {self.state.step}; the same command goes on from there"
             raise PreemptedError(said) from error
         self._close(None)
@@ -213,12 +214,13 @@ class Trainer:
             summed = self._forward(item.batch.to(self.world.device), item.numbers[0])
             self.engine.backward(summed / symbols, last=item.last)
             nats += summed.detach()
+        lost = float(nats)  # waits for the GPU, so that its time is this rank's own
         arrivals = self.engine.take_arrivals()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
         failed = [key for item in forwards for key in item.batch.failed]
         crowded = [key for item in forwards for key in item.batch.crowded]
         silenced = len(failed) + len(crowded)
-        told = [float(nats), waited, waited + here_sec + self._update_sec, *astuple(counts)]
+        told = [lost, waited, waited + here_sec + self._update_sec, *astuple(counts)]
         everyone = self.world.gather_floats([silenced, _fingerprint(arrivals), self._preemption.asked, *told])
         all_silenced, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
         everyone = everyone[:, 3:]

@@ -44,6 +44,8 @@ LOST = (  # what gloo and NCCL say then
     "remote process exited",
 )
 BEAT_SEC, SILENT_SEC = 5.0, 60.0  # of rank 0, while the others wait for it
+LATE_SEC = 600.0  # that rank 0 may come later than another to work of its own
+LET_OTHERS_READ_SEC = 1.0
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
 
 
@@ -164,6 +166,7 @@ class World:
             yield True
         except BaseException as error:
             store.set(key, f"{type(error).__name__}: {error}")
+            time.sleep(LET_OTHERS_READ_SEC)  # at the store that ends with this rank
             raise
         else:
             store.set(key, "")
@@ -186,6 +189,7 @@ _WORKS = itertools.count()  # of rank 0 alone: every rank counts them alike
 
 
 def _beat(store: Any, key: str, done: threading.Event) -> None:
+    store.add(f"{key}/alive", 1)
     while not done.wait(BEAT_SEC):
         store.add(f"{key}/alive", 1)
 
@@ -201,8 +205,8 @@ def _wait_for_main(store: Any, key: str, work: str) -> None:
             now = store.add(f"{key}/alive", 0)
         if now != beats:
             beats, heard = now, time.monotonic()
-        elif time.monotonic() - heard > SILENT_SEC:
-            raise StreamtrainError(f"rank 0 has been silent for {SILENT_SEC:.0f} s, it was to {work}", LOST_A_RANK)
+        elif (silent := time.monotonic() - heard) > (SILENT_SEC if beats else LATE_SEC):
+            raise StreamtrainError(f"rank 0 has been silent for {silent:.0f} s, it was to {work}", LOST_A_RANK)
     if failed := store.get(key).decode():
         raise StreamtrainError(f"rank 0 could not {work}: {failed.splitlines()[0]}", "look above for all it said")
 

@@ -1,4 +1,4 @@
-"""Sum the gradients of equal micro-batches in a real engine, and print how far off it is, and the buckets.
+"""Sum gradients over micro-batches and ranks in a real engine; print how far off the sum is, and the buckets.
 
 sums_rank.py STAGE PRECISION MICRO_BATCHES
 """
@@ -21,8 +21,6 @@ TINY = {"conv_dim": [16] * 7, "hidden_size": 32, "num_hidden_layers": 2, "num_at
 def main() -> None:
     stage, precision, count = int(sys.argv[-3]), sys.argv[-2], int(sys.argv[-1])
     with running() as world:
-        from deepspeed.utils import safe_get_full_grad
-
         from streamtrain.engine import Engine
         from streamtrain.model import load_model
         from streamtrain.recipe import make_recipe
@@ -33,18 +31,31 @@ def main() -> None:
         deepspeed = {"zero_optimization": {"stage": stage}, precision: {"enabled": True},
                      "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
         engine = Engine(model, recipe, deepspeed, 0.0, world)
-        sound = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(1))
-        sums = []
-        for micro_batches in (1, count):
-            for number in range(micro_batches):
-                log_probs = engine.forward(sound, torch.tensor([8_000]))
-                engine.backward(log_probs[..., 3].sum() / 100, last=number == micro_batches - 1)
-            parameters = [weight for weight in model.parameters() if weight.requires_grad]
-            sums.append(torch.cat([safe_get_full_grad(weight).flatten().float() for weight in parameters]))
-            engine.step(0)
-        off = torch.linalg.vector_norm(sums[1] - count * sums[0]) / torch.linalg.vector_norm(count * sums[0])
+        alone = []
+        sounds = [[torch.randn(1, 8_000, generator=torch.Generator().manual_seed(100 * rank + number))
+                   for number in range(count)] for rank in range(world.size)]  # fmt: skip
+        silence = torch.zeros_like(sounds[0][0])
+        # Each micro-batch of each rank on its own, the other ranks' gradients being 0; then all of them as one step
+        for rank, mine in enumerate(sounds):
+            here = world.rank == rank
+            alone += [gradient(engine, [sound if here else silence], here) for sound in mine]
+        together = gradient(engine, sounds[world.rank], True)
+        off = torch.linalg.vector_norm(together - sum(alone)) / torch.linalg.vector_norm(together)
         buckets = engine._engine.zero_reduce_bucket_size(), engine._engine.zero_allgather_bucket_size()
-        print(json.dumps({"off": float(off), "buckets": buckets, "learning": recipe.learning}), flush=True)
+        if world.main:
+            print(json.dumps({"off": float(off), "buckets": buckets, "learning": recipe.learning}), flush=True)
+
+
+def gradient(engine, sounds, counts):  # type: ignore[no-untyped-def]
+    from deepspeed.utils import safe_get_full_grad
+
+    for number, sound in enumerate(sounds):
+        log_probs = engine.forward(sound, torch.tensor([sound.shape[1]]))
+        engine.backward(counts * log_probs[..., 3].sum() / 100, last=number == len(sounds) - 1)
+    parameters = [weight for weight in engine.model.parameters() if weight.requires_grad]
+    whole = torch.cat([safe_get_full_grad(weight).flatten().double() for weight in parameters])
+    engine.step(0)
+    return whole
 
 
 if __name__ == "__main__":

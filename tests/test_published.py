@@ -138,6 +138,22 @@ def test_a_model_that_has_all_symbols_and_more_keeps_its_head_and_ids(tmp_path: 
         load_model(ModelConfig(pretrained=str(source)))
 
 
+def test_a_head_of_more_outputs_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Some fine-tuned models name <s> and </s> in added_tokens.json alone."""
+    source = publish(tmp_path / "model", "wav2vec2", fine_tuned=True, file="safetensors")
+    resize_head(source, [*vocab_of("phonetic").tokens, "<s>", "</s>"])
+    tokens = json.loads((source / "vocab.json").read_text())
+    write(source / "vocab.json", {token: number for token, number in tokens.items() if not token.endswith("s>")})
+    with pytest.raises(ModelError, match="its head is for symbols of its own"):
+        load_model(ModelConfig(pretrained=str(source)))
+    config = json.loads((source / "config.json").read_text())
+    write(source / "config.json", config | {"vocab_size": len(vocab_of("phonetic"))})
+    with pytest.raises(
+        ModelError, match=r"no CTC head of its own: lm_head\.\S+ is \(56,.*\) in the file, \(54,.*\) in"
+    ):
+        load_trained(source)
+
+
 def test_a_model_without_its_tokens_is_not_taken_for_one_of_ours(tmp_path: Path) -> None:
     source = publish(tmp_path / "model", "hubert", fine_tuned=True, file="bin")
     (source / "vocab.json").unlink()
@@ -168,16 +184,16 @@ def spoil(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (strip, r"\d+ of its encoder's weights are not in its file: \S+, \S+, \S+, …; 0\.0% of the encoder was found"),
+        (strip, r"lacks \d+ weights of its encoder: (\S+ is missing, ){3}…; 0\.0% of the encoder was found"),
         (
             lose_one,
-            r"1 of its encoder's weights are not in its file: \S+layers\.1\.attention\.k_proj\.weight; 9\d\.\d%",
+            r"lacks 1 weights of its encoder: \S+layers\.1\.attention\.k_proj\.weight is missing; 9\d\.\d%",
         ),
         (
             lose_positions,
-            r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0; 9\d\.\d% of the encoder",
+            r"pos_conv_embed\.conv\.parametrizations\.weight\.original0 is missing; 9\d\.\d% of the encoder",
         ),
-        (widen, r"layers\.0\.layer_norm\.bias \(\(48,\) in the file, \(32,\) in the model\)"),
+        (widen, r"layers\.0\.layer_norm\.bias is \(48,\) in the file, \(32,\) in the model"),
         (spoil, r"2 weights are not finite: \S+layers\.0\.attention\.q_proj\.bias"),
     ],
 )
@@ -199,6 +215,6 @@ def test_a_trained_model_without_its_head_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "best" / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "best" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"has no CTC head: it lacks lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"has no CTC head of its own: lm_head\.weight is missing"):
         load_trained(tmp_path / "best")
     assert SPACE in model.vocab.tokens
