@@ -23,7 +23,6 @@ from streamtrain.config import load_config
 from streamtrain.engine import Parts
 from streamtrain.mirror import FETCHED_AT_ONCE, PART, POINTER, STAGING, Mirror
 from streamtrain.start import _open_mirror
-from streamtrain.world import World
 
 PIECE = 4096  # bytes: many pieces of little files
 PIECE_PUT, PIECE_GET = "PUT .*/pieces/", "GET .*/pieces/"
@@ -353,5 +352,5 @@ def test_a_run_that_a_kill_caught_between_the_files_of_its_copy_fetches_the_rest
     (empty / PART).mkdir()
     (empty / "checkpoints").rename(empty / PART / "checkpoints")
     config = load_config("configs/zero2.json", [f"train.mirror={tmp_path / 'bucket'}"])
-    _open_mirror(config, empty, "auto", World(), read_checkpoint)
+    _open_mirror(config, empty, "auto", read_checkpoint)
     assert contents(empty) == copied(run, checkpoint)
