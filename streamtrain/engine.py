@@ -125,7 +125,7 @@ class Engine:
         """The highest learning rate of a step."""
         return max(self._recipe.rates(step))
 
-    def judged(self) -> CTCModel:
+    def scored_copy(self) -> CTCModel:
         """Return a copy of the model with the weights that are scored and saved: the average if one is kept.
 
         It has them whole and in fp32 on every rank, whatever the precision and the stage of training; all ranks call it

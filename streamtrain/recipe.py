@@ -57,7 +57,7 @@ class Recipe:
 
     @property
     def learning(self) -> int:
-        """The number of weights that learn."""
+        """Return the number of weights that learn."""
         return sum(parameter.numel() for group in self.groups for parameter in group.parameters)
 
     def rates(self, step: int) -> list[float]:

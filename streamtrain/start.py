@@ -191,7 +191,7 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
     memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world, loader)
     lengths = index.samples["samples"][index.split(config.eval.split)]
     scored = evaluation_shapes(lengths, config.data.batch_seconds)
-    probe(partial(_score_unweighted, engine.judged()), scored, engine.world)
+    probe(partial(_score_unweighted, engine.scored_copy()), scored, engine.world)
     return render(memory, shapes, loader), memory
 
 

@@ -320,7 +320,7 @@ class Trainer:
         settings, state = self.config.eval, self.state
         if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
             return
-        model = self.engine.judged()
+        model = self.engine.scored_copy()
         evaluation = evaluate(
             model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
         )
