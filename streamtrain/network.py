@@ -184,7 +184,7 @@ class CTCModel(nn.Module):
 
     @property
     def _front_end_learns(self) -> bool:
-        """Tell if gradients reach the first norm, which is then always masked, so that every batch has the same graph."""
+        """Tell if gradients reach the first norm: it is then always masked, so that every batch has one graph."""
         return torch.is_grad_enabled() and any(
             weight.requires_grad for weight in self._base.feature_extractor.conv_layers[0].parameters()
         )
