@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import xxhash
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -189,7 +190,10 @@ def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan
     """
     state = checkpoint.state
     here = {"config": config.decisive, "index_digest": index_digest, "planner_version": PLANNER_VERSION}
-    differ = dict(_differences({name: getattr(state, name) for name in here}, here))
+    saved = {name: getattr(state, name) for name in here}
+    with suppress(ValidationError):  # settings that are younger than the checkpoint had their defaults
+        saved["config"] = Config.model_validate(state.config).decisive
+    differ = dict(_differences(saved, here))
     if not differ:
         return state
     if not differ.keys() <= REPLANNED or not replan:

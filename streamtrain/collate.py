@@ -13,6 +13,8 @@ from streamtrain.augment import change_speed, length_at
 from streamtrain.plan import Sounds
 from streamtrain.vocab import Vocab
 
+SILENT_SAMPLES = 4 * MIN_SAMPLES  # of a row that stands for no clip
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -52,7 +54,7 @@ def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: 
     No sample at all makes one silent row, so that every rank runs as many forwards as the others.
     """
     lengths = sounds.lengths.tolist()
-    inputs = np.zeros((max(len(samples), 1), max(lengths, default=MIN_SAMPLES * 4)), np.float32)
+    inputs = np.zeros((max(len(samples), 1), max(lengths, default=SILENT_SAMPLES)), np.float32)
     failed = []
     heard = zip(lengths, sounds.speeds.tolist(), sounds.gains.tolist(), strict=True)
     for row, sample, (length, speed, gain) in zip(inputs, samples, heard, strict=bool(samples)):

@@ -19,6 +19,7 @@ from streamtrain.vocab import Vocab, load_vocab, save_vocab, vocab_of
 log = logging.getLogger("streamtrain")
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
+NOT_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden_states", "output_attentions")
 MASKED_ATTENTION = "sdpa_always_masked"
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
 
@@ -132,9 +133,10 @@ def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -
     if all(f"lm_head.{part} is missing" in random.values() for part in ("weight", "bias")):
         return network, vocab  # of its pretraining: the head is new
     if choice == "auto" and (random or not kept):
+        why = ", ".join(random.values()) if kept else f"the shard set's symbols are {_few(wanted.tokens)}"
         raise ModelError(
             f"model {name!r} is a CTC model: its head is for symbols of its own "
-            f"({_few(tokens) or 'which are not told'}), not for all those of the shard set ({_few(wanted.tokens)})",
+            f"({_few(tokens) or 'which are not told'}) and cannot be kept: {why}",
             "to train its encoder with a new head, --set model.vocab=new; or build the shard set for the track that "
             "the model writes",
         )
@@ -157,7 +159,7 @@ def _vocab_of_pretrained(name: str) -> tuple[list[str], Vocab | None]:
         path = Path(cached_file(name, "vocab.json"))
         tokens = list(json.loads(path.read_text(encoding="utf-8")))
         blank = AutoConfig.from_pretrained(name).pad_token_id
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return [], None
     try:
         vocab = load_vocab(path.parent)
@@ -172,6 +174,8 @@ def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
     hint = "its keys are those of Transformers' Wav2Vec2Config"
     keys = Wav2Vec2Config().to_dict().keys()
     for key in scratch:  # Transformers would take any key, and ignore it
+        if key in NOT_RUN:
+            raise ModelError(f"model.scratch: {key!r} is not supported", hint)
         if key in settings:
             raise ModelError(f"model.scratch: {key!r} is not set here", "dropouts are model.dropout, the rest follows")
         if key not in keys:

@@ -33,13 +33,13 @@ KEYS = {  # of each section; others change what a step computes, or are nothing 
     "bf16": "enabled",
     "fp16": "enabled loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale",
     "data_types": "grad_accum_dtype",
-    "zero_optimization.offload_optimizer": "device pin_memory",
-    "zero_optimization.offload_param": "device pin_memory",
     "zero_optimization": """
         stage reduce_bucket_size allgather_bucket_size overlap_comm contiguous_gradients reduce_scatter
         allgather_partitions round_robin_gradients sub_group_size offload_optimizer offload_param
         stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
         stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save""",
+    "zero_optimization.offload_optimizer": "device pin_memory",
+    "zero_optimization.offload_param": "device pin_memory",
 }
 
 
@@ -48,7 +48,7 @@ def check_precision(deepspeed: Mapping[str, Any]) -> str:
     for name, keys in KEYS.items():
         section: Any = deepspeed
         for part in name.split("."):
-            section = section.get(part, {})
+            section = section.get(part, {}) if isinstance(section, Mapping) else section
         if not isinstance(section, Mapping):
             raise ConfigError(f"deepspeed.{name} is {section!r}, not a section", "see configs/zero2.json")
         if not isinstance(section.get("enabled", True), bool):
@@ -69,9 +69,20 @@ def check_precision(deepspeed: Mapping[str, Any]) -> str:
             "bfloat16 needs no scale; for half precision in 16 bits --set deepspeed.torch_autocast.enabled=false "
             "deepspeed.fp16.enabled=true",
         )
+    _check_step(deepspeed)
     _check_sums(deepspeed)
     _check_offload(precision, deepspeed.get("zero_optimization", {}))
     return precision
+
+
+def _check_step(deepspeed: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the optimizer or the clipping is none that is trained."""
+    kind = deepspeed.get("optimizer", {}).get("type", "AdamW")
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise ConfigError(f"deepspeed.optimizer.type is {kind!r}", "Adam and AdamW are trained here")
+    clipping = deepspeed.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+        raise ConfigError(f"deepspeed.gradient_clipping is {clipping!r}", "the largest norm is expected, or 0 for none")
 
 
 def _check_sums(deepspeed: Mapping[str, Any]) -> None:
@@ -87,7 +98,7 @@ def _check_sums(deepspeed: Mapping[str, Any]) -> None:
 
 def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
     stage = zero.get("stage")
-    if stage not in OFFLOADS or isinstance(stage, bool):
+    if type(stage) is not int or stage not in OFFLOADS:
         raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}", "1, 2 and 3 are trained here")
     offload = offloads_of(zero)
     for name in offload:

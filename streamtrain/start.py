@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharding.audio import MIN_SAMPLES, SAMPLE_RATE
+from sharding.audio import SAMPLE_RATE
 from sharding.exclusive import HeldError, exclusive
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
@@ -28,7 +28,7 @@ from streamtrain.checkpoint import (
     open_checkpoint,
     read_checkpoint,
 )
-from streamtrain.collate import Batch
+from streamtrain.collate import SILENT_SAMPLES, Batch
 from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
@@ -48,7 +48,7 @@ from streamtrain.world import World
 log = logging.getLogger("streamtrain")
 
 TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order of gradients is tried
-    "a silent row": [4 * MIN_SAMPLES],
+    "a silent row": [SILENT_SAMPLES],
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
@@ -84,13 +84,12 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             state = go_on_from(checkpoint, config, index.digest, replan)
         plans = Plans(index, config, state)
         _agree(world, plans.epoch(state.epoch).hash)
-        engine = _start_engine(config, index.track, checkpoint, plans.total_steps, world)
-        _check_frames(engine.model, index, config.data.speed_factors)
+        engine = _start_engine(config, index, checkpoint, plans.total_steps, world)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
                 log.info("planned anew: %d steps are left, of %d", plans.total_steps - state.step, plans.total_steps)
-        scored = state.split == config.eval.split
+        scored = state.split in ("", config.eval.split)
         if not scored and state.best_cer is not None:
             log.info("eval.split was %r, is %r: the best score is sought anew", state.split, config.eval.split)
         if not world.gather((run / "best").is_dir())[0] or not scored:  # resumed into a new run folder, maybe
@@ -139,6 +138,11 @@ def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[fl
 
     The build has seen to that for wav2vec2's strides alone. Such a clip's loss is infinite, and its step lost.
     """
+    if int(model.frame_counts(torch.tensor(SILENT_SAMPLES))) < 1:
+        raise TrainError(
+            f"the model makes no frame of {SILENT_SAMPLES / SAMPLE_RATE:g} s: its kernels and strides are too large",
+            "take a model of smaller ones (model.scratch: conv_kernel, conv_stride)",
+        )
     rows = index.split("train")
     clips = index.samples[rows]
     frames = model.frame_counts(torch.from_numpy(shortest_lengths(clips, speed_factors))).numpy()
@@ -168,7 +172,7 @@ def find_batch_seconds(config: Config, world: World) -> None:
     check_world_size(world.size, config.train.micro_batches_per_step)
     index = read_index(open_store(config.data.shards))
     plan = plan_epoch(index, config.plan, 0)
-    engine = _start_engine(config, index.track, None, plan.steps, world)
+    engine = _start_engine(config, index, None, plan.steps, world)
     said, memory = _probe(engine, plan, index, config)
     fits = int(min(memory.largest for memory in world.gather(memory)))
     if world.main:
@@ -248,11 +252,14 @@ def _log_growth(used: ShardIndex, newest: ShardIndex, store: Store) -> ShardInde
     return used
 
 
-def _start_engine(config: Config, track: str, checkpoint: Checkpoint | None, total_steps: int, world: World) -> Engine:
+def _start_engine(
+    config: Config, index: ShardIndex, checkpoint: Checkpoint | None, total_steps: int, world: World
+) -> Engine:
     """The model as it begins, or as the checkpoint has it."""
     log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
-    model = load_model(config.model, track)
+    model = load_model(config.model, index.track)
+    _check_frames(model, index, config.data.speed_factors)
     if config.data.gain_db and model.normalize:
         log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
     log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
@@ -281,6 +288,8 @@ def _peak_rate(config: Config) -> float:
 
 def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpoint | None, resume: str) -> None:
     """What would fail only after minutes, or cost an earlier result, is refused before the model is loaded."""
+    if config.eval.split == "unlabelled":
+        raise TrainError("eval.split is 'unlabelled', whose clips have no labels to score", "valid is the usual one")
     if len(index.split(config.eval.split)) == 0:
         raise TrainError(
             f"the shard set has no clips in split {config.eval.split!r} to evaluate on",

@@ -339,6 +339,8 @@ class Trainer:
         with self.world.main_alone("save best/") as mine:
             if mine:
                 save_best(model.cpu(), self.run_dir / "best")
+                if state.best_step is None:  # rather than at the end of a long run
+                    verify(self.run_dir / "best")
                 self._write_scorecard(evaluation)
 
     def _first_cer(self, cer: float) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from queue import Empty, Queue
 from typing import Any
 
 import numpy as np
@@ -196,19 +197,45 @@ def _beat(store: Any, key: str, done: threading.Event) -> None:
 
 def _wait_for_main(store: Any, key: str, work: str) -> None:
     """Wait until rank 0 has set the key. Raise StreamtrainError if it holds an error, or if rank 0 is silent."""
-    beats, heard = 0, time.monotonic()
+    seen: Queue[str | Exception | None] = Queue()
+    threading.Thread(target=_watch_main, args=(store, key, seen), daemon=True).start()
+    heard, limit = time.monotonic(), LATE_SEC
     while True:
         try:
-            store.wait([key], timedelta(seconds=BEAT_SEC))
+            news = seen.get(timeout=BEAT_SEC)
+        except Empty:
+            if (silent := time.monotonic() - heard) > limit:
+                told = f"rank 0 has been silent for {silent:.0f} s, it was to {work}"
+                raise StreamtrainError(told, LOST_A_RANK) from None
+            continue
+        if isinstance(news, Exception):
+            raise news
+        if news is not None:
             break
-        except torch.distributed.DistStoreError:  # not yet
-            now = store.add(f"{key}/alive", 0)
-        if now != beats:
-            beats, heard = now, time.monotonic()
-        elif (silent := time.monotonic() - heard) > (SILENT_SEC if beats else LATE_SEC):
-            raise StreamtrainError(f"rank 0 has been silent for {silent:.0f} s, it was to {work}", LOST_A_RANK)
-    if failed := store.get(key).decode():
-        raise StreamtrainError(f"rank 0 could not {work}: {failed.splitlines()[0]}", "look above for all it said")
+        heard, limit = time.monotonic(), SILENT_SEC
+    if news:
+        raise StreamtrainError(f"rank 0 could not {work}: {news.splitlines()[0]}", "look above for all it said")
+
+
+def _watch_main(store: Any, key: str, seen: "Queue[str | Exception | None]") -> None:
+    """Report each beat of rank 0 (None), and what it sets in the end, maybe ""; or the error of a store that is gone.
+
+    In a thread: rank 0 keeps the store, so where rank 0 is frozen no call returns, whatever its time-out.
+    """
+    beats = 0
+    try:
+        while True:
+            try:
+                store.wait([key], timedelta(seconds=BEAT_SEC))
+                seen.put(store.get(key).decode())
+                return
+            except torch.distributed.DistStoreError:  # not yet
+                now = store.add(f"{key}/alive", 0)
+            if now != beats:
+                seen.put(None)
+                beats = now
+    except Exception as error:  # raised again in the thread that waits
+        seen.put(error)
 
 
 def world_from_environment() -> World:

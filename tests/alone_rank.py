@@ -1,9 +1,11 @@
 """Ranks that wait while rank 0 works alone, longer than their collectives would wait.
 
-alone_rank.py slow|collective|fails|silent
+alone_rank.py slow|collective|fails|silent|frozen
 """
 
 import ctypes
+import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -33,6 +35,9 @@ def main() -> None:
                 raise StoreError("s3://bucket/run: no such bucket", "create it")
             if mine and mode == "silent":
                 ctypes.PyDLL(None).sleep(WORK_SEC)  # no other thread runs meanwhile
+            if mine and mode == "frozen":
+                time.sleep(2)
+                os.kill(os.getpid(), signal.SIGSTOP)  # as a machine that is paused: its store answers nobody
             if mine and mode == "slow":
                 time.sleep(WORK_SEC)
         print(f"rank {world.rank} goes on", flush=True)

@@ -38,6 +38,7 @@ from sharding.store import open_store
 from streamtrain.checkpoint import (
     CheckpointError,
     RunState,
+    _digest,
     drop_later,
     find_checkpoint,
     list_checkpoints,
@@ -419,6 +420,18 @@ def test_a_run_goes_on_with_the_clips_it_began_with_while_its_shard_set_grows(wo
     assert "has grown by 12 samples" in done.stderr + done.stdout
     assert "resumed at step 1 " in done.stderr
     assert losses(folder) == losses(finished)
+
+
+def test_a_setting_that_is_younger_than_a_checkpoint_had_its_default(work: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, work / "older", symlinks=True)
+    shutil.rmtree(folder / "checkpoints" / "step-0000002")
+    path = folder / "checkpoints" / "step-0000001" / "state.json"
+    document = json.loads(path.read_text())
+    del document["state"]["config"]["model"]["vocab"], document["state"]["split"], document["digest"]
+    path.write_text(json.dumps(document | {"digest": _digest(document)}))
+    assert "resumed at step 1" in run(training(work, "older", *TWO_STEPS, ranks=1)).stderr
+    refused = run(training(work, "older", *TWO_STEPS, "eval.split=unlabelled", ranks=1), expect=1).stderr
+    assert "TrainError: eval.split is 'unlabelled', whose clips have no labels to score" in refused
 
 
 def test_the_best_score_of_one_split_is_never_that_of_another(work: Path, finished: Path) -> None:

@@ -487,6 +487,8 @@ def test_a_model_from_scratch_is_as_its_configuration_says() -> None:
         ({"hiden_size": 32}, "unknown key 'hiden_size'\nhint: did you mean 'hidden_size'?"),
         ({"vocab_size": 3}, "'vocab_size' is not set here"),
         ({"layerdrop": 0.1}, "'layerdrop' is not set here"),
+        ({"add_adapter": True}, "'add_adapter' is not supported"),
+        ({"return_dict": False}, "'return_dict' is not supported"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_size": 63}, "num_heads|divisible"),
         ({"conv_dim": [32]}, "convolutional layers is incorrect"),

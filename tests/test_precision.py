@@ -58,6 +58,11 @@ HALF_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
         (section("fp32", 2, ("offload_param",)), "offload_param is not trained at stage 2", "no offload; offload_opt"),
         (section("fp32", 0), "stage is 0", "1, 2 and 3"),
         ({}, "stage is None", "1, 2 and 3"),
+        (section("fp32", [2]), "stage is [2]", "1, 2 and 3"),  # type: ignore[arg-type]
+        ({"zero_optimization": 2}, "deepspeed.zero_optimization is 2, not a section", "configs"),
+        (section("fp32", 2, optimizer={"type": "Muon"}), "optimizer.type is 'Muon'", "Adam and AdamW"),
+        (section("fp32", 2, gradient_clipping=-1), "gradient_clipping is -1", "the largest norm"),
+        (section("fp32", 2, gradient_clipping="abc"), "gradient_clipping is 'abc'", "the largest norm"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "to 'nvme'", "cpu and none"),
         (
             {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},

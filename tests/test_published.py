@@ -14,7 +14,7 @@ from training_runs import ROOT, free_port, losses, run, training
 from transformers import AutoModelForCTC, pipeline
 
 from streamtrain.config import ModelConfig
-from streamtrain.export import export_model, save_best
+from streamtrain.export import ExportError, export_model, save_best
 from streamtrain.model import ModelError, load_model, load_trained
 from streamtrain.vocab import SPACE, vocab_of
 
@@ -206,6 +206,17 @@ def test_an_encoder_that_is_not_all_there_is_refused_with_its_share(
     torch.save(damage(torch.load(source / "pytorch_model.bin")), source / "pytorch_model.bin")
     with pytest.raises(ModelError, match=told):
         load_model(ModelConfig(pretrained=str(source), vocab="new"))
+
+
+def test_a_model_whose_outputs_are_not_numbers_is_never_exported(tmp_path: Path) -> None:
+    """Weights of all zeros are finite, but a weight norm divides by their length."""
+    model = load_model(ModelConfig(pretrained=str(publish(tmp_path / "model", "hubert", False, "bin"))))
+    save_best(model, tmp_path / "best")
+    weights = load_file(tmp_path / "best" / "model.safetensors")
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(zeros, tmp_path / "best" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="differ by nan"):
+        export_model(tmp_path / "best", tmp_path / "export")
 
 
 def test_a_trained_model_without_its_head_is_refused(tmp_path: Path) -> None:

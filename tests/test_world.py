@@ -10,7 +10,8 @@ from training_runs import free_port, run
         ("slow", "rank 1 goes on"),
         ("collective", "another rank is gone, or hangs"),  # so the others would give up
         ("fails", "StoreError: s3://bucket/run: no such bucket"),
-        ("silent", "rank 1: StreamtrainError: rank 0 has been silent for , it was to fetch the copy"),
+        ("frozen", "rank 1: StreamtrainError: rank 0 has been silent for "),
+        ("silent", " s, it was to fetch the copy"),
     ],
 )
 def test_ranks_wait_for_rank_0_as_long_as_it_lives_and_learn_how_it_ended(mode: str, told: str) -> None:
