@@ -160,6 +160,7 @@ class World:
             yield False
             _wait_for_main(store, key, work)
             return
+        store.add(f"{key}/alive", 1)
         done = threading.Event()
         beating = threading.Thread(target=_beat, args=(store, key, done), daemon=True)
         beating.start()
@@ -190,7 +191,6 @@ _WORKS = itertools.count()  # of rank 0 alone: every rank counts them alike
 
 
 def _beat(store: Any, key: str, done: threading.Event) -> None:
-    store.add(f"{key}/alive", 1)
     while not done.wait(BEAT_SEC):
         store.add(f"{key}/alive", 1)
 
