@@ -1,9 +1,8 @@
 """Ranks that wait while rank 0 works alone, longer than their collectives would wait.
 
-alone_rank.py slow|collective|fails|silent|frozen
+alone_rank.py slow|collective|fails|frozen
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -18,12 +17,12 @@ import torch
 from sharding.errors import StoreError
 from streamtrain import world as ranks
 
-COLLECTIVE_SEC, WORK_SEC = 2, 6
+COLLECTIVE_SEC, WORK_SEC = 2, 5
 
 
 def main() -> None:
     mode = sys.argv[-1]
-    ranks.BEAT_SEC, ranks.SILENT_SEC = 0.5, 3.0
+    ranks.BEAT_SEC, ranks.SILENT_SEC, ranks.LET_RANK_0_SPEAK_SEC = 0.5, 3.0, 0.1
     with ranks.running() as world:
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=COLLECTIVE_SEC))
         if mode == "collective":
@@ -33,8 +32,6 @@ def main() -> None:
         with world.main_alone("fetch the copy") as mine:
             if mine and mode == "fails":
                 raise StoreError("s3://bucket/run: no such bucket", "create it")
-            if mine and mode == "silent":
-                ctypes.PyDLL(None).sleep(WORK_SEC)  # no other thread runs meanwhile
             if mine and mode == "frozen":
                 time.sleep(2)
                 os.kill(os.getpid(), signal.SIGSTOP)  # as a machine that is paused: its store answers nobody
