@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from sharding.build import BuildSettings, HowToRun, build
 from sharding.command import Commands, number
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
-from sharding.foreign import index_tars
+from sharding.foreign import VALID_TARS, index_tars
 from sharding.format import read_index, read_outlines
-from sharding.ipa import TRACKS, normalize_ipa
-from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, parse_columns
+from sharding.ipa import TRACKS, read_label
+from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
 from sharding.pauses import find_pauses, listen
 from sharding.repair import find_faults, repair
 from sharding.sounds import example_of, learn
@@ -41,8 +42,8 @@ def _build(options: argparse.Namespace) -> int:
     alignments = _read_alignments(options.alignments)
     chosen = {name: getattr(options, name) for name in BuildSettings.__dataclass_fields__}
     settings = BuildSettings(**chosen | {"alignments": alignments.digest})
-    how = HowToRun(options.workers, parse_columns(options.columns), options.dry_run, options.append, options.scheduler,
-                   alignments)  # fmt: skip
+    how = HowToRun(options.workers, parse_columns(options.columns), options.follow_links, options.dry_run,
+                   options.append, options.scheduler, alignments)  # fmt: skip
     built = build(_find_sources(options.sources), options.out, settings, how)
     if built.summary:
         print(report.render(built.summary, options.dry_run))
@@ -79,7 +80,7 @@ def _check_executor(options: argparse.Namespace) -> None:
 
 def _find_sources(named: Sequence[str]) -> list[Path]:
     if named:
-        return [Path(path) for pattern in named for path in (sorted(glob.glob(pattern)) or [pattern])]
+        return [path for pattern in named for path in _expand(pattern)]
     found = sorted(path for path in Path().glob(DEFAULT_SOURCES) if path.is_dir())
     if not found:
         raise ManifestError(
@@ -88,6 +89,14 @@ def _find_sources(named: Sequence[str]) -> list[Path]:
             "or name the sources",
         )
     return found
+
+
+def _expand(pattern: str) -> list[Path]:
+    """The paths that a pattern names, or itself where it names none. What is there by that name is no pattern."""
+    path = Path(pattern)
+    there = next(above for above in (path, *path.parents) if os.path.lexists(above))
+    names = glob.glob(str(path.relative_to(there)), root_dir=there)
+    return sorted(there / name for name in names) or [path]
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -110,8 +119,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    columns = parse_columns(options.columns)
-    faults, indexes = repair(options.shards, _find_sources(options.repair), columns, options.decode, options.workers,
+    reading = Reading(columns=parse_columns(options.columns), follow_links=options.follow_links)
+    faults, indexes = repair(options.shards, _find_sources(options.repair), reading, options.decode, options.workers,
                              _read_alignments(options.alignments))  # fmt: skip
     for name, fault in faults.items():
         print(f"{name}: made again ({fault})")
@@ -153,7 +162,7 @@ def _split(options: argparse.Namespace) -> int:
     name, heard = Path(options.audio).stem, listen(waveform)
     alignments = _read_alignments(options.alignments)
     gates = Gates(options.min_confidence, alignments.bound(options.wrong_share), options.min_evidence)
-    text, evidence = normalize_ipa(options.text), alignments.by_id.get(name)
+    text, evidence = read_label(options.text, "phonetic"), alignments.by_id.get(name)
     sounds = learn([example_of(name, text, waveform)], "phonetic", options.wrong_share)
     segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, sounds, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
@@ -210,6 +219,9 @@ def _commands() -> Commands:
     add("--columns", default="", metavar="FIELD=COLUMN,…",
         help="the columns of a transcripts file that has other names, such as audio_path=path,text=sentence; "
              "fields: " + ", ".join(REQUIRED_FIELDS + OPTIONAL_FIELDS))  # fmt: skip
+    add("--follow-links", action="store_true",
+        help="also read audio that links lead to outside its source's folder, as git-annex and the Hugging Face cache "
+             "lay it out: whoever made the links decides which files are read")  # fmt: skip
     add("--group-by", default="", metavar="COLUMN",
         help="keep all clips of one value of this column on one side, training or validation "
              "(default: child_id, else session_id, else each clip by itself)")  # fmt: skip
@@ -232,6 +244,7 @@ def _commands() -> Commands:
     )  # fmt: skip
     parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
     parser_verify.add_argument("--alignments", metavar="FILE", help="as it was built with")
+    parser_verify.add_argument("--follow-links", action="store_true", help="as it was built with")
     parser_verify.add_argument(
         "--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)",
@@ -251,8 +264,9 @@ def _commands() -> Commands:
     add = parser_index.add_argument
     add("shards", help="folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in "
                        "a json as text, phonetic_text or orthographic_text")  # fmt: skip
-    add("--valid", nargs="+", default=["*val*", "*dev*"], metavar="PATTERN",
-        help="tars to validate on, by their names below that folder (default: *val* *dev*)")  # fmt: skip
+    add("--valid", nargs="+", metavar="PATTERN",
+        help="tars to validate on, by their names below that folder; each must fit one "
+             f"(default: {' '.join(VALID_TARS)}, if there are such)")  # fmt: skip
     add("--track", choices=TRACKS, default="phonetic", help="what the labels are (default: %(default)s)")
     add("--limit-sec", type=number(*LIMITS_SEC), default=25.0,
         help="longer samples are rejected, s (default: %(default)s)")  # fmt: skip

@@ -101,6 +101,7 @@ class HowToRun:
 
     workers: int = field(default_factory=available_cores)
     columns: Mapping[str, str] = field(default_factory=dict)
+    follow_links: bool = False
     dry: bool = False
     append: bool = False
     scheduler: str = ""  # of a Dask cluster whose workers to use instead
@@ -120,7 +121,7 @@ class Built:
 
 def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: HowToRun) -> Built:
     """Build the shard set OUT from the sources. Raises StreamtrainError for what the user can mend."""
-    sources = read_sources(locations, Reading(settings.track, how.columns, settings.group_by))
+    sources = read_sources(locations, Reading(settings.track, how.columns, settings.group_by, how.follow_links))
     sources = [_with_absolute_path(source) for source in sources]  # workers may be elsewhere
     store = open_store(out, dry=how.dry)
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:

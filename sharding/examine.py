@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sharding.archive import AudioRoot, list_audio, open_audio
+from sharding.archive import AudioRoot, list_audio, open_audio, spell
 from sharding.audio import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
-from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, normalize
+from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, name_symbols, read_label
 from sharding.manifest import Layout, Source, Utterance, printable
+from sharding.names import same_name
 from sharding.sample import escape_key, piece_key
 from sharding.workers import Workers, count_done
 
@@ -25,10 +26,10 @@ CLIP_DTYPE = np.dtype(
     [
         ("source", "<u4"),
         ("row", "<u4"),  # in its source
-        ("id", "<u8", 2),  # xxh3-128 of the utterance id
+        ("id", "<u8", 2),  # xxh3-128 of the utterance id, as names are compared
         ("key", "<u8", 2),  # xxh3-128 of its key: the order within a bucket
         ("said", "<u8", 2),  # xxh3-128 of all that the row says, with the size of the audio
-        ("path", "<u8"),  # xxh3-64 of the audio path
+        ("path", "<u8"),  # xxh3-64 of the audio path, as the file is named
         ("speaker", "<u8"),  # first 8 bytes of the SHA-256 of whom validation keeps apart
         ("named", "?"),  # whether that is a child, or a group that the user chose
         ("fits", "?"),  # has a label that CTC can emit in so many frames
@@ -153,7 +154,7 @@ def _examine_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> Examined
 
 def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
     """The clip's row of the table, which does not know yet where it stands."""
-    text = normalize(utterance.text, track)
+    text = read_label(utterance.text, track)
     refusal, info, size = None, AudioInfo(0, False), 0
     try:
         with open_audio(audio, utterance.audio_path) as (file, size):
@@ -164,16 +165,17 @@ def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tu
             info = probe(file)
     except AudioError as error:
         refusal = Refusal(utterance, error.message)
-    foreign = foreign_symbols(text, alphabet_of(track))
-    if foreign and not refusal:
-        refusal = Refusal(utterance, f"label has symbols outside the alphabet: {foreign!r}", in_training=True)
+    alphabet = alphabet_of(track)
+    if (foreign := foreign_symbols(text, alphabet)) and not refusal:
+        reason = f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}"
+        refusal = Refusal(utterance, reason, in_training=True)
     clip = {
         "source": 0,
         "row": 0,
-        "id": hash_pair(utterance.utterance_id),
+        "id": hash_pair(same_name(utterance.utterance_id)),
         "key": hash_pair(escape_key(utterance.utterance_id)),
         "said": hash_pair(repr((utterance.values, size))),
-        "path": _hash_path(utterance.audio_path),
+        "path": _hash_path(spell(audio, utterance.audio_path)),
         "speaker": speaker_hash(utterance.speaker),
         "named": bool(utterance.group or utterance.child_id),
         "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(text),
@@ -199,8 +201,10 @@ def _check_ids(examined: Examined) -> None:
     order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of two the same the first given comes first
     twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]).all(axis=1))
     if len(twice):
-        (first, _), (second, utterance) = map(examined.find, sorted(order[twice[0] : twice[0] + 2].tolist()))
+        (first, one), (second, other) = map(examined.find, sorted(order[twice[0] : twice[0] + 2].tolist()))
+        spelt = "" if one.utterance_id == other.utterance_id else f", as {one.utterance_id!a}: to a reader the same"
+        name = f"{other.utterance_id!a}" if spelt else f"{other.utterance_id!r}"
         raise ManifestError(
-            f"{second}: utterance_id {utterance.utterance_id!r} was seen before, at {first}",
+            f"{second}: utterance_id {name} was seen before, at {first}{spelt}",
             "every clip needs an id of its own; rename one, or leave one of the sources out",
         )

@@ -27,7 +27,7 @@ from sharding.format import (
     remove_shard,
     write_shard,
 )
-from sharding.ipa import normalize
+from sharding.ipa import read_label
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
 from sharding.sample import Sample, escape_key, piece_key
@@ -132,13 +132,13 @@ def listen_to(job: ListenJob) -> Example | None:
         return None
     finally:
         count_done()
-    return example_of(utterance.utterance_id, normalize(utterance.text, job.where.track), waveform)
+    return example_of(utterance.utterance_id, read_label(utterance.text, job.where.track), waveform)
 
 
 def cut(job: CutJob) -> CutResult:
     """Split one long recording and leave its pieces as FLAC files in the scratch place."""
     utterance = job.row.parse(job.where.layouts)
-    text = normalize(utterance.text, job.where.track)
+    text = read_label(utterance.text, job.where.track)
     try:
         data = _read(utterance, job.where.layouts[job.row.source].audio, job.bytes)
         waveform, _ = decode(data, prove=not utterance.md5_hash)
@@ -257,7 +257,7 @@ def _digest(job: ShardJob, utterances: Sequence[Utterance]) -> str:
 
 def _template(job: ShardJob, member: Member, utterance: Utterance) -> Sample:
     """The sample without its audio."""
-    text = normalize(utterance.text, job.where.track)
+    text = read_label(utterance.text, job.where.track)
     if member.piece:
         return _piece_sample(utterance, text, member.piece, "valid" if job.split == "valid" else "train")
     if job.split == "unlabelled":

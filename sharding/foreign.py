@@ -4,8 +4,9 @@ import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import xxhash
@@ -26,11 +27,13 @@ from sharding.format import (
     write_index,
     write_listed,
 )
-from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols
-from sharding.manifest import Utterance
+from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, name_symbols
+from sharding.manifest import Utterance, printable
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
 from sharding.workers import Workers
+
+VALID_TARS = ("*val*", "*dev*")  # validate, unless the user names others
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +52,21 @@ class TarResult:
 
 
 def index_tars(
-    url: str, track: str, valid: Sequence[str], limit_sec: float, workers: int
+    url: str, track: str, valid: Sequence[str] | None, limit_sec: float, workers: int
 ) -> tuple[ShardIndex, dict[str, Any], float]:
     """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
 
     Tars whose name fits a pattern of `valid` validate. Raises ShardError where there are none, where an index is there
-    already, or where a key comes twice.
+    already, where a pattern fits none, or where a key comes twice.
     """
     store = open_store(url)
     if store.exists(INDEX_NAME):
         raise ShardError(f"{url}: has an {INDEX_NAME} already", "remove it first, if it is to be made anew")
-    names = sorted(name for name in store.names() if name.endswith(".tar"))
+    names = sorted(name for name in store.names() if name.endswith(".tar") and "/." not in f"/{name}")  # hidden ones
     if not names:
         raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that holds them")
-    splits = ["valid" if any(fnmatch(name, pattern) for pattern in valid) else "train" for name in names]
+    chosen = _choose_valid(url, names, valid)
+    splits = ["valid" if name in chosen else "train" for name in names]
     jobs = [TarJob(url, name, split, track, limit_sec) for name, split in zip(names, splits, strict=True)]
     with Workers(workers) as pool:
         results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
@@ -73,7 +77,7 @@ def index_tars(
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
         duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
-        settings={"track": track, "limit_sec": limit_sec, "valid": list(valid), FOREIGN: True},
+        settings={"track": track, "limit_sec": limit_sec, "valid": list(valid or VALID_TARS), FOREIGN: True},
         settings_hash="",
         sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
         notes={
@@ -93,6 +97,19 @@ def index_tars(
     return write_index(store, index), summary, tally.clips["rejected"] / max(sum(tally.clips.values()), 1)
 
 
+def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
+    """The tars that fit a pattern; one that is a tar's own name stands for that tar alone."""
+    forms = {normalize("NFC", name): name for name in names}
+    chosen: set[str] = set()
+    for pattern in patterns or VALID_TARS:
+        form = normalize("NFC", pattern)
+        fit = {form} & forms.keys() or {name for name in forms if fnmatchcase(name, form)}
+        if patterns and not fit:
+            raise ShardError(f"{url}: no tar fits --valid {pattern!r}", f"there are {', '.join(names[:5])}")
+        chosen |= {forms[name] for name in fit}
+    return chosen
+
+
 def index_tar(job: TarJob) -> TarResult:
     """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
     store = open_store(job.url)
@@ -109,7 +126,7 @@ def index_tar(job: TarJob) -> TarResult:
             keys.append(sample.key)
             who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
         except (AudioError, ShardError) as error:
-            reason = error.message
+            reason = printable(error.message)  # a member's name may be any bytes
         fate = "rejected" if reason else "written"
         ledger.append(report.ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key))
     if not rows:
@@ -127,11 +144,11 @@ def _measure(sample: Sample, job: TarJob) -> int:
     if len(waveform) > job.limit_sec * SAMPLE_RATE:
         raise AudioError(f"longer than {job.limit_sec:g} s: `build` splits long recordings")
     if job.split == "train":
-        foreign = foreign_symbols(sample.text, alphabet_of(job.track))
+        alphabet = alphabet_of(job.track)
         if not sample.text:
             raise AudioError("no label")
-        if foreign:
-            raise AudioError(f"label has symbols outside the alphabet: {foreign!r}")
+        if foreign := foreign_symbols(sample.text, alphabet):
+            raise AudioError(f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}")
         if ctc_frames_needed(sample.text) > frame_count(len(waveform)):
             raise AudioError("label needs more frames than the clip has")
         if is_constant(waveform):
@@ -143,12 +160,12 @@ def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
     """Of each sample of a tar its key, and the bytes from its first header to the end of its last member's padding."""
     key, start, end = "", 0, 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
             for info in tar:
                 check_member(info, len(data))
-                if not info.isfile() or info.name.startswith("__"):  # a note of the writer's
+                name, _ = split_name(info.name) if info.isfile() else ("", "")
+                if not name:
                     continue
-                name, _ = split_name(info.name)
                 if name != key and key:
                     yield key, start, end
                 if name != key:

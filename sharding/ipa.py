@@ -16,8 +16,21 @@ _REWRITE = str.maketrans(
 TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
+_SHOWN = 20  # symbols in a message
 _BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
 _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))
+
+# Other letters of the same phone: U+0261, as Phon writes it, U+01DD and U+AB53. The scorer knows none of them, so that
+# labels alone are read so, never a hypothesis.
+_SAME_PHONE = str.maketrans("ɡǝꭓ", "gəχ")
+# What only looks like a phone, or was its letter once: refused, for it may be meant as something else.
+_LOOK_ALIKES = dict(
+    zip(
+        "αειıɩηνορκυɷϑδ∂đΛ∧ᴐȝӡ∫łɂәеорсхіјѕһԁԝӕктм꞉∶：",
+        "ɑɛɪɪɪŋvopkʊʊθðððʌʌɔʒʒʃɫʔəeopcxijshdwæktmːːː",
+        strict=True,
+    )
+)
 
 
 def normalize_ipa(text: str) -> str:
@@ -44,6 +57,11 @@ def normalize(text: str, track: str) -> str:
     return normalize_words(text) if track == "word" else normalize_ipa(text)
 
 
+def read_label(text: str, track: str) -> str:
+    """The normal form of a label as somebody wrote it: its phones in the letters of the alphabet."""
+    return normalize(text.translate(_SAME_PHONE) if track == "phonetic" else text, track)
+
+
 def alphabet_of(track: str) -> frozenset[str]:
     """The symbols that labels of the phonetic or the word track are made of."""
     return LETTERS if track == "word" else ALPHABET
@@ -54,6 +72,16 @@ def foreign_symbols(text: str, alphabet: frozenset[str] = ALPHABET) -> str:
     if alphabet.issuperset(text):
         return ""
     return "".join(dict.fromkeys(symbol for symbol in text if symbol not in alphabet))
+
+
+def name_symbols(symbols: str, alphabet: frozenset[str] = ALPHABET) -> str:
+    """Name each symbol with its code point, and with the symbol of the alphabet that it looks like."""
+    told = []
+    for symbol in symbols[:_SHOWN]:
+        alike = _LOOK_ALIKES.get(symbol, "")
+        meant = f" (looks like {alike!r} U+{ord(alike):04X})" if alike in alphabet else ""
+        told.append(f"{symbol!r} U+{ord(symbol):04X}{meant}")
+    return ", ".join(told) + (f" and {len(symbols) - _SHOWN:,} more" if len(symbols) > _SHOWN else "")
 
 
 def ctc_frames_needed(text: str) -> int:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio
 from sharding.errors import ManifestError
 from sharding.ipa import TRACKS
+from sharding.names import name_of, same_name
 from sharding.tables import is_table, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can spell and UTF-8 cannot
@@ -30,6 +31,7 @@ SHOWN = 20  # columns in a message
 MAX_NUMBER = 2**53  # beyond it a float skips whole numbers
 REQUIRED_FIELDS = ("utterance_id", "audio_path", "text")
 OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
+NAME_FIELDS = ("utterance_id", "child_id", "session_id", "age_bucket")  # which may be numbers
 NUMBER_FIELDS = ("audio_duration_sec", "filesize_bytes")
 COMMON_VOICE = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
 
@@ -59,7 +61,7 @@ class Utterance:
     @property
     def speaker(self) -> str:
         """Whom a clip belongs to, as far as is told: the group, the child, the session, else the clip itself."""
-        return self.group or self.child_id or self.session_id or self.utterance_id
+        return self.group or self.child_id or self.session_id or same_name(self.utterance_id)
 
 
 _values = operator.attrgetter(*(each.name for each in fields(Utterance)))
@@ -72,6 +74,7 @@ class Reading:
     track: str = "phonetic"
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, where the names differ
     group_by: str = ""  # a column; its clips are all trained on or all validated on
+    follow_links: bool = False  # to audio outside the source's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +96,10 @@ class Layout:
         if fault:
             raise ManifestError(f"{where}: {fault[0]}", fault[1])
         columns = dict(self.columns)
-        text = {name: _text(row.get(column), column, where) for name, column in self.columns
+        names = {name: name_of(row.get(columns[name])) for name in NAME_FIELDS}
+        text = {name: _text(names.get(name, row.get(column)), column, where) for name, column in self.columns
                 if name not in NUMBER_FIELDS}  # fmt: skip
+        group = row.get(self.group_by)
         if not self.names_clips:
             text["utterance_id"] = os.path.splitext(text["audio_path"])[0]
         if not text["utterance_id"] or not text["audio_path"]:
@@ -104,13 +109,13 @@ class Layout:
         )
         utterance = Utterance(
             utterance_id=text["utterance_id"],
-            child_id=text["child_id"],
-            session_id=text["session_id"],
-            group=_group(row.get(self.group_by), self.group_by, where),
+            child_id=same_name(text["child_id"]),
+            session_id=same_name(text["session_id"]),
+            group=same_name(_text(str(group) if isinstance(group, bool) else name_of(group), self.group_by, where)),
             corpus=self.corpus,
             audio_path=text["audio_path"],
             duration_sec=seconds,
-            age_bucket=text["age_bucket"],
+            age_bucket=same_name(text["age_bucket"]),
             md5_hash=text["md5_hash"].lower(),
             filesize_bytes=None if size is None else int(size),
             text=text["text"],
@@ -152,6 +157,8 @@ def _hint(name: str, column: str, row: Sequence[str]) -> str:
     if name == "text" and track and column in TRACKS.values():
         return f"--track {track} takes these labels"
     near = difflib.get_close_matches(column, row, 1, 0.6)
+    if near and near[0] != near[0].strip():  # as no option can say it
+        return f"take the blanks off {near[0]!r}"
     if near:
         rename = f"rename {near[0]!r} to {column!r}, or say " if column in (name, *TRACKS.values()) else "did you mean "
         return f"{rename}--columns {name}={near[0]}"
@@ -192,7 +199,7 @@ def read_source(location: Path, reading: Reading) -> Source:
         kind = "one row below a header" if table else "one JSON object per line"
         raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
     layout = Layout(
-        corpus=printable(folder.resolve().name),
+        corpus=same_name(printable(folder.resolve().name)),
         transcripts=str(transcripts),
         audio=AudioRoot(str(folder)),
         columns=tuple(columns.items()),
@@ -215,7 +222,7 @@ def _look_around(source: Source, folder: Path, reading: Reading) -> AudioRoot:
                 f"{source.layout.transcripts}: --columns {name}={column}: there is no such column",
                 f"there are: {_enumerate(sorted(seen))}",
             )
-    return find_audio(folder, paths)
+    return find_audio(folder, paths, reading.follow_links)
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -242,7 +249,7 @@ def _find_transcripts(folder: Path, track: str) -> Path:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     found: list[Path] = []
     for pattern in (rf"{kind}_transcripts\.jsonl", r"\.jsonl", r"^validated\.tsv", r"\.[ct]sv"):
-        found = found or [path for path in files if re.search(rf"{pattern}(\.gz|\.zst)?$", path.name)]
+        found = found or [path for path in files if re.search(rf"(?i){pattern}(\.gz|\.zst)?$", path.name)]
     if len(found) != 1:
         seen = ", ".join(path.name for path in found) or "none"
         raise ManifestError(
@@ -269,11 +276,6 @@ def _text(value: Any, column: str, where: str) -> str:
     if value and not value.isprintable() and UNPRINTABLE.search(value):
         raise ManifestError(f"{where}: {column!r} is {_short(value)}, which holds NUL or half a character")
     return value or ""
-
-
-def _group(value: Any, column: str, where: str) -> str:
-    """A value to group by, which may be a number."""
-    return str(value) if isinstance(value, int | float) else _text(value, column, where)
 
 
 def _number(value: Any, column: str, where: str) -> float | None:

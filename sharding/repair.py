@@ -47,7 +47,7 @@ def find_faults(url: str, shards: Sequence[ShardEntry], with_audio: bool, worker
 def repair(
     url: str,
     locations: Sequence[Path],
-    columns: Mapping[str, str],
+    reading: Reading,
     with_audio: bool,
     workers: int,
     alignments: Alignments = NOTHING_ALIGNED,
@@ -71,7 +71,7 @@ def repair(
                     f"{url}: was built with {'other' if alignments.digest else 'a file of'} alignments",
                     "name that file: --alignments FILE",
                 )
-            sources = read_sources(locations, Reading(settings.track, columns, settings.group_by))
+            sources = read_sources(locations, replace(reading, track=settings.track, group_by=settings.group_by))
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 where = Where(url, scratch, tuple(source.layout for source in sources), settings.track, dry=True)
                 given = _tell_apart(store, examine(sources, settings.track, pool), generations, faults)

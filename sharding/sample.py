@@ -8,17 +8,21 @@ make the same bytes. We read what other WebDataset writers make, too: sound as F
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from unicodedata import normalize
 from urllib.parse import quote
 
 from sharding.errors import ShardError
-from sharding.ipa import TRACKS, normalize
+from sharding.ipa import TRACKS, read_label
+from sharding.names import name_of, same_name
 
 BLOCK = 512  # a tar is made of blocks of this many bytes
 SOUNDS = ("flac", "wav", "mp3", "ogg")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, and UTF-8 cannot
 META = ("utterance_id", "child_id", "session_id", "corpus", "age_bucket")  # what another writer's JSON may say beside
 
 
@@ -86,24 +90,42 @@ def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
     Raises ShardError where the bytes are not a sample.
     """
     try:
-        members = dict(_members(raw))
-        key, _ = split_name(next(iter(members)))
-        document = json.loads(members.get(f"{key}.json", b"{}"))
+        key, bodies = _bodies(raw)
+        document = json.loads(bodies.get("json", b"{}"))
         if not isinstance(document, dict):
             raise TypeError(f"{key}.json: an object is expected")
         if "label_status" in document:
             _check_strings(document, [name for name in _META if name in document and name not in _NUMBERS])
-            return Sample(key=key, audio=members[f"{key}.flac"], **document)
-        return _sample_of_another(key, {split_name(name)[1]: body for name, body in members.items()}, document, track)
-    except (ValueError, TypeError, LookupError, RecursionError, StopIteration, tarfile.TarError) as error:
+            return Sample(key=key, audio=bodies["flac"], **document)
+        return _sample_of_another(key, bodies, document, track)
+    except (ValueError, TypeError, LookupError, RecursionError, tarfile.TarError) as error:
         raise ShardError(f"these bytes are not a sample: {error}") from error
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The key of a member and its kind, as WebDataset tells them: at the first dot of the file's own name."""
+    """The key of a member and its kind, as WebDataset tells them: at the first dot of the file's own name.
+
+    Both are empty where WebDataset passes over a file: a hidden one, one without a dot, a note such as `__x__`. Bytes
+    that are no UTF-8 are spelt out.
+    """
     folder, slash, file = name.rpartition("/")
-    stem, _, kind = file.partition(".")
-    return f"{folder}{slash}{stem}", kind.lower()
+    stem, dot, kind = file.partition(".")
+    if not stem or not dot or (name.startswith("__") and re.match("__[^/]*__($|/)", name)):
+        return "", ""
+    key = f"{folder}{slash}{stem}".encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return normalize("NFC", key), kind.lower()
+
+
+def _bodies(raw: bytes) -> tuple[str, dict[str, bytes]]:
+    """The key of a sample, and its members by their kind."""
+    key, bodies = "", dict[str, bytes]()
+    for name, body in _members(raw):
+        its, kind = split_name(name)
+        if kind in bodies:
+            raise ValueError(f"{its}.{kind} is there twice")
+        if its:
+            key, bodies[kind] = its, body
+    return key, bodies
 
 
 def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[str, Any], track: str) -> Sample:
@@ -112,20 +134,22 @@ def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[
         raise ValueError(f"{key} has no sound, only {', '.join(bodies)}")
     if not {"txt", "json"} & bodies.keys():
         raise ValueError(f"{key} has no label, only {', '.join(bodies)}")
-    said = {name: document.get(name) or "" for name in ("text", TRACKS[track], *META)}
+    said: dict[str, Any] = {name: document.get(name) for name in ("text", TRACKS[track])}
+    said |= {name: name_of(document.get(name)) for name in META}
+    said = {name: "" if value is None else value for name, value in said.items()}
     _check_strings(said, said)
     text = bodies["txt"].decode("utf-8-sig") if "txt" in bodies else said["text"] or said[TRACKS[track]]
-    label = normalize(text, track)
+    label = read_label(text, track)
     return Sample(
         key=escape_key(key),
         audio=audio,
         text=label,
         label_status="labelled" if label else "unlabelled",
         utterance_id=said["utterance_id"] or key,
-        child_id=said["child_id"],
-        session_id=said["session_id"],
-        corpus=said["corpus"],
-        age_bucket=said["age_bucket"],
+        child_id=same_name(said["child_id"]),
+        session_id=same_name(said["session_id"]),
+        corpus=same_name(said["corpus"]),
+        age_bucket=same_name(said["age_bucket"]),
     )
 
 
@@ -133,6 +157,8 @@ def _check_strings(document: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(document[name], str):
             raise TypeError(f"{name} is {document[name]!r:.50}, a string is expected")
+        if not document[name].isascii() and HALF_CHARACTER.search(document[name]):
+            raise ValueError(f"{name} is {document[name]!a:.50}, which holds half a character")
 
 
 # A ustar header without name, size and checksum: mtime, uid and gid are 0, so the same samples make the same bytes.
@@ -156,7 +182,8 @@ def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
         if header[156:157] != tarfile.REGTYPE or header[257:263] != b"ustar\0" or header[345] or header[124] >= 128:
             yield from _members_of_any_kind(raw[position:])
             return
-        name, size = header[:100].partition(b"\0")[0].decode(), int(header[124:135], 8)
+        name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        size = int(header[124:135], 8)
         body = raw[position + BLOCK : position + BLOCK + size]
         if len(body) != size:
             raise ValueError(f"{name} has {len(body)} of {size} bytes")
@@ -165,7 +192,7 @@ def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _members_of_any_kind(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:", encoding="utf-8") as tar:
         for info in tar:
             check_member(info, len(raw))
             if info.isfile():

@@ -85,11 +85,12 @@ def _read_table(
     """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows, their lines, header."""
     csv.field_size_limit(sys.maxsize)  # the label of a recording of hours is long
     file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
-    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if _bare_suffix(path) == ".tsv" else {"strict": True}
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    quotes = tabs if _bare_suffix(path) == ".tsv" else {"strict": True, "skipinitialspace": True}
     reader = csv.reader(file, **quotes)
     text, numbers, start = io.BytesIO(), [], 1
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         twice = [name for name, count in Counter(names).items() if name and count > 1]
         if twice:
             raise csv.Error(f"column {twice[0]!r} is there twice")

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, list_audio, open_audio
+from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, list_audio, open_audio, walk_files
 from sharding.errors import ManifestError, StreamtrainError
 from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
 from sharding.sample import Sample, whole_key
@@ -100,14 +100,8 @@ def _printable(path: str) -> str:
 
 def _in_folder(folder: Path) -> Iterator[Recording]:
     """Its audio files and those of its zips, links followed, under their own names where these differ, else by path."""
-    paths: list[Path] = []
-    seen: set[str] = set()
-    for here, below, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(here) in seen:  # a link to a folder above
-            below.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        paths += [Path(here, name) for name in files if name.lower().endswith((*AUDIO_SUFFIXES, ".zip"))]
+    paths = [Path(path) for path in walk_files(str(folder), follow_links=True)
+             if path.lower().endswith((*AUDIO_SUFFIXES, ".zip"))]  # fmt: skip
     audio = sorted(path for path in paths if path.suffix.lower() != ".zip")
     differ = len({path.stem for path in audio}) == len(audio)
     for path in audio:
@@ -164,7 +158,7 @@ def _in_manifest(path: Path) -> Iterator[Recording]:
     if not rows:
         return
     chosen = np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int))
-    root = find_audio(path.parent, [rows[row][0] for row in chosen])
+    root = find_audio(path.parent, [rows[row][0] for row in chosen], follow_links=True)
     yield from (_member(root, audio_path, utterance_id) for audio_path, utterance_id in rows)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_sample
-from sharding.ipa import TRACKS, alphabet_of, foreign_symbols
+from sharding.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
 from sharding.sample import escape_key
 from sharding.store import open_store
 from streamtrain.model import load_trained
@@ -189,12 +189,13 @@ def _check_rows(folder: Path, field: str) -> int:
             f"{len(given):,} rows, {len(wanted):,} wanted; surplus {list(extra)[:3]}, lacking {list(lacking)[:3]}, "
             "or in another order"
         )
-    track = next(track for track, name in TRACKS.items() if name == field)
+    alphabet = alphabet_of(next(track for track, name in TRACKS.items() if name == field))
     for row in rows:
         if row.keys() != {"utterance_id", field} or not isinstance(row[field], str):
             raise PackageError(f"a row is {row}, utterance_id and {field} are wanted")
-        if foreign := foreign_symbols(row[field], alphabet_of(track)):
-            raise PackageError(f"{row['utterance_id']}: symbols that are not allowed: {foreign!r}")
+        if foreign := foreign_symbols(row[field], alphabet):
+            named = name_symbols(foreign, alphabet)
+            raise PackageError(f"{row['utterance_id']}: symbols that are not allowed: {named}")
     return len(rows)
 
 

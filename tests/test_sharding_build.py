@@ -153,7 +153,7 @@ BAD_CLIPS = {
     "too-short": Bad("shorter than one frame", encode(say("k")[:399]), text=""),
     "silence-with-a-label": Bad("constant signal with a label", encode(np.zeros(16_000, np.float32))),
     "offset-with-a-label": Bad("constant signal with a label", encode(np.full(16_000, 0.25, np.float32))),
-    "foreign-symbols": Bad("outside the alphabet: 'qX'", text="kæt qXq"),
+    "foreign-symbols": Bad("outside the alphabet: 'q' U+0071, 'X' U+0058", text="kæt qXq"),
 }
 
 

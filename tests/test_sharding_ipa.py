@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.ipa import SYMBOLS, ctc_frames_needed, foreign_symbols, normalize_ipa
+from sharding.ipa import (
+    _LOOK_ALIKES,
+    _SAME_PHONE,
+    ALPHABET,
+    LETTERS,
+    SYMBOLS,
+    ctc_frames_needed,
+    foreign_symbols,
+    name_symbols,
+    normalize,
+    normalize_ipa,
+    read_label,
+)
 
 VECTORS = Path(__file__).parents[2] / "shared" / "scoring_vectors.jsonl"
 
@@ -56,6 +68,27 @@ def test_the_alphabet_survives_and_is_never_foreign(text: str) -> None:
 
 def test_foreign_symbols_are_named_once_in_order() -> None:
     assert foreign_symbols("kqt qXa") == "qXa"
+
+
+@given(st.text())
+def test_a_label_is_read_as_it_is_scored_but_for_other_letters_of_its_phones(text: str) -> None:
+    assert read_label(text, "phonetic") == normalize_ipa(text.translate(_SAME_PHONE))
+    assert read_label(text, "word") == normalize(text, "word")
+
+
+def test_other_letters_of_a_phone_and_look_alikes_are_foreign_to_the_score_and_stand_for_phones() -> None:
+    same = {chr(letter): chr(phone) for letter, phone in _SAME_PHONE.items()}
+    for letter, phone in (same | _LOOK_ALIKES).items():
+        assert normalize_ipa(letter) == letter  # as the official scorer leaves it
+        assert letter not in ALPHABET
+        assert phone in ALPHABET
+    assert all(read_label(letter, "phonetic") == phone for letter, phone in same.items())
+
+
+def test_symbols_are_named_by_code_point_and_look_alike() -> None:
+    assert name_symbols("q∫") == "'q' U+0071, '∫' U+222B (looks like 'ʃ' U+0283)"
+    assert name_symbols("∫", LETTERS) == "'∫' U+222B"
+    assert name_symbols("".join(map(chr, range(0x4E00, 0x4F00)))).endswith("U+4E13 and 236 more")
 
 
 @given(st.text(st.sampled_from("ab "), min_size=1, max_size=8))

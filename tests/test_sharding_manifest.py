@@ -69,7 +69,7 @@ def test_an_empty_manifest_is_refused(corpus: Path, refuse: Callable[..., str]) 
         b'{"utterance_id": "\\ud800", "audio_path": "a.flac", "phonetic_text": ""}',
         b'{"utterance_id": "a", "audio_path": "a\\u0000.flac", "phonetic_text": ""}',
         b'{"utterance_id": "", "audio_path": "a.flac", "phonetic_text": ""}',
-        b'{"utterance_id": 7, "audio_path": "a.flac", "phonetic_text": ""}',
+        b'{"utterance_id": true, "audio_path": "a.flac", "phonetic_text": ""}',
         b'{"utterance_id": "a", "audio_path": "a.flac", "phonetic_text": "", "filesize_bytes": 1' + b"0" * 400 + b"}",
         b'{"utterance_id": "a", "audio_path": "a.flac", "phonetic_text": "", "audio_duration_sec": NaN}',
         b'{"utterance_id": "a", "audio_path": "a.flac", "phonetic_text": "", "audio_duration_sec": -1}',

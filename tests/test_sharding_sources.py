@@ -27,7 +27,7 @@ from sharding.archive import AudioRoot, find_audio
 from sharding.audio import encode
 from sharding.errors import ManifestError
 from sharding.format import read_index
-from sharding.ipa import LETTERS, foreign_symbols, normalize_words
+from sharding.ipa import LETTERS, foreign_symbols, name_symbols, normalize_words
 from sharding.manifest import Reading, Utterance, read_source
 from sharding.store import open_store
 
@@ -330,8 +330,8 @@ def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Comman
         names[5]: "an ice cream please", names[9]: "the quick brown fox",
     }  # fmt: skip
     for number, symbols in ((3, "7"), (4, "привет")):  # refused in training, kept as it is where it validates
-        refusal = ("train", "rejected", f"label has symbols outside the alphabet: {symbols!r}")
-        assert fates[names[number]] in (refusal, ("valid", "written", None))
+        reason = f"label has symbols outside the alphabet: {name_symbols(symbols, LETTERS)}"
+        assert fates[names[number]] in (("train", "rejected", reason), ("valid", "written", None))
     for name, (_, sample) in stored.items():
         info = soundfile.info(io.BytesIO(sample.audio))
         assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", 16_000, 1)
@@ -561,8 +561,7 @@ def test_odd_names_are_written_and_listed(run_sharding: Command, tmp_path: Path)
     """Ids of any length and script, paths with detours, file names that are no text, links in a circle."""
     folder = make_corpus(tmp_path / "odd\nfolder", clips=6, seconds=(0.2, 0.3))
     rows = read_manifest(folder)
-    twins = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
-    ids = ["x" * 10_000, "y" * 10_000, *twins, "a\nb", "🦊/.."]
+    ids = ["x" * 10_000, "y" * 10_000, "é", unicodedata.normalize("NFD", "ö"), "a\nb", "🦊/.."]
     for row, name in zip(rows, ids, strict=True):
         row["utterance_id"] = name
     rows[0]["audio_path"] = "./audio//" + Path(rows[0]["audio_path"]).name

@@ -153,7 +153,7 @@ print("done: 0 clips unread, 3.0 s of speech, 0.2 s")
         ("in rows:", "in rows[1:]:", "lacking ['U_7']"),
         ("in rows:", "in rows + rows[:1]:", "surplus ['U_7']"),
         ("in rows:", "in rows[::-1]:", "in another order"),
-        ("dumps(row)", "dumps(row | {'phonetic_text': 'kaß'})", "symbols that are not allowed: 'aß'"),
+        ("dumps(row)", "dumps(row | {'phonetic_text': 'kaß'})", "symbols that are not allowed: 'a' U+0061, 'ß' U+00DF"),
         ("dumps(row)", "dumps(row | {'text': 'x'})", "utterance_id and phonetic_text are wanted"),
         ("dumps(row)", "dumps(row | {'phonetic_text': None})", "utterance_id and phonetic_text are wanted"),
         ("import json", "print('x\\n' * 500)\nimport json", "its log has 503 lines of up to "),
