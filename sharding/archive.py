@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import stat
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from sharding.errors import AudioError, ManifestError
+from sharding.names import nfc
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 AUDIO_FOLDER = "audio"
@@ -189,12 +189,8 @@ def _spell_on_disk(folder: str, path: str) -> list[str]:
 def _spell_name(folder: str, name: str) -> list[str]:
     if os.path.lexists(folder + name):
         return [name]
-    form = _form(name)
+    form = nfc(name)
     return [same for same in (form, *_decomposed(folder).get(form, ())) if os.path.lexists(folder + same)]
-
-
-def _form(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 @functools.cache
@@ -203,7 +199,7 @@ def _decomposed(place: str) -> Mapping[str, list[str]]:
     names: dict[str, list[str]] = {}
     with suppress(OSError):  # no folder, no names
         for name in _read_members(place) if _is_archive(place) else os.listdir(place):
-            if (form := _form(name)) != name:
+            if (form := nfc(name)) != name:
                 names.setdefault(form, []).append(name)
     return names
 
@@ -256,18 +252,18 @@ def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence
     A zip may lack its audio/, or have a folder more above it. What fits most paths is taken; None where nothing fits.
     """
     paths = [_plain(path) for path in audio_paths]
-    forms = {_form(name) for name in members}
-    if any(_form(path) in forms for path in paths):
+    forms = {nfc(name) for name in members}
+    if any(nfc(path) in forms for path in paths):
         return "", ""
     fits: Counter[tuple[str, str]] = Counter()
-    by_file = {_form(path).rpartition("/")[2]: path for path in paths}
+    by_file = {nfc(path).rpartition("/")[2]: path for path in paths}
     for name in members:
-        path = by_file.get(_form(name).rpartition("/")[2])
-        if path and _form(name).endswith(f"/{_form(path)}"):
+        path = by_file.get(nfc(name).rpartition("/")[2])
+        if path and nfc(name).endswith(f"/{nfc(path)}"):
             fits["", name.rsplit("/", path.count("/") + 1)[0] + "/"] += 1
     for path in paths:
         tails = [path[slash.end() :] for slash in re.finditer("/", path)]  # the longest first
-        found = next((tail for tail in tails if _form(tail) in forms), None)
+        found = next((tail for tail in tails if nfc(tail) in forms), None)
         if found:
             fits[path.removesuffix(found), ""] += 1
     return fits.most_common(1)[0][0] if fits else None
@@ -275,9 +271,9 @@ def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence
 
 def _spell_in_zip(root: AudioRoot, path: str) -> list[str]:
     """The same for a zip, each name as an audio_path would give it."""
-    members, said, form = _read_members(root.path), _form(root.said), _form(_plain(path))
+    members, said, form = _read_members(root.path), nfc(root.said), nfc(_plain(path))
     exact = root.packed + _plain(path).removeprefix(root.said)
-    wanted = _form(root.packed) + form.removeprefix(said)
+    wanted = nfc(root.packed) + form.removeprefix(said)
     same = [exact] if exact in members else [wanted, *_decomposed(root.path).get(wanted, ())]
     found = [name for name in same if name in members and name.startswith(root.packed)]
     return [root.said + name.removeprefix(root.packed) for name in found if form.startswith(said)]

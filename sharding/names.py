@@ -5,9 +5,14 @@ import unicodedata
 from typing import Any
 
 
+def nfc(text: str) -> str:
+    """Return Unicode's composed form, which is the same for all canonically equal texts."""
+    return unicodedata.normalize("NFC", text)
+
+
 def same_name(name: str) -> str:
     """Return the form in which names are compared: Unicode's NFC, without outer blanks."""
-    return unicodedata.normalize("NFC", name).strip()
+    return nfc(name).strip()
 
 
 def name_of(value: Any) -> Any:

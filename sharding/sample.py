@@ -13,12 +13,11 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
-from unicodedata import normalize
 from urllib.parse import quote
 
 from sharding.errors import ShardError
 from sharding.ipa import TRACKS, read_label
-from sharding.names import name_of, same_name
+from sharding.names import name_of, nfc, same_name
 
 BLOCK = 512  # a tar is made of blocks of this many bytes
 SOUNDS = ("flac", "wav", "mp3", "ogg")
@@ -113,7 +112,7 @@ def split_name(name: str) -> tuple[str, str]:
     if not stem or not dot or (name.startswith("__") and re.match("__[^/]*__($|/)", name)):
         return "", ""
     key = f"{folder}{slash}{stem}".encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return normalize("NFC", key), kind.lower()
+    return nfc(key), kind.lower()
 
 
 def _bodies(raw: bytes) -> tuple[str, dict[str, bytes]]:
