@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
-from unicodedata import normalize
 
 import numpy as np
 import xxhash
@@ -29,6 +28,7 @@ from sharding.format import (
 )
 from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, name_symbols
 from sharding.manifest import Utterance, printable
+from sharding.names import nfc
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
 from sharding.workers import Workers
@@ -99,14 +99,13 @@ def index_tars(
 
 def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
     """The tars that fit a pattern; one that is a tar's own name stands for that tar alone."""
-    forms = {normalize("NFC", name): name for name in names}
     chosen: set[str] = set()
-    for pattern in patterns or VALID_TARS:
-        form = normalize("NFC", pattern)
-        fit = {form} & forms.keys() or {name for name in forms if fnmatchcase(name, form)}
+    for pattern in map(nfc, patterns or VALID_TARS):
+        exact = {name for name in names if nfc(name) == pattern}
+        fit = exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
         if patterns and not fit:
             raise ShardError(f"{url}: no tar fits --valid {pattern!r}", f"there are {', '.join(names[:5])}")
-        chosen |= {forms[name] for name in fit}
+        chosen |= fit
     return chosen
 
 

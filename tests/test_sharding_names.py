@@ -137,6 +137,15 @@ def test_tars_validate_by_their_names(patterns: list[str] | None, valid: list[st
     assert len(index.shards) == 4  # what macOS leaves beside a file is none
 
 
+@pytest.mark.parametrize("pattern", [NFC + ".tar", NFD + "*"])
+def test_a_pattern_chooses_every_tar_that_fits_it(pattern: str, tmp_path: Path) -> None:
+    """Also two whose names look the same: none of them may be trained on unsaid."""
+    for number, name in enumerate((NFC, NFD)):
+        (tmp_path / f"{name}.tar").write_bytes(tar({f"c{number}.flac": FLAC, f"c{number}.txt": b"k"}))
+    index, _, _ = index_tars(str(tmp_path), "phonetic", [pattern], 25.0, 1)
+    assert [shard.split for shard in index.shards] == ["valid", "valid"]
+
+
 def test_a_pattern_that_no_tar_fits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Misspelt, it would leave nothing to validate on."""
     (tmp_path / "train.tar").write_bytes(tar({"c0.flac": FLAC, "c0.txt": b"k"}))
