@@ -22,6 +22,7 @@ from obstore.exceptions import (
 from obstore.store import ObjectStore, from_url
 
 from sharding.errors import MissingError, StoreError
+from sharding.names import check_name
 
 PATIENCE_SEC = 90.0  # for which what fails is repeated
 SILENCE_SHARE = 2 / 3  # of it: as long may an answer take, so that one which never comes is asked for once more
@@ -77,11 +78,20 @@ class BucketStore:
         except (BaseError, ValueError) as error:
             raise StoreError(f"{url}: {_first_line(error)}", "a bucket's URL is s3://bucket/prefix") from error
 
-    def read(self, name: str) -> bytes:
-        return self._insist(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        check_name(self.url, name)
+
+        def get() -> bytes:
+            found = obstore.get(self._store, name)
+            if limit is not None and found.meta["size"] > limit:
+                raise too_large(f"{self.url}/{name}", found.meta["size"], limit)
+            return bytes(found.bytes())
+
+        return self._insist(name, get)
 
     def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """Ranges with little between them come with one request, the others in parallel."""
+        check_name(self.url, name)
         starts, lengths = (list(column) for column in zip(*ranges, strict=True))
 
         def read() -> list[bytes]:
@@ -96,11 +106,13 @@ class BucketStore:
         return self._insist(name, read)
 
     def write(self, name: str, data: Content) -> None:
+        check_name(self.url, name)
         whole = data if isinstance(data, bytes) else b"".join(data)
         # One part at a time: the workers of a build share the line as it is, and each part has the same time
         self._insist(name, lambda: obstore.put(self._store, name, whole, chunk_size=PART_BYTES, max_concurrency=1))
 
     def exists(self, name: str) -> bool:
+        check_name(self.url, name)
         try:
             self._insist(name, lambda: obstore.head(self._store, name))
         except MissingError:
@@ -111,6 +123,7 @@ class BucketStore:
         return iter([entry["path"] for entry in self._insist("", lambda: obstore.list(self._store).collect())])
 
     def delete(self, name: str) -> None:
+        check_name(self.url, name)
         try:
             self._insist(name, lambda: obstore.delete(self._store, name))
         except MissingError:
@@ -199,6 +212,10 @@ class BucketStore:
             hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud, set and right for it?"
             return StoreError(f"{where}: access denied", hint)
         return StoreError(f"{where}: {_first_line(error)}", "is the server up and in reach, and its URL right?")
+
+
+def too_large(where: str, size: int, limit: int) -> StoreError:
+    return StoreError(f"{where}: has {size:,} bytes, at most {limit:,} are expected", "is it another file?")
 
 
 def _tag_of(meta: Mapping[str, Any]) -> Tag:

@@ -1,21 +1,25 @@
 """Where bytes live: a local folder or an object store, behind the same few verbs."""
 
+import errno
 import os
+import stat
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
-from sharding.bucket import PATIENCE_SEC, BucketStore, Content, Range
+from sharding.bucket import PATIENCE_SEC, BucketStore, Content, Range, too_large
 from sharding.errors import MissingError, StoreError
+from sharding.names import check_name
 
 FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of it is made, and leaves the page cache
 
 
 class Reader(Protocol):
-    """Names are relative, with forward slashes. Every verb raises StoreError, with the name, when bytes do not come.
+    """Names are relative, with forward slashes, and never lead outside. Every verb raises StoreError, with the name,
+    when bytes do not come, or when there are more than `limit` of them.
 
     Of a range, (offset, length), only what lies within the object is read, so that a shard cut short fails its
     checksum.
@@ -24,7 +28,7 @@ class Reader(Protocol):
     url: str
     remote: bool
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str, limit: int | None = None) -> bytes: ...
     def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]: ...
 
 
@@ -50,7 +54,11 @@ def open_store(location: str | Path, dry: bool = False) -> Store:
 
 
 class FolderStore:
-    """A local folder. A file appears under its name only when it is whole."""
+    """A local folder. A file appears under its name only when it is whole.
+
+    Files are read wherever links lead, as in a download cache that consists of links, and their checksums tell what
+    they are; nothing is written or deleted through a link that leads outside.
+    """
 
     remote = False
 
@@ -58,23 +66,31 @@ class FolderStore:
         self.folder = folder
         self.url = str(folder)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        path = self._path(name)
         try:
-            return (self.folder / name).read_bytes()
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if limit is not None and size > limit:
+                    raise too_large(str(path), size, limit)
+                return file.read()
         except FileNotFoundError as error:
-            raise MissingError(f"{self.folder / name}: {error.strerror}") from error
+            raise MissingError(f"{path}: {error.strerror}") from error
         except OSError as error:
-            raise StoreError(f"{self.folder / name}: {error.strerror}") from error
+            raise StoreError(f"{path}: {error.strerror}") from error
 
     def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        path = self._path(name)
         try:
-            with open(self.folder / name, "rb") as file:
-                return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                inside = [(min(offset, size), min(length, size - min(offset, size))) for offset, length in ranges]
+                return [os.pread(file.fileno(), length, offset) for offset, length in inside]
         except OSError as error:
-            raise StoreError(f"{self.folder / name}: {error.strerror}") from error
+            raise StoreError(f"{path}: {error.strerror}") from error
 
     def write(self, name: str, data: Content) -> None:
-        path = self.folder / name
+        path = self._path_to_change(name)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another machine may write the same name
         waiting = 0  # bytes whose way to the disk has not begun
         try:
@@ -96,13 +112,34 @@ class FolderStore:
                 partial.unlink()
 
     def exists(self, name: str) -> bool:
-        return (self.folder / name).exists()
+        return self._path(name).exists()
 
     def names(self) -> Iterator[str]:
         return (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
     def delete(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        self._path_to_change(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        check_name(self.url, name)
+        return self.folder / name
+
+    def _path_to_change(self, name: str) -> Path:
+        path = self._path(name)
+        place = path.parent.resolve()
+        if not place.is_relative_to(self.folder.resolve()):
+            raise StoreError(f"{path}: a link leads to {place}, outside of {self.folder}: nothing is written there",
+                             "name the folder that the link leads to, or remove the link")  # fmt: skip
+        return path
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it. Raises OSError, which says what it is instead, if it is a folder, a pipe or a device."""
+    mode = os.stat(path).st_mode  # before it is opened: to open a pipe waits for ever
+    if stat.S_ISREG(mode):
+        return open(path, "rb")
+    kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
+    raise OSError(errno.EINVAL, f"is a {kind}, not a file", str(path))
 
 
 class DryStore:

@@ -136,8 +136,8 @@ class ShardCache:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def read(self, name: str) -> bytes:
-        return self._store.read(name)  # only shards are cached
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        return self._store.read(name, limit)  # only shards are cached
 
     def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         with self._open(name) as file:

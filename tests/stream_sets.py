@@ -1,7 +1,10 @@
 """Shard sets of noise for tests of the stream, and what all ranks read of them."""
 
+import fcntl
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +126,14 @@ def delete_shards(store: BucketStore, folder: Path) -> None:
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.tar"))
+
+
+@contextmanager
+def opened_by_nobody(*paths: Path) -> Iterator[None]:
+    """Hold leases on files: whoever opens one waits, as for a server that is away; the kernel ends them after 45 s."""
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # by which the kernel asks for a lease back
+    with ExitStack() as held:
+        for path in paths:
+            file = held.enter_context(open(path, "r+b"))
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield

@@ -1,11 +1,9 @@
 """Whatever the number of ranks and threads, every clip arrives once, whole, and in the plan's order."""
 
-import os
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -19,6 +17,7 @@ from stream_sets import (
     SETTINGS,
     VOCAB,
     keys_of,
+    opened_by_nobody,
     plan_of,
     run_epoch,
     stream_of,
@@ -364,23 +363,6 @@ def test_an_error_comes_where_its_batch_would_have_and_the_threads_stop() -> Non
     assert not loaders()
 
 
-@contextmanager
-def mute(path: Path) -> Iterator[None]:
-    """A pipe that nobody writes to, in place of a file: whoever opens it to read waits."""
-    whole = path.read_bytes()
-    path.unlink()
-    os.mkfifo(path)
-    try:
-        yield
-    finally:
-        while loaders():  # whoever waits gets nothing, and an end
-            with suppress(OSError):
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-            time.sleep(0.01)
-        path.unlink()
-        path.write_bytes(whole)
-
-
 @pytest.mark.parametrize(("workers", "patience", "error", "words"), [
     (2, Patience(1), StallError, r"rank 0's batch of step \d+ of this epoch has not come in [12] s(?s:.*)dump --pid"),
     (0, Patience(60, lambda: True, 1), LostStepError, r"step \d+ of this epoch has not come in [12] s: the step"),
@@ -391,7 +373,7 @@ def test_a_read_that_hangs_is_told_in_time_and_keeps_nobody(
     index = write_set(tmp_path)
     stream, plan = stream_of(tmp_path, workers=workers), plan_of(tmp_path)
     stream.patience = patience
-    with mute(tmp_path / index.shards[0].name):
+    with opened_by_nobody(tmp_path / index.shards[0].name):
         started = time.monotonic()
         with pytest.raises(error, match=words):
             list(stream.epoch(plan))
@@ -404,7 +386,7 @@ def test_a_batch_of_validation_that_hangs_is_told_too(tmp_path: Path) -> None:
     index = write_set(tmp_path)
     stream = stream_of(tmp_path)
     stream.patience = Patience(1)
-    with mute(tmp_path / index.shards[-1].name), pytest.raises(StallError, match="rank 0's batch of 2 clips has not"):
+    with opened_by_nobody(tmp_path / index.shards[-1].name), pytest.raises(StallError, match="rank 0's batch of 2"):
         list(stream.batches([index.split("valid")]))
 
 

@@ -4,7 +4,6 @@ import csv
 import fcntl
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -21,7 +20,7 @@ import torch
 import yaml
 from corpus import make_corpus, read_manifest, write_manifest
 from seaweed import BUCKET, SECRET_KEY, Seaweed
-from stream_sets import write_set
+from stream_sets import opened_by_nobody, write_set
 from test_model import SLOW, TINY, make_network
 from test_plan import make_index
 from tiny_model import make_tiny_model
@@ -403,14 +402,12 @@ def test_machines_with_other_configurations_are_stopped(work: Path) -> None:
 
 def test_a_rank_whose_data_hang_stops_within_seconds_of_a_sigterm(work: Path) -> None:
     shards, log = shutil.copytree(work / "shards", work / "mute"), work / "mute.out"
-    for tar in (shards / "train").glob("*.tar"):
-        tar.unlink()
-        os.mkfifo(tar)  # whoever opens it to read waits for somebody who writes
-    process = start(training(work, "mute-run", f"data.shards={shards}", "train.probe=false", ranks=1), log)
-    wait_until((work / "mute-run" / "before.json").is_file, process, log)
-    time.sleep(1)
-    process.terminate()
-    assert process.wait(GRACE_SEC + 10) == TAKEN_AWAY
+    with opened_by_nobody(*(shards / "train").glob("*.tar")):
+        process = start(training(work, "mute-run", f"data.shards={shards}", "train.probe=false", ranks=1), log)
+        wait_until((work / "mute-run" / "before.json").is_file, process, log)
+        time.sleep(1)
+        process.terminate()
+        assert process.wait(GRACE_SEC + 10) == TAKEN_AWAY
     assert "stopped, though rank 0's batch of step 1 of this epoch has not come in" in log.read_text()
     assert "the same command goes on from the newest checkpoint" in log.read_text()
 
