@@ -12,6 +12,7 @@ import soundfile
 import soxr
 
 from sharding import flac
+from sharding.containers import check_mp3_length, check_whole, skip_tags
 from sharding.errors import AudioError
 from sharding.libflac import decode_plain
 
@@ -81,20 +82,20 @@ def decode_native(data: bytes, prove: bool = False) -> tuple[npt.NDArray[Any], b
         if prove:
             flac.check_md5(data, pcm.tobytes())
         return pcm, True
+    data = data[skip_tags(data) :]  # libsndfile takes as much from the end of a WAV or an AIFF
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(_not_audio(error)) from error
     with file:
+        check_whole(data, file.format)
         rate, channels, streamed = file.samplerate, file.channels, file.frames >= UNKNOWN_FRAMES
         final = plain is not None
         sound = _read_streamed(file) if streamed else _read_whole(file, "int16" if final else "float32")
-        if not final and file.format == "MP3":
-            _check_mp3_length(data, len(sound), rate)
+        if file.format == "MP3":
+            check_mp3_length(data, len(sound), rate)
         if prove and file.format == "FLAC":
             flac.check_md5(data, _packed(sound, file.subtype))
-    if prove and (missing := _missing_riff_bytes(data)):
-        raise AudioError(f"cut off: {missing} bytes are missing at the end")
     if len(sound) == 0:
         raise AudioError("no samples")
     mono = sound[:, 0] if channels == 1 else reduce(np.add, sound.T) / np.float32(channels)  # a tenth of mean()
@@ -172,47 +173,6 @@ def _packed(sound: npt.NDArray[Any], subtype: str) -> bytes:
     if sound.dtype != np.int16:
         pcm = (sound * np.float32(2 ** (8 * width - 1))).astype("<i2" if width == 2 else "<i4")
     return pcm.view(np.uint8).reshape(-1, pcm.itemsize)[:, :width].tobytes()
-
-
-def _missing_riff_bytes(data: bytes) -> int:
-    """How much of a WAV's samples its header promises beyond the end of the file; libsndfile reads what is there."""
-    position = 12  # "RIFF", size, "WAVE"; then chunks of a name, a size and a body
-    while data.startswith(b"RIFF") and position + 8 <= len(data):
-        size = int.from_bytes(data[position + 4 : position + 8], "little")
-        if data[position : position + 4] == b"data":
-            streamed = size >= 2**31 - 2**16  # what a writer puts that did not know the length
-            return 0 if streamed else max(0, position + 8 + size - len(data))
-        position += 8 + size + size % 2
-    return 0
-
-
-MP3_KBITS = {  # per second, of MPEG audio layer III, by the header's index (ISO 11172-3 and 13818-3)
-    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-MP3_SLACK_FRAMES = 6  # of a coder's delay and padding, and of a tag: they hold no sound
-
-
-def _check_mp3_length(data: bytes, samples: int, rate: int) -> None:
-    """Hold the samples against the frames of an MP3. Raises AudioError.
-
-    A file of variable bit rate that does not say its length has it guessed by libsndfile, which then stops there.
-    """
-    tag = sum(byte << 7 * place for place, byte in enumerate(reversed(data[6:10])))  # its length, 7 bits a byte
-    position = 10 + tag if data.startswith(b"ID3") else 0
-    frames, length = 0, 0
-    while position + 4 <= len(data):
-        head = int.from_bytes(data[position : position + 4], "big")
-        version = 1 if head >> 19 & 3 == 3 else 2
-        bit_rate, padded = head >> 12 & 15, head >> 9 & 1
-        if head >> 21 != 2047 or head >> 17 & 3 != 1 or bit_rate in (0, 15):
-            break  # a tag at the end, or another kind
-        frames += 1
-        length = 1152 // version
-        position += length // 8 * MP3_KBITS[version][bit_rate - 1] * 1000 // rate + padded
-    if frames * length - samples > MP3_SLACK_FRAMES * length:
-        have, hold = samples / rate, frames * length / rate
-        raise AudioError(f"MP3 that does not say its length: {have:.2f} s of {hold:.2f} s decode; encode it anew")
 
 
 def _not_audio(error: BaseException) -> str:

@@ -1,0 +1,199 @@
+"""Prove that a file of audio is whole and one recording, by what its container says. Bytes only: nothing is decoded.
+
+libsndfile reads a file that was cut off to the end that it finds, and of several joined ones the first.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sharding.errors import AudioError
+
+PROVED_ELSEWHERE = ("FLAC", "MP3", "HTK", "SDS")  # by their frames or their MD5; the last two by libsndfile
+UNKNOWN_BYTES = 0x7F00_0000  # what writers to a pipe put for a length, or more: SoX has this in AIFF, others 2³² − 1
+SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -(?:i|s1) (\d{1,18})\b", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How the chunks of a container are written: name, size, body."""
+
+    first: int  # byte at which they begin
+    sound: bytes  # how the name of the one with the samples begins
+    order: Literal["little", "big"]
+    name_bytes: int = 4
+    size_bytes: int = 4
+    align: int = 2
+    counts_head: bool = False  # whether a size includes name and size
+
+
+CHUNKED = {  # by how a file begins
+    b"RIFF": Chunks(12, b"data", "little"),  # WAV
+    b"RIFX": Chunks(12, b"data", "big"),
+    b"RF64": Chunks(12, b"data", "little"),  # EBU Tech 3306
+    b"riff": Chunks(40, b"data", "little", name_bytes=16, size_bytes=8, align=8, counts_head=True),  # Sony Wave64
+    b"FORM": Chunks(12, b"SSND", "big"),  # AIFF, AIFF-C
+    b"caff": Chunks(8, b"data", "big", size_bytes=8, align=1),
+}
+
+
+def check_whole(data: bytes, container: str) -> None:
+    """Raise AudioError for a file that is cut off or several in one, or whose `container` could not tell.
+
+    The data begin behind their tags. A file whose header says no length, as one that was written to a pipe, is taken
+    to be whole.
+    """
+    if data.startswith(b"OggS"):
+        _check_ogg(data)
+        return
+    if container in PROVED_ELSEWHERE:
+        return
+    end = _end_of_sound(data)
+    if end is None:
+        raise AudioError(f"{container} file: nothing in it tells whether it is whole; convert it to WAV or FLAC")
+    if end > len(data) and end < UNKNOWN_BYTES:
+        raise AudioError(f"cut off: {end - len(data)} bytes are missing at the end")
+
+
+def skip_tags(data: bytes, start: int = 0) -> int:
+    """Return where the ID3v2 tags end that begin at `start`; one may follow another (ID3v2.4 §3.1)."""
+    while data[start : start + 3] == b"ID3" and start + 10 <= len(data):
+        size = sum(byte << 7 * place for place, byte in enumerate(reversed(data[start + 6 : start + 10])))
+        start += 10 + size + (10 if data[start + 5] & 16 else 0)  # with a footer
+    return start
+
+
+def _end_of_sound(data: bytes) -> int | None:
+    """Return the byte at which the samples should end, by the header; None if it does not tell."""
+    if data[:4] in CHUNKED:
+        return _end_of_chunk(data, CHUNKED[data[:4]])
+    if data[:4] in (b".snd", b"dns."):  # Sun's AU: where the samples begin, and how long they are
+        order: Literal["little", "big"] = "big" if data[:4] == b".snd" else "little"
+        return sum(int.from_bytes(data[at : at + 4], order) for at in (4, 8))
+    if data.startswith(b"NIST_1A\n"):
+        header = int(data[8:16]) if data[8:16].strip().isdigit() else 0
+        fields = {name: int(value) for name, value in SPHERE_FIELD.findall(data[:header])}
+        return header + math.prod(fields.values()) if len(fields) == 3 else None
+    return None
+
+
+def _end_of_chunk(data: bytes, chunks: Chunks) -> int | None:
+    position, head, long_size = chunks.first, chunks.name_bytes + chunks.size_bytes, 0
+    while position + head <= len(data):
+        name = data[position : position + chunks.name_bytes]
+        size = int.from_bytes(data[position + chunks.name_bytes : position + head], chunks.order)
+        body = position + head
+        position = max(body, position + size) if chunks.counts_head else body + size
+        if name == b"ds64":
+            long_size = int.from_bytes(data[body + 8 : body + 16], "little")
+        if name.startswith(chunks.sound):
+            return body + long_size if long_size and size == 2**32 - 1 else position
+        position += -position % chunks.align
+    return None
+
+
+# --- Ogg (RFC 3533) ---------------------------------------------------------------------------------------------
+
+BEGINS, ENDS = 2, 4  # flags of a page
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _check_ogg(data: bytes) -> None:
+    """Hold each page against its checksum and the page before, and the last one of each stream against its mark."""
+    streams: dict[bytes, tuple[int, bool]] = {}  # serial → number and end mark of the page before
+    sound_began = False
+    for position, page in _ogg_pages(data):
+        flags, serial, number = page[5], page[14:18], int.from_bytes(page[18:22], "little")
+        if flags & BEGINS and sound_began:
+            raise AudioError("several recordings joined in one Ogg file; split it, or encode it anew")
+        sound_began = not flags & BEGINS
+        before = streams.get(serial, (number - 1, False))[0]
+        if number != before + 1:
+            raise AudioError(f"damaged: Ogg page {before + 1} is missing before byte {position}")
+        if _ogg_checksum(page) != page[22:26]:
+            raise AudioError(f"damaged: the checksum of the Ogg page at byte {position} is another")
+        streams[serial] = number, bool(flags & ENDS)
+    if not all(ended for _, ended in streams.values()):
+        raise AudioError("cut off: the last Ogg page has no end-of-stream mark")
+
+
+def _ogg_pages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while data[position : position + 4] == b"OggS" and position + 27 <= len(data):
+        lacing = position + 27 + data[position + 26]  # where the table of the page's parts ends
+        end = lacing + sum(data[position + 27 : lacing])
+        if max(lacing, end) > len(data):
+            raise AudioError(f"cut off: {end - len(data)} bytes of the last Ogg page are missing")
+        yield position, data[position:end]
+        position = end
+    if b"OggS" in data[position:]:
+        raise AudioError(f"damaged: there is no Ogg page at byte {position}")
+
+
+def _ogg_checksum(page: bytes) -> bytes:
+    """CRC of polynomial 04c11db7 from zero, highest bit first: zlib's of mirrored bytes, without its inversions."""
+    crc = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(MIRRORED), 2**32 - 1) ^ (2**32 - 1)
+    return crc.to_bytes(4, "big").translate(MIRRORED)
+
+
+# --- MP3 (ISO 11172-3 and 13818-3) ------------------------------------------------------------------------------
+
+MP3_KBITS = {  # per second, of layer III, by the header's index
+    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # by version bits
+MP3_SLACK_FRAMES = 6  # of a coder's delay and padding, and of a tag: they hold no sound
+
+
+def check_mp3_length(data: bytes, samples: int, rate: int) -> None:
+    """Hold the samples that were decoded against all frames of an MP3, also those behind a tag. Raises AudioError.
+
+    A file of variable bit rate that does not say its length has it guessed by libsndfile, which then stops there; of
+    joined files the first may say a length for itself.
+    """
+    hold = longest = 0.0  # seconds
+    for seconds in _mp3_frames(data):
+        hold, longest = hold + seconds, max(longest, seconds)
+    if not hold:
+        raise AudioError("MP3 without a frame of layer III; convert it to WAV or FLAC")
+    have = samples / rate
+    if hold - have > MP3_SLACK_FRAMES * longest:
+        raise AudioError(f"MP3 that does not say its length: {have:.2f} s of {hold:.2f} s decode; encode it anew")
+
+
+def _mp3_frames(data: bytes) -> Iterator[float]:
+    """Yield the duration of each frame in seconds."""
+    position = 0
+    while position < len(data):
+        if frame := _mp3_frame(data, position):
+            position += frame[0]
+            yield frame[1]
+        else:
+            position = _next_mp3_frame(data, position)
+
+
+def _mp3_frame(data: bytes, position: int) -> tuple[int, float] | None:
+    """The size of the frame that begins here, in bytes, and its duration in seconds."""
+    head = int.from_bytes(data[position : position + 4], "big")
+    rates, bit_rate, rate = MP3_RATES.get(head >> 19 & 3), head >> 12 & 15, head >> 10 & 3
+    if head >> 21 != 2047 or head >> 17 & 3 != 1 or not rates or bit_rate in (0, 15) or rate == 3:
+        return None
+    version = 1 if head >> 19 & 3 == 3 else 2
+    length = 1152 // version
+    size = length // 8 * MP3_KBITS[version][bit_rate - 1] * 1000 // rates[rate] + (head >> 9 & 1)
+    return size, length / rates[rate]
+
+
+def _next_mp3_frame(data: bytes, position: int) -> int:
+    """Return where frames go on behind tags and whatever else is no frame, or the end."""
+    position = skip_tags(data, position)
+    while (position := data.find(b"\xff", position)) >= 0:
+        frame = _mp3_frame(data, position)
+        if frame and _mp3_frame(data, position + frame[0]):  # one alone may be four bytes of a picture
+            return position
+        position += 1
+    return len(data)

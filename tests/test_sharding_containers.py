@@ -1,0 +1,154 @@
+"""Whatever the container, half a recording is not taken for a whole one, nor the first of several for all."""
+
+import io
+import struct
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.audio import SAMPLE_RATE, decode
+from sharding.errors import AudioError
+
+TAKEN = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "OGG", "FLAC", "MP3", "HTK", "SDS"}
+LEFT_OUT = {"RAW", "SD2"}  # have no header, or need a second file
+UNREADABLE = {("AIFF", "DWVW_16"), ("AIFF", "DWVW_24")}  # libsndfile itself does not read what it has written
+ID3V2 = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
+ID3V1 = b"TAG" + bytes(125)
+
+
+def make_audio(container: str, subtype: str | None = None, seconds: float = 1.0) -> bytes:
+    """A swelling tone over noise, at the first rate and number of channels that the container takes; else empty."""
+    for rate, channels in ((SAMPLE_RATE, 1), (8_000, 1), (44_100, 2)):
+        time = np.arange(round(seconds * rate)) / rate
+        sound = 0.4 * np.sin(2764 * time) * np.sin(3 * time) + np.random.default_rng(0).normal(0, 0.02, len(time))
+        file = io.BytesIO()
+        try:
+            soundfile.write(file, np.repeat(sound[:, None], channels, 1), rate, format=container, subtype=subtype)
+            soundfile.info(io.BytesIO(file.getvalue()))
+        except soundfile.LibsndfileError:
+            continue
+        return file.getvalue()
+    return b""
+
+
+WHOLE = {container: make_audio(container, seconds=0.1) for container in TAKEN}
+
+
+def seconds_of(data: bytes) -> float:
+    return len(decode(data)[0]) / SAMPLE_RATE
+
+
+@pytest.mark.parametrize("container", sorted(set(soundfile.available_formats()) - LEFT_OUT))
+def test_a_part_of_a_file_is_never_kept_as_the_whole(container: str) -> None:
+    """In every codec of it; whole files are decoded whole where their container can be proved, else refused by name."""
+    for subtype in soundfile.available_subtypes(container):
+        data = make_audio(container, subtype)
+        for share in (0.1, 0.5, 0.97):
+            with pytest.raises(AudioError):
+                decode(data[: int(share * len(data))])
+        if container not in TAKEN:
+            with pytest.raises(
+                AudioError, match=f"{container} file: nothing in it tells .*; convert it" if data else ""
+            ):
+                decode(data)
+        elif data and (container, subtype) not in UNREADABLE:
+            assert seconds_of(data) == pytest.approx(1, abs=0.1), (container, subtype)
+
+
+@pytest.mark.parametrize(
+    ("container", "name", "offset", "value"),
+    [
+        ("WAV", b"data", 4, struct.pack("<I", 0xFFFF_FFFF)),  # ffmpeg
+        ("WAV", b"data", 4, struct.pack("<I", 0x7FFF_F000)),  # SoX
+        ("AIFF", b"SSND", 4, struct.pack(">I", 0x7F00_0008)),  # SoX
+        ("AU", b".snd", 8, struct.pack(">I", 0xFFFF_FFFF)),
+        ("W64", b"data", 16, struct.pack("<q", -1)),
+    ],
+)
+def test_a_file_from_a_pipe_that_did_not_know_its_length_is_read(
+    container: str, name: bytes, offset: int, value: bytes
+) -> None:
+    data = bytearray(make_audio(container))
+    place = data.index(name) + offset
+    data[place : place + len(value)] = value
+    assert seconds_of(bytes(data)) == 1
+
+
+@pytest.mark.parametrize("container", ["WAV", "AIFF", "FLAC", "MP3"])
+@pytest.mark.parametrize("tags", [1, 2])
+def test_tags_before_the_sound_cost_none_of_it(container: str, tags: int) -> None:
+    data = make_audio(container)
+    assert np.array_equal(decode(ID3V2 * tags + data)[0], decode(data)[0])
+
+
+@given(st.data())
+def test_a_damaged_header_is_refused_or_read_and_never_anything_else(data: st.DataObject) -> None:
+    audio = bytearray(WHOLE[data.draw(st.sampled_from(sorted(TAKEN)))])
+    for _ in range(data.draw(st.integers(1, 4))):
+        audio[data.draw(st.integers(0, 120))] = data.draw(st.sampled_from([0, 1, 127, 255, 32, 48]))
+    with suppress(AudioError):
+        decode(bytes(audio))
+
+
+# --- Ogg ----------------------------------------------------------------------------------------------------------
+
+
+def pages_of(ogg: bytes) -> list[bytes]:
+    return [b"OggS" + page for page in ogg.split(b"OggS")[1:]]
+
+
+@pytest.fixture(scope="module", params=["VORBIS", "OPUS"])
+def pages(request: pytest.FixtureRequest) -> list[bytes]:
+    found = pages_of(make_audio("OGG", request.param, seconds=12))
+    assert len(found) > 5
+    return found
+
+
+def test_an_ogg_that_ends_with_a_page_that_is_not_the_last_is_cut_off(pages: list[bytes]) -> None:
+    assert seconds_of(b"".join(pages)) == pytest.approx(12, abs=0.01)
+    for count in range(3, len(pages)):
+        with pytest.raises(AudioError, match="cut off: the last Ogg page has no end-of-stream mark"):
+            decode(b"".join(pages[:count]))
+
+
+def test_an_ogg_without_a_page_or_with_a_flipped_byte_is_damaged(pages: list[bytes]) -> None:
+    """libsndfile passes over such a page: what comes after moves to an earlier time."""
+    for lost in range(3, len(pages) - 1):
+        with pytest.raises(AudioError, match=f"damaged: Ogg page {lost} is missing"):
+            decode(b"".join(pages[:lost] + pages[lost + 1 :]))
+        flipped = bytearray(pages[lost])
+        flipped[len(flipped) // 2] ^= 1
+        with pytest.raises(AudioError, match="damaged: the checksum of the Ogg page at byte"):
+            decode(b"".join([*pages[:lost], flipped, *pages[lost + 1 :]]))
+    with pytest.raises(AudioError, match="damaged: there is no Ogg page at byte"):
+        decode(b"".join([*pages[:3], bytes(7), *pages[3:]]))
+
+
+def test_oggs_that_are_joined_are_refused_and_a_tag_at_the_end_is_not(pages: list[bytes]) -> None:
+    data = b"".join(pages)
+    with pytest.raises(AudioError, match="several recordings joined in one Ogg file"):
+        decode(data + data)
+    assert np.array_equal(decode(data + ID3V1)[0], decode(data)[0])
+
+
+# --- MP3 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("between", [b"", ID3V1, ID3V2, ID3V1 + ID3V2, bytes(417)])
+@pytest.mark.parametrize("before", [b"", ID3V2, ID3V2 * 2])
+def test_of_joined_mp3s_the_first_is_not_taken_for_all(before: bytes, between: bytes) -> None:
+    part = make_audio("MP3")
+    with pytest.raises(AudioError, match=r"MP3 that does not say its length: 1\.00 s of 2\.\d\d s decode"):
+        decode(before + part + between + part)
+    assert seconds_of(before + part + ID3V1) == pytest.approx(1, abs=0.01)
+
+
+def test_an_mp3_of_other_rates_behind_the_first_is_seen_too() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 44_100), 44_100, format="MP3")
+    with pytest.raises(AudioError, match="does not say its length"):
+        decode(make_audio("MP3") + ID3V1 + file.getvalue())
