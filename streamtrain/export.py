@@ -31,10 +31,11 @@ class ExportError(StreamtrainError):
 
 
 def save_best(model: CTCModel, folder: Path) -> None:
-    """Write a model to `folder`, whole or not at all. Raise ExportError if it cannot be written."""
+    """Write a model to `folder`, verified, whole or not at all. Raise ExportError if it cannot be."""
     partial = folder.with_name(f".{folder.name}.part")
     try:
         _save(model, partial)
+        verify(model, partial)
         put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +58,7 @@ def export_model(source: Path, out: Path) -> float:
         if (run / name).is_file():
             shutil.copyfile(run / name, partial / copied)
     (partial / "README.md").write_text(_model_card(partial, run.name, model.vocab.track), encoding="utf-8")
-    difference = verify(partial)
+    difference = verify(model, partial)
     put_in_place(partial, out)
     return difference
 
@@ -71,8 +72,8 @@ def _save(model: CTCModel, folder: Path) -> None:
         raise ExportError(f"{folder}: does not hold the weights that were to be saved")
 
 
-def verify(folder: Path) -> float:
-    """Hold a saved model, run as it is trained here, against what Transformers makes of it.
+def verify(model: CTCModel, folder: Path) -> float:
+    """Hold a model, as it was trained, against what Transformers makes of the folder that it was saved to.
 
     Returns the largest difference of log-probabilities seen, on two seconds of noise; raises ExportError above 1e-5.
     """
@@ -80,7 +81,7 @@ def verify(folder: Path) -> float:
 
     noise = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = load_trained(folder)(noise, torch.tensor([noise.shape[1]]))
+        ours = model(noise, torch.tensor([noise.shape[1]]))
         theirs = AutoModelForCTC.from_pretrained(folder).eval()(noise).logits.log_softmax(-1)
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE:  # or it is not a number

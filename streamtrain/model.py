@@ -5,13 +5,16 @@ import difflib
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from sharding.errors import StreamtrainError
+from streamtrain.checksums import check_sums, write_sums
 from streamtrain.config import ModelConfig
 from streamtrain.network import CTCModel
 from streamtrain.vocab import Vocab, load_vocab, save_vocab, vocab_of
@@ -21,6 +24,9 @@ log = logging.getLogger("streamtrain")
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
 NOT_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden_states", "output_attentions")
 MASKED_ATTENTION = "sdpa_always_masked"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+EXTRACTOR = ("processor_config.json", "preprocessor_config.json")  # today's name, and that of earlier models
+ENCODER = ("feature_extractor.", "feature_projection.", "encoder.")
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
 
 
@@ -49,7 +55,8 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     fix_graph(network)
-    return CTCModel(network, vocab, normalize=_normalizes(config.pretrained)).train()
+    normalize = config.pretrained is None or _normalizes(config.pretrained) is not False  # wav2vec2's own default
+    return CTCModel(network, vocab, normalize).train()
 
 
 def fix_graph(network: Any) -> None:
@@ -82,8 +89,9 @@ def copy_of(model: CTCModel, weights: dict[str, torch.Tensor]) -> CTCModel:
 
 
 def load_trained(folder: str | Path) -> CTCModel:
-    """Return a model saved by `save_model`, for evaluation. Raise ModelError if it lacks a weight or its vocabulary."""
+    """Return a model saved by `save_model`, for evaluation. Raise ModelError or ChecksumError if it is not whole."""
     folder = Path(folder)
+    check_sums(folder)
     vocab, (network, random) = load_vocab(folder), _from_pretrained(str(folder), {})
     if random:
         raise ModelError(
@@ -96,14 +104,24 @@ def load_trained(folder: str | Path) -> CTCModel:
             f"{network.lm_head.out_features} and {network.config.pad_token_id}",
             "the vocabulary is another model's: take both from one folder",
         )
-    return CTCModel(network, vocab, normalize=_normalizes(str(folder))).eval()
+    normalize = _normalizes(str(folder))
+    if normalize is None:
+        raise ModelError(
+            f"model {str(folder)!r} has no {EXTRACTOR[0]}: whether its inputs are normalised is not known",
+            "give the folder of a trained model, whole",
+        )
+    return CTCModel(network, vocab, normalize).eval()
 
 
 def save_model(model: CTCModel, folder: Path) -> None:
-    """Write the Hugging Face layout: weights (of `model.network`), configuration, tokenizer, feature extractor."""
+    """Write the Hugging Face layout: weights (of `model.network`), configuration, tokenizer, feature extractor.
+
+    Their checksums lie beside them, so that a model that was damaged later is not taken for what was trained.
+    """
     # In today's names, as they are in memory: by itself Transformers gives back those of the file it has read
     model.network.save_pretrained(folder, save_original_format=False)
     save_vocab(model.vocab, folder, model.normalize, attention_mask=model.wants_mask)
+    write_sums(folder)
     for path in folder.iterdir():
         give_usual_mode(path)
 
@@ -126,6 +144,7 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
 
 def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -> tuple[Any, Vocab]:
     """Return a pretrained network and its vocabulary: its own if it holds all `wanted`, else those, with a new head."""
+    check_sums(Path(name))
     tokens, own = _vocab_of_pretrained(name)
     kept = choice == "auto" and own is not None and set(wanted.tokens) <= set(own.tokens)
     vocab = own if own is not None and kept else wanted
@@ -158,7 +177,7 @@ def _vocab_of_pretrained(name: str) -> tuple[list[str], Vocab | None]:
     try:
         path = Path(cached_file(name, "vocab.json"))
         tokens = list(json.loads(path.read_text(encoding="utf-8")))
-        blank = AutoConfig.from_pretrained(name).pad_token_id
+        blank = AutoConfig.from_pretrained(name, trust_remote_code=False).pad_token_id
     except (OSError, ValueError, TypeError):
         return [], None
     try:
@@ -199,16 +218,18 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise ModelError(f"model {name!r}: there is no such folder", "model.pretrained names a model, or a folder")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             raise ValueError(f"its type is {config.model_type!r}, not one of {', '.join(FAMILIES)}")
         if getattr(config, "add_adapter", False):
             raise ValueError(f"{config.model_type} with a convolutional adapter is not supported")
         if getattr(config, "conv_pos_batch_norm", False):
             raise ValueError("its batch norm over positions counts padding, and other ranks' clips not at all")
+        _check_files(Path(name))
         network, seen = AutoModelForCTC.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **settings
-        )
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False,
+            **settings,
+        )  # fmt: skip
     except Exception as error:  # Transformers, safetensors and torch raise whatever they met
         reason = str(error).strip().split("\n")[0]
         hint = (
@@ -222,6 +243,7 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str
     for key, theirs, ours in seen["mismatched_keys"]:
         random[key] = f"{key} is {tuple(theirs)} in the file, {tuple(ours)} in the model"
     _check_weights(name, network, random)
+    _check_unused(name, network, seen["unexpected_keys"])
     if unused := sorted(seen["unexpected_keys"]):
         log.info("model %s: %d weights of its file are not used: %s, …", name, len(unused), ", ".join(unused[:3]))
     return network, {key: why for key, why in random.items() if key.startswith("lm_head.")}
@@ -248,13 +270,50 @@ def _check_weights(name: str, network: Any, random: dict[str, str]) -> None:
         )
 
 
-def _normalizes(name: str | None) -> bool:
-    """What the model's feature extractor does to its inputs; a model from scratch gets normalised ones."""
-    if name is None:
-        return True
+def _check_unused(name: str, network: Any, unused: Sequence[str]) -> None:
+    """Raise ModelError if a weight of the file belongs to the encoder, but is not in it."""
+    prefix = f"{network.base_model_prefix}."
+    left = sorted(key for key in unused if key.removeprefix(prefix).startswith(ENCODER))
+    if left:
+        raise ModelError(
+            f"model {name!r}: {len(left)} weights of its file are in no layer that config.json names: "
+            f"{', '.join(left[:3])}{', …' if len(left) > 3 else ''}",
+            "config.json must be that of these weights: num_hidden_layers, conv_dim, …",
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError if the folder has two files of weights, unless the same weights have the same values in both."""
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if len(found) < 2:
+        return
+    if found != ["model.safetensors", "pytorch_model.bin"]:
+        raise ValueError(f"it holds {' and '.join(found)}: move away what is not meant")
+    one, pickled = load_file(folder / found[0]), folder / found[1]
+    other = torch.load(pickled, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickled))
+    shared = one.keys() & other.keys()
+    differ = sorted(key for key in shared if not torch.equal(one[key].float(), other[key].float()))
+    if differ or not shared:
+        raise ValueError(
+            f"{' and '.join(found)} hold other weights ({differ[0] if differ else 'none has the same name'}): "
+            "move away the one that is not meant"
+        )
+
+
+def _normalizes(name: str) -> bool | None:
+    """Return what the model's feature extractor does to its inputs; None if there is none.
+
+    Raise ModelError if its file cannot be read.
+    """
     from transformers import AutoFeatureExtractor
+    from transformers.utils import cached_file
 
     try:
-        return bool(AutoFeatureExtractor.from_pretrained(name).do_normalize)
-    except (OSError, ValueError, AttributeError):
-        return True  # no preprocessor_config.json: wav2vec2's own default
+        if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in EXTRACTOR):
+            return None
+        return bool(AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False).do_normalize)
+    except Exception as error:  # Transformers raises whatever it met
+        raise ModelError(
+            f"model {name!r}: its feature extractor cannot be read: {str(error).splitlines()[0]}",
+            f"{' or '.join(EXTRACTOR)} must be whole",
+        ) from error

@@ -28,6 +28,7 @@ from streamtrain.checkpoint import (
     open_checkpoint,
     read_checkpoint,
 )
+from streamtrain.checksums import ChecksumError, check_sums
 from streamtrain.collate import SILENT_SAMPLES, Batch
 from streamtrain.config import Config
 from streamtrain.engine import Engine
@@ -299,7 +300,13 @@ def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpo
 
 
 def _check_best(run: Path, has_checkpoint: bool, resume: str) -> None:
-    """Raises TrainError where a model in best/ would be overwritten by a run that begins anew unasked."""
+    """Raise TrainError if a model in best/ would be overwritten by a run that begins anew unasked, or is damaged."""
+    if resume != "none":
+        try:
+            check_sums(run / "best")
+        except ChecksumError as error:
+            hint = f"remove {run / 'best'}: the same command then goes on, and seeks the best score anew"
+            raise TrainError(error.message, hint) from error
     if not has_checkpoint and resume == "auto" and (run / "best").exists():
         raise TrainError(
             f"{run}: holds a model in best/, but no checkpoint to go on from",

@@ -29,6 +29,7 @@ from streamtrain.evaluate import evaluate
 from streamtrain.export import save_best, verify
 from streamtrain.mask import Masking, Spans
 from streamtrain.mirror import Mirror
+from streamtrain.model import load_trained
 from streamtrain.monitor import Monitor, RankRow, StepRow
 from streamtrain.network import ctc_sum
 from streamtrain.noise import RoomNoise, change_for_training
@@ -147,7 +148,8 @@ class Trainer:
         self._close(None)
         with self.world.main_alone("verify best/") as mine:
             if mine:
-                difference = verify(self.run_dir / "best")
+                best = self.run_dir / "best"
+                difference = verify(load_trained(best), best)
                 log.info("Transformers computes the same from best/: largest difference %.1e", difference)
 
     def _close(self, wait_sec: float | None) -> None:
@@ -339,8 +341,6 @@ class Trainer:
         with self.world.main_alone("save best/") as mine:
             if mine:
                 save_best(model.cpu(), self.run_dir / "best")
-                if state.best_step is None:  # rather than at the end of a long run
-                    verify(self.run_dir / "best")
                 self._write_scorecard(evaluation)
 
     def _first_cer(self, cer: float) -> None:

@@ -1,7 +1,9 @@
 """A clip's log-probabilities are Transformers' own, whatever its companions, and survive saving and export."""
 
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +21,11 @@ from transformers import AutoModelForCTC
 from sharding.audio import MIN_SAMPLES, SAMPLE_RATE, frame_count
 from sharding.ipa import SYMBOLS
 from streamtrain.augment import keyed_random, span_mask
+from streamtrain.checksums import ChecksumError
 from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.config import ModelConfig
 from streamtrain.decode import greedy, join_pieces
-from streamtrain.export import ExportError, export_model
+from streamtrain.export import ExportError, export_model, verify
 from streamtrain.model import ModelError, load_model, load_trained, save_model
 from streamtrain.network import CTCModel, MaskedGroupNorm, convolve_blocks, convolve_frames, ctc_sum
 from streamtrain.vocab import vocab_of
@@ -584,3 +587,95 @@ def test_an_export_is_verified_against_transformers_and_never_overwrites(family:
         with pytest.raises(ExportError, match="is not an empty folder"):
             export_model(folder, taken)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- models that are damaged, or not all there ----------------------------------------------------------------------
+
+
+def test_every_flipped_byte_of_a_saved_model_is_seen(tmp_path: Path) -> None:
+    folder, moments = save(talkative("wav2vec2, group norm"), tmp_path / "best"), random.Random(1)
+    assert load_trained(folder).normalize
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    for path in [path for path in sorted(folder.iterdir()) for _ in range(5)]:
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[moments.randrange(len(whole))] ^= 1 << moments.randrange(8)
+        path.write_bytes(flipped)
+        for refuse in (load_trained, lambda folder: load_model(ModelConfig(pretrained=str(folder)))):
+            with pytest.raises(ChecksumError, match=r"SHA256SUMS|damaged"):
+                refuse(folder)
+        path.write_bytes(whole)
+    (folder / "SHA256SUMS").write_text("")
+    with pytest.raises(ChecksumError, match="is cut off"):
+        load_trained(folder)
+
+
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
+def two_files(folder: Path) -> None:
+    torch.save(make_network("wav2vec2, layer norm").state_dict(), folder / "pytorch_model.bin")
+
+
+def half_of(name: str, found: str = "processor_config.json") -> Callable[[Path], None]:
+    """The first half of a file, which lies there under another name, as older models have it."""
+
+    def damage(folder: Path) -> None:
+        document = json.loads((folder / found).read_text())
+        text = json.dumps(document if name == found else document["feature_extractor"])
+        (folder / found).unlink()
+        (folder / name).write_text(text[: len(text) // 2])
+
+    return damage
+
+
+def without_an_extractor(folder: Path) -> None:
+    (folder / "processor_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (fewer_layers, r"16 weights of its file are in no layer that config.json names: wav2vec2.encoder.layers.1"),
+        (two_files, r"model.safetensors and pytorch_model.bin hold other weights \(\S+\): move away the one"),
+        (half_of("processor_config.json"), "its feature extractor cannot be read: .* is not a valid JSON"),
+        (half_of("preprocessor_config.json"), "its feature extractor cannot be read: .* is not a valid JSON"),
+        (without_an_extractor, "has no processor_config.json: whether its inputs are normalised is not known"),
+    ],
+)
+def test_a_model_without_checksums_is_not_taken_for_another(
+    damage: Callable[[Path], None], told: str, tmp_path: Path
+) -> None:
+    folder = save(CTCModel(make_network("wav2vec2, group norm"), VOCAB, normalize=False), tmp_path / "model")
+    (folder / "SHA256SUMS").unlink()
+    torch.save(load_trained(folder).network.state_dict(), folder / "pytorch_model.bin")
+    assert load_trained(folder).normalize is False  # two files of the same values are one model
+    damage(folder)
+    with pytest.raises(ModelError, match=told):
+        load_trained(folder)
+
+
+def test_an_export_is_held_against_the_model_that_was_trained(tmp_path: Path) -> None:
+    trained = talkative("wav2vec2, group norm")
+    folder = save(trained, tmp_path / "model")
+    assert verify(trained, folder) <= 1e-5
+    with torch.no_grad():
+        trained.network.lm_head.bias[3] += 1e-3
+    with pytest.raises(ExportError, match="log-probabilities differ by"):
+        verify(trained, folder)
+
+
+def test_code_that_a_model_brings_along_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Path
+) -> None:
+    config = json.loads((encoder / "config.json").read_text())
+    theirs = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCTC": "code.Net"}}
+    (encoder / "config.json").write_text(json.dumps(config | theirs))
+    (encoder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(ModelConfig(pretrained=str(encoder)))
+    assert sys.stdin.read() == "y\n"
+    assert not (tmp_path / "ran").exists()

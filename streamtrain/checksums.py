@@ -1,0 +1,50 @@
+"""SHA-256 of the files of a saved model, in the form that `sha256sum --check SHA256SUMS` reads."""
+
+import hashlib
+from pathlib import Path
+
+from sharding.errors import StreamtrainError
+
+SUMS_NAME = "SHA256SUMS"
+HEX_DIGITS = 64  # before two blanks and the name
+
+
+class ChecksumError(StreamtrainError):
+    """A model's file that is not as it was saved."""
+
+
+def write_sums(folder: Path) -> None:
+    """Write the sums of all files that lie in the folder."""
+    lines = [_line(path) for path in sorted(folder.iterdir())]
+    (folder / SUMS_NAME).write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Raise ChecksumError if a file is not as it was saved; a folder without sums, as a published model's, passes."""
+    sums = folder / SUMS_NAME
+    hint = "take the model from where it is whole, or save it again"
+    try:
+        *lines, end = sums.read_bytes().decode(errors="replace").split("\n")
+    except (FileNotFoundError, NotADirectoryError):  # of a hub's model, too
+        return
+    except OSError as error:
+        raise ChecksumError(f"{sums}: {error.strerror}", hint) from error
+    if end or not lines:
+        raise ChecksumError(f"{sums}: is cut off", hint)
+    for line in lines:
+        path = folder / Path(line[HEX_DIGITS + 2 :]).name
+        try:
+            seen = _line(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ChecksumError(f"{path}: {reason}; {SUMS_NAME} names it", hint) from error
+        if seen != line:
+            raise ChecksumError(
+                f"{path}: damaged: its checksum is {seen[:8]}…, {SUMS_NAME} has {line[:8]}…",
+                hint,
+            )
+
+
+def _line(path: Path) -> str:
+    with open(path, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}"
