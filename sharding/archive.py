@@ -18,7 +18,10 @@ from typing import IO
 from sharding.errors import AudioError, ManifestError
 from sharding.names import nfc
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+AUDIO_SUFFIXES = (
+    *(".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".rf64"),
+    *(".w64", ".sph", ".m4a", ".aac", ".wma", ".amr", ".webm"),  # from .m4a on, libsndfile does not read them
+)
 AUDIO_FOLDER = "audio"
 ARCHIVE = "audio.zip"
 MISSING = "audio file is missing"
@@ -97,8 +100,18 @@ def find_audio(folder: Path, audio_paths: Sequence[str], follow_links: bool = Fa
     )
 
 
+def is_audio(name: str) -> bool:
+    """Whether a file is a recording, by its name; those in `._x` are what macOS says about the file x."""
+    return name.lower().endswith(AUDIO_SUFFIXES) and "/._" not in f"/{name}"
+
+
 def list_audio(root: AudioRoot) -> list[str]:
     """Every audio file of a zip, or below a folder of `root`, as an audio_path would name it."""
+    return list(filter(is_audio, list_files(root)))
+
+
+def list_files(root: AudioRoot) -> list[str]:
+    """The same for files of any kind."""
     if _is_archive(root.path):
         length = len(root.packed)
         names = [root.said + name[length:] if name.startswith(root.packed) else name
@@ -108,8 +121,7 @@ def list_audio(root: AudioRoot) -> list[str]:
         start = os.path.join(root.path, "")
         files = walk_files(os.path.join(root.path, root.below), root.follow_links)
         names = [path.removeprefix(start) for path in files]
-    printable = (name.encode("utf-8", "backslashreplace").decode() for name in names)  # Linux allows any bytes
-    return sorted(name for name in printable if name.lower().endswith(AUDIO_SUFFIXES) and "/._" not in f"/{name}")
+    return sorted(name.encode("utf-8", "backslashreplace").decode() for name in names)  # Linux allows any bytes
 
 
 def walk_files(top: str, follow_links: bool) -> Iterator[str]:

@@ -91,13 +91,13 @@ class Layout:
     def parse(self, line: bytes, number: int) -> tuple[Utterance, frozenset[str]]:
         """A row, and the columns in it that are not ours. Raises ManifestError with its place."""
         where = f"{self.transcripts}:{number}"
-        row = _json_object(line, number, self.transcripts)
+        row = read_row(line, number, self.transcripts)
         ignored, fault = _look_at_columns(self, tuple(row))
         if fault:
             raise ManifestError(f"{where}: {fault[0]}", fault[1])
         columns = dict(self.columns)
         names = {name: name_of(row.get(columns[name])) for name in NAME_FIELDS}
-        text = {name: _text(names.get(name, row.get(column)), column, where) for name, column in self.columns
+        text = {name: text_of(names.get(name, row.get(column)), column, where) for name, column in self.columns
                 if name not in NUMBER_FIELDS}  # fmt: skip
         group = row.get(self.group_by)
         if not self.names_clips:
@@ -111,7 +111,7 @@ class Layout:
             utterance_id=text["utterance_id"],
             child_id=same_name(text["child_id"]),
             session_id=same_name(text["session_id"]),
-            group=same_name(_text(str(group) if isinstance(group, bool) else name_of(group), self.group_by, where)),
+            group=same_name(text_of(str(group) if isinstance(group, bool) else name_of(group), self.group_by, where)),
             corpus=self.corpus,
             audio_path=text["audio_path"],
             duration_sec=seconds,
@@ -215,7 +215,7 @@ def _look_around(source: Source, folder: Path, reading: Reading) -> AudioRoot:
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_ROWS).astype(int))
     rows = [(source.line(row), int(source.numbers[row])) for row in chosen]
     paths = [source.layout.parse(*row)[0].audio_path for row in rows]
-    seen = frozenset().union(*(_json_object(*row, source.layout.transcripts) for row in rows))
+    seen = frozenset().union(*(read_row(*row, source.layout.transcripts) for row in rows))
     for name, column in reading.columns.items():
         if column not in seen:
             raise ManifestError(
@@ -259,7 +259,8 @@ def _find_transcripts(folder: Path, track: str) -> Path:
     return found[0]
 
 
-def _json_object(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
+def read_row(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
+    """Read one line of a transcripts file. Raises ManifestError with its place."""
     where = f"{transcripts}:{number}"
     try:
         row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())  # which Windows tools begin a file with
@@ -270,7 +271,8 @@ def _json_object(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
     return row
 
 
-def _text(value: Any, column: str, where: str) -> str:
+def text_of(value: Any, column: str, where: str) -> str:
+    """Return the text of a cell, "" if there is none. Raises ManifestError."""
     if value is not None and not isinstance(value, str):
         raise ManifestError(f"{where}: {column!r} is {_short(value)}, a string is expected")
     if value and not value.isprintable() and UNPRINTABLE.search(value):

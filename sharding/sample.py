@@ -1,8 +1,8 @@
 """A sample and its bytes in a tar.
 
 We write `<key>.flac` and `<key>.json` in ustar headers that carry no date and no owner, so that the same samples always
-make the same bytes. We read what other WebDataset writers make, too: sound as FLAC, WAV, MP3 or OGG, and a label in a
-`.txt` or a `.json`.
+make the same bytes. We read what other WebDataset writers make, too: sound of any kind, and a label in a `.txt` or a
+`.json`.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
+from sharding.archive import AUDIO_SUFFIXES
 from sharding.errors import ShardError
 from sharding.ipa import TRACKS, read_label
 from sharding.names import name_of, nfc, same_name
 
 BLOCK = 512  # a tar is made of blocks of this many bytes
-SOUNDS = ("flac", "wav", "mp3", "ogg")
+SOUNDS = tuple(suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES)
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, and UTF-8 cannot
 META = ("utterance_id", "child_id", "session_id", "corpus", "age_bucket")  # what another writer's JSON may say beside
 

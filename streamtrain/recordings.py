@@ -1,28 +1,31 @@
 """What there is to transcribe: files, folders, zips, manifests, shard sets and buckets, as one list of recordings."""
 
-import json
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import numpy as np
 
-from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, list_audio, open_audio, walk_files
+from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, is_audio, list_files, open_audio, walk_files
 from sharding.errors import ManifestError, StreamtrainError
 from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
+from sharding.manifest import read_row, text_of
+from sharding.names import name_of
 from sharding.sample import Sample, whole_key
 from sharding.store import Reader, Store, open_store
 from sharding.tables import read_lines
 from streamtrain.stream import read_verified
 
 MANIFEST = re.compile(r"\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
+SHOWN_KINDS = 5  # of files that are no audio, by their suffixes
 LOOKED_AT = 256  # audio paths of a manifest, to see what they are relative to
 
 
@@ -70,11 +73,11 @@ def _find(source: str) -> Iterator[Recording]:
     path = Path(source)
     if "://" in source and (MANIFEST.search(source) or source.lower().endswith(".zip")):
         raise StreamtrainError(f"{source}: is not read from a bucket", "copy it here first")
-    if "://" in source and not _is_audio(source):
+    if "://" in source and not is_audio(source):
         yield from _in_store(open_store(source))
     elif "://" in source:
         folder, _, name = source.rpartition("/")
-        yield _object(open_store(folder), name)
+        yield _object(open_store(folder), name, Path(name).stem)
     elif path.is_dir() and (path / INDEX_NAME).is_file():
         yield from _in_shards(open_store(path))
     elif path.is_dir():
@@ -89,30 +92,45 @@ def _find(source: str) -> Iterator[Recording]:
         yield _file(path, path.stem)
 
 
-def _is_audio(name: str) -> bool:
-    return name.lower().endswith(AUDIO_SUFFIXES)
-
-
 def _printable(path: str) -> str:
     """Linux allows any bytes in a name."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _in_folder(folder: Path) -> Iterator[Recording]:
-    """Its audio files and those of its zips, links followed, under their own names where these differ, else by path."""
-    paths = [Path(path) for path in walk_files(str(folder), follow_links=True)
-             if path.lower().endswith((*AUDIO_SUFFIXES, ".zip"))]  # fmt: skip
-    audio = sorted(path for path in paths if path.suffix.lower() != ".zip")
-    differ = len({path.stem for path in audio}) == len(audio)
-    for path in audio:
-        yield _file(path, path.stem if differ else path.relative_to(folder).with_suffix("").as_posix())
-    for path in sorted(set(paths).difference(audio)):
-        yield from _in_zip(path)
+    """Its audio files and those of its zips, links followed."""
+    paths = {os.path.relpath(path, folder): Path(path) for path in walk_files(str(folder), follow_links=True)}
+    zips = sorted(name for name in paths if name.lower().endswith(".zip"))
+    for name, utterance_id in _choose_audio(str(folder), paths.keys() - set(zips)):
+        yield _file(paths[name], utterance_id)
+    for name in zips:
+        yield from _in_zip(paths[name])
 
 
 def _in_zip(path: Path) -> Iterator[Recording]:
     root = AudioRoot(str(path), "")
-    return (_member(root, name, Path(name).stem) for name in list_audio(root))
+    return (_member(root, name, utterance_id) for name, utterance_id in _choose_audio(str(path), list_files(root)))
+
+
+def _choose_audio(where: str, names: Iterable[str]) -> list[tuple[str, str]]:
+    """The audio among files, each with an id: its stem if all differ, else its path, with the suffix if needed.
+
+    Others are counted for the user, but for hidden ones.
+    """
+    names = sorted(names)
+    audio = list(filter(is_audio, names))
+    others = [name for name in names if not is_audio(name) and "/." not in f"/{name}"]
+    if others:
+        kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in others).most_common()
+        told = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS]) + ", …" * (
+            len(kinds) > SHOWN_KINDS
+        )
+        print(f"{_printable(where)}: not looked at: {len(others):,} files ({_printable(told)})", file=sys.stderr)
+    paths = list(map(PurePosixPath, audio))
+    ids = [path.stem for path in paths]
+    for longer in ([str(path.with_suffix("")) for path in paths], audio):
+        ids = ids if len(set(ids)) == len(ids) else longer
+    return list(zip(audio, ids, strict=True))
 
 
 def _file(path: Path, utterance_id: str) -> Recording:
@@ -123,8 +141,8 @@ def _file(path: Path, utterance_id: str) -> Recording:
     return Recording(_printable(utterance_id), _printable(str(path)), lambda: [Piece(path.read_bytes())], stamp)
 
 
-def _object(store: Reader, name: str) -> Recording:
-    return Recording(Path(name).stem, f"{store.url}/{name}", lambda: [Piece(store.read(name))])
+def _object(store: Reader, name: str, utterance_id: str) -> Recording:
+    return Recording(utterance_id, f"{store.url}/{name}", lambda: [Piece(store.read(name))])
 
 
 def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:
@@ -138,7 +156,7 @@ def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:
 def _in_store(store: Store) -> Iterator[Recording]:
     if store.exists(INDEX_NAME):
         return _in_shards(store)
-    return (_object(store, name) for name in sorted(filter(_is_audio, store.names())))
+    return (_object(store, name, utterance_id) for name, utterance_id in _choose_audio(store.url, store.names()))
 
 
 def _in_manifest(path: Path) -> Iterator[Recording]:
@@ -146,15 +164,12 @@ def _in_manifest(path: Path) -> Iterator[Recording]:
     lines = read_lines(path, ())
     rows = []
     for start, end, number in zip(lines.starts.tolist(), lines.ends.tolist(), lines.numbers.tolist(), strict=True):
-        try:
-            row = json.loads(lines.text[start:end].decode())
-            audio_path = row["audio_path"]
-            rows.append((str(audio_path), str(row.get("utterance_id") or Path(audio_path).stem)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ManifestError(
-                f"{path}:{number}: not a row with an audio_path ({error})",
-                "a column of that name, or one JSON object per line, in UTF-8",
-            ) from error
+        where, row = f"{path}:{number}", read_row(lines.text[start:end], number, str(path))
+        audio_path = text_of(row.get("audio_path"), "audio_path", where)
+        utterance_id = text_of(name_of(row.get("utterance_id")), "utterance_id", where)
+        if not audio_path:
+            raise ManifestError(f"{where}: not a row with an audio_path", "a column of that name is needed")
+        rows.append((audio_path, utterance_id or Path(audio_path).stem))
     if not rows:
         return
     chosen = np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int))

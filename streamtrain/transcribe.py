@@ -162,7 +162,7 @@ def load(recording: Recording) -> Sound:
         pieces: list[Waveform] = []
         starts: list[float] = []
         for piece in loaded:
-            waveform, _ = decode(piece.audio)
+            waveform, _ = decode(piece.audio, prove=True)
             for start, segment in _segments(waveform):
                 pieces.append(segment)
                 starts.append(piece.start_sec + start / SAMPLE_RATE)

@@ -24,6 +24,8 @@ SEEN_BY_STREAMTRAIN = {
     "workers",
     "command",
     "tables",
+    "manifest",
+    "names",
 }
 
 

@@ -1,5 +1,6 @@
 """Whatever names them, the same clips are found, each with its bytes; what holds nothing says so."""
 
+import codecs
 import json
 import os
 import subprocess
@@ -111,9 +112,14 @@ def test_a_clip_that_a_manifest_names_and_nobody_has_is_an_error_of_its_own(corp
     ("content", "said"),
     [
         (b'{"audio_path": "a.flac"}\n{"path": "b.flac"}\n', r"rows\.jsonl:2: not a row with an audio_path"),
-        (b'{"audio_path": "\xff.flac"}\n', r"rows\.jsonl:1: not a row with an audio_path .*utf-8"),
-        (b"[1]\n", r"rows\.jsonl:1: not a row"),
-        (b'{"audio_path": 3}\n', r"rows\.jsonl:1: not a row"),
+        (b'{"audio_path": "\xff.flac"}\n', r"rows\.jsonl:1: not JSON: .*utf-8"),
+        (b"[1]\n", r"rows\.jsonl:1: a JSON object is expected, found list"),
+        (b'{"audio_path": 3}\n', r"rows\.jsonl:1: 'audio_path' is 3, a string is expected"),
+        (b'{"audio_path": "a\\u0000.flac"}\n', r"rows\.jsonl:1: 'audio_path' is .*, which holds NUL"),
+        (
+            b'{"audio_path": "a.flac", "utterance_id": "\\ud800"}\n',
+            r"rows\.jsonl:1: .*, which holds .* half a character",
+        ),
         (b'{"audio_path": "nobody.flac"}\n', "there is no audio"),
         (b"", "no audio in"),
     ],
@@ -122,6 +128,37 @@ def test_a_manifest_that_is_none_is_told_with_its_line(content: bytes, said: str
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(StreamtrainError, match=said):
         find_recordings([str(tmp_path / "rows.jsonl")])
+
+
+@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize(("number", "name"), [("7", "7"), ("7.0", "7"), ('"a"', "a"), ("null", "clip")])
+def test_a_manifest_is_read_as_a_build_reads_it(bom: bytes, number: str, name: str, tmp_path: Path) -> None:
+    """With the mark that Windows tools begin a file with, and numbers for names."""
+    (tmp_path / "clip.flac").write_bytes(b"sound")
+    row = f'{{"audio_path": "clip.flac", "utterance_id": {number}}}\n'
+    (tmp_path / "rows.jsonl").write_bytes(bom + row.encode())
+    assert bytes_of(tmp_path / "rows.jsonl") == {name: b"sound"}
+
+
+def test_every_kind_of_audio_is_found_and_other_files_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a.wav", "b.aiff", "c.oga", "d.m4a", "e.sph", "f.W64", "._a.wav", ".DS_Store", "g.txt", "h.txt", "README"]
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        (tmp_path / "folder" / name).write_bytes(b"sound")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"sound")
+    for source in (tmp_path / "folder", tmp_path / "a.zip"):
+        assert list(bytes_of(source)) == ["a", "b", "c", "d", "e", "f"]
+        assert capsys.readouterr().err == f"{source}: not looked at: 3 files (2 .txt, 1 no suffix)\n"
+
+
+def test_files_that_differ_by_their_suffix_alone_keep_it_in_their_names(tmp_path: Path) -> None:
+    for name in ("half.wav", "half.m4a", "whole.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert bytes_of(tmp_path) == {name: name.encode() for name in ("half.wav", "half.m4a", "whole.wav")}
 
 
 def test_a_folder_is_searched_through_its_links_and_zips_and_under_any_name(corpus: Path, tmp_path: Path) -> None:

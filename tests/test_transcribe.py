@@ -1,5 +1,6 @@
 """Audio in, a row of text for each file out, whatever the files are and however they are batched."""
 
+import io
 import json
 import re
 import shutil
@@ -65,6 +66,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def half_a_wav() -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, sound(1, 0), SAMPLE_RATE, format="WAV")
+    return file.getvalue()[:16_000]
+
+
 def rows_of(folder: Path, sources: list[Path], out: Path, batch_seconds: float = 30.0) -> list[Row]:
     transcribe(folder, [str(source) for source in sources], out, Reading(batch_seconds))
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
@@ -127,6 +134,8 @@ def test_a_file_that_cannot_be_read_gets_a_row_with_its_error(folder: Path, clip
         "b.flac": b"",
         "c.flac": good[: len(good) // 2],
         "d.flac": encode(np.zeros(399, np.float32)),
+        "e.wav": half_a_wav(),
+        "f.m4a": b"\0\0\0\x18ftypM4A ",
         "z.flac": good,
     }
     for name, data in damaged.items():
@@ -137,6 +146,7 @@ def test_a_file_that_cannot_be_read_gets_a_row_with_its_error(folder: Path, clip
         assert row["error"]
         assert (row["phonetic_text"], row["confidence"]) == ("", 0.0)
     assert "shorter than one frame" in rows[3]["error"]
+    assert "cut off" in rows[4]["error"]
     assert rows[-1]["error"] is None
     assert rows[-1]["phonetic_text"]
 
