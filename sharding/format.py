@@ -7,16 +7,20 @@ A shard is a WebDataset tar, sample after sample. Beside it stands `<shard>.idx.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 import zstandard
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
+from sharding.document import LARGE_BYTES, Count, DocumentError, Hash, Number, Size, check, parse, parse_json, unpack
 from sharding.errors import MissingError, ShardError
+from sharding.ipa import TRACKS
 from sharding.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
 from sharding.store import Reader, Store
 
@@ -40,6 +44,11 @@ SAMPLE_DTYPE = np.dtype(
 SampleTable = npt.NDArray[np.void]  # (N,) of SAMPLE_DTYPE
 
 
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
+Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
+STRICT = ConfigDict(extra="forbid")
+
+
 class Who(NamedTuple):
     """Whose clip a sample is: what the tables of a shard set are grouped by, so that none of them needs the audio."""
 
@@ -52,14 +61,16 @@ class Who(NamedTuple):
 class ShardEntry:
     """One row of index.json: what a shard must turn out to be."""
 
+    __pydantic_config__ = STRICT
+
     name: str  # train/b03-00017.tar
-    split: str
-    bucket: int
-    count: int
-    bytes: int
-    samples: int  # audio samples at 16 kHz, all clips together
-    checksum: str  # xxh3-64 of the whole tar, hexadecimal
-    idx_checksum: str = ""  # xxh3-64 of its .idx.zst
+    split: Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
+    bucket: Count
+    count: Count
+    bytes: Size
+    samples: Size  # audio samples at 16 kHz, all clips together
+    checksum: Checksum  # of the whole tar
+    idx_checksum: Checksum | Literal[""] = ""  # of its .idx.zst
 
     @property
     def seconds(self) -> float:
@@ -94,6 +105,93 @@ class ShardIndex:
         """Rows of `samples` that belong to the shards of a split, in shard order, shape (n,)."""
         wanted = np.array([shard.split == name for shard in self.shards], bool)
         return np.flatnonzero(wanted[self.samples["shard"]]) if len(self.samples) else np.zeros(0, np.int64)
+
+
+class _Validation(TypedDict, total=False):
+    disjoint_by_speaker: bool
+    stand_in: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None
+    clips: Size
+    rejected: Size
+
+
+class _Notes(TypedDict, total=False):
+    clips: Size
+    rejected: Size
+    validation: _Validation
+
+
+class _Sounds(TypedDict):
+    alphabet: str
+    max_gap: Number
+    values: str
+
+
+class _SamplesDocument(TypedDict):
+    name: str
+    count: Size
+    checksum: Checksum
+
+
+class _Outline(TypedDict):
+    """What every version of an index has."""
+
+    version: int
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class _IndexDocument:
+    """index.json as it is written."""
+
+    __pydantic_config__ = STRICT
+
+    version: int
+    sample_rate: Literal[16_000]
+    duration_bins: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], FailFast()]
+    settings: dict[str, bool | int | Number | str | list[str] | None]
+    settings_hash: Digest
+    sources_hash: str
+    notes: _Notes
+    samples: _SamplesDocument
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
+    digest: Digest
+    base: Digest = ""
+    sounds: _Sounds | None = None
+
+
+class _Columns(TypedDict):
+    """Those of SAMPLE_DTYPE without the shard's number."""
+
+    offset: Annotated[list[Size], FailFast()]
+    bytes: Annotated[list[Count], FailFast()]
+    samples: Annotated[list[Count], FailFast()]
+    label_length: Annotated[list[Count], FailFast()]
+    checksum: Annotated[list[Hash], FailFast()]
+
+
+class _WhoColumns(TypedDict):
+    """The fields of `Who`."""
+
+    corpus: Annotated[list[str], FailFast()]
+    age_bucket: Annotated[list[str], FailFast()]
+    child_id: Annotated[list[str], FailFast()]
+
+
+@dataclass(frozen=True)
+class _ShardDocument:
+    """`<shard>.idx.zst` as it is written."""
+
+    __pydantic_config__ = STRICT
+
+    shard: ShardEntry
+    made_of: str
+    refused: dict[str, str]
+    keys: Annotated[list[str], FailFast()]
+    who: _WhoColumns
+    columns: _Columns
+
+
+_OUTLINE, _INDEX, _SHARD = TypeAdapter(_Outline), TypeAdapter(_IndexDocument), TypeAdapter(_ShardDocument)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,16 +262,20 @@ def remove_shard(store: Store, name: str) -> None:
 
 def read_shard_index(store: Reader, name: str) -> Shard:
     """Read `<shard>.idx.zst`. Raises ShardError where it is damaged, StoreError where it is missing."""
-    data = store.read(_idx_name(name))
+    data = store.read(_idx_name(name), LARGE_BYTES)
     try:
-        document = json.loads(_decompress(data))
-        table = np.zeros(len(document["keys"]), SAMPLE_DTYPE)
-        for column, values in document["columns"].items():
+        document = parse(unpack(data), _SHARD)
+        keys, columns, who = document.keys, dict[str, Any](document.columns), dict[str, Any](document.who)
+        for column, values in (columns | who).items():
+            if len(values) != len(keys):
+                raise DocumentError(f"{column!r} has {len(values)} values for {len(keys)} keys")
+        table = np.zeros(len(keys), SAMPLE_DTYPE)
+        for column, values in columns.items():
             table[column] = np.array(values, SAMPLE_DTYPE[column])
-        entry = ShardEntry(**document["shard"] | {"idx_checksum": xxhash.xxh3_64_hexdigest(data)})
-        who = tuple(map(Who._make, zip(*(document["who"][name] for name in Who._fields), strict=True)))
-        return Shard(entry, tuple(document["keys"]), who, table, document["made_of"], document["refused"])
-    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, zstandard.ZstdError) as error:
+        entry = replace(document.shard, idx_checksum=xxhash.xxh3_64_hexdigest(data))
+        whose = tuple(map(Who._make, zip(*(who[name] for name in Who._fields), strict=True)))
+        return Shard(entry, tuple(keys), whose, table, document.made_of, document.refused)
+    except DocumentError as error:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
 
 
@@ -291,14 +393,18 @@ def read_outlines(store: Reader) -> Iterator[tuple[str, ShardIndex]]:
 def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     """Read `index.json` and the sample columns. Raises ShardError that names the file where either is damaged."""
     document = _read_document(store, name)
-    wanted = document["samples"]
-    columns = store.read(wanted["name"])
+    wanted = document.samples
+    where = f"{store.url}/{wanted['name']}"
+    columns = store.read(wanted["name"], LARGE_BYTES)
     checksum = xxhash.xxh3_64_hexdigest(columns)
     if checksum != wanted["checksum"]:
-        raise ShardError(
-            f"{store.url}/{wanted['name']}: checksum is {checksum}, {name} says {wanted['checksum']}", _VERIFY_HINT
-        )
-    return _index_from(document, _table_from(_decompress(columns), wanted["count"]))
+        raise ShardError(f"{where}: checksum is {checksum}, {name} says {wanted['checksum']}", _VERIFY_HINT)
+    try:
+        table = _table_from(unpack(columns), wanted["count"])
+        _check_table(document.shards, table)
+    except DocumentError as error:
+        raise ShardError(f"{where}: {error}", "it was so made: build the shard set anew") from error
+    return _index_from(document, table)
 
 
 def read_outline(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
@@ -309,17 +415,16 @@ def read_outline(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
 def repair_samples(store: Store, name: str) -> None:
     """Write the columns of an index anew, from the indexes of its shards. Raises ShardError where one is damaged."""
     document = _read_document(store, name)
-    shards = [ShardEntry(**row) for row in document["shards"]]
-    columns = _pack_columns(join_samples([read_listed(store, shard).samples for shard in shards]))
-    if xxhash.xxh3_64_hexdigest(columns) != document["samples"]["checksum"]:
+    columns = _pack_columns(join_samples([read_listed(store, shard).samples for shard in document.shards]))
+    if xxhash.xxh3_64_hexdigest(columns) != document.samples["checksum"]:
         raise ShardError(f"{store.url}/{name}: its sample columns cannot be made again as they were")
-    store.write(document["samples"]["name"], columns)
+    store.write(document.samples["name"], columns)
 
 
-def _read_document(store: Reader, name: str) -> dict[str, Any]:
+def _read_document(store: Reader, name: str) -> _IndexDocument:
     where, hint = f"{store.url}/{name}", INDEX_HINT if name == INDEX_NAME else OLD_INDEX_HINT
     try:
-        text = store.read(name)
+        text = store.read(name, LARGE_BYTES)
     except MissingError as error:
         if name != INDEX_NAME:
             raise ShardError(f"{where}: is missing", OLD_INDEX_HINT) from error
@@ -328,20 +433,55 @@ def _read_document(store: Reader, name: str) -> dict[str, Any]:
             f"build one with `python -m sharding build SOURCE --out {store.url}`",
         ) from error
     try:
-        document: dict[str, Any] = json.loads(text)
-        wanted, version = str(document["digest"]), document["version"]
-    except (ValueError, KeyError, TypeError) as error:
+        said = parse_json(text)
+        outline = check(said, _OUTLINE)
+        if outline["version"] != FORMAT_VERSION:
+            seen = f"format version is {outline['version']}, this program reads {FORMAT_VERSION}"
+            raise ShardError(f"{where}: {seen}", "build the shard set anew")
+        wanted, seen = outline["digest"], _digest(text.replace(outline["digest"].encode(), b""))
+        if seen != wanted:
+            raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", hint)
+        if name not in (INDEX_NAME, old_index_name(wanted)):
+            raise ShardError(f"{where}: is the index {wanted[:16]}… under another's name", hint)
+        document = check(said, _INDEX)
+        _check_document(document)
+    except DocumentError as error:
         raise ShardError(f"{where}: damaged ({error})", hint) from error
-    if version != FORMAT_VERSION:
-        raise ShardError(
-            f"{where}: format version is {version}, this program reads {FORMAT_VERSION}", "build the shard set anew"
-        )
-    seen = _digest(text.replace(wanted.encode(), b""))
-    if seen != wanted:
-        raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", hint)
-    if name not in (INDEX_NAME, old_index_name(wanted)):
-        raise ShardError(f"{where}: is the index {wanted[:16]}… under another's name", hint)
     return document
+
+
+def _check_document(document: _IndexDocument) -> None:
+    """Raise DocumentError if what an index says in one place does not go with what it says in another."""
+    bins, shards, track = document.duration_bins, document.shards, document.settings.get("track", "phonetic")
+    if list(bins) != sorted(bins):
+        raise DocumentError(f"'duration_bins' are {list(bins)}, and do not rise")
+    if track not in TRACKS:
+        raise DocumentError(f"'settings.track' is {track!a:.50}, not one of {', '.join(TRACKS)}")
+    for number, shard in enumerate(shards):
+        if shard.bucket >= len(bins):
+            raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)}")
+    if len({shard.name for shard in shards}) != len(shards):
+        raise DocumentError("a shard is listed twice")
+    if sum(shard.count for shard in shards) != document.samples["count"]:
+        raise DocumentError(f"'samples.count' is {document.samples['count']}, the shards' own make another")
+
+
+def _check_table(shards: Sequence[ShardEntry], table: SampleTable) -> None:
+    """Raise DocumentError if rows do not lie in the shards as these say."""
+    numbers = np.repeat(np.arange(len(shards)), [shard.count for shard in shards])
+    if not np.array_equal(table["shard"], numbers):
+        raise DocumentError("the rows are not those of the shards, in their order")
+    sizes = np.array([shard.bytes for shard in shards], np.uint64)[numbers]
+    outside = (table["bytes"] > sizes) | (table["offset"] > sizes - np.minimum(table["bytes"], sizes))
+    for fault, rows in (("lies outside of it", outside), ("is a clip of no length", table["samples"] == 0)):
+        if rows.any():
+            row = int(rows.argmax())
+            offset, length = int(table["offset"][row]), int(table["bytes"][row])
+            raise DocumentError(f"row {row}, of {length:,} bytes at {offset:,} of {shards[numbers[row]].name}, {fault}")
+    lengths = np.bincount(numbers, table["samples"], len(shards))
+    for shard, length in zip(shards, lengths.tolist(), strict=True):
+        if length != shard.samples:
+            raise DocumentError(f"the clips of {shard.name} have {length:.0f} samples, the shard has {shard.samples}")
 
 
 INDEX_HINT = (
@@ -354,16 +494,12 @@ OLD_INDEX_HINT = "a training run that began with it needs it, and so does a repa
 _VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
 
 
-def _index_from(document: dict[str, Any], table: SampleTable) -> ShardIndex:
-    copied = {field.name: document[field.name] for field in fields(ShardIndex) if field.name in document}
-    return ShardIndex(
-        **copied
-        | {
-            "duration_bins": tuple(document["duration_bins"]),
-            "shards": tuple(ShardEntry(**row) for row in document["shards"]),
-            "samples": table,
-        }
-    )
+def _index_from(document: _IndexDocument, table: SampleTable) -> ShardIndex:
+    same = {name: getattr(document, name) for name in _COPIED}
+    return ShardIndex(**same, samples=table)
+
+
+_COPIED = ("duration_bins", "settings", "settings_hash", "sources_hash", "notes", "shards", "base", "sounds", "digest")
 
 
 def _pack_columns(table: SampleTable) -> bytes:
@@ -371,6 +507,8 @@ def _pack_columns(table: SampleTable) -> bytes:
 
 
 def _table_from(raw: bytes, count: int) -> SampleTable:
+    if len(raw) != count * SAMPLE_DTYPE.itemsize:
+        raise DocumentError(f"{len(raw):,} bytes are not {count:,} rows")
     table = np.zeros(count, SAMPLE_DTYPE)
     position = 0
     for name in SAMPLE_DTYPE.names or ():
@@ -407,7 +545,3 @@ def _digest(undigested: bytes) -> str:
 
 def _compress(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=9, write_checksum=True).compress(data)
-
-
-def _decompress(data: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(data)

@@ -26,6 +26,7 @@ SEEN_BY_STREAMTRAIN = {
     "tables",
     "manifest",
     "names",
+    "document",
 }
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
+import zstandard
 
 from sharding.bucket import BucketStore
 from sharding.errors import ShardError, StoreError, StreamtrainError
-from sharding.format import check_shard, read_index, read_samples
+from sharding.format import check_shard, read_index, read_samples, read_shard_index, write_index
 from sharding.manifest import Reading
 from sharding.repair import find_faults, repair
 from sharding.store import FolderStore, Store
@@ -113,3 +115,85 @@ def test_a_file_much_larger_than_its_index_says_is_not_read(copied: Path) -> Non
     os.truncate(copied / index.shards[0].name, 2**40)
     with pytest.raises((ShardError, StoreError), match="1,099,511,627,776 bytes"):
         check_shard(store, index.shards[0])
+
+
+# --- indexes -----------------------------------------------------------------------------------------------------
+
+
+def change_row(column: str, value: int) -> Callable[[FolderStore], None]:
+    """Change a cell of the sample columns, as somebody would who makes the index anew over them."""
+
+    def change(store: FolderStore) -> None:
+        index = read_index(store)
+        index.samples[column][1] = value
+        write_index(store, index)
+
+    return change
+
+
+@pytest.mark.parametrize(("column", "value", "words"), [
+    ("offset", 2**63 - 1, "lies outside of it"), ("offset", 2**64 - 1, "lies outside of it"),
+    ("bytes", 2**32 - 1, "lies outside of it"), ("samples", 0, "is a clip of no length"),
+    ("samples", 2**32 - 1, "the shard has"), ("shard", 10**6, "not those of the shards"),
+])  # fmt: skip
+def test_a_row_that_does_not_lie_in_its_shard_is_told(column: str, value: int, words: str, copied: Path) -> None:
+    store = FolderStore(copied)
+    change_row(column, value)(store)
+    with pytest.raises(ShardError, match=rf"samples.bin.zst: .*{words}"):
+        read_index(store)
+
+
+def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: Any) -> None:
+        for part in path[:-1]:
+            document = document[part]
+        document[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(("path", "value", "words"), [
+    (("shards", 0, "count"), -1, "greater than or equal to 0"), (("shards", 0, "bytes"), 10**30, "less than or equal"),
+    (("shards", 0, "bucket"), 99, "there are 2"), (("shards", 0, "count"), 10**6, "the shards' own make another"),
+    (("shards", 0, "split"), "test", "should match"), (("shards", 0, "mode"), 1, "'shards.0.mode' is unknown"),
+    (("shards", 1), None, "'shards.1' is None"), (("shards",), {}, "'shards' is {}"),
+    (("samples", "count"), 2**40, "make another"), (("samples",), [], "'samples' is"),
+    (("duration_bins",), [2.0, 1.0], "do not rise"), (("duration_bins",), [-1.0], "greater than 0"),
+    (("settings", "track"), "none", "not one of phonetic, word"), (("notes",), [], "'notes' is"),
+    (("base",), "../x", "should match"), (("sounds",), 1, "'sounds' is 1"), (("more",), 1, "'more' is unknown"),
+])  # fmt: skip
+def test_an_index_that_is_made_otherwise_is_told_by_its_field(
+    path: tuple[str | int, ...], value: Any, words: str, copied: Path
+) -> None:
+    store = forge(copied, set_in(*path, value=value))
+    with pytest.raises(ShardError, match=rf"index.json: damaged \(.*{words}(?s:.*)hint: "):
+        read_index(store)
+
+
+def pack(document: Any) -> bytes:
+    return zstandard.compress(json.dumps(document).encode())
+
+
+BOMB = zstandard.ZstdCompressor(level=3).compress(bytes(2**29))  # half a gigabyte in a few kilobytes
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (pack([]), "a dictionary or an instance"), (pack({"shard": []}), "'shard'"), (BOMB, "unpacks to 536,870,912 bytes"),
+    (pack({}) + b"\0", "is missing"), (zstandard.compress(b"[" * 10**5), "brackets|recursion"), (b"", "error|frame"),
+    (zstandard.compress(b'{"shard": NaN}'), "not JSON"), (zstandard.ZstdCompressor(write_content_size=False).compress(
+        b"{}"), "does not say how long"),
+])  # fmt: skip
+def test_an_index_of_a_shard_that_is_made_otherwise_is_told(data: bytes, words: str, copied: Path) -> None:
+    store = FolderStore(copied)
+    name = read_index(store).shards[0].name
+    (copied / name.replace(".tar", ".idx.zst")).write_bytes(data)
+    with pytest.raises(ShardError, match=rf"idx.zst: damaged \(.*({words})"):
+        read_shard_index(store, name)
+
+
+def test_columns_that_unpack_to_far_more_are_not_unpacked(copied: Path) -> None:
+    (copied / "samples.bin.zst").write_bytes(BOMB)
+    checksum = xxhash.xxh3_64_hexdigest(BOMB)
+    store = forge(copied, set_in("samples", "checksum", value=checksum))
+    with pytest.raises(ShardError, match="unpacks to 536,870,912 bytes"):
+        read_index(store)

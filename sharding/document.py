@@ -1,0 +1,111 @@
+"""Read documents that others may have written: none is larger, deeper or other than its reader expects.
+
+A reader says as a type what it wants, and pydantic where a document differs from it. What is read takes memory in
+proportion to the file, so that a small file cannot fill a machine.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, TypeVar
+
+import zstandard
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from sharding.store import open_regular
+
+SMALL_BYTES = 2**24  # of a document that does not grow with a shard set, such as a scorecard
+LARGE_BYTES = 2**32  # of one that does
+MAX_UNPACKING = 100  # times its size: ours unpack to ten times theirs, a list of refusals to eighty times
+UNPACKED_FREELY = 2**20  # bytes, whatever the ratio
+BRACKETS_FREELY, BYTES_OF_BRACKET = 1_000, 16  # an empty list takes 3 bytes of a document, and 64 of memory
+PIECE_BYTES = 2**10  # of a frame at a time, which may unpack to 32 MB
+FAULTS_TOLD = 100
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
+Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]  # bytes, samples or steps
+Hash = Annotated[int, Field(strict=True, ge=0, le=2**64 - 1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+
+Wanted = TypeVar("Wanted")
+
+
+class DocumentError(ValueError):
+    """What is wrong with a document; its reader adds where it lies, and what to do."""
+
+
+def read_document(path: Path, limit: int = SMALL_BYTES) -> bytes:
+    """Read a file whole. Raises OSError, and DocumentError if it is larger than any such document."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DocumentError(f"it has more than {limit:,} bytes")
+    return data
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse one JSON value without NaN or infinite literals. Raises DocumentError."""
+    if data.count(b"[") + data.count(b"{") > BRACKETS_FREELY + len(data) // BYTES_OF_BRACKET:
+        raise DocumentError("it consists of brackets")
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise DocumentError(f"not JSON: {error}") from error
+
+
+def parse(data: bytes, wanted: TypeAdapter[Wanted]) -> Wanted:
+    """Parse one JSON value that must fit a type. Raises DocumentError, which names the first field that does not."""
+    return check(parse_json(data), wanted)
+
+
+def check(value: Any, wanted: TypeAdapter[Wanted]) -> Wanted:
+    """Return what a parsed document says, as a type. Raises DocumentError, which names the first field that differs."""
+    try:
+        return wanted.validate_python(value)
+    except ValidationError as error:
+        raise DocumentError(_explain(error)) from error
+
+
+def unpack(data: bytes, most_times: int = MAX_UNPACKING) -> bytes:
+    """Unpack a zstandard frame that says how long it is, as all of ours do. Raises DocumentError."""
+    try:
+        size = zstandard.frame_content_size(data)
+        if size < 0 or size > most_of(len(data), most_times):
+            said = "does not say how long it is" if size < 0 else f"says that it unpacks to {size:,} bytes"
+            raise DocumentError(f"its frame of {len(data):,} bytes {said}")
+        return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise DocumentError(str(error)) from error
+
+
+def unpack_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a zstandard frame while it is unpacked. Raises DocumentError, also if it is cut short."""
+    unpacker, left, packed, unpacked = zstandard.ZstdDecompressor().decompressobj(), b"", 0, 0
+    try:
+        while piece := file.read(PIECE_BYTES):
+            *lines, left = (left + unpacker.decompress(piece)).split(b"\n")
+            packed, unpacked = packed + len(piece), unpacked + sum(map(len, lines))
+            if unpacked + len(left) > most_of(packed):
+                raise DocumentError(f"its first {packed:,} bytes unpack to more than {most_of(packed):,}")
+            yield from lines
+    except zstandard.ZstdError as error:
+        raise DocumentError(str(error)) from error
+    if left or not unpacker.eof:
+        raise DocumentError("it ends in the middle")
+
+
+def most_of(packed: int, most_times: int = MAX_UNPACKING) -> int:
+    """Return how many bytes some packed ones may unpack to."""
+    return max(UNPACKED_FREELY, most_times * packed)
+
+
+def _explain(error: ValidationError) -> str:
+    if error.error_count() > FAULTS_TOLD:
+        return f"it has {error.error_count():,} faults: it is another kind of document"
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] in ("missing", "unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where!a:.100} is {'missing' if first['type'] == 'missing' else 'unknown'}"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where!a:.100} is {first['input']!a:.100}: {said[0].lower()}{said[1:]}" if where else said
