@@ -24,7 +24,14 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
-    from streamtrain.world import running
+    from streamtrain.rank import errors_told
+
+    with errors_told():  # a mistake is told before torch is imported
+        from streamtrain.vocab import load_vocab
+
+        load_vocab(Path(options.model))
+
+        from streamtrain.world import running
 
     with running() as world:
         from streamtrain.evaluate import evaluate_model

@@ -26,13 +26,20 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
-    from streamtrain.config import load_config
-    from streamtrain.world import running
+    from streamtrain.rank import errors_told, number_of
+
+    with errors_told():  # a mistake is told before torch is imported
+        from streamtrain.config import load_config
+        from streamtrain.plan import check_world_size
+
+        config = load_config(options.config, options.set)
+        check_world_size(number_of("WORLD_SIZE", 1), config.train.micro_batches_per_step)
+
+        from streamtrain.world import running
 
     with running() as world:
         from streamtrain.start import find_batch_seconds, train
 
-        config = load_config(options.config, options.set)
         if options.find_batch_seconds:
             find_batch_seconds(config, world)
         else:

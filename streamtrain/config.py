@@ -111,6 +111,14 @@ class Config(Section):
     deepspeed: dict[str, Any]
 
     @property
+    def peak_rate(self) -> float:
+        """The encoder's learning rate at its peak. Raise ConfigError if there is none."""
+        try:
+            return float(self.deepspeed["optimizer"]["params"]["lr"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
+
+    @property
     def plan(self) -> PlanSettings:
         """What shapes an epoch."""
         return PlanSettings(
@@ -185,6 +193,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"these are: {', '.join(sorted(DEEPSPEED_KEYS))}"
         raise ConfigError(f"{path}: key 'deepspeed.{key}' is not known, or not supported", hint)
     check_precision(config.deepspeed)
+    _ = config.peak_rate
     return config
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,12 +35,12 @@ from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.folders import put_back
 from streamtrain.hear import scoring
+from streamtrain.hub import is_asked, why_unreachable
 from streamtrain.loader import LoadingProcesses, count_loaded
 from streamtrain.mirror import PART, Mirror
 from streamtrain.model import load_model
 from streamtrain.network import CTCModel, ctc_sum
-from streamtrain.plan import PLANNER_VERSION, EpochPlan, check_world_size, plan_epoch, shortest_lengths
-from streamtrain.precision import ConfigError
+from streamtrain.plan import PLANNER_VERSION, EpochPlan, plan_epoch, shortest_lengths
 from streamtrain.probe import Memory, evaluation_shapes, largest_shapes, probe, render
 from streamtrain.recipe import make_recipe
 from streamtrain.stream import open_stream
@@ -61,7 +62,6 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
 
     With `replan`, what a resumed epoch has left may be planned by other settings than those it began with.
     """
-    check_world_size(world.size, config.train.micro_batches_per_step)
     store = open_store(config.data.shards)
     index = read_index(store)
     run = Path(config.train.run_dir)
@@ -170,7 +170,6 @@ def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
 
 def find_batch_seconds(config: Config, world: World) -> None:
     """Print the largest `data.batch_seconds` whose forward and backward the memory of every rank holds."""
-    check_world_size(world.size, config.train.micro_batches_per_step)
     index = read_index(open_store(config.data.shards))
     plan = plan_epoch(index, config.plan, 0)
     engine = _start_engine(config, index, None, plan.steps, world)
@@ -257,7 +256,8 @@ def _start_engine(
     config: Config, index: ShardIndex, checkpoint: Checkpoint | None, total_steps: int, world: World
 ) -> Engine:
     """The model as it begins, or as the checkpoint has it."""
-    log.info("model: %s", config.model.pretrained or "from scratch")  # half a minute where no hub can be reached
+    log.info("model: %s", config.model.pretrained or "from scratch")
+    _look_for_hub(config.model.pretrained, world)
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
     model = load_model(config.model, index.track)
     _check_frames(model, index, config.data.speed_factors)
@@ -267,7 +267,7 @@ def _start_engine(
     parts = load_parts(checkpoint) if checkpoint else None
     if parts is not None:
         model.network.load_state_dict(parts.weights)
-    recipe = make_recipe(model, config.train, _peak_rate(config), total_steps)
+    recipe = make_recipe(model, config.train, config.peak_rate, total_steps)
     engine = Engine(model.to(world.device), recipe, config.deepspeed, config.train.ema_decay, world)
     if parts is not None:
         engine.restore(parts)
@@ -280,11 +280,13 @@ def _start_engine(
     return engine
 
 
-def _peak_rate(config: Config) -> float:
-    try:
-        return float(config.deepspeed["optimizer"]["params"]["lr"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
+def _look_for_hub(name: str | None, world: World) -> None:
+    """Have all ranks take the model from the cache if rank 0 cannot reach the hub that it would come from."""
+    reason = why_unreachable() if world.main and name is not None and is_asked(name) else None
+    reason = world.gather(reason)[0]
+    if reason is not None:
+        log.info("the model hub cannot be reached (%s): %s is looked for in the cache alone", reason, name)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read as Transformers is imported
 
 
 def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpoint | None, resume: str) -> None:
@@ -316,14 +318,20 @@ def _check_best(run: Path, has_checkpoint: bool, resume: str) -> None:
 
 @contextmanager
 def _only_run_in(run: Path, world: World) -> Iterator[None]:
-    """Hold the run folder, so that no second run writes into it."""
+    """Hold the run folder, so that no second run writes into it. A start that failed leaves no new one behind."""
     if not world.main:
         yield
         return
+    new = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     try:
         with open(run / ".lock", "a") as file, exclusive(file, LOCK_WAIT_SEC):
-            yield
+            try:
+                yield
+            except BaseException:
+                if new and all(path.name.startswith(".lock") for path in run.iterdir()):
+                    shutil.rmtree(run)
+                raise
     except HeldError as error:
         raise TrainError(
             f"{run}: another run is writing here{error.who}",

@@ -27,6 +27,7 @@ import torch.distributed
 from sharding.errors import StreamtrainError
 from sharding.workers import die_with_parent
 from streamtrain.metrics import EditCounts
+from streamtrain.rank import errors_told, number_of, tell
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TAKEN_AWAY = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
@@ -47,7 +48,6 @@ LOST = (  # what gloo and NCCL say then
 BEAT_SEC, SILENT_SEC = 5.0, 60.0  # of rank 0, while the others wait for it
 LATE_SEC = 600.0  # that rank 0 may come later than another to work of its own
 LET_OTHERS_READ_SEC = 1.0
-LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
 
 
 class PreemptedError(StreamtrainError):
@@ -241,7 +241,7 @@ def _watch_main(store: Any, key: str, seen: "Queue[str | Exception | None]") -> 
 def world_from_environment() -> World:
     """What the launcher (deepspeed or torchrun) says of this process; one rank where there is none."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, *local_sizes = (int(os.environ.get(name, 0)) for name in names)
+    rank, size, local_rank, *local_sizes = map(number_of, names)
     size = max(size, 1)
     return World(rank, size, local_rank, max(local_sizes) or size)
 
@@ -276,36 +276,22 @@ def running() -> Iterator[World]:
     except LostStepError as lost:
         print(lost, file=sys.stderr, flush=True)
         os._exit(TAKEN_AWAY)
-    except (StreamtrainError, OSError) as error:
-        _tell(error, world)
-        os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
+    except (StreamtrainError, OSError, KeyboardInterrupt):
+        with errors_told():
+            raise
     except Exception as error:
         if not _lost_a_rank(error):
             traceback.print_exc()
             os._exit(1)  # the interpreter would wait for threads that read ahead, and they may hang
         said = str(error).splitlines()[0].partition(". ")[0]
-        _tell(StreamtrainError(f"another rank is gone, or hangs: {said}", LOST_A_RANK), world)
+        tell(StreamtrainError(f"another rank is gone, or hangs: {said}", LOST_A_RANK))
         os._exit(1)
-    except KeyboardInterrupt:
-        if world.main:
-            print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
-        os._exit(130)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # as the interpreter ends, threads of its libraries now and then abort a rank that has done all
-
-
-def _tell(error: Exception, world: World) -> None:
-    """An error in words, once: rank 0's first, for the launcher ends the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the launcher, at rank 0's end: no question any longer
-    if not world.main:
-        time.sleep(LET_RANK_0_SPEAK_SEC)
-    prefix = "" if world.main else f"rank {world.rank}: "
-    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
 
 
 def _lost_a_rank(error: Exception) -> bool:

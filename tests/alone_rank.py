@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from sharding.errors import StoreError
+from streamtrain import rank
 from streamtrain import world as ranks
 
 COLLECTIVE_SEC, WORK_SEC = 2, 5
@@ -22,7 +23,7 @@ COLLECTIVE_SEC, WORK_SEC = 2, 5
 
 def main() -> None:
     mode = sys.argv[-1]
-    ranks.BEAT_SEC, ranks.SILENT_SEC, ranks.LET_RANK_0_SPEAK_SEC = 0.5, 3.0, 0.1
+    ranks.BEAT_SEC, ranks.SILENT_SEC, rank.LET_RANK_0_SPEAK_SEC = 0.5, 3.0, 0.1
     with ranks.running() as world:
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=COLLECTIVE_SEC))
         if mode == "collective":

@@ -1,10 +1,14 @@
 """How a run starts: what is wrong is told at once and in words, and a failed start leaves nothing behind."""
 
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 from test_model import make_network
+from training_runs import ROOT, free_port, run, training
 
+from streamtrain import hub
 from streamtrain.export import save_best
 from streamtrain.network import CTCModel
 from streamtrain.start import _check_best
@@ -22,3 +26,50 @@ def test_a_run_does_not_go_on_beside_a_best_model_that_is_damaged(tmp_path: Path
     with pytest.raises(TrainError, match=rf"model\.safetensors: damaged: .*\nhint: remove {best}"):
         _check_best(tmp_path, has_checkpoint=True, resume="auto")
     _check_best(tmp_path, has_checkpoint=True, resume="none")  # starts over, and overwrites it
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train.py --config configs/zero2.json --set data.batch_second=4", "did you mean 'data.batch_seconds'?"),
+        ("train.py --config configs/zero2.json --set deepspeed.optimizer.params=null", "params.lr is missing"),
+        (
+            "train.py --config configs/zero2.json --set train.micro_batches_per_step=3",
+            "2 ranks cannot share",
+        ),
+        ("evaluate.py --model nowhere --out out", "nowhere/vocab.json: no vocabulary"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_imported(command: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    script, *arguments = command.split()
+    path = f"{tmp_path}:{ROOT}"
+    done = run([sys.executable, f"launch/{script}", *arguments], expect=1, PYTHONPATH=path, WORLD_SIZE="2")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_told_and_leaves_no_run_folder(work: Path) -> None:
+    hub = f"http://127.0.0.1:{free_port()}"
+    command = training(work, "unreached", "model.pretrained=nobody/no-such-model", ranks=1)
+    done = run(command, expect=1, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub, HF_HOME=str(work / "hub"))
+    assert f"the model hub cannot be reached ({hub}: [Errno 111] Connection refused)" in done.stderr
+    assert done.stderr.count("model 'nobody/no-such-model' cannot be loaded") == 1
+    assert "give its folder, --set model.pretrained=FOLDER" in done.stderr
+    assert not (work / "unreached").exists()
+
+
+def test_a_hub_that_never_answers_is_waited_for_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub, "HUB_SEC", 0.2)
+        assert "does not answer within" in str(hub.why_unreachable()) or "timed out" in str(hub.why_unreachable())
+
+
+def test_the_hub_is_asked_for_names_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert hub.is_asked("facebook/wav2vec2-base")
+    assert not hub.is_asked(str(tmp_path))
+    assert not hub.is_asked(str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not hub.is_asked("facebook/wav2vec2-base")

@@ -522,6 +522,7 @@ def test_a_mistake_is_told_in_words(work: Path, settings: list[str], ranks: int,
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(re.findall(re.escape(message), done.stderr)) == 1  # told once, not by every rank
+    assert not (work / "mistaken").exists()
 
 
 def test_the_labels_of_a_step_are_what_the_plan_says(work: Path) -> None:

@@ -1,0 +1,40 @@
+"""Whether the model hub answers: asked once, with an end. Libraries would each try again for a minute."""
+
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+HUB = "https://huggingface.co"
+HUB_SEC = 8.0
+
+
+def is_asked(name: str) -> bool:
+    """Whether a model is looked for on the hub: not a folder, nor where HF_HUB_OFFLINE forbids it."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return not offline and not Path(name).is_dir() and not name.startswith(("/", ".", "~"))
+
+
+def why_unreachable() -> str | None:
+    """Return why the hub cannot be reached; None if it answers, whatever it says."""
+    hub = os.environ.get("HF_ENDPOINT", HUB)
+    answers: SimpleQueue[str | None] = SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_ask(hub)), daemon=True).start()  # to resolve a name has no time-out
+    try:
+        return answers.get(timeout=HUB_SEC)
+    except Empty:
+        return f"{hub} does not answer within {HUB_SEC:.0f} s"
+
+
+def _ask(hub: str) -> str | None:
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_SEC).close()
+    except (urllib.error.HTTPError, ssl.SSLError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return None if isinstance(reason, ssl.SSLError) else f"{hub}: {reason}"
+    return None
