@@ -12,7 +12,7 @@ from sharding import report
 from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
-from sharding.command import Commands, number
+from sharding.command import Commands, number, out_file
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
 from sharding.foreign import VALID_TARS, index_tars
@@ -25,6 +25,7 @@ from sharding.sounds import example_of, learn
 from sharding.split import MIN_PIECE_SEC, Gates, split_recording
 from sharding.store import open_store
 from sharding.workers import available_cores
+from sharding.writing import write
 
 DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
@@ -175,7 +176,7 @@ def _split(options: argparse.Namespace) -> int:
     if options.plot:
         from sharding.plots import plot_split  # matplotlib takes a second to import
 
-        Path(options.plot).write_bytes(plot_split(name, waveform, heard, find_pauses(heard), segments))
+        write(options.plot, plot_split(name, waveform, heard, find_pauses(heard), segments))
         print(f"wrote {options.plot}")
     return 0
 
@@ -286,6 +287,7 @@ def _commands() -> Commands:
     _add_gates(parser_split, "what `python -m streamtrain align` has written of it, and of others like it")
     parser_split.add_argument(
         "--plot",
+        type=out_file,
         metavar="PNG",
         help="a picture of the sound, where speech is heard, the pauses, the cuts and the words",
     )

@@ -1,14 +1,19 @@
 """What both command lines share: commands of one parser, numbers within bounds, errors told in one line."""
 
 import argparse
+import errno
 import io
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 from sharding.errors import StreamtrainError
+from sharding.writing import STDOUT, is_stdout
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Run = Callable[[argparse.Namespace], int]  # a command; returns its exit code
 
 
@@ -29,22 +34,37 @@ class Commands:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
         options = self._parser.parse_args(arguments)
+        shared = any(isinstance(value, Path) and is_stdout(value) for value in vars(options).values())
         try:
-            code = int(options.run(options))
+            with redirect_stdout(sys.stderr) if shared else nullcontext():
+                code = int(options.run(options))
             sys.stdout.flush()
             return code
         except StreamtrainError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 1
         except BrokenPipeError:  # whoever read this, such as head, has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 1
-        except OSError as error:  # a full disk, a folder that must not be written
+        except OSError as error:  # a file that cannot be read, or what is printed
+            if error.filename is None and error.errno in FULL:
+                _drop_output()
+                error = OSError(error.errno, error.strerror, "standard output")
             print(f"{error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
+
+
+def _drop_output() -> None:
+    """Have nothing of what was printed left to write: the interpreter would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def out_file(text: str) -> Path:
+    """Parse the name of a file to write: `-` is the standard output, and then messages go elsewhere."""
+    return STDOUT if text == "-" else Path(text)
 
 
 def number(low: float, high: float = math.inf, kind: type[float] = float) -> Callable[[str], float]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
+from sharding.writing import explaining, write
 
 SAMPLE_RATE = 22_050  # espeak's own, so that the sharder has to resample
 CORPORA = ("hillside", "riverside")
@@ -330,13 +331,13 @@ def write_header_only(row: Row, folder: Path, seed: int) -> Row:
 def store_audio(row: Row, flac: bytes, folder: Path) -> Row:
     """Write the file; the row with the path and the checksum of these bytes."""
     audio_path = f"audio/{row.utterance_id}.flac"
-    (folder / audio_path).write_bytes(flac)
+    with explaining(folder / audio_path, len(flac)):  # the manifest comes last, and says what is whole
+        (folder / audio_path).write_bytes(flac)
     checksum = hashlib.md5(flac, usedforsecurity=False).hexdigest()
     return replace(row, audio_path=audio_path, md5_hash=checksum, filesize_bytes=len(flac))
 
 
 def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
-    """Written last and renamed when whole, so a manifest never names a file that is not there."""
-    partial = folder / "train_phon_transcripts.jsonl.part"
-    partial.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    partial.replace(folder / "train_phon_transcripts.jsonl")
+    """Write it last, so that a manifest never names a file that is not there."""
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    write(folder / "train_phon_transcripts.jsonl", lines)

@@ -16,6 +16,7 @@ from sharding.bucket import BucketStore, Found, Tag
 from sharding.errors import MissingError, StoreError
 from sharding.exclusive import HeldError, exclusive, name_holder, parse_holder, started, this_process
 from sharding.store import FolderStore, Store
+from sharding.writing import explaining
 
 LOCK_NAME = ".building"
 RENEW_SEC = 15.0
@@ -74,10 +75,8 @@ class _FolderLock(Lease):
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[Lease]:
     with ExitStack() as held:
-        try:
+        with explaining(folder):
             lock = _locked(folder, held)
-        except OSError as error:
-            raise StoreError(f"{folder}: {error.strerror}", "choose an --out that can be written") from error
         try:
             yield lock
         finally:
@@ -90,16 +89,19 @@ def _locked(folder: Path, held: ExitStack) -> _FolderLock:
     lock = _FolderLock(folder / LOCK_NAME)
     while not lock.is_in_place():  # more than once if the build before removes it while it is being taken
         held.close()
-        file = held.enter_context(open(lock.path, "a+b"))  # noqa: SIM115
+        file = held.enter_context(open(lock.path, "a+b", buffering=0))  # noqa: SIM115
         try:
             held.enter_context(exclusive(file))
         except HeldError as error:
             file.seek(0)
             raise _refusal(folder, error.holder or parse_holder(file.read()), HINT + error.remedy) from error
-        file.truncate(0)
-        file.write(json.dumps(this_process() | {"token": lock.token}).encode())
-        file.flush()
-        os.fsync(file.fileno())  # other machines read it
+        try:
+            file.truncate(0)
+            file.write(json.dumps(this_process() | {"token": lock.token}).encode())
+            os.fsync(file.fileno())  # other machines read it
+        except OSError:
+            lock.path.unlink()  # while it is locked
+            raise
     return lock
 
 

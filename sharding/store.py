@@ -3,16 +3,15 @@
 import errno
 import os
 import stat
-import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from sharding.bucket import PATIENCE_SEC, BucketStore, Content, Range, too_large
 from sharding.errors import MissingError, StoreError
 from sharding.names import check_name
+from sharding.writing import replacing
 
 FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of it is made, and leaves the page cache
 
@@ -90,26 +89,14 @@ class FolderStore:
             raise StoreError(f"{path}: {error.strerror}") from error
 
     def write(self, name: str, data: Content) -> None:
-        path = self._path_to_change(name)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another machine may write the same name
         waiting = 0  # bytes whose way to the disk has not begun
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                for part in [data] if isinstance(data, bytes) else data:
-                    waiting += file.write(part)
-                    if waiting >= FLUSH_BYTES:
-                        file.flush()
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                        waiting = 0
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        with replacing(self._path_to_change(name), len(data) if isinstance(data, bytes) else None) as file:
+            for part in [data] if isinstance(data, bytes) else data:
+                waiting += file.write(part)
+                if waiting >= FLUSH_BYTES:
+                    file.flush()
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    waiting = 0
 
     def exists(self, name: str) -> bool:
         return self._path(name).exists()

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.command import Commands, number
+from sharding.command import Commands, number, out_file
 from sharding.errors import StreamtrainError
+from sharding.writing import file_to_replace
 
 # Imports stay inside the commands: `score` starts without torch.
 
@@ -25,7 +26,7 @@ def _plan(options: argparse.Namespace) -> int:
     prediction = forecast(options.shards, options.config, options.set, machines, options.epoch)
     for write, out in ((write_keys, options.keys), (write_fetches, options.fetches), (plot, options.plot)):
         if out:
-            write(prediction, Path(out))
+            write(prediction, out)
     print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary, machines))
     return 0
 
@@ -47,13 +48,13 @@ def _transcribe(options: argparse.Namespace) -> int:
         )
     log_probs = Path(options.log_probs) if options.log_probs else None
     reading = Reading(options.batch_seconds, beam, options.alternatives, log_probs)
-    return 1 if transcribe(Path(options.model), options.source, Path(options.out), reading) else 0
+    return 1 if transcribe(Path(options.model), options.source, options.out, reading) else 0
 
 
 def _align(options: argparse.Namespace) -> int:
     from streamtrain.alignments import align_shards
 
-    count = align_shards(Path(options.model), options.shards, Path(options.out), options.batch_seconds)
+    count = align_shards(Path(options.model), options.shards, options.out, options.batch_seconds)
     print(f"{options.out}: {count:,} labelled recordings")
     return 0
 
@@ -85,9 +86,12 @@ def _export(options: argparse.Namespace) -> int:
 def _package(options: argparse.Namespace) -> int:
     from streamtrain.submission import package, rehearse, render
 
-    out = Path(options.out)
+    out: Path = options.out
+    if options.check is not None and file_to_replace(out) is None:
+        raise StreamtrainError(f"{out}: --check reads the zip again", "name a file, or leave --check out")
     track = package(Path(options.model), out, options.batch_seconds)
-    print(f"{out}: written, {out.stat().st_size / 2**20:,.1f} MB, {track} track")
+    size = f", {out.stat().st_size / 2**20:,.1f} MB" if out.is_file() else ""
+    print(f"{out}: written{size}, {track} track")
     if options.check is not None:
         print(render(rehearse(out, options.check or None, options.python), track))
     return 0
@@ -110,11 +114,11 @@ def _commands() -> Commands:
              "(default: %(default)s)")  # fmt: skip
     plan.add_argument("--epoch", type=int, default=0, help="which epoch to plan (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--plot", metavar="FILE",
+    plan.add_argument("--plot", type=out_file, metavar="FILE",
         help="draw how even the steps are, what a cache must hold, and when which shard is needed, as PNG")  # fmt: skip
-    plan.add_argument("--keys", metavar="FILE",
+    plan.add_argument("--keys", type=out_file, metavar="FILE",
         help="write JSONL: step, micro_batch, rank and keys of each micro-batch")  # fmt: skip
-    plan.add_argument("--fetches", metavar="FILE",
+    plan.add_argument("--fetches", type=out_file, metavar="FILE",
         help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
 
     summary = commands.add("summary", _summary, "Show what a run has reached and where its files are.")
@@ -130,8 +134,9 @@ def _commands() -> Commands:
         help="audio files, folders or zips of them, transcripts files with an audio_path, shard sets, s3://… of either",
     )
     transcribe.add_argument(
-        "--out", required=True, help="JSONL file to write; the same command goes on where it was killed"
-    )
+        "--out", type=out_file, required=True,
+        help="JSONL file to write, `-` for the standard output; the same command goes on where it was killed",
+    )  # fmt: skip
     transcribe.add_argument("--batch-seconds", type=number(1),
         help="padded seconds per forward: larger takes more memory (default: 400 on a GPU; on CPU by the model, "
              "at most 30)")  # fmt: skip
@@ -146,7 +151,7 @@ def _commands() -> Commands:
     align = commands.add("align", _align, "When the words of labelled recordings are said, by a model: word times.")
     align.add_argument("model", help="folder of a trained model, such as RUN/best")
     align.add_argument("shards", help="folder or URL of a shard set")
-    align.add_argument("--out", required=True, help="file to write, such as alignments.jsonl.zst")
+    align.add_argument("--out", type=out_file, required=True, help="file to write, such as alignments.jsonl.zst")
     align.add_argument("--batch-seconds", type=number(1),
         help="padded seconds per forward (default: 400 on a GPU; on CPU by the model, at most 30)")  # fmt: skip
 
@@ -162,7 +167,9 @@ def _commands() -> Commands:
 
     package = commands.add("package", _package, "Pack a trained model as a submission to the challenge.")
     package.add_argument("model", help="folder of a trained model, such as RUN/best")
-    package.add_argument("--out", required=True, metavar="ZIP", help="file to write, such as submission.zip")
+    package.add_argument(
+        "--out", type=out_file, required=True, metavar="ZIP", help="file to write, such as submission.zip"
+    )
     package.add_argument("--batch-seconds", type=number(1),
         help="padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere)")  # fmt: skip
     package.add_argument("--check", nargs="?", const="", metavar="DATA",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +20,7 @@ from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.format import ShardIndex, read_index
 from sharding.sample import Sample
 from sharding.store import Store, open_store
+from sharding.writing import written
 from streamtrain.decode import join_pieces
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
@@ -84,23 +84,20 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
             "align with a model of the same track",
         )
     seconds = batch_seconds or usual_batch_seconds(model)
-    partial = out.with_name(f".{out.name}.part")
     groups = list(rows_of_recordings(store, index))
     count = 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(partial, "wb")  # noqa: SIM115 (closed below, with what is written through it)
-    except OSError as error:
-        raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
     loaded = read_ahead(lambda group: _load(store, index, *group), iter(groups), READERS)
-    with file, zstandard.ZstdCompressor().stream_writer(file) as lines, tqdm(total=len(groups), unit="clip") as bar:
+    with (
+        written(out) as file,
+        zstandard.ZstdCompressor().stream_writer(file, closefd=False) as lines,
+        tqdm(total=len(groups), unit="clip") as bar,
+    ):
         for chunk in chunks_of(loaded):
             labelled = [recording for recording in chunk if recording.text or recording.error]
             for row in _align_chunk(model, labelled, seconds):
                 lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             count += len(labelled)
             bar.update(len(chunk))
-    os.replace(partial, out)
     return count
 
 

@@ -21,6 +21,7 @@ from sharding.exclusive import NO_LOCKS
 from sharding.format import ShardEntry, ShardIndex
 from sharding.sample import escape_key
 from sharding.store import Reader
+from sharding.writing import cannot_write
 from streamtrain.plan import Uses
 
 log = logging.getLogger("streamtrain")
@@ -187,7 +188,7 @@ class ShardCache:
                         return kept
                     self._count(retries=1)
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}", "is the disk of data.cache_dir full?") from error
+            raise cannot_write(path, error, shard.bytes, "is the disk of data.cache_dir full?") from error
         finally:
             partial.unlink(missing_ok=True)
         raise FetchError(

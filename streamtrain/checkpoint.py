@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sharding.errors import StreamtrainError
 from streamtrain.config import Config
 from streamtrain.engine import Parts
-from streamtrain.folders import put_back, put_in_place, sync
+from streamtrain.folders import new_folder, put_back
 from streamtrain.model import give_usual_mode
 from streamtrain.plan import PLANNER_VERSION, Begun, PlanSettings
 
@@ -31,6 +31,7 @@ NAMES = "step-*"
 NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
 FILES = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "average": "average.safetensors"}
 CHUNK_BYTES = 8 * 2**20
+FULL_HINT = "the checkpoints before it are whole; make room, and the same command goes on from the newest"
 REPLANNED = frozenset(  # settings that may change on the way: they decide how the clips that are left come
     [
         "data.batch_seconds",
@@ -85,31 +86,19 @@ class Checkpoint:
 def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> Path:
     """Write `step-…` in `folder`, by one rank. Keeps the newest `keep` checkpoints, and that of the best score."""
     name = f"step-{state.step:07d}"
-    partial, final = folder / f".{name}.part", folder / name
-    try:
-        put_back(folder, NAMES)
-        for left_behind in folder.glob(".step-*"):
-            shutil.rmtree(left_behind, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = {}
-        for part, file in FILES.items():
-            if tensors := getattr(parts, part):
-                save_file(tensors, partial / file)
-                give_usual_mode(partial / file)
-                files[file] = _describe(partial / file)
+    final = folder / name
+    put_back(folder, NAMES)
+    for left_behind in folder.glob(".step-*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    saved = {file: tensors for part, file in FILES.items() if (tensors := getattr(parts, part))}
+    needed = sum(tensor.nbytes for tensors in saved.values() for tensor in tensors.values())
+    with new_folder(final, needed, FULL_HINT) as partial:
+        for file, tensors in saved.items():
+            save_file(tensors, partial / file)
+            give_usual_mode(partial / file)
+        files = {file: _describe(partial / file) for file in saved}
         document = {"state": asdict(state), "numbers": parts.numbers, "files": files}
         (partial / STATE_NAME).write_text(json.dumps(document | {"digest": _digest(document)}, indent=1))
-        for path in partial.iterdir():
-            sync(path)
-        sync(partial)
-        put_in_place(partial, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"{final}: cannot be written: {reason}",
-            "the checkpoints before it are whole; make room, and the same command goes on from the newest",
-        ) from error
     _point(folder / NEWEST, name)
     if state.best_step is not None and (folder / f"step-{state.best_step:07d}").is_dir():
         _point(folder / BEST, f"step-{state.best_step:07d}")

@@ -16,6 +16,7 @@ from sharding.format import ShardIndex, read_index, read_sample
 from sharding.ipa import normalize
 from sharding.sample import Sample
 from sharding.store import open_store
+from sharding.writing import explaining
 from streamtrain.compare import compare
 from streamtrain.compare import render as render_comparison
 from streamtrain.decode import Hypothesis, join_pieces, read_out
@@ -121,7 +122,8 @@ def evaluate_model(
             raise StreamtrainError(f"--beside {beside}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
-    out.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
+    with explaining(out):  # what cannot be written is better known before the work
+        out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)

@@ -1,17 +1,17 @@
 """A portable model: the Hugging Face layout, loaded back and compared before anyone relies on it."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sharding.errors import StreamtrainError
-from streamtrain.folders import put_in_place
+from streamtrain.folders import new_folder
 from streamtrain.model import load_trained, save_model
 from streamtrain.network import CTCModel
 from streamtrain.scorecard import render_interval, warnings
@@ -31,16 +31,10 @@ class ExportError(StreamtrainError):
 
 
 def save_best(model: CTCModel, folder: Path) -> None:
-    """Write a model to `folder`, verified, whole or not at all. Raise ExportError if it cannot be."""
-    partial = folder.with_name(f".{folder.name}.part")
-    try:
+    """Write a model to `folder`, verified, whole or not at all. Raise StoreError if it cannot be written."""
+    with new_folder(folder, _bytes_of(model)) as partial:
         _save(model, partial)
         verify(model, partial)
-        put_in_place(partial, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ExportError(f"{folder}: cannot be written: {reason}", "make room, and give the same command") from error
 
 
 def export_model(source: Path, out: Path) -> float:
@@ -52,20 +46,21 @@ def export_model(source: Path, out: Path) -> float:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: is not an empty folder", "choose another one")
     model, run = load_trained(source), source.resolve().parent
-    partial = out.with_name(f".{out.name}.part")
-    _save(model, partial)
-    for name, copied in BESIDE.items():
-        if (run / name).is_file():
-            shutil.copyfile(run / name, partial / copied)
-    (partial / "README.md").write_text(_model_card(partial, run.name, model.vocab.track), encoding="utf-8")
-    difference = verify(model, partial)
-    put_in_place(partial, out)
-    return difference
+    with new_folder(Path(os.path.realpath(out)), _bytes_of(model)) as partial:  # a link stays, as with files
+        _save(model, partial)
+        for name, copied in BESIDE.items():
+            if (run / name).is_file():
+                shutil.copyfile(run / name, partial / copied)
+        (partial / "README.md").write_text(_model_card(partial, run.name, model.vocab.track), encoding="utf-8")
+        return verify(model, partial)
+
+
+def _bytes_of(model: CTCModel) -> int:
+    return sum(weight.nbytes for weight in model.network.state_dict().values())
 
 
 def _save(model: CTCModel, folder: Path) -> None:
-    """Write a new folder. Raise ExportError if the file does not hold the model's very weights afterwards."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write a model. Raise ExportError if the file does not hold the model's very weights afterwards."""
     save_model(model, folder)
     written, weights = load_file(folder / "model.safetensors"), model.network.state_dict()
     if written.keys() != weights.keys() or any(not torch.equal(written[name], weights[name]) for name in written):

@@ -1,10 +1,38 @@
 """Folders that are whole or absent: a kill loses neither what was there nor what takes its place."""
 
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from sharding.writing import cannot_write, sync
+
 ASIDE = ".old"
+
+
+@contextmanager
+def new_folder(final: Path, needed: int | None = None, hint: str | None = None) -> Iterator[Path]:
+    """Yield a folder to fill, of which nothing is left if that fails, and which takes the place of `final` when whole.
+
+    Raise StoreError, with the `hint` if there is one, if it cannot be written; `needed` are the bytes to come.
+    """
+    partial = final.with_name(f".{final.name}.part")
+    try:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            put_in_place(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(final, _system_error(error), needed, hint) from error
 
 
 def put_in_place(partial: Path, final: Path) -> None:
@@ -28,13 +56,12 @@ def put_back(folder: Path, pattern: str) -> None:
             os.replace(aside, final)
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before anything relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _system_error(error: OSError | SafetensorError) -> OSError:
+    """Return the error of the system; safetensors tells it in words alone."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _aside(final: Path) -> Path:

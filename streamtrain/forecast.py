@@ -1,5 +1,6 @@
 """What a run will cost, told from the index before anyone pays for it: steps, padding, idle ranks, reads, cache."""
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from sharding.audio import SAMPLE_RATE
 from sharding.format import ShardIndex, read_index, read_keys
 from sharding.store import open_store
+from sharding.writing import write, written
 from streamtrain.cache import RANGE_BYTES, STEPS_AHEAD, STEPS_BEHIND
 from streamtrain.config import load_config
 from streamtrain.plan import (
@@ -136,23 +138,23 @@ def write_fetches(prediction: Forecast, out: Path) -> None:
     """JSONL, a row for each node and shard: the steps at which it is needed first and last."""
     uses, shards = prediction.uses, prediction.index.shards
     columns = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
-    with open(out, "w", encoding="utf-8") as lines:
+    with written(out) as lines:
         for node, shard, first, last in columns:
             row = {"node": node, "shard": shards[shard].name, "first_step": first, "last_step": last}
-            lines.write(json.dumps(row) + "\n")
+            lines.write(f"{json.dumps(row)}\n".encode())
 
 
 def write_keys(prediction: Forecast, out: Path) -> None:
     """JSONL, a row per micro-batch: its step, its number, the rank that computes it, its keys."""
     keys = read_keys(open_store(prediction.shards), prediction.index)
     plan, world_size = prediction.plan, prediction.machines.world_size
-    with open(out, "w", encoding="utf-8") as lines:
+    with written(out) as lines:
         for step in range(plan.steps):
             for rank in range(world_size):
                 for number in numbers_of_rank(rank, world_size, plan.micro_batches_per_step):
                     chosen = keys[plan.micro_batch(step, number)].tolist()
                     row = {"step": step, "micro_batch": number, "rank": rank, "keys": chosen}
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    lines.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
 
 
 def plot(prediction: Forecast, out: Path) -> None:
@@ -185,7 +187,9 @@ def plot(prediction: Forecast, out: Path) -> None:
     for axes in (even, cache, shards):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write(out, picture.getvalue())
 
 
 def _sizes(index: ShardIndex) -> npt.NDArray[np.float64]:

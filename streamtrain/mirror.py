@@ -20,8 +20,8 @@ import xxhash
 
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
+from sharding.writing import explaining, sync
 from streamtrain.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints, open_checkpoint
-from streamtrain.folders import sync
 
 log = logging.getLogger("streamtrain")
 
@@ -166,14 +166,15 @@ class Mirror:
         if self._closing:
             raise RuntimeError(f"{checkpoint}: offered to a mirror that is closed")
         shutil.rmtree(self._run / PART, ignore_errors=True)  # the run goes on from elsewhere
-        self._staging.mkdir(exist_ok=True)
-        staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # its own: a step may be offered twice
-        for name in self._files_of(checkpoint):
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            if name in FILES:
-                shutil.copyfile(self._run / name, staged / name)
-            else:
-                _link(self._run / name, staged / name)
+        with explaining(self._staging):
+            self._staging.mkdir(exist_ok=True)
+            staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # its own: a step may come twice
+            for name in self._files_of(checkpoint):
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                if name in FILES:
+                    shutil.copyfile(self._run / name, staged / name)
+                else:
+                    _link(self._run / name, staged / name)
         with self._changed:
             self._drop_waiting()
             self._waiting = staged

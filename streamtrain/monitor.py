@@ -3,9 +3,8 @@
 import csv
 import io
 import json
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
+from sharding.writing import append, explaining, write
 from streamtrain.scorecard import Evaluation, read_scorecard, render_interval
 
 LINE_EVERY_SEC = 60.0  # where the output is no terminal
@@ -74,8 +74,10 @@ class Monitor:
         lines = self._ranks.read_text().splitlines(keepends=True)[1:] if self._ranks.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one off
         kept = [line for line in whole if _step_of(line, self._ranks) <= done_steps]
-        self._replace(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_steps + 1)
+        write(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
+        self._events = run_dir / "tensorboard"
+        with explaining(self._events):
+            self._board = SummaryWriter(str(self._events), purge_step=done_steps + 1)
         # Where nobody watches, a bar would fill the log: there a line a minute says the same
         self._bar = tqdm(
             total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05, disable=None
@@ -85,11 +87,10 @@ class Monitor:
 
     def step(self, row: StepRow) -> None:
         self.rows.append(row)
-        with open(self._log, "a", newline="") as file:
-            _writer(file).writerow(_cells(row))
-        for name, value in asdict(row).items():
-            if name not in ("step", "cer"):
-                self._board.add_scalar(f"train/{name}", value, row.step)
+        append(self._log, _csv([_cells(row)]))
+        self._draw(
+            {f"train/{name}": value for name, value in asdict(row).items() if name not in ("step", "cer")}, row.step
+        )
         self._tell(row)
 
     def _tell(self, row: StepRow) -> None:
@@ -108,12 +109,10 @@ class Monitor:
             self.say(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")
 
     def ranks(self, rows: Sequence[RankRow]) -> None:
-        with open(self._ranks, "a", newline="") as file:
-            _writer(file).writerows(asdict(row).values() for row in rows)
+        append(self._ranks, _csv(list(asdict(row).values()) for row in rows))
         for row in rows[:RANKS_SHOWN]:
-            for name, value in asdict(row).items():
-                if name not in ("step", "rank"):
-                    self._board.add_scalar(f"rank{row.rank}/{name}", value, row.step)
+            shown = {name: value for name, value in asdict(row).items() if name not in ("step", "rank")}
+            self._draw({f"rank{row.rank}/{name}": value for name, value in shown.items()}, row.step)
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         total, clips = evaluation.total, evaluation.clips
@@ -125,36 +124,33 @@ class Monitor:
             self.rows[-1] = replace(self.rows[-1], cer=total.rate)
             self._rewrite()
             plot_curves(self.rows, self._folder / "curves.png")
-        self._board.add_scalar("valid/cer", total.rate, step)
-        with open(self._folder / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}, CER {total.rate:.4f}\n")
-            for clip in clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]:
-                file.write(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n")
+        self._draw({"valid/cer": total.rate}, step)
+        shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
+        texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
+        append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
 
     def say(self, line: str) -> None:
         self._bar.write(line)
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
+        with explaining(self._events):
+            self._board.close()
+
+    def _draw(self, scalars: dict[str, float], step: int) -> None:
+        with explaining(self._events):
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def _drop_later_samples(self, done_steps: int) -> None:
         path = self._folder / "samples.txt"
         told = path.read_text(encoding="utf-8").split("--- step ")[1:] if path.is_file() else []
         kept = [one for one in told if 0 < _step_of(one, path) <= done_steps]
-        self._replace(path, "".join(f"--- step {one}" for one in kept))
+        write(path, "".join(f"--- step {one}" for one in kept))
 
     def _rewrite(self) -> None:
-        text = io.StringIO(newline="")
-        writer = _writer(text)
-        writer.writerow([field.name for field in fields(StepRow)])
-        writer.writerows(_cells(row) for row in self.rows)
-        self._replace(self._log, text.getvalue())
-
-    def _replace(self, path: Path, text: str) -> None:
-        partial = path.with_name(f".{path.name}.part")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        names: list[object] = [field.name for field in fields(StepRow)]
+        write(self._log, _csv([names, *map(_cells, self.rows)]))
 
 
 def read_log(path: Path) -> list[StepRow]:
@@ -210,11 +206,15 @@ def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
     speed.set(title="audio-seconds per second", xlabel="step", ylim=(0, None))
     for axes in (loss, cer, rate, speed):
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write(path, picture.getvalue())
 
 
-def _writer(file: Any) -> Any:
-    return csv.writer(file, lineterminator="\n")
+def _csv(rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _cells(row: StepRow) -> list[object]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sharding.writing import write
 from streamtrain.compare import Comparison
 from streamtrain.scorecard import ClipScore, count_confusions, render_interval, warnings
 
@@ -51,7 +52,8 @@ def write_page(
     """Write the page. `sounds` are the FLAC pieces of the worst clips, by their id, as far as they could be read."""
     confusions = count_confusions(clips, card["track"])
     changed = _comparison(comparison) if comparison else ""
-    path.write_text(
+    write(
+        path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Scorecard of {escape(str(card["model"]))}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
@@ -72,7 +74,6 @@ def write_page(
 {"".join(_clip(clip, sounds.get(clip["utterance_id"], ())) for clip in card["worst"])}
 </body></html>
 """,
-        encoding="utf-8",
     )
 
 

@@ -15,6 +15,7 @@ from rapidfuzz.distance import Levenshtein
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 from sharding.ipa import normalize
+from sharding.writing import write
 from streamtrain.metrics import EditCounts, Floats, Resampling
 
 DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, of the groups
@@ -106,11 +107,8 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
     """`scorecard.json`, and every clip's reference and hypothesis in `hypotheses.jsonl`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SCORECARD).write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
-    with open(folder / HYPOTHESES, "w", encoding="utf-8") as lines:
-        for clip in clips:
-            lines.write(json.dumps(asdict(clip), ensure_ascii=False) + "\n")
+    write(folder / SCORECARD, json.dumps(card, ensure_ascii=False, indent=1))
+    write(folder / HYPOTHESES, "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips))
 
 
 def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:

@@ -17,6 +17,7 @@ from sharding.audio import SAMPLE_RATE
 from sharding.exclusive import HeldError, exclusive
 from sharding.format import ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
+from sharding.writing import explaining, write
 from streamtrain.checkpoint import (
     NAMES,
     Checkpoint,
@@ -130,8 +131,8 @@ def _prepare(
         drop_later(chosen)
         if mirror is not None:
             mirror.offer(chosen)  # else a later one would come back
-    (run / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
-    (run / "trained_on.json").write_text(json.dumps(_describe(index, config.data.shards), indent=1))
+    write(run / "config.json", json.dumps(config.model_dump(), indent=1))
+    write(run / "trained_on.json", json.dumps(_describe(index, config.data.shards), indent=1))
 
 
 def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[float]) -> None:
@@ -323,9 +324,11 @@ def _only_run_in(run: Path, world: World) -> Iterator[None]:
         yield
         return
     new = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
+    with explaining(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "a")  # noqa: SIM115 (closed below)
     try:
-        with open(run / ".lock", "a") as file, exclusive(file, LOCK_WAIT_SEC):
+        with file, exclusive(file, LOCK_WAIT_SEC):
             try:
                 yield
             except BaseException:

@@ -23,6 +23,7 @@ from sharding.format import read_index, read_sample
 from sharding.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
 from sharding.sample import escape_key
 from sharding.store import open_store
+from sharding.writing import written
 from streamtrain.model import load_trained
 from streamtrain.score import score_files
 
@@ -78,22 +79,15 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
         "streamtrain/network.py": (HERE / "network.py").read_bytes(),
         "submission.json": json.dumps(settings, indent=1).encode(),
     }
-    partial = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w") as archive:
-            for name, data in files.items():
-                archive.writestr(_member(name), data, zipfile.ZIP_DEFLATED)
-            for name in MODEL_FILES:
-                with (
-                    open(model / name, "rb") as source,
-                    archive.open(_member(f"model/{name}"), "w", force_zip64=True) as target,
-                ):
-                    shutil.copyfileobj(source, target)
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PackageError(f"{out}: cannot be written: {error.strerror}", "name a file that can be") from error
+    with written(out) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(_member(name), data, zipfile.ZIP_DEFLATED)
+        for name in MODEL_FILES:
+            with (
+                open(model / name, "rb") as source,
+                archive.open(_member(f"model/{name}"), "w", force_zip64=True) as target,
+            ):
+                shutil.copyfileobj(source, target)
     return track
 
 

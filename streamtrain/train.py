@@ -17,6 +17,7 @@ import xxhash
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StoreError, StreamtrainError
 from sharding.format import ShardIndex
+from sharding.writing import write
 from streamtrain.augment import keyed_random
 from streamtrain.checkpoint import (
     RunState,
@@ -345,7 +346,7 @@ class Trainer:
 
     def _first_cer(self, cer: float) -> None:
         if self.world.main:
-            (self.run_dir / "before.json").write_text(json.dumps({"cer": cer}))
+            write(self.run_dir / "before.json", json.dumps({"cer": cer}))
 
     def _write_scorecard(self, evaluation: Evaluation) -> None:
         card = scorecard(

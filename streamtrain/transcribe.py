@@ -1,5 +1,6 @@
 """Recordings to JSONL: each decoded, batched by length, and written in the order it was found; goes on after a kill."""
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,8 @@ from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
 from sharding.split import split_recording
+from sharding.writing import explaining, file_to_replace, sync, write, written
 from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
-from streamtrain.folders import sync
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
@@ -82,9 +83,8 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     reading = reading or Reading()
     recordings = find_recordings(sources)
     model = load_trained(model_folder).to(World().device)
-    _make_room(out, reading.log_probs)
     if reading.log_probs:
-        (reading.log_probs / "vocab.json").write_bytes((model_folder / "vocab.json").read_bytes())
+        write(reading.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
     with closing(Progress(out, _digest(model_folder, model.normalize, recordings, reading))) as progress:
         left = recordings[progress.rows :]
         failed = progress.failed
@@ -101,20 +101,27 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
 
 
 class Progress:
-    """The rows that were written so far, under another name until they are all there."""
+    """The rows that were written so far, of a file under another name until they are all there."""
 
     def __init__(self, out: Path, digest: str) -> None:
         self._out, self._digest = out, digest
-        self._partial, self._state = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.part.json")
         self._held = ExitStack()
-        self._file = self._held.enter_context(open(self._partial, "ab"))  # noqa: SIM115
+        self.rows = self.failed = 0
+        self._place = place = file_to_replace(out)
+        if place is None:  # a device or a pipe: what went there stays there, and a later run begins anew
+            self._file = self._held.enter_context(written(out))
+            return
+        self._partial, self._state = place.with_name(f".{place.name}.part"), place.with_name(f".{place.name}.part.json")
+        with explaining(out):
+            if not place.parent.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._held.enter_context(open(self._partial, "ab"))  # noqa: SIM115
         try:
             self._held.enter_context(exclusive(self._file))
         except HeldError as error:
             raise StreamtrainError(
                 f"{out}: another run is writing it{error.who}", f"wait for it, or name another file{error.remedy}"
             ) from error
-        self.rows = self.failed = 0
         size = 0
         if self._state.is_file() and self._partial.is_file():
             try:
@@ -131,25 +138,31 @@ class Progress:
 
     def write(self, rows: Sequence[dict[str, Any]], failed: int) -> None:
         """Rows that a later run need not make again once this has returned."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        with explaining(self._out, len(data)):
+            self._file.write(data)
+            self._file.flush()
+            if self._place is not None:
+                os.fsync(self._file.fileno())
+                state = {"digest": self._digest, "rows": self.rows + len(rows), "bytes": self._file.tell(),
+                         "failed": failed}  # fmt: skip
+                write(self._state, json.dumps(state))
         self.rows += len(rows)
-        state = {"digest": self._digest, "rows": self.rows, "bytes": self._file.tell(), "failed": failed}
-        fresh = self._state.with_suffix(".new")
-        fresh.write_text(json.dumps(state))
-        os.replace(fresh, self._state)
 
     def finish(self) -> None:
-        self._file.close()
-        os.replace(self._partial, self._out)
-        sync(self._out.parent)
-        self._state.unlink(missing_ok=True)
+        if self._place is not None:
+            with explaining(self._out):
+                os.replace(self._partial, self._place)
+                sync(self._place.parent)
+                self._state.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Let other runs write the file, finished or not."""
-        self._held.close()
+        """Let other runs write the file, finished or not. Rows that were written stay, for the next run to go on."""
+        if self._place is not None and not self.rows:
+            self._partial.unlink(missing_ok=True)
+        with explaining(self._out):  # what could not be written is tried once more
+            self._held.close()
 
 
 def load(recording: Recording) -> Sound:
@@ -226,7 +239,9 @@ def _row(sound: Sound, heard: Sequence[Heard], model: CTCModel, reading: Reading
         row["alternatives"] = [asdict(one) for one in joined[: reading.alternatives]]
     if reading.log_probs:
         kept = np.concatenate([piece.log_probs for piece in heard if piece.log_probs is not None])
-        np.save(reading.log_probs / f"{escape_key(sound.utterance_id)}.npy", kept.astype(np.float16))
+        array = io.BytesIO()
+        np.save(array, kept.astype(np.float16))
+        write(reading.log_probs / f"{escape_key(sound.utterance_id)}.npy", array.getvalue())
     return row
 
 
@@ -237,18 +252,6 @@ def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
         "end": round(start_sec + word.end_frame * frame_sec, 3),
         "confidence": round(word.confidence, 4),
     }
-
-
-def _make_room(out: Path, log_probs: Path | None) -> None:
-    if out.is_dir():
-        raise StreamtrainError(f"{out}: is a folder", "name a file that can be written")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(f".{out.name}.part").touch()
-        if log_probs:
-            log_probs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StreamtrainError(f"{out}: {error.strerror}", "name a file that can be written") from error
 
 
 def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], reading: Reading) -> str:

@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources: everything points down, and nothing in a circle."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -27,6 +28,28 @@ SEEN_BY_STREAMTRAIN = {
     "manifest",
     "names",
     "document",
+    "writing",
+}
+
+WRITES = re.compile(
+    r"""\.write_(text|bytes)\(|os\.replace\(|\bopen\([^)]*"[a-z]*[wax+]b?\"|savefig\((?!picture|buffer)"""
+)
+WRITE_OTHERWISE = {  # than through sharding.writing
+    "sharding.writing": "it is that",
+    "sharding.lock": "a lock file, held while it is open",
+    "sharding.exclusive": "likewise",
+    "sharding.demo": "clips by the thousand, which count once their manifest is there",
+    "streamtrain.folders": "whole folders",
+    "streamtrain.checkpoint": "into a folder of that, and links",
+    "streamtrain.export": "likewise",
+    "streamtrain.vocab": "likewise",
+    "streamtrain.cache": "shards, range by range",
+    "streamtrain.mirror": "a copy, piece by piece, which a kill does not undo",
+    "streamtrain.transcribe": "rows, which a kill does not undo",
+    "streamtrain.start": "a lock file",
+    "streamtrain.probe": "to the kernel",
+    "streamtrain.submission": "into a temporary folder",
+    "streamtrain.submission_main": "where there is nothing of this",
 }
 
 
@@ -107,3 +130,8 @@ def test_the_network_needs_torch_alone() -> None:
     """A submission takes it along to a machine where nothing else of this is installed."""
     packages = {name.split(".")[0] for name in imports_of(MODULES["streamtrain.network"], True)}
     assert packages - sys.stdlib_module_names == {"torch"}
+
+
+def test_files_are_written_in_one_way() -> None:
+    found = {name for name, path in MODULES.items() if WRITES.search(path.read_text(encoding="utf-8"))}
+    assert found == WRITE_OTHERWISE.keys()

@@ -505,7 +505,7 @@ def test_an_out_that_cannot_be_written_is_named(
     done = run_sharding("build", small_corpus, "--out", tmp_path / out)
     assert done.returncode == 1
     assert str(tmp_path / out) in done.stderr
-    assert "hint: choose an --out that can be written" in done.stderr
+    assert "hint: name a place that can be written" in done.stderr
     assert (tmp_path / "file").read_text() == "in the way"
 
 

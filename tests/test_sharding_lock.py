@@ -145,7 +145,7 @@ def test_of_many_that_come_and_go_never_two_are_in(out: str, tmp_path: Path) -> 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="Not a directory\nhint: choose an --out that can be written") as refused:
+    with pytest.raises(StoreError, match="Not a directory\nhint: name a place that can be written") as refused:
         enter(str(tmp_path / "file" / "out"))
     assert str(refused.value).startswith(f"{tmp_path / 'file' / 'out'}: ")
 
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     if os.access(tmp_path, os.W_OK):
         pytest.skip("root writes everywhere")
-    with pytest.raises(StoreError, match=f"{tmp_path}: Permission denied\nhint: choose an --out that can be written"):
+    with pytest.raises(StoreError, match=f"{tmp_path}: Permission denied\nhint: name a place where you may write"):
         enter(str(tmp_path))
 
 

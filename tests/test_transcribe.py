@@ -178,7 +178,7 @@ def test_what_cannot_be_transcribed_is_told_before_anything_is_written(folder: P
     with pytest.raises(StreamtrainError, match=r"vocab\.json: no vocabulary[^\n]*\nhint: .*RUN/best"):
         transcribe(tmp_path / "empty", [str(tmp_path / "clip.flac")], tmp_path / "out.jsonl")
     for out in (tmp_path / "empty", tmp_path / "clip.flac" / "out.jsonl"):
-        with pytest.raises(StreamtrainError, match=f"{out}: .*\nhint: name a file that can be written"):
+        with pytest.raises(StreamtrainError, match=f"{out}: .*\nhint: name a place that can be written"):
             transcribe(folder, [str(tmp_path / "clip.flac")], out)
     assert not list(tmp_path.rglob("*out.jsonl*"))
 

@@ -1,0 +1,182 @@
+"""Write files: whole or not at all, through links, and straight to what is no file; say what stands in the way."""
+
+import errno
+import io
+import os
+import re
+import shutil
+import stat
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sharding.errors import StoreError
+
+STDOUT = Path("/dev/stdout")
+LINKS_FOLLOWED = 40  # as the kernel does
+HINTS = {
+    errno.ENOSPC: "make room there, and give the same command again",
+    errno.EDQUOT: "your quota is used up: make room or have it raised, and give the same command again",
+    errno.EFBIG: "the size of files is limited here: see `ulimit -f`, and what this file system holds",
+    errno.EROFS: "it is mounted read-only: name another place",
+    errno.EACCES: "name a place where you may write",
+    errno.EPERM: "name a place where you may write",
+}
+
+
+def cannot_write(path: Path, error: OSError, needed: int | None = None, hint: str | None = None) -> StoreError:
+    """Return what is told of a failed write: the path, the reason, the room if that is the reason, what to do."""
+    said = error.strerror or str(error)
+    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    if error.errno == errno.ENOSPC and (there.is_file() or there.is_dir()):
+        wanted = "" if needed is None else f"{needed:,} bytes are to be written, "
+        said += f" ({wanted}{shutil.disk_usage(there).free:,} are free)"
+    return StoreError(f"{path}: {said}", hint or HINTS.get(error.errno or 0, "name a place that can be written"))
+
+
+@contextmanager
+def explaining(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Raise StoreError, with a hint, if what is done inside to write `path` fails; a reader that left is no failure."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise cannot_write(path, error, needed) from error
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file whose bytes go where a person who names `path` wants them.
+
+    A file appears under its name, or takes another's place, when it is whole; a link stays, and what it leads to is
+    replaced. A device, a FIFO and this process's standard output are written to as they are.
+    """
+    place = file_to_replace(path)
+    if place is not None:
+        with replacing(place) as file:
+            yield file
+        return
+    sys.stdout.flush()  # what was printed before comes first
+    with explaining(path):
+        descriptor = _descriptor(path)
+        raw = _Stream(path if descriptor is None else os.dup(descriptor), "w")
+    with raw.told(path), io.BufferedWriter(raw) as file:
+        yield file
+
+
+@contextmanager
+def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of `path` when it is whole. Raise StoreError if it cannot be written."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another process may write the same name
+    with explaining(path, needed):
+        if not path.parent.exists():  # if it is a file, what is opened below says so
+            path.parent.mkdir(parents=True, exist_ok=True)
+        raw = _File(partial, "x")
+    with raw.told(path, needed):
+        try:
+            with io.BufferedWriter(raw) as file:
+                yield file
+                file.flush()
+                raw.sync()
+            with explaining(path):
+                os.replace(partial, path)
+                sync(path.parent)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write a whole file, text as UTF-8, as `written` does."""
+    content = data.encode() if isinstance(data, str) else data
+    place = file_to_replace(path)
+    with replacing(place, len(content)) if place is not None else written(path) as file:
+        file.write(content)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file. Raise StoreError if it cannot be written."""
+    with explaining(path, len(text)), open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def file_to_replace(path: Path) -> Path | None:
+    """Return the file, or free name, that a path leads to; None if it leads to what is written to as it is."""
+    if _descriptor(path) is not None:
+        return None
+    place = Path(os.path.realpath(path))
+    with suppress(OSError):  # there is none yet, or it is told when it is to be made
+        if not stat.S_ISREG(place.stat().st_mode):
+            return None
+    return None if place.is_symlink() else place  # links that lead in a circle
+
+
+def is_stdout(path: Path) -> bool:
+    """Tell whether what is written there shares the standard output with messages."""
+    return _descriptor(path) == 1
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _descriptor(path: Path) -> int | None:
+    """Return which of this process's open files a path names, such as /dev/stdout, /dev/fd/63 or a link to one."""
+    for _ in range(LINKS_FOLLOWED):
+        if path == STDOUT:
+            return 1
+        path = Path(os.path.realpath(path.parent)) / path.name
+        if named := re.fullmatch(rf"/proc/{os.getpid()}/fd/(\d+)", str(path)):
+            return int(named[1])
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
+    return None
+
+
+class _File(io.FileIO):
+    """A file that tells its own failures from those of what fills it."""
+
+    _failed = False
+
+    def write(self, data: Any, /) -> int:
+        with self._noting():
+            return super().write(data)
+
+    def sync(self) -> None:
+        with self._noting():
+            os.fsync(self.fileno())
+
+    @contextmanager
+    def told(self, path: Path, needed: int | None = None) -> Iterator[None]:
+        """Raise StoreError if this file could not be written."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed or isinstance(error, BrokenPipeError):
+                raise
+            raise cannot_write(path, error, needed) from error
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._failed = True
+            raise
+
+
+class _Stream(_File):
+    """Written from front to back: a device, a FIFO, or a file that others write to as well."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        raise io.UnsupportedOperation("it is written from front to back")
