@@ -32,9 +32,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
+    from streamtrain.finish import read_finish
     from streamtrain.monitor import render_run
 
     print(render_run(Path(options.run_dir)))
+    read_finish(Path(options.run_dir))
     return 0
 
 
@@ -121,7 +123,9 @@ def _commands() -> Commands:
     plan.add_argument("--fetches", type=out_file, metavar="FILE",
         help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
 
-    summary = commands.add("summary", _summary, "Show what a run has reached and where its files are.")
+    summary = commands.add(
+        "summary", _summary, "Show what a run has reached and where its files are; fails if it has not finished."
+    )
     summary.add_argument("run_dir", help="the run's folder, such as runs/zero2")
 
     transcribe = commands.add(

@@ -22,6 +22,7 @@ from sharding.sample import Sample
 from sharding.store import Store, open_store
 from sharding.writing import written
 from streamtrain.decode import join_pieces
+from streamtrain.finish import warn_unless_finished
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel, count_frames
@@ -78,6 +79,7 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     store = open_store(shards)
     index = read_index(store)
     model = load_trained(model_folder).to(World().device)
+    warn_unless_finished(model_folder)
     if model.vocab.track != index.track:
         raise StreamtrainError(
             f"the model writes the {model.vocab.track} track, the labels are of the {index.track} track",

@@ -3,7 +3,10 @@
 import hashlib
 from pathlib import Path
 
+from sharding.document import DocumentError, read_document
 from sharding.errors import StreamtrainError
+from sharding.store import open_regular
+from sharding.writing import write
 
 SUMS_NAME = "SHA256SUMS"
 HEX_DIGITS = 64  # before two blanks and the name
@@ -16,7 +19,7 @@ class ChecksumError(StreamtrainError):
 def write_sums(folder: Path) -> None:
     """Write the sums of all files that lie in the folder."""
     lines = [_line(path) for path in sorted(folder.iterdir())]
-    (folder / SUMS_NAME).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write(folder / SUMS_NAME, "\n".join([*lines, ""]))
 
 
 def check_sums(folder: Path) -> None:
@@ -24,11 +27,11 @@ def check_sums(folder: Path) -> None:
     sums = folder / SUMS_NAME
     hint = "take the model from where it is whole, or save it again"
     try:
-        *lines, end = sums.read_bytes().decode(errors="replace").split("\n")
+        *lines, end = read_document(sums).decode(errors="replace").split("\n")
     except (FileNotFoundError, NotADirectoryError):  # of a hub's model, too
         return
-    except OSError as error:
-        raise ChecksumError(f"{sums}: {error.strerror}", hint) from error
+    except (OSError, DocumentError) as error:
+        raise ChecksumError(f"{sums}: {getattr(error, 'strerror', error)}", hint) from error
     if end or not lines:
         raise ChecksumError(f"{sums}: is cut off", hint)
     for line in lines:
@@ -36,8 +39,7 @@ def check_sums(folder: Path) -> None:
         try:
             seen = _line(path)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ChecksumError(f"{path}: {reason}; {SUMS_NAME} names it", hint) from error
+            raise ChecksumError(f"{path}: {getattr(error, 'strerror', error)}; {SUMS_NAME} names it", hint) from error
         if seen != line:
             raise ChecksumError(
                 f"{path}: damaged: its checksum is {seen[:8]}…, {SUMS_NAME} has {line[:8]}…",
@@ -46,5 +48,6 @@ def check_sums(folder: Path) -> None:
 
 
 def _line(path: Path) -> str:
-    with open(path, "rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}"
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]  # a BufferedReader
+    return f"{digest.hexdigest()}  {path.name}"

@@ -20,6 +20,7 @@ from sharding.writing import explaining
 from streamtrain.compare import compare
 from streamtrain.compare import render as render_comparison
 from streamtrain.decode import Hypothesis, join_pieces, read_out
+from streamtrain.finish import warn_unless_finished
 from streamtrain.hear import scoring
 from streamtrain.metrics import EditCounts, count_edits, spoken_words
 from streamtrain.model import load_trained
@@ -125,6 +126,8 @@ def evaluate_model(
     with explaining(out):  # what cannot be written is better known before the work
         out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)
+    if world.main:
+        warn_unless_finished(Path(model_folder))
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
     card: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sharding.errors import StreamtrainError
+from streamtrain.finish import warn_unless_finished
 from streamtrain.folders import new_folder
 from streamtrain.model import load_trained, save_model
 from streamtrain.network import CTCModel
@@ -46,6 +47,7 @@ def export_model(source: Path, out: Path) -> float:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: is not an empty folder", "choose another one")
     model, run = load_trained(source), source.resolve().parent
+    warn_unless_finished(source)
     with new_folder(Path(os.path.realpath(out)), _bytes_of(model)) as partial:  # a link stays, as with files
         _save(model, partial)
         for name, copied in BESIDE.items():

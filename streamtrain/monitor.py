@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
 from sharding.writing import append, explaining, write
+from streamtrain.finish import FINISH_NAME, read_finish
 from streamtrain.scorecard import Evaluation, read_scorecard, render_interval
 
 LINE_EVERY_SEC = 60.0  # where the output is no terminal
@@ -145,7 +146,7 @@ class Monitor:
     def _drop_later_samples(self, done_steps: int) -> None:
         path = self._folder / "samples.txt"
         told = path.read_text(encoding="utf-8").split("--- step ")[1:] if path.is_file() else []
-        kept = [one for one in told if 0 < _step_of(one, path) <= done_steps]
+        kept = [one for one in told if 0 < done_steps >= _step_of(one, path)]  # from step 0 on, 0 is scored again
         write(path, "".join(f"--- step {one}" for one in kept))
 
     def _rewrite(self) -> None:
@@ -227,13 +228,14 @@ def render_run(run_dir: Path) -> str:
     card, clips = read_scorecard(run_dir)
     before, page = run_dir / "before.json", run_dir / "scorecard.html"
     first = f"{json.loads(before.read_text())['cer']:.3f}" if before.is_file() else "?"
+    ended = f"\n  {read_finish(run_dir)}" if (run_dir / FINISH_NAME).is_file() else ""
     shown = "\n".join(
         f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
     )
     return f"""
   CER {card["cer"]:.4f}, {render_interval(card)}; before training {first}
-  ({card["clips"]:,} clips of split {card["split"]})
+  ({card["clips"]:,} clips of split {card["split"]}){ended}
 
   A few transcriptions
 {shown}

@@ -28,7 +28,8 @@ def errors_told() -> Iterator[None]:
         os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
     except KeyboardInterrupt:
         if number_of("RANK") == 0:
-            print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+            said = "\nstopped; the same command begins again, or goes on from the newest checkpoint"
+            print(said, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
 

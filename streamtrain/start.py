@@ -34,6 +34,7 @@ from streamtrain.checksums import ChecksumError, check_sums
 from streamtrain.collate import SILENT_SAMPLES, Batch
 from streamtrain.config import Config
 from streamtrain.engine import Engine
+from streamtrain.finish import FINISH_NAME
 from streamtrain.folders import put_back
 from streamtrain.hear import scoring
 from streamtrain.hub import is_asked, why_unreachable
@@ -122,6 +123,7 @@ def _prepare(
     run: Path, config: Config, index: ShardIndex, found: Path | None, resume: str, mirror: Mirror | None
 ) -> None:
     """Leave in the run folder, and in its mirror, what the run goes on from, and what it was asked for."""
+    (run / FINISH_NAME).unlink(missing_ok=True)
     if resume == "none":
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         if mirror is not None:

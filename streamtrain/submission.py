@@ -24,6 +24,7 @@ from sharding.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
 from sharding.sample import escape_key
 from sharding.store import open_store
 from sharding.writing import written
+from streamtrain.finish import warn_unless_finished
 from streamtrain.model import load_trained
 from streamtrain.score import score_files
 
@@ -71,6 +72,7 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
     StreamtrainError where the folder holds no whole model.
     """
     loaded = load_trained(model)
+    warn_unless_finished(model)
     track = loaded.vocab.track
     settings = {"field": TRACKS[track], "normalize": loaded.normalize, "batch_seconds": batch_seconds}
     files = {

@@ -28,6 +28,7 @@ from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.evaluate import evaluate
 from streamtrain.export import save_best, verify
+from streamtrain.finish import Finish, write_finish
 from streamtrain.mask import Masking, Spans
 from streamtrain.mirror import Mirror
 from streamtrain.model import load_trained
@@ -93,6 +94,7 @@ class Plans:
             if total >= limit:
                 break
         self.total_steps = max(int(min(total, limit)), state.step)
+        self.limit = f"train.max_steps={limit}" if total >= limit else f"train.epochs={config.train.epochs}"
 
     def epoch(self, number: int) -> EpochPlan:
         if self._kept is None or self._kept[0] != number:
@@ -152,6 +154,15 @@ class Trainer:
                 best = self.run_dir / "best"
                 difference = verify(load_trained(best), best)
                 log.info("Transformers computes the same from best/: largest difference %.1e", difference)
+                self._write_finish()
+
+    def _write_finish(self) -> None:
+        """Write and tell, as the run's last act, which limit ended it."""
+        state, patience = self.state, self.config.train.patience
+        limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
+        finish = Finish(state.step, limit, state.best_cer or 0.0, state.best_step or 0)  # there is one by now
+        log.info("%s", finish)
+        write_finish(self.run_dir, finish)
 
     def _close(self, wait_sec: float | None) -> None:
         """Let the mirror come to its end, for at most so long."""

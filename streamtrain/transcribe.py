@@ -22,6 +22,7 @@ from sharding.sample import escape_key
 from sharding.split import split_recording
 from sharding.writing import explaining, file_to_replace, sync, write, written
 from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
+from streamtrain.finish import warn_unless_finished
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
@@ -83,6 +84,7 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     reading = reading or Reading()
     recordings = find_recordings(sources)
     model = load_trained(model_folder).to(World().device)
+    warn_unless_finished(model_folder)
     if reading.log_probs:
         write(reading.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
     with closing(Progress(out, _digest(model_folder, model.normalize, recordings, reading))) as progress:

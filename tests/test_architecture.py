@@ -43,7 +43,6 @@ WRITE_OTHERWISE = {  # than through sharding.writing
     "streamtrain.checkpoint": "into a folder of that, and links",
     "streamtrain.export": "likewise",
     "streamtrain.vocab": "likewise",
-    "streamtrain.checksums": "likewise",
     "streamtrain.cache": "shards, range by range",
     "streamtrain.mirror": "a copy, piece by piece, which a kill does not undo",
     "streamtrain.transcribe": "rows, which a kill does not undo",

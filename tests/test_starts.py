@@ -1,15 +1,20 @@
 """How a run starts: what is wrong is told at once and in words, and a failed start leaves nothing behind."""
 
+import re
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_module
 from test_model import make_network
-from training_runs import ROOT, free_port, run, training
+from training_runs import ROOT, free_port, read_rows, run, start, training, wait_until
 
+from sharding.errors import StreamtrainError
 from streamtrain import hub
 from streamtrain.export import save_best
+from streamtrain.finish import Finish, read_finish, warn_unless_finished, write_finish
 from streamtrain.network import CTCModel
 from streamtrain.start import _check_best
 from streamtrain.train import TrainError
@@ -73,3 +78,34 @@ def test_the_hub_is_asked_for_names_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert not hub.is_asked(str(tmp_path / "nowhere"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not hub.is_asked("facebook/wav2vec2-base")
+
+
+def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ctrl-C ends with 130, and the launcher of a run that was killed may return 0: the run's folder tells."""
+    folder = work / "ended"
+    run(training(work, "ended", "train.max_steps=2", "data.workers=0", ranks=1))
+    assert re.search(
+        r"finished at step 2, by train\.max_steps=2; best CER", run_module("streamtrain", "summary", folder).stdout
+    )
+    samples = (folder / "samples.txt").read_text()
+    process = start([*training(work, "ended", "train.max_steps=90", ranks=1), "--replan"], folder.with_suffix(".out"))
+    wait_until(lambda: len(read_rows(folder)) > 4, process, folder.with_suffix(".out"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert samples.startswith("--- step 0, CER")
+    assert (folder / "samples.txt").read_text().startswith(samples)
+    done = run_module("streamtrain", "summary", folder)
+    assert done.returncode == 1
+    assert "CER" in done.stdout
+    assert f"{folder}: this run has not finished (it has no finished.json)\nhint: the same training" in done.stderr
+    warn_unless_finished(folder / "best")
+    assert "is the best model so far: its run has not finished" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_cer": 0.1, "best_step": 0}'])
+def test_a_finish_that_is_damaged_is_none(content: str, tmp_path: Path) -> None:
+    write_finish(tmp_path, Finish(40, "train.epochs=3", 0.25, 20))
+    assert str(read_finish(tmp_path)) == "finished at step 40, by train.epochs=3; best CER 0.2500 at step 20"
+    (tmp_path / "finished.json").write_text(content)
+    with pytest.raises(StreamtrainError, match=r"finished\.json: damaged"):
+        read_finish(tmp_path)

@@ -251,6 +251,10 @@ def test_training_ends_when_the_score_gets_no_better(work: Path) -> None:
     settings = ("deepspeed.optimizer.params.lr=1e-12", "train.patience=2", "eval.every_steps=1", "train.max_steps=9")
     done = run(training(work, "patient", *settings, ranks=1))
     assert "no better score in 2 evaluations: training ends here, at step 2" in done.stderr
+    assert re.search(
+        r"finished at step 2, by train\.patience=2; best CER \d\.\d+ at step 0: training did not improve the model",
+        done.stderr,
+    )
     assert len(losses(work / "patient")) == 2
     again = run(training(work, "patient", *settings, ranks=1)).stderr
     assert "no better score in 2 evaluations; a higher train.patience goes on" in again

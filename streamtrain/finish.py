@@ -1,0 +1,57 @@
+"""Whether a run has come to its end: its last act is to write which limit ended it, and what was reached."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from sharding.document import DocumentError, Number, Size, parse, read_document
+from sharding.errors import StreamtrainError
+from sharding.writing import write
+
+FINISH_NAME = "finished.json"
+GO_ON = "the same training command goes on from the newest checkpoint"
+
+log = logging.getLogger("streamtrain")
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How a run ended. One that was killed has none, whatever the exit status of its launcher."""
+
+    step: Size
+    limit: str  # the setting that ended it, such as "train.max_steps=40"
+    best_cer: Number
+    best_step: Size
+
+    def __str__(self) -> str:
+        verdict = ": training did not improve the model" if self.best_step == 0 < self.step else ""
+        return (
+            f"finished at step {self.step:,}, by {self.limit}; "
+            f"best CER {self.best_cer:.4f} at step {self.best_step:,}{verdict}"
+        )
+
+
+def write_finish(run: Path, finish: Finish) -> None:
+    """Write how a run ended, whole or not at all."""
+    write(run / FINISH_NAME, json.dumps(asdict(finish)))
+
+
+def read_finish(run: Path) -> Finish:
+    """Return how a run ended. Raise StreamtrainError if it has not."""
+    path = run / FINISH_NAME
+    try:
+        return parse(read_document(path), TypeAdapter(Finish))
+    except FileNotFoundError:
+        raise StreamtrainError(f"{run}: this run has not finished (it has no {FINISH_NAME})", GO_ON) from None
+    except DocumentError as error:
+        raise StreamtrainError(f"{path}: damaged ({error})", GO_ON) from error
+
+
+def warn_unless_finished(model: Path) -> None:
+    """Warn that a model is the best so far of a run that has not finished."""
+    run = model.resolve().parent
+    if (run / "checkpoints").is_dir() and not (run / FINISH_NAME).is_file():
+        log.warning("%s is the best model so far: its run has not finished; %s", model, GO_ON)
