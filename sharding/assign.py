@@ -1,6 +1,7 @@
 """Decide which sample goes into which shard, and who validates. Arithmetic only: no files, no processes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -34,21 +35,41 @@ Segments = Mapping[int, Sequence[Segment]]  # of long recordings, by row of the 
 PlannedShard = tuple[str, int, npt.NDArray[np.int64]]  # name, bucket, rows of the members
 
 
-def choose_stand_in(speakers: npt.NDArray[np.uint64], fraction: float) -> int | None:
-    """The speaker, by hash, who validates because nobody's hash falls below `fraction`: the one with the smallest."""
-    nobody = fraction > 0 and len(speakers) and not is_validation(speakers, fraction, None).any()
-    return int(speakers.min()) if nobody else None
+@dataclass(frozen=True, slots=True)
+class Exceptions:
+    """The speakers, by hash, who are not on the side that their hash alone says."""
+
+    stand_in: int | None = None  # validates, for want of another
+    spared: tuple[int, ...] = ()  # train, for too many others validate
 
 
-def is_validation(speakers: npt.NDArray[np.uint64], fraction: float, stand_in: int | None) -> Mask:
+def choose_exceptions(speakers: npt.NDArray[np.uint64], fraction: float, spared: tuple[int, ...] = ()) -> Exceptions:
+    """Choose as few as it takes for one of two or more speakers to validate, and no more than twice their share.
+
+    One always trains; a single speaker does, and so do those who are `spared` already. A fraction of 0 or of 1 needs
+    no exception.
+    """
+    speakers = np.setdiff1d(speakers, np.array(spared, np.uint64))  # ascending, each once
+    if not len(speakers) or not 0 < fraction < 1:
+        return Exceptions(spared=spared)
+    everyone = len(speakers) + len(spared)
+    below = int(is_validation(speakers, fraction, Exceptions()).sum())
+    count = min(max(below, 1), max(int(2 * fraction * everyone), 1), everyone - 1)
+    stand_in = int(speakers[0]) if count > below else None
+    return Exceptions(stand_in, spared + tuple(speakers[count : max(below, 1)].tolist()))
+
+
+def is_validation(speakers: npt.NDArray[np.uint64], fraction: float, exceptions: Exceptions) -> Mask:
     """Which clips, given the hashes of their speakers, validate, shape (N,).
 
-    All clips of the speakers whose hash falls below `fraction`, so that they stay there as data grows.
+    All clips of the speakers whose hash falls below `fraction`, so that they stay there as data grows, but for the
+    exceptions.
     """
     below = (
         speakers <= np.uint64(max(round(fraction * 2**64) - 1, 0)) if fraction > 0 else np.zeros(len(speakers), bool)
     )
-    return below if stand_in is None else below | (speakers == np.uint64(stand_in))
+    below &= ~np.isin(speakers, np.array(exceptions.spared, np.uint64))
+    return below if exceptions.stand_in is None else below | (speakers == np.uint64(exceptions.stand_in))
 
 
 def list_members(clips: ClipTable, whole: Mask, segments: Segments, valid: Mask) -> MemberTable:

@@ -23,12 +23,13 @@ import numpy.typing as npt
 from sharding import report
 from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, Evidence
 from sharding.assign import (
+    Exceptions,
     Mask,
     MemberTable,
     PlannedShard,
     Segments,
     assign_shards,
-    choose_stand_in,
+    choose_exceptions,
     is_validation,
     list_members,
 )
@@ -195,7 +196,7 @@ class Plan:
     members: MemberTable
     bins: tuple[float, ...]
     shards: list[PlannedShard]
-    stand_in: int | None  # the hash of the speaker who validates for want of another
+    exceptions: Exceptions
     sounds: Sounds | None
 
     def job(self, shard: PlannedShard) -> ShardJob:
@@ -228,8 +229,8 @@ def plan_build(
     its own too, or learned, where they are not given and somebody needs them.
     """
     clips = examined.clips
-    stand_in = choose_stand_in(clips["speaker"], settings.valid_fraction) if base is None else _stand_in_of(base)
-    valid = is_validation(clips["speaker"], settings.valid_fraction, stand_in)
+    exceptions = _choose_exceptions(examined, settings.valid_fraction, base)
+    valid = is_validation(clips["speaker"], settings.valid_fraction, exceptions)
     usable, refused = _refuse(examined, valid)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
     labelled = usable & clips["fits"] & ~valid
@@ -242,7 +243,7 @@ def plan_build(
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     taken = _numbers_taken(base) if base else None
     shards = assign_shards(members, bins, round(settings.shard_mb * 2**20), settings.min_shards, taken)
-    return Plan(examined, settings, where, segments, members, bins, shards, stand_in, sounds), [refused, *cuts]
+    return Plan(examined, settings, where, segments, members, bins, shards, exceptions, sounds), [refused, *cuts]
 
 
 def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> list[ShardResult]:
@@ -252,6 +253,17 @@ def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> l
     results = pool.map(make_shard, jobs, [len(shards[i][2]) for i in order], "writing")
     in_order = dict(zip(order, results, strict=True))
     return [in_order[i] for i in range(len(shards))]
+
+
+def _choose_exceptions(examined: Examined, fraction: float, base: ShardIndex | None) -> Exceptions:
+    """Choose among the speakers who can be trained on; those of a `base` stay on the side where they are."""
+    able = examined.clips["fits"].copy()
+    able[[row for row, refusal in examined.refusals.items() if refusal.in_training]] = False
+    speakers = examined.clips["speaker"][able]
+    if base is None:
+        return choose_exceptions(speakers, fraction)
+    kept = _exceptions_of(base)
+    return kept if base.notes["validation"]["clips"] else choose_exceptions(speakers, fraction, kept.spared)
 
 
 def _refuse(examined: Examined, valid: Mask) -> tuple[Mask, report.LedgerPart]:
@@ -331,7 +343,7 @@ def _read_rows(examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:
 
 
 def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base: ShardIndex | None) -> ShardIndex:
-    clips = plan.examined.clips
+    clips, stand_in = plan.examined.clips, plan.exceptions.stand_in
     made = [result.made for result in results if result.made]
     disjoint = bool(clips["named"][~clips["refused"]].all())
     index = ShardIndex(
@@ -344,7 +356,8 @@ def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base
             "rejected": tally.clips["rejected"],
             "validation": {
                 "disjoint_by_speaker": disjoint,
-                "stand_in": None if plan.stand_in is None else f"{plan.stand_in:016x}",
+                "stand_in": None if stand_in is None else f"{stand_in:016x}",
+                "spared": [f"{speaker:016x}" for speaker in plan.exceptions.spared],
                 "clips": tally.validation["clips"],
                 "rejected": tally.validation["rejected"],
             },
@@ -409,9 +422,10 @@ def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:
     return mask
 
 
-def _stand_in_of(base: ShardIndex) -> int | None:
-    stand_in = base.notes["validation"]["stand_in"]
-    return None if stand_in is None else int(stand_in, 16)
+def _exceptions_of(base: ShardIndex) -> Exceptions:
+    validation = base.notes["validation"]
+    stand_in, spared = validation["stand_in"], validation.get("spared", [])  # an older set has none
+    return Exceptions(None if stand_in is None else int(stand_in, 16), tuple(int(one, 16) for one in spared))
 
 
 def _numbers_taken(base: ShardIndex) -> dict[tuple[str, int], int]:

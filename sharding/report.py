@@ -240,6 +240,7 @@ def _summarize(
         "duration_bins": list(index.duration_bins),
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
+        "valid_fraction": index.settings.get("valid_fraction"),  # None: tars that others wrote
     }
 
 
@@ -276,11 +277,34 @@ def render(summary: dict[str, Any], dry: bool = False) -> str:
         lines.append(
             f"{count:,} declared durations are off by more than {DECLARED_OFF_SEC} s; the measured ones are used"
         )
-    if not summary["splits"]["train"]["samples"]:
-        lines.append("there is nothing to train on: every labelled clip is a validation child's, or none is labelled")
+    lines += _tell_sides(summary)
     if not notes["validation"]["disjoint_by_speaker"]:
         lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
     return "\n".join(map(printable, lines))
+
+
+def _tell_sides(summary: dict[str, Any]) -> list[str]:
+    """Tell if there is nothing to train on, nothing to validate on, or far more of it than was asked for."""
+    train, valid = (summary["splits"][split]["samples"] for split in ("train", "valid"))
+    fraction = summary.get("valid_fraction")
+    lines = []
+    if not train:
+        lines.append("there is nothing to train on: every labelled clip is a validation child's, or none is labelled")
+    if not valid and fraction == 0:
+        lines.append("there is nothing to validate on, as --valid-fraction 0 says: training will score nothing")
+    elif not valid and fraction is None:
+        lines.append("there is nothing to validate on, and training will score nothing: name some tars with --valid")
+    elif not valid and train:
+        lines += [
+            "there is nothing to validate on, and training will score nothing: all clips that could be are of one "
+            "speaker, and none may be on both sides",
+            "hint: --group-by COLUMN parts them by another column, such as the session's; --valid-fraction 0 if it is "
+            "meant so; a set of other speakers, built with --valid-fraction 1, is one to score on afterwards",
+        ]
+    if train and fraction and valid > 2 * fraction * (train + valid):
+        lines.append(f"validation has {valid / (train + valid):.0%} of the labelled clips, --valid-fraction asks for "
+                     f"{fraction:.0%}: the speakers are few, or of very unequal shares")  # fmt: skip
+    return lines
 
 
 def _tell_reliability(table: Sequence[dict[str, Any]]) -> list[str]:

@@ -69,10 +69,6 @@ def evaluate(
     twice or never, and PreemptedError on all ranks if `preemption` was asked for on one.
     """
     rows = stream.index.split(split)
-    if len(rows) == 0:
-        raise StreamtrainError(
-            f"the shard set has no clips in split {split!r}", "which splits it has: sharding inspect"
-        )
     if model.vocab.track != stream.index.track:
         raise StreamtrainError(
             f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
@@ -123,6 +119,11 @@ def evaluate_model(
             raise StreamtrainError(f"--beside {beside}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
+    if not len(index.split(split)):
+        raise StreamtrainError(
+            f"{shards}: has no clips in split {split!r}: nothing was scored",
+            "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
+        )
     with explaining(out):  # what cannot be written is better known before the work
         out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)

@@ -23,14 +23,16 @@ class Finish:
 
     step: Size
     limit: str  # the setting that ended it, such as "train.max_steps=40"
-    best_cer: Number
-    best_step: Size
+    best_cer: Number | None  # None where nothing was scored
+    best_step: Size | None
 
     def __str__(self) -> str:
+        if self.best_cer is None:
+            return f"finished at step {self.step:,}, by {self.limit}; nothing was scored: best/ holds the last weights"
         verdict = ": training did not improve the model" if self.best_step == 0 < self.step else ""
         return (
             f"finished at step {self.step:,}, by {self.limit}; "
-            f"best CER {self.best_cer:.4f} at step {self.best_step:,}{verdict}"
+            f"best CER {self.best_cer:.4f} at step {self.best_step or 0:,}{verdict}"
         )
 
 

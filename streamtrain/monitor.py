@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sharding.errors import StreamtrainError
 from sharding.writing import append, explaining, write
 from streamtrain.finish import FINISH_NAME, read_finish
-from streamtrain.scorecard import Evaluation, read_scorecard, render_interval
+from streamtrain.scorecard import SCORECARD, Evaluation, read_scorecard, render_interval
 
 LINE_EVERY_SEC = 60.0  # where the output is no terminal
 SAMPLES_SHOWN = 8
@@ -225,6 +225,8 @@ def _cells(row: StepRow) -> list[object]:
 
 def render_run(run_dir: Path) -> str:
     """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
+    if (run_dir / FINISH_NAME).is_file() and not (run_dir / SCORECARD).exists():
+        return _render_unscored(run_dir)
     card, clips = read_scorecard(run_dir)
     before, page = run_dir / "before.json", run_dir / "scorecard.html"
     first = f"{json.loads(before.read_text())['cer']:.3f}" if before.is_file() else "?"
@@ -249,4 +251,16 @@ def render_run(run_dir: Path) -> str:
     python -m streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
     python -m sharding build data/raw/* --out data/shards
     deepspeed launch/train.py --config configs/zero2.json
+"""
+
+
+def _render_unscored(run_dir: Path) -> str:
+    return f"""
+  {read_finish(run_dir)}
+
+  Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
+  Model        {run_dir / "best"}
+
+  Next, on a shard set of other speakers, built with --valid-fraction 1
+    deepspeed launch/evaluate.py --model {run_dir / "best"} --shards SHARDS --out {run_dir}
 """

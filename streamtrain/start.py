@@ -15,7 +15,7 @@ import torch
 
 from sharding.audio import SAMPLE_RATE
 from sharding.exclusive import HeldError, exclusive
-from sharding.format import ShardIndex, old_index_name, read_index
+from sharding.format import SPLITS, ShardIndex, old_index_name, read_index
 from sharding.store import Store, open_store
 from sharding.writing import explaining, write
 from streamtrain.checkpoint import (
@@ -197,8 +197,9 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
     loader = replace(loader, batches=loader.batches + a_step / max(shape.seconds for shape in shapes))
     memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world, loader)
     lengths = index.samples["samples"][index.split(config.eval.split)]
-    scored = evaluation_shapes(lengths, config.data.batch_seconds)
-    probe(partial(_score_unweighted, engine.scored_copy()), scored, engine.world)
+    if len(lengths):
+        scored = evaluation_shapes(lengths, config.data.batch_seconds)
+        probe(partial(_score_unweighted, engine.scored_copy()), scored, engine.world)
     return render(memory, shapes, loader), memory
 
 
@@ -296,11 +297,11 @@ def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpo
     """What would fail only after minutes, or cost an earlier result, is refused before the model is loaded."""
     if config.eval.split == "unlabelled":
         raise TrainError("eval.split is 'unlabelled', whose clips have no labels to score", "valid is the usual one")
-    if len(index.split(config.eval.split)) == 0:
-        raise TrainError(
-            f"the shard set has no clips in split {config.eval.split!r} to evaluate on",
-            "build it from at least two children, with --valid-fraction above 0",
-        )
+    if config.eval.split not in SPLITS:
+        raise TrainError(f"eval.split is {config.eval.split!r}", f"the splits are {', '.join(SPLITS)}")
+    if not len(index.split(config.eval.split)):
+        log.warning("the shard set has no clips in split %r: nothing is scored on the way, and the weights of the last "
+                    "step are kept, whatever they are worth", config.eval.split)  # fmt: skip
     _check_best(run, checkpoint is not None, resume)
 
 

@@ -160,7 +160,7 @@ class Trainer:
         """Write and tell, as the run's last act, which limit ended it."""
         state, patience = self.state, self.config.train.patience
         limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
-        finish = Finish(state.step, limit, state.best_cer or 0.0, state.best_step or 0)  # there is one by now
+        finish = Finish(state.step, limit, state.best_cer, state.best_step)
         log.info("%s", finish)
         write_finish(self.run_dir, finish)
 
@@ -330,9 +330,15 @@ class Trainer:
             )
 
     def _evaluate_if_due(self) -> None:
-        """Score the model as it is, on every so many steps and at the end; keep it as `best/` where none was better."""
+        """Score the model as it is, on every so many steps and at the end; keep it as `best/` where none was better.
+
+        Where there is nothing to score on, the last one is kept.
+        """
         settings, state = self.config.eval, self.state
         if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
+            return
+        if not len(self.stream.index.split(settings.split)):
+            self._keep_unscored()
             return
         model = self.engine.scored_copy()
         evaluation = evaluate(
@@ -354,6 +360,16 @@ class Trainer:
             if mine:
                 save_best(model.cpu(), self.run_dir / "best")
                 self._write_scorecard(evaluation)
+
+    def _keep_unscored(self) -> None:
+        """Keep the weights of the last step as `best/`."""
+        if not self._finished:
+            return
+        model = self.engine.scored_copy()
+        self.state = replace(self.state, evaluated=self.state.step)
+        with self.world.main_alone("save best/") as mine:
+            if mine:
+                save_best(model.cpu(), self.run_dir / "best")
 
     def _first_cer(self, cer: float) -> None:
         if self.world.main:

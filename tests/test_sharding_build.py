@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import soundfile
 import zstandard
@@ -26,7 +27,7 @@ from corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.assign import choose_stand_in, is_validation
+from sharding.assign import Exceptions, choose_exceptions, is_validation
 from sharding.audio import encode, frame_count
 from sharding.examine import speaker_hash
 from sharding.format import read_index, read_keys, read_sample
@@ -531,26 +532,75 @@ def test_a_setting_that_makes_no_sense_is_refused_at_once(
 ids = st.sets(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6), min_size=1)
 
 
-def chosen(children: set[str], fraction: float) -> set[str]:
-    names = sorted(children)
-    speakers = np.array([speaker_hash(name) for name in names], np.uint64)
-    mask = is_validation(speakers, fraction, choose_stand_in(speakers, fraction))
-    return {name for name, valid in zip(names, mask, strict=True) if valid}
+def hashes(children: set[str]) -> npt.NDArray[np.uint64]:
+    return np.array([speaker_hash(name) for name in sorted(children)], np.uint64)
+
+
+def chosen(children: set[str], fraction: float, exceptions: Exceptions | None = None) -> set[str]:
+    exceptions = exceptions or choose_exceptions(hashes(children), fraction)
+    mask = is_validation(hashes(children), fraction, exceptions)
+    return {name for name, valid in zip(sorted(children), mask, strict=True) if valid}
 
 
 @given(ids, ids, st.floats(0.01, 1))
 def test_a_child_stays_on_its_side_when_data_is_added(children: set[str], more: set[str], fraction: float) -> None:
-    before, after = chosen(children, fraction), chosen(children | more, fraction)
-    chosen_by_fraction = len(before) > 1 or bool(before & after)  # not the one that stood in for nobody
-    if chosen_by_fraction:
-        assert after & children == before
+    exceptions = choose_exceptions(hashes(children), fraction)
+    before = chosen(children, fraction)
+    assert chosen(children | more, fraction, exceptions) & children == before
+    if exceptions == choose_exceptions(hashes(children | more), fraction):
+        assert chosen(children | more, fraction) & children == before
+    if not before:  # as if they were appended
+        later = choose_exceptions(hashes(children | more), fraction, exceptions.spared)
+        assert not chosen(children | more, fraction, later) & children
+        assert bool(chosen(children | more, fraction, later)) == bool(more - children)
+
+
+@given(ids, st.floats(1e-18, 0.999))
+def test_neither_side_is_empty_where_there_are_two_children(children: set[str], fraction: float) -> None:
+    valid = chosen(children, fraction)
+    assert len(valid) < len(children)
+    assert bool(valid) == (len(children) > 1)
+    assert len(valid) <= max(1, 2 * fraction * len(children))
 
 
 @given(ids)
-def test_somebody_is_always_in_validation_unless_nobody_is_wanted(children: set[str]) -> None:
-    assert len(chosen(children, 1e-18)) == 1
+def test_everybody_and_nobody_validate_where_it_is_asked_for(children: set[str]) -> None:
     assert chosen(children, 1.0) == children
     assert chosen(children, 0.0) == set()
+
+
+@pytest.mark.parametrize(("children", "sizes", "said"), [
+    (1, {"train": 6, "valid": 0}, "all clips that could be are of one speaker"),
+    (2, {"train": 3, "valid": 3}, "validation has 50% of the labelled clips, --valid-fraction asks for 10%"),
+    (3, {"train": 4, "valid": 2}, "validation has 33% of the labelled clips"),
+])  # fmt: skip
+def test_a_few_children_are_parted_and_what_is_amiss_is_said(
+    children: int, sizes: dict[str, int], said: str, tmp_path: Path, run_sharding: Command
+) -> None:
+    """By names whose hashes all fall below the fraction: all would validate."""
+    folder = make_corpus(tmp_path / "corpus", clips=6, children=children, seconds=(0.3, 0.6))
+    names = [name for name in map(str, range(200)) if speaker_hash(name) < 0.1 * 2**64]
+    rows = read_manifest(folder)
+    write_manifest(folder, [row | {"child_id": names[number % children]} for number, row in enumerate(rows)])
+    done = run_sharding("build", folder, "--out", tmp_path / "out")
+    index = read_index(open_store(tmp_path / "out"))
+    assert done.returncode == 0
+    assert {split: len(index.split(split)) for split in sizes} == sizes
+    assert said in done.stdout
+
+
+def test_a_child_who_cannot_be_trained_on_is_not_the_one_who_trains(tmp_path: Path, run_sharding: Command) -> None:
+    """Of three, one has no label and one no sound: the third would be alone with them."""
+    folder = make_corpus(tmp_path / "corpus", clips=4, children=4, seconds=(0.3, 0.6))
+    rows = read_manifest(folder)
+    names = sorted(("a", "b", "c", "d"), key=speaker_hash)
+    rows = [row | {"child_id": name} for row, name in zip(rows, names, strict=True)]
+    rows[0] |= {"phonetic_text": ""}
+    (folder / rows[1]["audio_path"]).write_bytes(b"no sound")
+    write_manifest(folder, rows)
+    run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 1e-9)
+    sides = {sample.child_id: (split, bool(sample.text)) for split, sample in read_all(tmp_path / "out").values()}
+    assert sides == {names[0]: ("unlabelled", False), names[2]: ("valid", True), names[3]: ("train", True)}
 
 
 def test_no_child_is_on_both_sides(tmp_path: Path, run_sharding: Command) -> None:

@@ -67,6 +67,25 @@ def test_validation_children_stay_where_they_were(built: Path, sources: list[Pat
     assert not sides_before["train"] & sides_after["valid"]
 
 
+def test_a_second_speaker_who_is_appended_validates(tmp_path: Path, run_sharding: Command) -> None:
+    """The first trains already, and goes on to with the clips that come with the second's."""
+    first = make_corpus(tmp_path / "first", clips=3, children=1, seconds=(0.3, 0.6))
+    second = make_corpus(tmp_path / "second", clips=4, children=2, seconds=(0.3, 0.6))
+    rows = read_manifest(second)
+    write_manifest(second, [rows[0] | {"child_id": "first-child-0"}, *rows[1:]])
+    for source in (first, second):
+        assert run_sharding("build", source, "--out", tmp_path / "out", "--append").returncode == 0
+    parted = sides(tmp_path / "out")
+    assert "first-child-0" in parted["train"]
+    assert len(parted["valid"]) == 1
+    assert not parted["train"] & parted["valid"]
+    shard = next((tmp_path / "out" / "train").glob("*.tar"))
+    kept = shard.read_bytes()
+    shard.write_bytes(b"")
+    assert run_sharding("verify", tmp_path / "out", "--repair", first, second).returncode == 0
+    assert shard.read_bytes() == kept
+
+
 def sides(out: Path) -> dict[str, set[str]]:
     samples = read_all(out).values()
     return {split: {sample.child_id for part, sample in samples if part == split} for split in ("train", "valid")}

@@ -261,6 +261,24 @@ def test_training_ends_when_the_score_gets_no_better(work: Path) -> None:
     assert len(losses(work / "patient")) == 2
 
 
+def test_a_set_without_validation_clips_trains_and_says_that_nothing_is_scored(work: Path) -> None:
+    shards, folder = work / "all-train", work / "unscored"
+    run([sys.executable, "-m", "sharding", "build", work / "raw" / "tiny", "--out", shards, "--valid-fraction", 0])
+    command = training(work, "unscored", f"data.shards={shards}", "train.max_steps=2", "eval.every_steps=1", ranks=1)
+    done = run(command)
+    assert "no clips in split 'valid': nothing is scored" in done.stderr
+    assert "finished at step 2, by train.max_steps=2; nothing was scored: best/ holds the last weights" in done.stderr
+    [newest] = list_checkpoints(folder / "checkpoints")[-1:]
+    last = load_parts(open_checkpoint(newest)).weights
+    kept = load_model(ModelConfig(pretrained=str(folder / "best")), "phonetic").network.state_dict()
+    assert newest.name == "step-0000002"
+    assert all(torch.equal(last[name], kept[name]) for name in last)
+    assert "all 2 steps are done" in run(command).stderr
+    assert "nothing was scored" in run([sys.executable, "-m", "streamtrain", "summary", folder]).stdout
+    evaluation = ["launch/evaluate.py", "--model", folder / "best", "--shards", shards, "--out", work / "no-score"]
+    assert "nothing was scored" in run([sys.executable, *evaluation], expect=1).stderr
+
+
 def test_the_word_track_is_trained_and_scored_in_letters_and_words(work: Path) -> None:
     corpus = make_corpus(work / "raw" / "words", clips=24, symbols="etaoinsh")
     rows = [row | {"orthographic_text": row["phonetic_text"].title() + "!"} for row in read_manifest(corpus)]
