@@ -62,6 +62,7 @@ from sharding.format import (
     read_listed,
     write_index,
 )
+from sharding.ipa import SymbolCounts, check_alphabet, read_label
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.sample import escape_key, whole_key
@@ -139,6 +140,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             examined = examined.select(~known)
             if base and not len(examined.clips):
                 return Built(base, report.read_summary(store), 0.0, fresh=False, known=len(known))
+            _check_labels(examined, settings, base)
             old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
             tally = report.add_up(ledger)
@@ -158,6 +160,18 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
                     keep_old_index(store, base)
                 index = write_index(store, index)  # last: the index says that all the rest is there
             return Built(index, summary, rejected, known=int(known.sum()))
+
+
+def _check_labels(examined: Examined, settings: BuildSettings, base: ShardIndex | None) -> None:
+    """Raise ManifestError if the labels of either side are of another alphabet."""
+    clips = examined.clips
+    valid = is_validation(clips["speaker"], settings.valid_fraction, _choose_exceptions(examined, settings, base))
+    for side, mine in (("training", ~valid), ("validation", valid)):
+        symbols, foreign = (int(clips[name][mine].sum()) for name in ("symbols", "foreign"))
+        if foreign:
+            place, utterance = examined.find(int(np.argmax(np.where(mine, clips["foreign"], 0))))
+            worst = (foreign, place, read_label(utterance.text, settings.track))
+            check_alphabet(SymbolCounts(symbols, foreign, worst), side, settings.track)
 
 
 def _make_shards(
@@ -229,7 +243,7 @@ def plan_build(
     its own too, or learned, where they are not given and somebody needs them.
     """
     clips = examined.clips
-    exceptions = _choose_exceptions(examined, settings.valid_fraction, base)
+    exceptions = _choose_exceptions(examined, settings, base)
     valid = is_validation(clips["speaker"], settings.valid_fraction, exceptions)
     usable, refused = _refuse(examined, valid)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
@@ -255,11 +269,9 @@ def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> l
     return [in_order[i] for i in range(len(shards))]
 
 
-def _choose_exceptions(examined: Examined, fraction: float, base: ShardIndex | None) -> Exceptions:
-    """Choose among the speakers who can be trained on; those of a `base` stay on the side where they are."""
-    able = examined.clips["fits"].copy()
-    able[[row for row, refusal in examined.refusals.items() if refusal.in_training]] = False
-    speakers = examined.clips["speaker"][able]
+def _choose_exceptions(examined: Examined, settings: BuildSettings, base: ShardIndex | None) -> Exceptions:
+    """Choose among the speakers of clips with labels; those of a `base` stay on the side where they are."""
+    speakers, fraction = examined.clips["speaker"][examined.clips["fits"]], settings.valid_fraction
     if base is None:
         return choose_exceptions(speakers, fraction)
     kept = _exceptions_of(base)

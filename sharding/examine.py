@@ -14,7 +14,7 @@ import xxhash
 from sharding.archive import AudioRoot, list_audio, open_audio, spell
 from sharding.audio import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
-from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, name_symbols, read_label
+from sharding.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
 from sharding.manifest import Layout, Source, Utterance, printable
 from sharding.names import same_name
 from sharding.sample import escape_key, piece_key
@@ -33,6 +33,8 @@ CLIP_DTYPE = np.dtype(
         ("speaker", "<u8"),  # first 8 bytes of the SHA-256 of whom validation keeps apart
         ("named", "?"),  # whether that is a child, or a group that the user chose
         ("fits", "?"),  # has a label that CTC can emit in so many frames
+        ("symbols", "<u4"),  # of its label
+        ("foreign", "<u4"),  # of these, how many are not in the alphabet
         ("refused", "?"),
         ("passthrough", "?"),
         ("samples", "<u8"),  # at 16 kHz
@@ -166,6 +168,7 @@ def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tu
     except AudioError as error:
         refusal = Refusal(utterance, error.message)
     alphabet = alphabet_of(track)
+    counts = count_symbols(text, "", alphabet)
     if (foreign := foreign_symbols(text, alphabet)) and not refusal:
         reason = f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}"
         refusal = Refusal(utterance, reason, in_training=True)
@@ -179,6 +182,8 @@ def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tu
         "speaker": speaker_hash(utterance.speaker),
         "named": bool(utterance.group or utterance.child_id),
         "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(text),
+        "symbols": counts.symbols,
+        "foreign": counts.foreign,
         "refused": refusal is not None and not refusal.in_training,
         "passthrough": info.passthrough,
         "samples": info.samples,

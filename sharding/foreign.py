@@ -26,7 +26,15 @@ from sharding.format import (
     write_index,
     write_listed,
 )
-from sharding.ipa import alphabet_of, ctc_frames_needed, foreign_symbols, name_symbols
+from sharding.ipa import (
+    SymbolCounts,
+    alphabet_of,
+    check_alphabet,
+    count_symbols,
+    ctc_frames_needed,
+    foreign_symbols,
+    name_symbols,
+)
 from sharding.manifest import Utterance, printable
 from sharding.names import nfc
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
@@ -49,6 +57,7 @@ class TarJob:
 class TarResult:
     shard: Shard | None  # None where no sample can be used
     ledger: report.LedgerPart
+    symbols: SymbolCounts  # of its labels
 
 
 def index_tars(
@@ -57,7 +66,7 @@ def index_tars(
     """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
 
     Tars whose name fits a pattern of `valid` validate. Raises ShardError where there are none, where an index is there
-    already, where a pattern fits none, or where a key comes twice.
+    already, where a pattern fits none, or where a key comes twice; ManifestError for labels of another alphabet.
     """
     store = open_store(url)
     if store.exists(INDEX_NAME):
@@ -73,6 +82,9 @@ def index_tars(
     shards = [result.shard for result in results if result.shard]
     ledger = [result.ledger for result in results]
     _check_keys(url, shards)
+    for split, side in (("train", "training"), ("valid", "validation")):
+        counted = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
+        check_alphabet(sum(counted, SymbolCounts()), side, track)
     tally = report.add_up(ledger)
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
@@ -113,12 +125,13 @@ def index_tar(job: TarJob) -> TarResult:
     """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
     store = open_store(job.url)
     data = store.read(job.name)
-    rows, keys, who, ledger = [], [], [], []
+    rows, keys, who, ledger, symbols = [], [], [], [], SymbolCounts()
     for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
         raw = data[start:end]
         sample, seconds, reason = None, 0.0, None
         try:
             sample = sample_from_bytes(raw, job.track)
+            symbols += count_symbols(sample.text, f"{job.url}/{job.name}: {key}", alphabet_of(job.track))
             samples = _measure(sample, job)
             seconds = samples / SAMPLE_RATE
             rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
@@ -129,12 +142,12 @@ def index_tar(job: TarJob) -> TarResult:
         fate = "rejected" if reason else "written"
         ledger.append(report.ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key))
     if not rows:
-        return TarResult(None, report.write_ledger(ledger))
+        return TarResult(None, report.write_ledger(ledger), symbols)
     table = np.array(rows, SAMPLE_DTYPE)
     checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
     entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
     shard = write_listed(store, Shard(entry, tuple(keys), tuple(who), table))
-    return TarResult(shard, report.write_ledger(ledger))
+    return TarResult(shard, report.write_ledger(ledger), symbols)
 
 
 def _measure(sample: Sample, job: TarJob) -> int:

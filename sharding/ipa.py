@@ -4,6 +4,9 @@ import itertools
 import re
 import string
 import unicodedata
+from dataclasses import dataclass
+
+from sharding.errors import ManifestError
 
 SYMBOLS = "æobcɑʔɛsjɹfʊəʁiɔvɟxʌŋχdhʝknlɐʤɪɚçzːmtɫʃʧwrpɾɬʒθugðe"  # every phone the challenge accepts; g is ASCII
 ALPHABET = frozenset(SYMBOLS + " ")
@@ -16,7 +19,9 @@ _REWRITE = str.maketrans(
 TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
+MAX_FOREIGN = 0.05  # of the symbols of many labels: above, they are spelt in another alphabet
 _SHOWN = 20  # symbols in a message
+_SHOWN_LABEL = 80  # characters of one
 _BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
 _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))
 
@@ -82,6 +87,42 @@ def name_symbols(symbols: str, alphabet: frozenset[str] = ALPHABET) -> str:
         meant = f" (looks like {alike!r} U+{ord(alike):04X})" if alike in alphabet else ""
         told.append(f"{symbol!r} U+{ord(symbol):04X}{meant}")
     return ", ".join(told) + (f" and {len(symbols) - _SHOWN:,} more" if len(symbols) > _SHOWN else "")
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolCounts:
+    """The symbols of some labels, how many of them are foreign, and the label that has the most of these."""
+
+    symbols: int = 0
+    foreign: int = 0
+    worst: tuple[int, str, str] = (0, "", "")  # its foreign symbols, its place, the normalised label
+
+    def __add__(self, other: "SymbolCounts") -> "SymbolCounts":
+        worst = max(self.worst, other.worst, key=lambda label: label[0])
+        return SymbolCounts(self.symbols + other.symbols, self.foreign + other.foreign, worst)
+
+
+def count_symbols(text: str, place: str, alphabet: frozenset[str]) -> SymbolCounts:
+    """Count the symbols of a normalised label that stands at `place`."""
+    foreign = 0 if alphabet.issuperset(text) else sum(symbol not in alphabet for symbol in text)
+    return SymbolCounts(len(text), foreign, (foreign, place, text))
+
+
+def check_alphabet(counts: SymbolCounts, side: str, track: str) -> None:
+    """Raise ManifestError if more than 5 % of the symbols of the training or the validation labels are foreign.
+
+    Then they are not a label with a slip, which training leaves out, but labels of another kind.
+    """
+    if counts.foreign <= MAX_FOREIGN * counts.symbols:
+        return
+    (_, place, text), alphabet = counts.worst, alphabet_of(track)
+    other, kind = ("word", "written words") if track == "phonetic" else ("phonetic", "phones")
+    raise ManifestError(
+        f"{place}: {text[:_SHOWN_LABEL]!r} has symbols outside the alphabet of the {track} track: "
+        f"{name_symbols(foreign_symbols(text, alphabet), alphabet)}; {counts.foreign / counts.symbols:.1%} of all "
+        f"symbols in the labels for {side} are foreign, {MAX_FOREIGN:.0%} are the most",
+        f"--track {other} if the labels are {kind}; otherwise spell them in {''.join(sorted(alphabet)).strip()}",
+    )
 
 
 def ctc_frames_needed(text: str) -> int:

@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sharding.__main__ import main
 from sharding.assign import Exceptions, choose_exceptions, is_validation
 from sharding.audio import encode, frame_count
+from sharding.errors import ManifestError
 from sharding.examine import speaker_hash
 from sharding.format import read_index, read_keys, read_sample
-from sharding.ipa import ctc_frames_needed
+from sharding.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
 from sharding.sample import Sample
 from sharding.store import open_store
 
@@ -621,15 +624,44 @@ def test_validation_is_never_filtered_by_label(tmp_path: Path, run_sharding: Com
     (folder / "audio/silent.flac").write_bytes(encode(np.zeros(16_000, np.float32)))
     (folder / "audio/broken.flac").write_bytes(FLAC[:300])
     rows = read_manifest(folder)
-    rows[0]["phonetic_text"] = "kæt qX"
+    rows[0]["phonetic_text"] = "kæt q"
     rows += [describe(folder, f"audio/{name}.flac", TEXT) for name in ("silent", "broken")]
     write_manifest(folder, rows)
     run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 1)
     texts = {key: (split, sample.text) for key, (split, sample) in read_all(tmp_path / "out").items()}
-    assert texts["corpus-0000"] == ("valid", "kæt qX")
+    assert texts["corpus-0000"] == ("valid", "kæt q")
     assert texts["silent"] == ("valid", TEXT)
     notes = read_index(open_store(tmp_path / "out")).notes["validation"]
     assert (notes["clips"], notes["rejected"]) == (4, 1)
+
+
+@pytest.mark.parametrize("side", ["training", "validation"])
+def test_labels_of_another_alphabet_end_the_build_whichever_side_has_them(
+    side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of twelve children one validates: the sentences of one alone would be few in the whole corpus."""
+    folder = make_corpus(tmp_path / "corpus", clips=12, children=12, seconds=(2, 3))
+    rows = read_manifest(folder)
+    alone = min(rows, key=lambda row: speaker_hash(row["child_id"]))
+    for row in rows:
+        if (row is alone) == (side == "validation"):
+            row["phonetic_text"] = "What about the bus"
+    write_manifest(folder, rows)
+    command = ["build", str(folder), "--out", str(tmp_path / "out"), "--workers", "1", "--valid-fraction", "1e-9"]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "'What about the bus' has symbols outside the alphabet of the phonetic track: 'W' U+0057, 'a' U+0061" in said
+    assert f"% of all symbols in the labels for {side} are foreign, 5% are the most" in said
+    assert "hint: --track word" in said
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+@pytest.mark.parametrize(("foreign", "refused"), [(0, False), (5, False), (6, True)])
+def test_a_twentieth_of_foreign_symbols_is_the_most(foreign: int, refused: bool) -> None:
+    labels = ["k" * (100 - foreign), "q" * foreign]
+    counts = sum((count_symbols(text, "here", alphabet_of("phonetic")) for text in labels), SymbolCounts())
+    with pytest.raises(ManifestError, match="here: 'qqqqqq'") if refused else nullcontext():
+        check_alphabet(counts, "training", "phonetic")
 
 
 def test_without_child_ids_the_summary_says_that_validation_is_not_disjoint(

@@ -16,6 +16,7 @@ from conftest import Command
 from corpus import say
 from stream_sets import VOCAB, keys_of
 
+from sharding.__main__ import main
 from sharding.audio import SAMPLE_RATE, decode, encode
 from sharding.format import read_index, read_keys, read_sample
 from sharding.ipa import normalize_ipa
@@ -49,6 +50,19 @@ def write_tars(folder: Path, kind: str, label: str, prefix: str = "", clips: int
                 writer.write(sample)
                 written[key] = audio, text
     return written
+
+
+def test_tars_with_labels_of_another_alphabet_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_sharding_foreign.TEXTS", ["what is that", "a boy"])
+    write_tars(tmp_path / "tars", "flac", "txt", clips=2)
+    assert main(["index", str(tmp_path / "tars"), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "train-0000.tar: train-000: 'what is that' has symbols outside the alphabet" in said
+    assert "--track word" in said
+    assert not (tmp_path / "tars" / "index.json").exists()
+    assert main(["index", str(tmp_path / "tars"), "--workers", "1", "--track", "word"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["flac", "wav", "mp3", "ogg"])
