@@ -43,8 +43,9 @@ def _build(options: argparse.Namespace) -> int:
     alignments = _read_alignments(options.alignments)
     chosen = {name: getattr(options, name) for name in BuildSettings.__dataclass_fields__}
     settings = BuildSettings(**chosen | {"alignments": alignments.digest})
-    how = HowToRun(options.workers, parse_columns(options.columns), options.follow_links, options.dry_run,
-                   options.append, options.scheduler, alignments)  # fmt: skip
+    how = HowToRun(
+        options.workers, _reading_of(options), options.dry_run, options.append, options.scheduler, alignments
+    )
     built = build(_find_sources(options.sources), options.out, settings, how)
     if built.summary:
         print(report.render(built.summary, options.dry_run))
@@ -55,6 +56,11 @@ def _build(options: argparse.Namespace) -> int:
     hint = "look at the files named above" if options.dry_run else REJECTED_HINT
     _check_rejected(options.out, built.rejected, options.max_rejected, hint)
     return 0
+
+
+def _reading_of(options: argparse.Namespace) -> Reading:
+    columns = parse_columns(options.columns)
+    return Reading(columns=columns, follow_links=options.follow_links, audio_root=options.audio_root)
 
 
 def _read_alignments(path: str | None) -> Alignments:
@@ -120,9 +126,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    reading = Reading(columns=parse_columns(options.columns), follow_links=options.follow_links)
-    faults, indexes = repair(options.shards, _find_sources(options.repair), reading, options.decode, options.workers,
-                             _read_alignments(options.alignments))  # fmt: skip
+    faults, indexes = repair(options.shards, _find_sources(options.repair), _reading_of(options), options.decode,
+                             options.workers, _read_alignments(options.alignments))  # fmt: skip
     for name, fault in faults.items():
         print(f"{name}: made again ({fault})")
     for name in indexes:
@@ -223,6 +228,9 @@ def _commands() -> Commands:
     add("--follow-links", action="store_true",
         help="also read audio that links lead to outside its source's folder, as git-annex and the Hugging Face cache "
              "lay it out: whoever made the links decides which files are read")  # fmt: skip
+    add("--audio-root", default="", metavar="DIR",
+        help="take absolute audio paths, as NeMo's manifests have them, that lie below this folder, and look up "
+             "relative ones in it instead of in the folder of their transcripts")  # fmt: skip
     add("--group-by", default="", metavar="COLUMN",
         help="keep all clips of one value of this column on one side, training or validation "
              "(default: child_id, else session_id, else each clip by itself)")  # fmt: skip
@@ -246,6 +254,7 @@ def _commands() -> Commands:
     parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
     parser_verify.add_argument("--alignments", metavar="FILE", help="as it was built with")
     parser_verify.add_argument("--follow-links", action="store_true", help="as it was built with")
+    parser_verify.add_argument("--audio-root", default="", metavar="DIR", help="as it was built with")
     parser_verify.add_argument(
         "--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)",

@@ -26,6 +26,7 @@ AUDIO_FOLDER = "audio"
 ARCHIVE = "audio.zip"
 MISSING = "audio file is missing"
 OUTSIDE = "audio_path leads outside its folder"
+ABSOLUTE = f"{OUTSIDE}: `build --audio-root DIR` takes absolute paths below DIR"
 LINKED_OUTSIDE = "audio file is a link that leads outside its folder: --follow-links reads it"
 LINKED_NOWHERE = "audio file is a link that leads nowhere"
 
@@ -54,7 +55,7 @@ def open_audio(root: AudioRoot, audio_path: str) -> Iterator[tuple[IO[bytes], in
     RuntimeError is what an encrypted zip member raises.
     """
     if _leads_outside(audio_path):
-        raise AudioError(OUTSIDE)
+        raise AudioError(ABSOLUTE if audio_path.startswith("/") else OUTSIDE)
     try:
         opened = _open_by_any_form(root, audio_path)
         with opened[0]:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
@@ -102,8 +102,7 @@ class HowToRun:
     """What does not change a byte of the shards."""
 
     workers: int = field(default_factory=available_cores)
-    columns: Mapping[str, str] = field(default_factory=dict)
-    follow_links: bool = False
+    reading: Reading = field(default_factory=Reading)
     dry: bool = False
     append: bool = False
     scheduler: str = ""  # of a Dask cluster whose workers to use instead
@@ -123,7 +122,7 @@ class Built:
 
 def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: HowToRun) -> Built:
     """Build the shard set OUT from the sources. Raises StreamtrainError for what the user can mend."""
-    sources = read_sources(locations, Reading(settings.track, how.columns, settings.group_by, how.follow_links))
+    sources = read_sources(locations, replace(how.reading, track=settings.track, group_by=settings.group_by))
     sources = [_with_absolute_path(source) for source in sources]  # workers may be elsewhere
     store = open_store(out, dry=how.dry)
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:

@@ -75,6 +75,7 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, where the names differ
     group_by: str = ""  # a column; its clips are all trained on or all validated on
     follow_links: bool = False  # to audio outside the source's folder
+    audio_root: str = ""  # a folder that holds all audio, where its paths are absolute or relative to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ class Layout:
     audio: AudioRoot
     columns: tuple[tuple[str, str], ...]  # (our field, their column), every field
     group_by: str
-    names_clips: bool  # False: a table without ids, where the audio path stands in
+    names_clips: bool  # False: transcripts without ids, where the audio path stands in
+    absolute: tuple[str, ...] = ()  # what an absolute audio path may begin with
 
     def parse(self, line: bytes, number: int) -> tuple[Utterance, frozenset[str]]:
         """A row, and the columns in it that are not ours. Raises ManifestError with its place."""
@@ -100,6 +102,7 @@ class Layout:
         text = {name: text_of(names.get(name, row.get(column)), column, where) for name, column in self.columns
                 if name not in NUMBER_FIELDS}  # fmt: skip
         group = row.get(self.group_by)
+        text["audio_path"] = self._relative(text["audio_path"])
         if not self.names_clips:
             text["utterance_id"] = os.path.splitext(text["audio_path"])[0]
         if not text["utterance_id"] or not text["audio_path"]:
@@ -122,19 +125,25 @@ class Layout:
         )
         return utterance, ignored
 
+    def _relative(self, audio_path: str) -> str:
+        """Return a path below the audio root as relative to it, any other as it is."""
+        root = next((root for root in self.absolute if audio_path.startswith(root)), "")
+        return audio_path.removeprefix(root).lstrip("/") if root else audio_path
+
 
 @functools.lru_cache(maxsize=256)  # rows of a file have the same few sets of columns
 def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str] | None]:
     """The columns of a row that are not ours; and what is wrong with its columns, with a hint."""
     columns = dict(layout.columns)
     ignored = frozenset(row).difference(columns.values(), [layout.group_by])
-    for name in REQUIRED_FIELDS if layout.names_clips else REQUIRED_FIELDS[1:]:
-        if columns[name] not in row:
-            return frozenset(), (_missing(columns[name], row), _hint(name, columns[name], row))
+    required = REQUIRED_FIELDS if layout.names_clips else REQUIRED_FIELDS[1:]
+    missing = {name: columns[name] for name in required if columns[name] not in row}
+    if missing:
+        return frozenset(), (_missing(list(missing.values()), row), _hint(missing, row))
     if layout.group_by and layout.group_by not in row:
         near = difflib.get_close_matches(layout.group_by, row, 1, 0.6)
         hint = f"did you mean {near[0]!r}?" if near else "--group-by names a column of the transcripts"
-        return frozenset(), (_missing(layout.group_by, row), hint)
+        return frozenset(), (_missing([layout.group_by], row), hint)
     others = [columns[name] for name in OPTIONAL_FIELDS] + ["utterance_id"] * (not layout.names_clips)
     for column in sorted(ignored):
         near = difflib.get_close_matches(column, others, 1, 0.75)
@@ -143,26 +152,39 @@ def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[st
     return frozenset(map(printable, ignored)), None
 
 
-def _missing(column: str, row: Sequence[str]) -> str:
-    return f"field {column!r} is missing; the row has: {_enumerate(row)}"
+def _missing(columns: Sequence[str], row: Sequence[str]) -> str:
+    named = " and ".join(map(repr, columns))
+    lacking = f"field {named} is" if len(columns) == 1 else f"fields {named} are"
+    return f"{lacking} missing; the row has: {_enumerate(row)}"
 
 
 def _enumerate(columns: Sequence[str]) -> str:
     return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN:,} more" if len(columns) > SHOWN else "")
 
 
-def _hint(name: str, column: str, row: Sequence[str]) -> str:
-    """What to do where the column of a field is missing."""
+def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
+    """What to do where the columns of some fields are missing."""
+    (name, column), *others = missing.items()
     track = next((track for track, label in TRACKS.items() if label in row), None)
-    if name == "text" and track and column in TRACKS.values():
-        return f"--track {track} takes these labels"
-    near = difflib.get_close_matches(column, row, 1, 0.6)
-    if near and near[0] != near[0].strip():  # as no option can say it
-        return f"take the blanks off {near[0]!r}"
-    if near:
-        rename = f"rename {near[0]!r} to {column!r}, or say " if column in (name, *TRACKS.values()) else "did you mean "
-        return f"{rename}--columns {name}={near[0]}"
-    return f"--columns says which is which: {name}=COLUMN"
+    if missing.get("text") in TRACKS.values() and track:
+        name, column = "text", missing["text"]
+        said = f"--track {track} takes these labels"
+        rest = {other: missing[other] for other in missing if other != "text"}
+        return f"{said}; {_hint(rest, row)}" if rest else said
+    near = {name: _near(name, column, row) for name, column in missing.items()}
+    blank = next((found for found in near.values() if found != found.strip()), None)
+    if blank:  # as no option can say it
+        return f"take the blanks off {blank!r}"
+    options = ",".join(f"{name}={found or 'COLUMN'}" for name, found in near.items())
+    if others or not near[name]:
+        return f"--columns says which is which: {options}"
+    renamed = column in (name, *TRACKS.values())
+    return (f"rename {near[name]!r} to {column!r}, or say " if renamed else "did you mean ") + f"--columns {options}"
+
+
+def _near(name: str, column: str, row: Sequence[str]) -> str:
+    """The column that may be meant, if there is one."""
+    return next(iter(difflib.get_close_matches(column, row, 1, 0.6) or {name} & set(row)), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,31 +220,44 @@ def read_source(location: Path, reading: Reading) -> Source:
     if not len(lines.starts):
         kind = "one row below a header" if table else "one JSON object per line"
         raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
+    root = os.path.abspath(reading.audio_root) if reading.audio_root else ""
+    if root and not os.path.isdir(root):
+        raise ManifestError(f"--audio-root {reading.audio_root}: there is no such folder")
     layout = Layout(
         corpus=same_name(printable(folder.resolve().name)),
         transcripts=str(transcripts),
-        audio=AudioRoot(str(folder)),
+        audio=AudioRoot(root or str(folder)),
         columns=tuple(columns.items()),
         group_by=reading.group_by,
-        names_clips=not table or columns["utterance_id"] in lines.header or "utterance_id" in reading.columns,
+        names_clips=True,
+        absolute=tuple(os.path.join(path, "") for path in (root, os.path.realpath(root))) if root else (),
     )
-    source = Source(layout, lines.text, lines.starts, lines.ends, lines.numbers)
-    return replace(source, layout=replace(layout, audio=_look_around(source, folder, reading)))
+    return _look_around(Source(layout, lines.text, lines.starts, lines.ends, lines.numbers), reading)
 
 
-def _look_around(source: Source, folder: Path, reading: Reading) -> AudioRoot:
-    """Where the audio is, by some rows spread over the file, which also tell a wrong file at once."""
+def _look_around(source: Source, reading: Reading) -> Source:
+    """Find out by some rows spread over the file where the audio is, and whether clips have names; a wrong file too."""
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_ROWS).astype(int))
     rows = [(source.line(row), int(source.numbers[row])) for row in chosen]
-    paths = [source.layout.parse(*row)[0].audio_path for row in rows]
-    seen = frozenset().union(*(read_row(*row, source.layout.transcripts) for row in rows))
+    transcripts, folder = source.layout.transcripts, source.layout.audio.path
+    seen = frozenset().union(*(read_row(*row, transcripts) for row in rows))
+    names_clips = "utterance_id" in reading.columns or "utterance_id" in seen
+    layout = replace(source.layout, names_clips=names_clips)
+    paths = [layout.parse(*row)[0].audio_path for row in rows]
     for name, column in reading.columns.items():
         if column not in seen:
             raise ManifestError(
-                f"{source.layout.transcripts}: --columns {name}={column}: there is no such column",
+                f"{transcripts}: --columns {name}={column}: there is no such column",
                 f"there are: {_enumerate(sorted(seen))}",
             )
-    return find_audio(folder, paths, reading.follow_links)
+    if all(path.startswith("/") for path in paths):
+        common = os.path.commonpath(map(os.path.dirname, paths))
+        elsewhere = f", and not below --audio-root {reading.audio_root}" if reading.audio_root else ""
+        raise ManifestError(
+            f"{transcripts}: audio paths are absolute, such as {paths[0]!r}{elsewhere}",
+            f"--audio-root DIR takes those that lie below DIR, such as {common}",
+        )
+    return replace(source, layout=replace(layout, audio=find_audio(Path(folder), paths, reading.follow_links)))
 
 
 def parse_columns(text: str) -> dict[str, str]:

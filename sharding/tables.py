@@ -10,7 +10,7 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -32,7 +32,6 @@ class Lines(NamedTuple):
     starts: npt.NDArray[np.int64]  # (rows,) where each row's line begins
     ends: npt.NDArray[np.int64]
     numbers: npt.NDArray[np.int64]  # of the lines in the user's file, from 1
-    header: Sequence[str] = ()  # of a table
 
 
 def is_table(path: Path) -> bool:
@@ -50,8 +49,8 @@ def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
         raise ManifestError(f"{path}: {error.strerror or error}") from error
     if not is_table(path):
         return _find_lines(data)
-    text, numbers, header = _read_table(path, data, number_columns)
-    return _find_lines(text)._replace(numbers=numbers, header=header)
+    text, numbers = _read_table(path, data, number_columns)
+    return _find_lines(text)._replace(numbers=numbers)
 
 
 def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
@@ -79,10 +78,8 @@ def _bare_suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".zst")), "")
 
 
-def _read_table(
-    path: Path, data: bytes, number_columns: Collection[str]
-) -> tuple[bytes, npt.NDArray[np.int64], list[str]]:
-    """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows, their lines, header."""
+def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows and their lines."""
     csv.field_size_limit(sys.maxsize)  # the label of a recording of hours is long
     file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
     tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -108,7 +105,7 @@ def _read_table(
         raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_A_TABLE) from error
     except csv.Error as error:
         raise ManifestError(f"{path}:{start}: not a table: {error}", NOT_A_TABLE) from error
-    return text.getvalue(), np.array(numbers, np.int64), names
+    return text.getvalue(), np.array(numbers, np.int64)
 
 
 def _number(cell: str) -> float | str | None:

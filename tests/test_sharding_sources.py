@@ -257,6 +257,101 @@ def test_a_table_without_ids_is_named_by_its_audio(corpus: Path, tmp_path: Path)
     assert read_source(table, Reading()).numbers.tolist() == [2, 4]
 
 
+def test_json_lines_without_ids_are_named_by_their_audio_like_a_table(corpus: Path, tmp_path: Path) -> None:
+    folder = copy_audio(corpus, tmp_path / "corpus")
+    rows = [{name: row[name] for name in row if name != "utterance_id"} for row in read_manifest(corpus)]
+    write_manifest(folder, rows)
+    write_csv(rows, tmp_path / "corpus" / "x.csv")
+    utterances = parse_all(folder / MANIFEST)
+    assert utterances[0].utterance_id == "audio/meadow-0000"
+    assert [one.utterance_id for one in utterances] == [one.utterance_id for one in parse_all(folder / "x.csv")]
+
+
+def test_a_row_that_alone_has_no_id_is_refused(corpus: Path, tmp_path: Path, refuse: Refuse) -> None:
+    folder = copy_audio(corpus, tmp_path / "corpus")
+    rows = read_manifest(corpus)
+    del rows[1]["utterance_id"]
+    assert ":2: field 'utterance_id' is missing" in refuse(write_manifest(folder, rows))
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"audio_filepath": "x.wav", "duration": 1.5, "text": "kæt"},
+     "fields 'audio_path' and 'phonetic_text' are missing; the row has: audio_filepath, duration, text\n"
+     "hint: --columns says which is which: audio_path=audio_filepath,text=text\n"),
+    ({"wav": "x.wav", "ipa": "kæt"}, "hint: --columns says which is which: audio_path=COLUMN,text=COLUMN\n"),
+    ({"wav": "x.wav", "orthographic_text": "cat"},
+     "hint: --track word takes these labels; --columns says which is which: audio_path=COLUMN\n"),
+])  # fmt: skip
+def test_all_fields_that_are_missing_are_told_at_once(row: Row, said: str, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "corpus").mkdir()
+    assert said in refuse(write_manifest(tmp_path / "corpus", [row]))
+
+
+# --- absolute audio paths ---------------------------------------------------------------------------------------
+
+
+def test_absolute_paths_below_the_audio_root_make_the_same_bytes_as_relative_ones(
+    corpus: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    """By the root's name or by the folder that it is a link to; relative ones are looked up there too."""
+    folder, disk = tmp_path / "manifests" / "meadow", tmp_path / "disk"
+    folder.mkdir(parents=True)
+    shutil.copytree(corpus / "audio", disk / "audio")
+    (tmp_path / "root").symlink_to(disk)
+    rows = read_manifest(corpus)
+    plain = build(run_sharding, write_manifest(copy_audio(corpus, tmp_path / "meadow"), rows), out=tmp_path / "plain")
+    tops = (f"{tmp_path}/root/", f"{disk}//", "")
+    rows = [row | {"audio_path": tops[number % 3] + row["audio_path"]} for number, row in enumerate(rows)]
+    write_manifest(folder, rows)
+    out = build(run_sharding, folder, "--audio-root", tmp_path / "root", out=tmp_path / "out")
+    assert all_of(out) == all_of(plain)
+    shard = next(out.glob("train/*.tar"))
+    shard.write_bytes(b"")
+    repairing = ("verify", out, "--audio-root", tmp_path / "root", "--repair", folder)
+    assert run_sharding(*repairing).returncode == 0
+    assert digest_of(out) == digest_of(plain)
+
+
+def test_absolute_paths_are_refused_with_the_option_that_takes_them(
+    corpus: Path, tmp_path: Path, refuse: Refuse
+) -> None:
+    rows = [row | {"audio_path": f"{corpus}/{row['audio_path']}"} for row in read_manifest(corpus)]
+    folder = write_manifest(copy_audio(corpus, tmp_path / "corpus"), rows)
+    said = f"audio paths are absolute, such as '{corpus}/audio/meadow-0000.flac'"
+    hint = f"hint: --audio-root DIR takes those that lie below DIR, such as {corpus}/audio\n"
+    assert f"{said}\n{hint}" in refuse(folder)
+    assert f"{said}, and not below --audio-root {folder}\n{hint}" in refuse(folder, "--audio-root", folder)
+    assert "--audio-root nowhere: there is no such folder" in refuse(folder, "--audio-root", "nowhere")
+
+
+def test_no_path_escapes_the_audio_root(corpus: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "audio").mkdir(parents=True)
+    (tmp_path / "root-beside").mkdir()
+    shutil.copy(corpus / "audio/meadow-0000.flac", tmp_path / "root-beside" / "x.flac")
+    shutil.copy(corpus / "audio/meadow-0000.flac", root / "audio" / "good.flac")
+    (root / "link.flac").symlink_to(tmp_path / "root-beside" / "x.flac")
+    paths = {
+        f"{root}/audio/good.flac": None,
+        f"{root}/../root-beside/x.flac": "audio_path leads outside its folder",
+        f"{root}-beside/x.flac": "audio_path leads outside its folder: `build --audio-root DIR` takes",
+        f"{root}/link.flac": "audio file is a link that leads outside",
+    }
+    row = read_manifest(corpus)[0]
+    rows = [row | {"utterance_id": str(number), "audio_path": path} for number, path in enumerate(paths)]
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    command = ["build", str(write_manifest(folder, rows)), "--audio-root", str(root), "--out", str(tmp_path / "out")]
+    assert main([*command, "--workers", "1", "--max-rejected", "1"]) == 0
+    reasons = {row["utterance_id"]: row["reason"] for row in read_ledger(tmp_path / "out")}
+    for number, reason in enumerate(paths.values()):
+        assert (reasons[str(number)] or "").startswith(reason or ""), reasons
+        assert bool(reasons[str(number)]) == bool(reason)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("name", "column"), [("child_id", "speaker"), ("utterance_id", "id"), ("text", "phonetic")])
 def test_a_column_that_columns_names_must_be_there(
     name: str, column: str, corpus: Path, tmp_path: Path, refuse: Refuse
@@ -520,11 +615,6 @@ def zip_nothing(folder: Path) -> None:
     zipfile.ZipFile(folder / "audio.zip", "w").close()
 
 
-def make_paths_absolute(folder: Path) -> None:
-    rows = read_manifest(folder)
-    write_manifest(folder, [row | {"audio_path": str(folder / row["audio_path"])} for row in rows])
-
-
 @pytest.mark.parametrize(
     ("lose", "seen"),
     [
@@ -532,7 +622,6 @@ def make_paths_absolute(folder: Path) -> None:
         (empty_audio, "'audio/meadow-0000.flac'"),
         (zip_something_else, "audio.zip has sound/other.flac"),
         (zip_nothing, "audio.zip has no files"),
-        (make_paths_absolute, "audio/meadow-0000.flac'"),
     ],
 )
 def test_a_source_without_any_audio_is_refused_at_once(
