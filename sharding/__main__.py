@@ -48,7 +48,7 @@ def _build(options: argparse.Namespace) -> int:
     )
     built = build(_find_sources(options.sources), options.out, settings, how)
     if built.summary:
-        print(report.render(built.summary, options.dry_run))
+        print(report.render(built.summary, options.out, options.dry_run))
     if built.known:
         print(f"{built.known:,} of the clips to append were there already, and stay as they are")
     done = "would be built so; nothing was written" if options.dry_run else "built"
@@ -141,7 +141,7 @@ def _index(options: argparse.Namespace) -> int:
     index, summary, rejected = index_tars(
         options.shards, options.track, options.valid, options.limit_sec, options.workers
     )
-    print(report.render(summary))
+    print(report.render(summary, options.shards))
     print(f"{options.shards}: indexed, {len(index.samples):,} samples in {len(index.shards):,} tars")
     _check_rejected(options.shards, rejected, options.max_rejected, REJECTED_HINT)
     return 0

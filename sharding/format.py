@@ -107,9 +107,13 @@ class ShardIndex:
         return np.flatnonzero(wanted[self.samples["shard"]]) if len(self.samples) else np.zeros(0, np.int64)
 
 
+_SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
 class _Validation(TypedDict, total=False):
     disjoint_by_speaker: bool
-    stand_in: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None
+    stand_in: _SpeakerHash | None
+    spared: list[_SpeakerHash]
     clips: Size
     rejected: Size
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections import Counter
 from typing import Any
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.errors import AudioError, ShardError
 from sharding.format import SPLITS, ShardEntry, ShardIndex, check_shard, read_listed
+from sharding.names import UNKNOWN, age_order
 from sharding.store import Reader, Store, open_store
 from sharding.workers import Workers, count_done
 
@@ -35,7 +35,6 @@ COLUMNS = {  # column → its head and its format in a terminal
     "mb": ("MB", ",.1f"),
     "padding": ("padding", ".1%"),
 }
-UNKNOWN = "unknown"  # as the scorecard calls a corpus or an age that the manifest leaves open
 PLOTS = ("durations.png", "symbols_per_second.png", "loudness.png", "symbols.png")
 SILENCE_DB = -100.0  # stands for digital silence, whose level is -∞; steps of 16 bits are at -90 dB
 Tables = dict[str, pd.DataFrame]
@@ -58,7 +57,7 @@ def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
             "from_sec": np.concatenate([[0.0], bins])[buckets],
             "to_sec": bins[buckets],
             "corpus": [row.corpus or UNKNOWN for row in who],
-            "age_bucket": pd.Categorical(ages, sorted(set(ages), key=_by_first_number)),
+            "age_bucket": pd.Categorical(ages, sorted(set(ages), key=age_order)),
             "child_id": [row.child_id or None for row in who],
             "shard": samples["shard"],
             "bytes": samples["bytes"].astype(np.int64),
@@ -136,12 +135,6 @@ def _cells(table: pd.DataFrame) -> list[list[str]]:
         cells = ["–" if math.isnan(value) else f"{value:{spec}}" for value, spec in zip(values, formats, strict=True)]
         rows.append([name, *cells])
     return rows
-
-
-def _by_first_number(age: str) -> tuple[float, str]:
-    """Sorts 5-7 before 12+, and what has no number last."""
-    number = re.search(r"\d+", age)
-    return (float(number[0]) if number else math.inf, age)
 
 
 # --- what needs the audio ---------------------------------------------------------------------------------------

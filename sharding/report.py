@@ -70,7 +70,7 @@ class Tally:
     corpora: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
-    unlabelled_pieces: int = 0
+    unlabelled_pieces: Counter[str] = field(default_factory=Counter)  # of long recordings, by the kind of reason
     labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
     guessed: Counter[int] = field(default_factory=Counter)  # pieces labelled by a model, by how sure pass 1 was (SURE)
     guessed_wrong: Counter[int] = field(default_factory=Counter)  # of these, where pass 1 would have given other words
@@ -84,7 +84,6 @@ class Tally:
                 counts.update(getattr(other, name))
         for fate in FATES:
             self.seconds[fate] += other.seconds[fate]
-        self.unlabelled_pieces += other.unlabelled_pieces
         self.worst += other.worst
         self.declared_off += other.declared_off
 
@@ -94,8 +93,9 @@ class Tally:
         self.seconds[fate] += seconds
         self.corpora[row["source"]] += 1
         self.validation["clips"] += row["split"] == "valid"
-        self.unlabelled_pieces += sum(piece["label_status"] == "unlabelled" for piece in row["pieces"])
         for piece in row["pieces"]:
+            if piece["label_status"] == "unlabelled":
+                self.unlabelled_pieces[str(piece["reason"]).partition(":")[0]] += 1
             if piece["label_status"] == "labelled":
                 self.labelled_pieces[piece.get("by", "durations")] += 1  # as older ledgers mean
             if guess := piece.get("guess"):
@@ -223,15 +223,15 @@ def _summarize(
         "clips_in": sum(tally.clips.values()),
         "seconds_in": round(sum(tally.seconds.values()), 3),
         "fates": {fate: {"clips": tally.clips[fate], "seconds": round(tally.seconds[fate], 3)} for fate in FATES},
-        "reasons": dict(sorted(tally.reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "reasons": _commonest_first(tally.reasons),
         "worst": _worst(tally.worst),
-        "unlabelled_pieces": tally.unlabelled_pieces,
+        "unlabelled_pieces": sum(tally.unlabelled_pieces.values()),
         "labelled_pieces": dict(sorted(tally.labelled_pieces.items())),
         "reliability": [
             {"confidence": [SURE[place], SURE[place + 1]], "pieces": count, "wrong": tally.guessed_wrong[place]}
             for place, count in sorted(tally.guessed.items())
         ],
-        "unlabelled_reasons": dict(sorted(tally.unlabelled.items(), key=lambda item: (-item[1], item[0]))),
+        "unlabelled_reasons": _commonest_first(tally.unlabelled + tally.unlabelled_pieces),
         "corpora": dict(sorted(tally.corpora.items())),
         "orphan_audio": len(orphans),
         "orphan_rows": tally.reasons[MISSING],
@@ -244,8 +244,12 @@ def _summarize(
     }
 
 
-def render(summary: dict[str, Any], dry: bool = False) -> str:
-    """The summary as a person reads it in a terminal; a `dry` run has left no files to look into."""
+def _commonest_first(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def render(summary: dict[str, Any], url: str, dry: bool = False) -> str:
+    """The summary of the set at `url` for a person at a terminal; a `dry` run has left no files to look into."""
     fates, notes, labelled = summary["fates"], summary["notes"], summary.get("labelled_pieces", {})
     lines = [
         f"{summary['clips_in']:,} clips in ({summary['seconds_in'] / 3600:.2f} h) = "
@@ -259,14 +263,12 @@ def render(summary: dict[str, Any], dry: bool = False) -> str:
         )
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:WORST]]
     lines += _name_worst(summary, dry)
-    lines += [f"{count:6,} unlabelled: {reason}" for reason, count in summary["unlabelled_reasons"].items()]
+    unlabelled = list(summary["unlabelled_reasons"].items())
+    lines += [f"{count:6,} unlabelled: {reason}" for reason, count in unlabelled[:WORST]]
     lines += [f"{count:6,} labelled: pieces of long recordings, by {how}" for how, count in labelled.items()]
     lines += _tell_reliability(summary.get("reliability", []))
     if summary["unlabelled_pieces"]:
-        lines.append(
-            f"{summary['unlabelled_pieces']:6,} unlabelled: pieces of long recordings; which words they hold is not "
-            "certain, so they are kept and not trained on (a model may know: python -m streamtrain align --help)"
-        )
+        lines += _tell_next(summary, url, dry)
     if summary["orphan_audio"]:
         where = "" if dry else f"; {ORPHANS_NAME}"
         lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error{where})")
@@ -315,6 +317,18 @@ def _tell_reliability(table: Sequence[dict[str, Any]]) -> list[str]:
         f"{row['pieces']:6,} at {row['confidence'][0]:.2f} – {row['confidence'][1]:.2f}, "
         f"{row['wrong']:,} of them with other words"
         for row in table
+    ]
+
+
+def _tell_next(summary: dict[str, Any], url: str, dry: bool) -> list[str]:
+    """Tell what comes next for pieces without a label: a model may know their words, if none was asked yet."""
+    told = f"{summary['unlabelled_pieces']:,} pieces of long recordings are kept without a label and not trained on"
+    if dry or "alignment" in summary.get("labelled_pieces", {}):
+        return [told]
+    return [
+        f"{told}; a model that was trained on the others may know their words:",
+        f"  python -m streamtrain align RUN/best {url} --out alignments.jsonl.zst",
+        f"  python -m sharding build SOURCE… --out {url.rstrip('/')}2 --alignments alignments.jsonl.zst",
     ]
 
 

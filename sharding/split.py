@@ -55,7 +55,7 @@ class Segment:
     confidence: float  # the probability that both its cuts fall between the words that they should
     forced: bool = False  # one of its ends was cut where there was no pause
     by: str = "sounds"  # or "alignment": how its words were found
-    reason: str | None = None  # why it has no label
+    reason: str | None = None  # why it has no label; what is special to this piece stands after a colon
     guess: Guess | None = None  # where a model has labelled it
 
     @property
@@ -210,25 +210,25 @@ def words_by_evidence(
         unsaid = [each for each in wordless if _in_common([each], ends[piece], ends[piece + 1])]
         refused = None
         if confidence < gates.min_confidence:
-            refused = f"the cut is only {confidence:.2f} sure"
+            refused = f"a cut is not sure: {confidence:.2f}"
         elif evidence.gaps[piece] > gates.max_gap:
             refused = (
-                f"something else is heard than the label says, by {evidence.gaps[piece]:.1f} nats "
+                f"something else is heard than the label says: by {evidence.gaps[piece]:.1f} nats "
                 f"where {gates.max_gap:.1f} may be"
             )
         elif said and min(evidence.words[start:end]) < gates.min_evidence:
             worst = min(range(start, end), key=evidence.words.__getitem__)
-            refused = f"'{words[worst]}' is not heard: {evidence.words[worst]:.1f} nats speak for it"
+            refused = f"a word is not heard: {evidence.words[worst]:.1f} nats speak for '{words[worst]}'"
         elif said and min(evidence.order[start : end - 1], default=0.0) < 0:
             worst = min(range(start, end - 1), key=evidence.order.__getitem__)
-            refused = f"'{words[worst]} {words[worst + 1]}' is likelier the other way round"
+            refused = f"two words are likelier the other way round: '{words[worst]} {words[worst + 1]}'"
         elif torn:
-            refused = f"'{torn[0]}' is heard on both sides of a pause"
+            refused = f"a word is heard on both sides of a pause: '{torn[0]}'"
         elif unsaid:
             first, last = unsaid[0].start / SAMPLE_RATE, unsaid[0].end / SAMPLE_RATE
-            refused = f"somebody speaks at {first:.1f} – {last:.1f} s, where no word of the label is heard"
+            refused = f"somebody speaks where no word of the label is heard: at {first:.1f} – {last:.1f} s"
         elif said and not rate / RATE_FACTOR <= own <= rate * RATE_FACTOR:
-            refused = f"{own:.1f} symbols a second of speech, where the recording has {rate:.1f}"
+            refused = f"too fast or too slow: {own:.1f} symbols a second of speech, where the recording has {rate:.1f}"
         given.append(Given(" ".join(said), confidence, refused))
     return given
 

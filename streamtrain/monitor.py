@@ -199,7 +199,7 @@ def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
     evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
     if evaluated:
         cer.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
-        cer.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(0, -14), ha="right")
+        cer.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(0, 6), ha="right")
     cer.set(title="validation CER", ylim=(0, None))
     rate.plot(steps, [row.lr for row in rows], color="#5b8c5a")
     rate.set(title="learning rate", xlabel="step")

@@ -101,7 +101,7 @@ def _tiles(card: Mapping[str, Any]) -> str:
 
 
 def _interval(interval: Sequence[float] | None) -> str:
-    return f"95 %: {_range(interval)}" if interval else "no interval: one child"
+    return f"95 %: {_range(interval)}" if interval else "no interval: too few children"
 
 
 def _range(interval: Sequence[float] | None) -> str:

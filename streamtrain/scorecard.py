@@ -15,6 +15,7 @@ from rapidfuzz.distance import Levenshtein
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 from sharding.ipa import normalize
+from sharding.names import UNKNOWN, age_order
 from sharding.writing import write
 from streamtrain.metrics import EditCounts, Floats, Resampling
 
@@ -173,17 +174,20 @@ def groupings(clips: Sequence[ClipScore]) -> dict[str, Groups]:
     """The clips by corpus, age, duration and label length; each clip once in each."""
     return {
         "corpus": group(clips, lambda clip: clip.corpus),
-        "age_bucket": group(clips, lambda clip: clip.age_bucket or "unknown"),
+        "age_bucket": group(clips, lambda clip: clip.age_bucket or UNKNOWN, age_order),
         "duration": _edged_groups(clips, lambda clip: clip.seconds, DURATION_EDGES, " s"),
         "label_length": _edged_groups(clips, lambda clip: clip.counts.reference_length, LENGTH_EDGES),
     }
 
 
-def group(clips: Iterable[ClipScore], key: Callable[[ClipScore], str]) -> Groups:
+def group(
+    clips: Iterable[ClipScore], key: Callable[[ClipScore], str], order: Callable[[str], Any] | None = None
+) -> Groups:
+    """Group clips by the key, in the order of keys."""
     groups: Groups = defaultdict(list)
     for clip in clips:
         groups[key(clip)].append(clip)
-    return dict(sorted(groups.items()))
+    return {name: groups[name] for name in sorted(groups, key=order)}
 
 
 def total_of(clips: Iterable[ClipScore]) -> EditCounts:

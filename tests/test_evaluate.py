@@ -22,6 +22,7 @@ from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_sample
 from sharding.ipa import SYMBOLS, normalize_ipa
 from sharding.store import open_store
+from streamtrain.compare import compare
 from streamtrain.config import ModelConfig
 from streamtrain.evaluate import evaluate_model
 from streamtrain.metrics import EditCounts, count_edits
@@ -200,6 +201,19 @@ def test_the_mean_of_corpora_is_drawn_with_every_corpus_in_it(shards: Path) -> N
     assert low < card["cer"] < high  # how many of which corpus are drawn is left to chance there
     alone = Evaluation(total, None, tuple(clips[:21]), "phonetic", {})  # one child of the other corpus
     assert scorecard(alone, index)["macro"]["corpus"]["interval_95"] is None
+
+
+def test_ages_are_ordered_as_ages_wherever_they_are_shown(shards: Path) -> None:
+    ages = ["3-4", "5-7", "8-11", "12+", ""]
+    clips = [
+        ClipScore(age, age, "", "kids", age, 1.0, True, "kæt", "kæt", 0.5, count_edits("kæt", "kæt"), None)
+        for age in sorted(ages)
+    ]  # fmt: skip
+    total = EditCounts(reference_length=15)
+    card = scorecard(Evaluation(total, None, tuple(clips), "phonetic", {}), read_index(open_store(shards)))
+    shown = [*ages[:4], "unknown"]
+    assert [row["name"] for row in card["groups"]["age_bucket"]] == shown
+    assert [row.name for row in compare(clips, clips, "").rows if row.group == "age_bucket"] == shown
 
 
 def test_another_score_to_compare_with_is_looked_at_before_the_work(shards: Path, model: Path, tmp_path: Path) -> None:

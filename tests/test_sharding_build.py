@@ -35,6 +35,8 @@ from sharding.errors import ManifestError
 from sharding.examine import speaker_hash
 from sharding.format import read_index, read_keys, read_sample
 from sharding.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
+from sharding.manifest import Utterance
+from sharding.report import _commonest_first, ledger_row, write_ledger
 from sharding.sample import Sample
 from sharding.store import open_store
 
@@ -662,6 +664,31 @@ def test_a_twentieth_of_foreign_symbols_is_the_most(foreign: int, refused: bool)
     counts = sum((count_symbols(text, "here", alphabet_of("phonetic")) for text in labels), SymbolCounts())
     with pytest.raises(ManifestError, match="here: 'qqqqqq'") if refused else nullcontext():
         check_alphabet(counts, "training", "phonetic")
+
+
+def test_pieces_without_a_label_are_told_by_reason_with_the_commands_that_come_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = make_corpus(tmp_path / "corpus", clips=2, children=2, long_clips=1), tmp_path / "out"
+    assert main(["build", str(folder), "--out", str(out), "--workers", "1", "--valid-fraction", "0"]) == 0
+    said, summary = capsys.readouterr().out, read_summary(out)
+    [(reason, count)] = summary["unlabelled_reasons"].items()
+    assert reason.startswith("too few labels to learn the sounds of words from")
+    assert count == summary["unlabelled_pieces"] > 1
+    assert f"{count:6,} unlabelled: {reason}\n{count:,} pieces of long recordings are kept without a label" in said
+    assert f"python -m streamtrain align RUN/best {out} --out alignments.jsonl.zst" in said
+    assert f"python -m sharding build SOURCE… --out {out}2 --alignments alignments.jsonl.zst" in said
+
+
+def test_reasons_that_differ_only_in_their_numbers_are_one() -> None:
+    reasons = ["a word is not heard: 1.0 nats speak for 'a: b'", *(f"a cut is not sure: 0.{n}" for n in range(3)), None]
+    pieces = [{"label_status": "unlabelled" if reason else "labelled", "reason": reason} for reason in reasons]
+    utterance = Utterance("id", "", "", "", "", "", None, "", "", None, "")
+    tally = write_ledger([ledger_row(utterance, "train", "split", 30.0, pieces=pieces)] * 2).tally
+    assert list(_commonest_first(tally.unlabelled_pieces).items()) == [
+        ("a cut is not sure", 6),
+        ("a word is not heard", 2),
+    ]
 
 
 def test_without_child_ids_the_summary_says_that_validation_is_not_disjoint(

@@ -20,7 +20,7 @@ from sharding.examine import speaker_hash
 from sharding.foreign import index_tars
 from sharding.format import ShardIndex, read_index, read_keys, read_sample
 from sharding.manifest import Reading, Utterance, read_source
-from sharding.names import name_of, same_name
+from sharding.names import age_order, name_of, same_name
 from sharding.store import open_store
 from streamtrain.recordings import find_recordings
 
@@ -102,6 +102,11 @@ def test_what_is_no_name_stays_what_it_is(value: object) -> None:
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------
+
+
+def test_ages_come_by_their_numbers_and_the_unknown_last() -> None:
+    ages = ["2;6", "2;10", "3-4", "3.5", "5", "5-7", "8-11", "10", "12+", "teens", "twenties", "grown", "unknown"]
+    assert sorted(sorted(ages), key=age_order) == ages
 
 
 def test_what_is_there_is_no_pattern(tmp_path: Path) -> None:

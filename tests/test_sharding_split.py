@@ -244,7 +244,7 @@ def test_speech_where_no_word_is_heard_refuses_the_piece_that_has_it() -> None:
     for voiced in (True, False):
         stretches = [Stretch(0, 10_000, True), Stretch(20_000, 30_000, voiced), Stretch(34_000, 64_000, True)]
         first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
-        assert bool(first.refused and "somebody speaks at 1.2 – 1.9 s" in first.refused) == voiced
+        assert bool(first.refused and first.refused.endswith("at 1.2 – 1.9 s")) == voiced
         assert second.refused is None
 
 
@@ -272,7 +272,7 @@ def test_a_word_that_goes_on_after_a_pause_is_refused(
         heard(text, [42_000], [1], 1.0, 0.0), starts=(9_999 - start, 45_000), ends=(resumed + end, 63_000)
     )
     first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
-    assert (first.refused == "'kæt' is heard on both sides of a pause") == (over and long)
+    assert (first.refused == "a word is heard on both sides of a pause: 'kæt'") == (over and long)
     assert second.refused is None
 
 
@@ -281,7 +281,7 @@ def test_words_that_are_likelier_the_other_way_round_are_refused() -> None:
     evidence = replace(heard(text, [32_000], [2], 1.0, 0.0), order=(-0.1, -5.0, 7.0, 9.0))
     stretches = [Stretch(0, 30_000, True), Stretch(34_000, 64_000, True)]
     first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
-    assert first.refused == "'kæt dɑg' is likelier the other way round"
+    assert first.refused == "two words are likelier the other way round: 'kæt dɑg'"
     assert second.refused is None  # what comes over the cut is the cut's business
 
 
@@ -354,15 +354,15 @@ def test_with_alignments_the_audio_stays_and_the_labels_come(
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another label": (lambda row: row.update(text=row["text"] + " kæt"), "(another label was aligned)"),
     "other cuts": (lambda row: row["cuts"][0].update(at=row["cuts"][0]["at"] + 0.01), "(other cuts were aligned)"),
-    "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "the cut is only 0.94 sure"),
+    "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "a cut is not sure: 0.94"),
     "a cut inside a word": (
-        lambda row: row["cuts"][0].update(probability=0.001, inside=0.999), "the cut is only 0.10 sure",
+        lambda row: row["cuts"][0].update(probability=0.001, inside=0.999), "a cut is not sure: 0.10",
     ),
     "something else is heard": (
         lambda row: row["pieces"].__setitem__(-1, {"gap": 25.0}), "something else is heard",
     ),
     "a word that is not heard": (
-        lambda row: row["words"][-1].update(evidence=-4.2), "is not heard: -4.2 nats speak for it",
+        lambda row: row["words"][-1].update(evidence=-4.2), "a word is not heard: -4.2 nats speak for",
     ),
     "a label it failed on": (lambda row: row.update(error="too few frames"), "(not aligned: too few frames)"),
     "all words at once": (
