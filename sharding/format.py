@@ -106,6 +106,11 @@ class ShardIndex:
         wanted = np.array([shard.split == name for shard in self.shards], bool)
         return np.flatnonzero(wanted[self.samples["shard"]]) if len(self.samples) else np.zeros(0, np.int64)
 
+    def bucket_ends(self, split: str) -> tuple[float, ...]:
+        """Return the seconds at which each bucket of a split ends: appended clips may be longer than the last edge."""
+        longest = float(self.samples["samples"][self.split(split)].max(initial=0)) / SAMPLE_RATE
+        return (*self.duration_bins[:-1], max(self.duration_bins[-1], longest))
+
 
 _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 

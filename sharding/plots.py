@@ -27,7 +27,7 @@ def plot_durations(index: ShardIndex) -> bytes:
     shortest, longest = seconds.min(initial=1.0), seconds.max(initial=max(2.0, index.duration_bins[-1]))
     figure, axes = _figure("Durations", index)
     _histogram(axes, index, seconds, np.geomspace(shortest, longest, 60))
-    for edge in index.duration_bins:
+    for edge in {edge for split in SPLITS for edge in index.bucket_ends(split)}:
         axes.axvline(edge, color="black", alpha=0.25, linewidth=0.8)
     axes.set(xscale="log", xlabel="duration of a clip, s (vertical lines: bucket edges)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

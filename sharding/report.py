@@ -348,11 +348,13 @@ def _split_row(index: ShardIndex, split: str) -> dict[str, Any]:
     rows = index.split(split)
     shards = [shard for shard in index.shards if shard.split == split]
     seconds = index.samples["samples"][rows].sum() / SAMPLE_RATE
-    edges = sum(shard.count * index.duration_bins[shard.bucket] for shard in shards)
+    ends = index.bucket_ends(split)
+    padded = sum(shard.count * ends[shard.bucket] for shard in shards)
     return {
         "samples": len(rows),
         "hours": round(float(seconds) / 3600, 4),
         "shards": len(shards),
         "mb": round(sum(shard.bytes for shard in shards) / 2**20, 2),
-        "bucket_padding": round(max(0.0, 1 - float(seconds) / edges), 4) if edges else 0.0,
+        "bucket_padding": round(max(0.0, 1 - float(seconds) / padded), 4) if padded else 0.0,
+        "bucket_ends": [round(end, 4) for end in ends],  # seconds
     }

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Command
 from corpus import describe, make_corpus, read_manifest, write_manifest
 from test_sharding_build import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
 
+from sharding.__main__ import main
+from sharding.audio import SAMPLE_RATE
 from sharding.format import read_index, read_keys, read_outlines
 from sharding.store import open_store
 
@@ -55,6 +58,34 @@ def test_appending_adds_clips_and_touches_nothing(built: Path, sources: list[Pat
     assert {sample.parent_id or sample.utterance_id for _, sample in after.values()} == wanted
     assert_balanced(built)
     assert run_sharding("verify", built, "--decode").returncode == 0
+
+
+def test_a_bucket_ends_at_its_longest_clip_though_longer_ones_were_appended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for name, seconds in (("short", (0.5, 1.0)), ("long", (3.0, 4.0))):
+        folder = make_corpus(tmp_path / name, clips=6, children=3, seconds=seconds)
+        command = ["build", str(folder), "--out", str(out), "--append", "--workers", "1", "--num-buckets", "2"]
+        assert main(command) == 0
+    index = read_index(open_store(out))
+    for split in ("train", "valid"):
+        lengths = index.samples["samples"][index.split(split)] / SAMPLE_RATE
+        ends = [index.duration_bins[0], max(lengths.max(), index.duration_bins[-1])]
+        last = lengths > ends[0]
+        assert (ends[1] > 3) == (split == "train")  # beyond the edge of 1.1 s, where there are long ones
+        padding = 1 - lengths.sum() / np.where(last, ends[1], ends[0]).sum()
+        row = read_summary(out)["splits"][split]
+        assert row["bucket_ends"] == pytest.approx(ends, abs=1e-4)
+        assert row["bucket_padding"] == pytest.approx(padding, abs=1e-4)
+        capsys.readouterr()
+        assert main(["inspect", str(out), "--json"]) == 0
+        table = json.loads(capsys.readouterr().out)
+        [bucket] = [each for each in table["by_bucket"] if each["split"] == split and each["bucket"] == 1]
+        assert bucket["to_sec"] == pytest.approx(ends[1], abs=1e-5)
+        assert bucket["padding"] == pytest.approx(1 - lengths[last].mean() / ends[1], abs=1e-5)
+        [whole] = [each for each in table["by_split"] if each["split"] == split]
+        assert whole["padding"] == pytest.approx(padding, abs=1e-5)
 
 
 def test_validation_children_stay_where_they_were(built: Path, sources: list[Path], run_sharding: Command) -> None:
