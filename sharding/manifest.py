@@ -132,7 +132,7 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=256)  # rows of a file have the same few sets of columns
-def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str] | None]:
+def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str | None] | None]:
     """The columns of a row that are not ours; and what is wrong with its columns, with a hint."""
     columns = dict(layout.columns)
     ignored = frozenset(row).difference(columns.values(), [layout.group_by])
@@ -140,6 +140,8 @@ def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[st
     missing = {name: columns[name] for name in required if columns[name] not in row}
     if missing:
         return frozenset(), (_missing(list(missing.values()), row), _hint(missing, row))
+    if not layout.names_clips and columns["utterance_id"] in row:
+        return frozenset(), (f"{columns['utterance_id']!r} is a field of this row and not of others", None)
     if layout.group_by and layout.group_by not in row:
         near = difflib.get_close_matches(layout.group_by, row, 1, 0.6)
         hint = f"did you mean {near[0]!r}?" if near else "--group-by names a column of the transcripts"
@@ -164,18 +166,16 @@ def _enumerate(columns: Sequence[str]) -> str:
 
 def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
     """What to do where the columns of some fields are missing."""
-    (name, column), *others = missing.items()
     track = next((track for track, label in TRACKS.items() if label in row), None)
     if missing.get("text") in TRACKS.values() and track:
-        name, column = "text", missing["text"]
-        said = f"--track {track} takes these labels"
-        rest = {other: missing[other] for other in missing if other != "text"}
-        return f"{said}; {_hint(rest, row)}" if rest else said
+        rest = {name: missing[name] for name in missing if name != "text"}
+        return f"--track {track} takes these labels" + (f"; {_hint(rest, row)}" if rest else "")
     near = {name: _near(name, column, row) for name, column in missing.items()}
     blank = next((found for found in near.values() if found != found.strip()), None)
     if blank:  # as no option can say it
         return f"take the blanks off {blank!r}"
     options = ",".join(f"{name}={found or 'COLUMN'}" for name, found in near.items())
+    (name, column), *others = missing.items()
     if others or not near[name]:
         return f"--columns says which is which: {options}"
     renamed = column in (name, *TRACKS.values())

@@ -267,11 +267,17 @@ def test_json_lines_without_ids_are_named_by_their_audio_like_a_table(corpus: Pa
     assert [one.utterance_id for one in utterances] == [one.utterance_id for one in parse_all(folder / "x.csv")]
 
 
-def test_a_row_that_alone_has_no_id_is_refused(corpus: Path, tmp_path: Path, refuse: Refuse) -> None:
+def test_a_row_that_alone_has_no_id_or_one_is_refused(corpus: Path, tmp_path: Path, refuse: Refuse) -> None:
     folder = copy_audio(corpus, tmp_path / "corpus")
     rows = read_manifest(corpus)
     del rows[1]["utterance_id"]
     assert ":2: field 'utterance_id' is missing" in refuse(write_manifest(folder, rows))
+    bare = {name: value for name, value in rows[0].items() if name != "utterance_id"}
+    rows = [bare | {"audio_path": f"audio/{number}.flac"} for number in range(600)]
+    rows[1]["utterance_id"] = "x"  # not one of those that are looked at before the work
+    assert ":2: 'utterance_id' is a field of this row and not of others" in refuse(
+        write_manifest(folder, [*rows, bare])
+    )
 
 
 @pytest.mark.parametrize(("row", "said"), [
