@@ -4,7 +4,7 @@ import io
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,24 @@ MIN_SAMPLES = 400  # the receptive field of those layers: a shorter clip has no 
 UNKNOWN_FRAMES = 2**40  # a streamed file says nothing of its length, and libsndfile something far above this
 MIN_RATE = 1_000  # Hz; below it nobody can be understood, and resampling would blow the clip up
 MAX_VALUES = 2**29  # samples × channels of one file, 2 GiB once decoded: a header that promises more is a bomb
+LEAST_KEPT = 0.1  # of the energy that channels keep when mixed, if they have nothing in common
+FLOAT_PEAK = 8.0  # 18 dB over full scale: no mix is as loud, and speech in the range of 16-bit integers is far louder
+INTEGER_SCALES = (2**15, 2**23, 2**31)
 CONSTANT_PEAK = 1e-5  # below this swing a signal says nothing, about a third of a 16-bit step
 
 Waveform = npt.NDArray[np.float32]  # (samples,), 16 kHz, in [-1, 1]
+
+
+class Decoded(NamedTuple):
+    """A whole clip, 16 kHz and mono."""
+
+    sound: npt.NDArray[Any]  # (samples,) int16 if final, else float32
+    final: bool  # whether the bytes already are that, as 16-bit FLAC
+    remarks: tuple[str, ...] = ()  # what was done to it that its owner may want to know
+
+    @property
+    def waveform(self) -> Waveform:
+        return self.sound * np.float32(2**-15) if self.final else self.sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +85,26 @@ def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
     Raises AudioError where the file is cut off, holds NaN or infinity, or has no samples; with `prove` also where the
     samples differ from what the file itself says of them: worth its time for bytes that no checksum vouches for.
     """
-    sound, final = decode_native(data, prove)
-    return (sound * np.float32(2**-15) if final else sound), final
+    decoded = decode_native(data, prove)
+    return decoded.waveform, decoded.final
 
 
-def decode_native(data: bytes, prove: bool = False) -> tuple[npt.NDArray[Any], bool]:
+def decode_native(data: bytes, prove: bool = False) -> Decoded:
     """`decode`, but what is 16-bit FLAC at 16 kHz and mono stays the int16 that it is."""
     plain = _samples_of_plain(data)
     pcm = decode_plain(data, plain) if plain is not None else None
     if pcm is not None:
         if prove:
             flac.check_md5(data, pcm.tobytes())
-        return pcm, True
+        return Decoded(pcm, True)
     data = data[skip_tags(data) :]  # libsndfile takes as much from the end of a WAV or an AIFF
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(_not_audio(error)) from error
     with file:
-        check_whole(data, file.format)
-        rate, channels, streamed = file.samplerate, file.channels, file.frames >= UNKNOWN_FRAMES
+        tells_length = check_whole(data, file.format)
+        rate, subtype, streamed = file.samplerate, file.subtype, file.frames >= UNKNOWN_FRAMES
         final = plain is not None
         sound = _read_streamed(file) if streamed else _read_whole(file, "int16" if final else "float32")
         if file.format == "MP3":
@@ -98,19 +113,30 @@ def decode_native(data: bytes, prove: bool = False) -> tuple[npt.NDArray[Any], b
             flac.check_md5(data, _packed(sound, file.subtype))
     if len(sound) == 0:
         raise AudioError("no samples")
-    mono = sound[:, 0] if channels == 1 else reduce(np.add, sound.T) / np.float32(channels)  # a tenth of mean()
-    if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    mono, *remarks = _mix(sound)
+    if streamed or not tells_length:
+        remarks.append("header without a length: taken to be whole")
     if not final and not np.isfinite(mono).all():
         raise AudioError("NaN or infinite samples")
+    if subtype in ("FLOAT", "DOUBLE") and (divisor := _integer_range(mono)) > 1:
+        mono = mono / np.float32(divisor)
+        remarks.append(f"float samples in the range of integers: divided by {divisor}")
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if len(mono) < MIN_SAMPLES:
         raise AudioError(f"shorter than one frame: {len(mono)} samples at 16 kHz, {MIN_SAMPLES} needed")
-    return np.ascontiguousarray(mono), final
+    return Decoded(np.ascontiguousarray(mono), final, tuple(remarks))
 
 
-def encode(waveform: Waveform) -> bytes:
-    """16-bit FLAC of a 16 kHz mono waveform; samples beyond full scale are clipped, not wrapped."""
-    pcm = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
+def quantize(waveform: Waveform) -> npt.NDArray[np.int16]:
+    """Return the 16-bit samples of a waveform; those beyond full scale are clipped, not wrapped."""
+    pcm: npt.NDArray[np.int16] = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
+    return pcm
+
+
+def encode(sound: npt.NDArray[Any]) -> bytes:
+    """Return a 16 kHz mono sound, int16 or a waveform, as 16-bit FLAC."""
+    pcm = sound if sound.dtype == np.int16 else quantize(sound)
     buffer = io.BytesIO()
     soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
@@ -157,6 +183,32 @@ def _read_streamed(file: soundfile.SoundFile) -> Waveform:
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cut off or damaged: {_last_words(error)}") from error
     return np.concatenate(blocks)
+
+
+def _mix(sound: npt.NDArray[Any]) -> tuple[Any, ...]:
+    """Return the mean of the channels (samples, channels), or the loudest one and a remark if they cancel out.
+
+    Channels that have nothing in common keep in their mean the sum of their energies over the number's square.
+    """
+    channels = sound.shape[1]
+    if channels == 1:
+        return (sound[:, 0],)
+    mono = reduce(np.add, sound.T) / np.float32(channels)  # in a tenth of the time of mean()
+    energies = [float(np.var(channel)) for channel in sound.T]  # without their offsets
+    if float(np.var(mono)) < LEAST_KEPT * sum(energies) / channels**2:
+        return sound[:, int(np.argmax(energies))], "channels that cancel out: the loudest alone is used"
+    return (mono,)
+
+
+def _integer_range(waveform: Waveform) -> int:
+    """Return what to divide float samples by: more than 1 if their values are those of integers. Raises AudioError."""
+    peak = max(float(waveform.max()), -float(waveform.min()))
+    if peak <= FLOAT_PEAK:
+        return 1
+    fitting = [full_scale for full_scale in INTEGER_SCALES if peak <= full_scale]
+    if not fitting:
+        raise AudioError(f"float samples of up to {peak:.3g}, where 1 is full scale")
+    return fitting[0]
 
 
 def _check_header(frames: int, channels: int, rate: int) -> None:

@@ -40,22 +40,23 @@ CHUNKED = {  # by how a file begins
 }
 
 
-def check_whole(data: bytes, container: str) -> None:
-    """Raise AudioError for a file that is cut off or several in one, or whose `container` could not tell.
+def check_whole(data: bytes, container: str) -> bool:
+    """Return whether a file tells its length; one that was written to a pipe does not, and is taken to be whole.
 
-    The data begin behind their tags. A file whose header says no length, as one that was written to a pipe, is taken
-    to be whole.
+    The data begin behind their tags. Raises AudioError for a file that is cut off or several in one, or whose
+    `container` never tells.
     """
     if data.startswith(b"OggS"):
         _check_ogg(data)
-        return
+        return True
     if container in PROVED_ELSEWHERE:
-        return
+        return True
     end = _end_of_sound(data)
     if end is None:
         raise AudioError(f"{container} file: nothing in it tells whether it is whole; convert it to WAV or FLAC")
-    if end > len(data) and end < UNKNOWN_BYTES:
+    if len(data) < end < UNKNOWN_BYTES:
         raise AudioError(f"cut off: {end - len(data)} bytes are missing at the end")
+    return end < UNKNOWN_BYTES
 
 
 def skip_tags(data: bytes, start: int = 0) -> int:
@@ -86,6 +87,8 @@ def _end_of_chunk(data: bytes, chunks: Chunks) -> int | None:
         name = data[position : position + chunks.name_bytes]
         size = int.from_bytes(data[position + chunks.name_bytes : position + head], chunks.order)
         body = position + head
+        if name.startswith(chunks.sound) and not size:
+            return UNKNOWN_BYTES  # of a writer that was to come back to it
         position = max(body, position + size) if chunks.counts_head else body + size
         if name == b"ds64":
             long_size = int.from_bytes(data[body + 8 : body + 16], "little")

@@ -15,7 +15,7 @@ import soxr
 from sharding import report
 from sharding.aligned import Evidence
 from sharding.archive import AudioRoot, open_audio
-from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant
+from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant, quantize
 from sharding.errors import AudioError, MissingError, ShardError
 from sharding.format import (
     FORMAT_VERSION,
@@ -141,11 +141,12 @@ def cut(job: CutJob) -> CutResult:
     text = read_label(utterance.text, job.where.track)
     try:
         data = _read(utterance, job.where.layouts[job.row.source].audio, job.bytes)
-        waveform, _ = decode(data, prove=not utterance.md5_hash)
+        decoded = decode_native(data, prove=not utterance.md5_hash)
     except AudioError as error:
         return CutResult((), report.write_ledger([report.rejected_row(utterance, job.split, error.message)]))
     finally:
         count_done()
+    waveform = decoded.waveform
     segments = tuple(
         split_recording(
             utterance.utterance_id, waveform, text, job.limit_sec, None, job.evidence, job.sounds, job.gates
@@ -160,7 +161,7 @@ def cut(job: CutJob) -> CutResult:
         row = {"key": sample.key} | asdict(segment) | {"text": sample.text, "label_status": sample.label_status}
         del row["utterance_id"]
         rows.append(row)
-    row = report.ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows)
+    row = report.ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=decoded.remarks)
     return CutResult(segments, report.write_ledger([row]))
 
 
@@ -174,18 +175,19 @@ def make_shard(job: ShardJob) -> ShardResult:
     shard = _finished(store, job, made_of, utterances, templates)
     if shard is None:
         refused: dict[str, str] = {}
-        contents = _fill_all(job, utterances, templates, refused)
+        remarks: dict[str, Sequence[str]] = {}
+        contents = _fill_all(job, utterances, templates, refused, remarks)
         first = next(contents, None)
         if first is not None:
-            shard = write_shard(store, job.name, job.bucket, chain([first], contents), made_of, refused)
+            shard = write_shard(store, job.name, job.bucket, chain([first], contents), made_of, refused, remarks)
         else:
             remove_shard(store, job.name)  # of another plan
     else:
-        refused = dict(shard.refused)
+        refused, remarks = dict(shard.refused), dict(shard.remarks)
         count_done(len(job.members))
     made = (shard.entry, shard.samples) if shard else None
     lengths = dict(zip(shard.keys, shard.samples["samples"].tolist(), strict=True)) if shard else {}
-    rows = [_ledger_row(job, utterance, template, lengths, refused)
+    rows = [_ledger_row(job, utterance, template, lengths, refused) | {"remarks": list(remarks.get(template.key, ()))}
             for member, utterance, template in zip(job.members, utterances, templates, strict=True)
             if member.piece is None]  # fmt: skip
     return ShardResult(made, report.write_ledger(rows))
@@ -202,12 +204,19 @@ def _check_place(store: Store, where: Where) -> None:
 
 
 def _fill_all(
-    job: ShardJob, utterances: Sequence[Utterance], templates: Sequence[Sample], refused: dict[str, str]
+    job: ShardJob,
+    utterances: Sequence[Utterance],
+    templates: Sequence[Sample],
+    refused: dict[str, str],
+    remarks: dict[str, Sequence[str]],
 ) -> Iterator[tuple[Sample, int]]:
-    """Each sample with its audio and its length; why another has none goes to `refused`, by its key."""
+    """Yield each sample with its audio and its length; `refused` and `remarks` take, by key, what is to be said."""
     for member, utterance, template in zip(job.members, utterances, templates, strict=True):
         try:
-            yield _fill(job, member, utterance, template)
+            sample, length, said = _fill(job, member, utterance, template)
+            if said:
+                remarks[sample.key] = said
+            yield sample, length
         except AudioError as error:
             refused[template.key] = error.message
         count_done()
@@ -300,16 +309,17 @@ def _bare_sample(
     )
 
 
-def _fill(job: ShardJob, member: Member, utterance: Utterance, template: Sample) -> tuple[Sample, int]:
-    """The sample with its audio, verified bytes passed through or converted; and its length at 16 kHz."""
+def _fill(job: ShardJob, member: Member, utterance: Utterance, template: Sample) -> tuple[Sample, int, tuple[str, ...]]:
+    """Return the sample with its audio, verified bytes passed through or converted; its length at 16 kHz; remarks."""
     if member.piece:
         audio = open_store(job.where.scratch).read(f"{template.key}.flac")
-        return replace(template, audio=audio), member.piece.segment.samples
+        return replace(template, audio=audio), member.piece.segment.samples, ()
     data = _read(utterance, job.where.layouts[member.row.source].audio, member.bytes)
-    sound, final = decode_native(data, prove=not utterance.md5_hash)
-    if job.split == "train" and template.text and is_constant(sound):
+    decoded = decode_native(data, prove=not utterance.md5_hash)
+    pcm = decoded.sound if decoded.final else quantize(decoded.sound)
+    if job.split == "train" and template.text and is_constant(pcm):
         raise AudioError("constant signal with a label")
-    return replace(template, audio=data if final else encode(sound)), len(sound)
+    return replace(template, audio=data if decoded.final else encode(pcm)), len(pcm), decoded.remarks
 
 
 def _read(utterance: Utterance, audio: AudioRoot, size: int) -> bytes:

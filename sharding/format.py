@@ -198,6 +198,7 @@ class _ShardDocument:
     keys: Annotated[list[str], FailFast()]
     who: _WhoColumns
     columns: _Columns
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
 _OUTLINE, _INDEX, _SHARD = TypeAdapter(_Outline), TypeAdapter(_IndexDocument), TypeAdapter(_ShardDocument)
@@ -213,6 +214,7 @@ class Shard:
     samples: SampleTable  # its column `shard` is 0 until the index numbers the shards
     made_of: str = ""  # digest of all it was made of, by which an interrupted build knows its own
     refused: Mapping[str, str] = field(default_factory=dict)  # key → reason, of clips that were to be in it
+    remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)  # key → what is said of its sound
 
 
 def write_shard(
@@ -222,10 +224,11 @@ def write_shard(
     contents: Iterable[tuple[Sample, int]],
     made_of: str = "",
     refused: Mapping[str, str] | None = None,
+    remarks: Mapping[str, Sequence[str]] | None = None,
 ) -> Shard:
     """Write `(sample, length at 16 kHz)` pairs as one tar, then its `.idx.zst`, which marks the tar as whole.
 
-    The pairs are drawn as the tar grows, and so may be what there is to say of those `refused`.
+    The pairs are drawn as the tar grows, and so may be the `remarks` and what there is to say of those `refused`.
     """
     rows, keys, who, checksum = [], [], [], xxhash.xxh3_64()
 
@@ -253,7 +256,7 @@ def write_shard(
         samples=int(table["samples"].sum()),
         checksum=checksum.hexdigest(),
     )
-    return write_listed(store, Shard(entry, tuple(keys), tuple(who), table, made_of, refused or {}))
+    return write_listed(store, Shard(entry, tuple(keys), tuple(who), table, made_of, refused or {}, remarks or {}))
 
 
 def write_listed(store: Store, shard: Shard) -> Shard:
@@ -283,7 +286,7 @@ def read_shard_index(store: Reader, name: str) -> Shard:
             table[column] = np.array(values, SAMPLE_DTYPE[column])
         entry = replace(document.shard, idx_checksum=xxhash.xxh3_64_hexdigest(data))
         whose = tuple(map(Who._make, zip(*(who[name] for name in Who._fields), strict=True)))
-        return Shard(entry, tuple(keys), whose, table, document.made_of, document.refused)
+        return Shard(entry, tuple(keys), whose, table, document.made_of, document.refused, document.remarks)
     except DocumentError as error:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
 
@@ -540,6 +543,8 @@ def _idx_document(shard: Shard) -> bytes:
         "who": {name: [getattr(row, name) for row in shard.who] for name in Who._fields},
         "columns": {name: shard.samples[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"},
     }
+    if shard.remarks:  # else the bytes are as they were before there were any
+        document["remarks"] = shard.remarks
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -41,6 +41,7 @@ def ledger_row(
     reason: str | None = None,
     key: str | None = None,
     pieces: Sequence[Row] = (),
+    remarks: Sequence[str] = (),
 ) -> Row:
     """What became of one clip: written, split or rejected."""
     return {
@@ -54,6 +55,7 @@ def ledger_row(
         "declared_sec": utterance.duration_sec,
         "key": key,
         "pieces": list(pieces),
+        "remarks": list(remarks),  # on its sound
     }
 
 
@@ -70,6 +72,7 @@ class Tally:
     corpora: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
+    remarks: Counter[str] = field(default_factory=Counter)  # clips, by what is said of their sound
     unlabelled_pieces: Counter[str] = field(default_factory=Counter)  # of long recordings, by the kind of reason
     labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
     guessed: Counter[int] = field(default_factory=Counter)  # pieces labelled by a model, by how sure pass 1 was (SURE)
@@ -92,6 +95,7 @@ class Tally:
         self.clips[fate] += 1
         self.seconds[fate] += seconds
         self.corpora[row["source"]] += 1
+        self.remarks.update(row.get("remarks", ()))  # none in older ledgers
         self.validation["clips"] += row["split"] == "valid"
         for piece in row["pieces"]:
             if piece["label_status"] == "unlabelled":
@@ -225,6 +229,7 @@ def _summarize(
         "fates": {fate: {"clips": tally.clips[fate], "seconds": round(tally.seconds[fate], 3)} for fate in FATES},
         "reasons": _commonest_first(tally.reasons),
         "worst": _worst(tally.worst),
+        "remarks": _commonest_first(tally.remarks),
         "unlabelled_pieces": sum(tally.unlabelled_pieces.values()),
         "labelled_pieces": dict(sorted(tally.labelled_pieces.items())),
         "reliability": [
@@ -263,6 +268,7 @@ def render(summary: dict[str, Any], url: str, dry: bool = False) -> str:
         )
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:WORST]]
     lines += _name_worst(summary, dry)
+    lines += [f"{count:6,} noted: {remark}" for remark, count in summary.get("remarks", {}).items()]
     unlabelled = list(summary["unlabelled_reasons"].items())
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in unlabelled[:WORST]]
     lines += [f"{count:6,} labelled: pieces of long recordings, by {how}" for how, count in labelled.items()]

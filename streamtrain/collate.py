@@ -103,7 +103,7 @@ def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
 def _decode_into(waveform: np.ndarray, audio: bytes, speed: float, gain: float) -> bool:
     """Fill a waveform with the sound, unless it does not decode or has another length."""
     try:
-        sound, is_int16 = decode_native(audio)
+        sound, is_int16, _ = decode_native(audio)
     except AudioError:
         return False
     if length_at(len(sound), speed) != len(waveform):

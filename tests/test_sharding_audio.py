@@ -11,7 +11,7 @@ from corpus import say
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.audio import SAMPLE_RATE, decode, encode, frame_count, probe
+from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, frame_count, probe
 from sharding.errors import AudioError
 
 SOUND = say("kæt sæt ɪt")
@@ -216,3 +216,57 @@ def test_an_mp3_is_decoded_whole_or_refused(rate: int, channels: int) -> None:
         with suppress(AudioError):
             waveform, _ = decode(other)
             assert len(waveform) / SAMPLE_RATE == pytest.approx(wanted, abs=0.5)
+
+
+def wav(sound: np.ndarray, subtype: str, rate: int = SAMPLE_RATE) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format="WAV", subtype=subtype)
+    return file.getvalue()
+
+
+ALONE = np.random.default_rng(1).normal(0, 0.1, len(SOUND)).astype(np.float32)  # nothing in common with SOUND
+CANCELLED = "channels that cancel out: the loudest alone is used"
+
+
+@pytest.mark.parametrize(
+    ("channels", "loudest"),
+    [
+        ([SOUND, -SOUND], 0),
+        ([0.98 * SOUND, -SOUND], 1),
+        ([SOUND + 0.05, 0.05 - SOUND], 0),  # each with the offset of its sound card
+        ([SOUND + 0.1 * ALONE, 0.1 * ALONE[::-1] - 0.9 * SOUND], 0),  # and with its own noise
+        ([SOUND, SOUND], None),
+        ([SOUND, ALONE], None),
+        ([SOUND, 0 * SOUND], None),
+        ([0 * SOUND] * 5 + [SOUND], None),
+    ],
+)
+def test_of_channels_that_cancel_out_the_loudest_is_used(channels: list[np.ndarray], loudest: int | None) -> None:
+    sound, _, remarks = decode_native(wav(np.stack(channels, 1), "FLOAT"))
+    wanted = np.mean(channels, 0) if loudest is None else channels[loudest]
+    np.testing.assert_allclose(sound, wanted, atol=1e-6)
+    assert remarks == (() if loudest is None else (CANCELLED,))
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("full_scale", [2**15, 2**23, 2**31])
+def test_float_samples_in_the_range_of_integers_keep_their_sound(subtype: str, full_scale: int) -> None:
+    sound, _, remarks = decode_native(wav(SOUND.astype(np.float64) * full_scale, subtype))
+    np.testing.assert_allclose(sound, SOUND, atol=1e-6)
+    assert remarks == (f"float samples in the range of integers: divided by {full_scale}",)
+
+
+def test_float_samples_a_little_over_full_scale_stay_and_far_over_any_integer_are_refused() -> None:
+    sound, _, remarks = decode_native(wav(10 * SOUND, "FLOAT"))
+    assert 4 < 10 * SOUND.max() < 8
+    np.testing.assert_array_equal(sound, 10 * SOUND)
+    assert not remarks
+    with pytest.raises(AudioError, match=r"float samples of up to .*e\+12, where 1 is full scale"):
+        decode(wav(SOUND * 1e13, "DOUBLE"))
+
+
+def test_a_header_without_a_length_is_remarked_on() -> None:
+    data = bytearray(wav(SOUND, "PCM_16"))
+    data[40:44] = b"\xff" * 4
+    for audio in (bytes(data), flac_without_length()):
+        assert decode_native(audio).remarks == ("header without a length: taken to be whole",)

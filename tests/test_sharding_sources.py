@@ -726,3 +726,36 @@ def test_audio_of_any_kind_becomes_16_khz_mono(run_sharding: Command, tmp_path: 
         info = soundfile.info(io.BytesIO(sample.audio))
         assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", 16_000, 1)
         assert info.frames == round(frames * 16_000 / rate)
+
+
+def test_what_was_done_to_a_sound_is_in_the_ledger_and_the_summary(run_sharding: Command, tmp_path: Path) -> None:
+    """Also of a recording that was cut, and if a killed build is run again. Silence is what is silent in 16 bit."""
+    folder, sound = tmp_path / "microphones", say(TEXT)
+    (folder / "audio").mkdir(parents=True)
+    turned = np.stack([sound, -sound], 1)
+    for name, samples, subtype in (
+        ("turned", turned, "PCM_16"),
+        ("long", np.tile(turned, (40, 1)), "PCM_16"),
+        ("integers", sound * 2.0**15, "FLOAT"),
+        ("hushed", sound * 2e-5, "FLOAT"),
+        ("usual", sound, "PCM_16"),
+    ):
+        soundfile.write(folder / f"audio/{name}.wav", samples, 16_000, subtype=subtype)
+    write_manifest(folder, [describe(folder, f"audio/{path.name}", TEXT) for path in (folder / "audio").iterdir()])
+    command = ("build", folder, "--out", tmp_path / "out", "--workers", 1, "--valid-fraction", 0, "--max-rejected", 1)
+    cancelled = "channels that cancel out: the loudest alone is used"
+    integers = "float samples in the range of integers: divided by 32768"
+    for _ in range(2):
+        (tmp_path / "out/index.json").unlink(missing_ok=True)
+        done = run_sharding(*command)
+        assert done.returncode == 0, done.stderr
+        rows = {row["utterance_id"]: row for row in read_ledger(tmp_path / "out")}
+        assert {name: row["remarks"] for name, row in rows.items()} == {
+            "turned": [cancelled], "long": [cancelled], "integers": [integers], "hushed": [], "usual": []
+        }  # fmt: skip
+        assert rows["hushed"]["reason"] == "constant signal with a label"
+        assert read_summary(tmp_path / "out")["remarks"] == {cancelled: 2, integers: 1}
+        assert f"2 noted: {cancelled}" in done.stdout
+    sounds = {key: soundfile.read(io.BytesIO(one.audio))[0] for key, one in read_all(tmp_path / "out").items()}
+    for name in ("turned", "integers"):
+        np.testing.assert_array_equal(sounds[name], sounds["usual"])
