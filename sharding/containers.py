@@ -149,6 +149,7 @@ MP3_KBITS = {  # per second, of layer III, by the header's index
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # by version bits
+MP3_HEAD = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]")  # as nearly all that is no frame does not begin
 MP3_SLACK_FRAMES = 6  # of a coder's delay and padding, and of a tag: they hold no sound
 
 
@@ -194,9 +195,9 @@ def _mp3_frame(data: bytes, position: int) -> tuple[int, float] | None:
 def _next_mp3_frame(data: bytes, position: int) -> int:
     """Return where frames go on behind tags and whatever else is no frame, or the end."""
     position = skip_tags(data, position)
-    while (position := data.find(b"\xff", position)) >= 0:
-        frame = _mp3_frame(data, position)
-        if frame and _mp3_frame(data, position + frame[0]):  # one alone may be four bytes of a picture
-            return position
-        position += 1
+    while found := MP3_HEAD.search(data, position):
+        frame = _mp3_frame(data, found.start())
+        if frame and _mp3_frame(data, found.start() + frame[0]):  # one alone may be four bytes of a picture
+            return found.start()
+        position = found.start() + 1
     return len(data)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -145,6 +146,13 @@ def test_of_joined_mp3s_the_first_is_not_taken_for_all(before: bytes, between: b
     with pytest.raises(AudioError, match=r"MP3 that does not say its length: 1\.00 s of 2\.\d\d s decode"):
         decode(before + part + between + part)
     assert seconds_of(before + part + ID3V1) == pytest.approx(1, abs=0.01)
+
+
+def test_what_a_recorder_leaves_behind_an_mp3_is_passed_over_quickly() -> None:
+    """Erased flash memory is all ones."""
+    part, began = make_audio("MP3"), time.monotonic()
+    assert seconds_of(part + b"\xff" * 2**25) == pytest.approx(1, abs=0.01)
+    assert time.monotonic() - began < 20  # 70 if each byte is looked at in Python, at 2 µs
 
 
 def test_an_mp3_of_other_rates_behind_the_first_is_seen_too() -> None:
