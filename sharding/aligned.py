@@ -3,19 +3,21 @@
 Pass 1 of a build gives words to pieces by the sounds of its own labels; this is pass 2. The cuts stay where they are.
 """
 
-import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import xxhash
-import zstandard
+from pydantic import FailFast, TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
+from sharding.document import Count, DocumentError, Number, Second, Share, parse, unpack_lines
 from sharding.errors import StreamtrainError
+from sharding.store import open_regular
 
 WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
 USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
@@ -90,25 +92,59 @@ def largest_gap(gaps: Sequence[float], wrong_gaps: Sequence[float], wrong_share:
 NOTHING_ALIGNED = Alignments({}, "")
 
 
+class _Cut(TypedDict):
+    at: Second
+    words_before: Count
+    probability: Share
+    inside: Share
+
+
+class _Piece(TypedDict):
+    gap: Number
+
+
+class _Word(TypedDict):
+    start: Second
+    end: Second
+    evidence: Number
+    order: Number
+
+
+class _Row(TypedDict):
+    """What is read of a row of `streamtrain align`."""
+
+    utterance_id: str
+    text: str
+    cuts: Annotated[list[_Cut], FailFast()]
+    pieces: Annotated[list[_Piece], FailFast()]
+    words: Annotated[list[_Word], FailFast()]
+    without: Annotated[list[Number], FailFast()]
+    error: str | None
+
+
+_ROW = TypeAdapter(_Row)
+
+
 def read_alignments(path: Path) -> Alignments:
     """Raises StreamtrainError where the file is not what `streamtrain align` writes."""
     hint = "it is written by `python -m streamtrain align MODEL SHARDS --out FILE`"
     by_id, wrong_gaps = dict[str, Evidence](), list[float]()
     digest = xxhash.xxh3_128()
     try:
-        for number, line in enumerate(_lines(path), start=1):
-            digest.update(line)
-            row = json.loads(line)
-            try:
-                by_id[row["utterance_id"]] = _evidence(row)
-                wrong_gaps += map(float, row["without"])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise StreamtrainError(
-                    f"{path}:{number}: no row of an alignment, or one of an older version ({error!r})", hint
-                ) from error
+        with open_regular(path) as file:
+            for number, line in enumerate(unpack_lines(file), start=1):
+                digest.update(line)
+                try:
+                    row = parse(line, _ROW)
+                    by_id[row["utterance_id"]] = _evidence(row)
+                except DocumentError as error:
+                    raise StreamtrainError(
+                        f"{path}:{number}: no row of an alignment, or one of an older version ({error})", hint
+                    ) from error
+                wrong_gaps += row["without"]
     except OSError as error:
         raise StreamtrainError(f"{path}: {error.strerror}", hint) from error
-    except (ValueError, zstandard.ZstdError, EOFError) as error:
+    except DocumentError as error:
         raise StreamtrainError(f"{path}: damaged, or no file of alignments ({error})", hint) from error
     return Alignments(by_id, digest.hexdigest(), tuple(wrong_gaps))
 
@@ -117,29 +153,22 @@ def hash_label(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    unpacker = zstandard.ZstdDecompressor().decompressobj()
-    left = b""
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            *lines, left = (left + unpacker.decompress(chunk)).split(b"\n")
-            yield from lines
-    if left or not unpacker.eof:
-        raise EOFError("it ends in the middle")
-
-
-def _evidence(row: dict[str, Any]) -> Evidence:
-    cuts = row["cuts"]
+def _evidence(row: _Row) -> Evidence:
+    cuts, words = row["cuts"], row["words"]
+    if cuts and len(row["pieces"]) != len(cuts) + 1:
+        raise DocumentError(f"it has {len(cuts)} 'cuts' and {len(row['pieces'])} 'pieces'")
+    if any(cut["words_before"] > len(words) for cut in cuts):
+        raise DocumentError(f"it has more 'words_before' a cut than its {len(words)} 'words'")
     return Evidence(
         label=hash_label(row["text"]),
         cuts=tuple(round(cut["at"] * SAMPLE_RATE) for cut in cuts),
-        words_before=tuple(int(cut["words_before"]) for cut in cuts),
-        probability=tuple(float(cut["probability"]) for cut in cuts),
-        inside=tuple(float(cut["inside"]) for cut in cuts),
-        gaps=tuple(float(piece["gap"]) for piece in row["pieces"]),
-        words=tuple(float(word["evidence"]) for word in row["words"]),
-        order=tuple(float(word["order"]) for word in row["words"]),
-        starts=tuple(round(word["start"] * SAMPLE_RATE) for word in row["words"]),
-        ends=tuple(round(word["end"] * SAMPLE_RATE) for word in row["words"]),
+        words_before=tuple(cut["words_before"] for cut in cuts),
+        probability=tuple(cut["probability"] for cut in cuts),
+        inside=tuple(cut["inside"] for cut in cuts),
+        gaps=tuple(piece["gap"] for piece in row["pieces"]),
+        words=tuple(word["evidence"] for word in words),
+        order=tuple(word["order"] for word in words),
+        starts=tuple(round(word["start"] * SAMPLE_RATE) for word in words),
+        ends=tuple(round(word["end"] * SAMPLE_RATE) for word in words),
         error=row["error"],
     )

@@ -26,6 +26,7 @@ Count = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
 Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]  # bytes, samples or steps
 Hash = Annotated[int, Field(strict=True, ge=0, le=2**64 - 1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Second = Annotated[float, Field(strict=True, ge=0, le=10**9)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 Wanted = TypeVar("Wanted")

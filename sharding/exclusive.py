@@ -13,10 +13,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
+
+from sharding.document import DocumentError, parse
+
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre mounted without flock, some FUSE and NFS
 SUFFIX = ".held"
 RETRY_SEC = 0.5
 TAKING_OVER = "\0streamtrain takes over a lock file"  # an abstract socket: the kernel frees its name at once
+
+
+class _Holder(TypedDict, total=False):
+    """What a lock file says; a build's says more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    host: str
+    place: str
+    pid: int
+    started: int
+    since: str
+
+
+_HOLDER = TypeAdapter(_Holder)
 
 
 class HeldError(Exception):
@@ -89,7 +109,7 @@ def _remove_abandoned(lock_file: Path) -> None:
     except FileNotFoundError:
         return
     holder = parse_holder(data)
-    if holder.get("place") != this_process()["place"] or started(holder["pid"]) == holder["started"]:
+    if holder.get("place") != this_process()["place"] or started(holder.get("pid", 0)) == holder.get("started"):
         remedy = f"; if that process or its machine is gone, delete {lock_file}"
         raise HeldError(holder, remedy)
     with socket.socket(socket.AF_UNIX) as sole:  # else two could judge it, and one remove what the other put there
@@ -132,9 +152,10 @@ def started(pid: int) -> int:
 def parse_holder(data: bytes) -> dict[str, Any]:
     """Return what `this_process` described; nothing if it was cut off or is something else."""
     try:
-        return dict(json.loads(data))
-    except (ValueError, TypeError):
+        holder = parse(data, _HOLDER)
+    except DocumentError:
         return {}
+    return {**holder}
 
 
 def name_holder(holder: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ class _BucketLease(Lease):
     def _refuse_if_alive(self, found: Found | None) -> None:
         holder = parse_holder(found.data) if found else {}
         if holder.get("place") == self._holder["place"]:
-            if started(holder["pid"]) == holder["started"]:
+            if started(holder.get("pid", 0)) == holder.get("started"):
                 raise _refusal(self.store.url, holder, BUCKET_HINT)
         elif found and (silence := self._server_time() - found.modified).total_seconds() <= ABANDONED_SEC:
             raise _refusal(self.store.url, holder, BUCKET_HINT, f", last seen {silence.total_seconds():.0f} s ago")

@@ -6,12 +6,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import zstandard
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.archive import MISSING
 from sharding.audio import SAMPLE_RATE
+from sharding.document import LARGE_BYTES, Number, Share, check, parse_json, unpack
 from sharding.errors import MissingError, ShardError
 from sharding.format import SPLITS, ShardIndex
 from sharding.manifest import Utterance, printable
@@ -30,6 +33,35 @@ TOO_DENSE = "label needs more frames than the clip has: kept without it"
 
 
 Row = dict[str, Any]  # of the ledger
+MAX_UNPACKING = 400  # times its size: rows of one refusal after another shrink to a hundredth
+
+
+class _Guess(TypedDict):
+    confidence: Share
+    right: bool
+
+
+class _Piece(TypedDict):
+    label_status: str
+    by: NotRequired[str | None]
+    guess: NotRequired[_Guess | None]
+
+
+class _Row(TypedDict):
+    """What is read of a row of a ledger."""
+
+    source: str
+    utterance_id: str
+    audio_path: str
+    split: str
+    fate: Literal["written", "split", "rejected"]
+    reason: str | None
+    seconds: Number
+    declared_sec: Number | None
+    pieces: list[_Piece]
+
+
+_ROW = TypeAdapter(_Row)
 _write_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -166,10 +198,11 @@ def add_up(parts: Iterable[LedgerPart]) -> Tally:
 def read_summary(store: Reader) -> dict[str, Any] | None:
     """The summary of a shard set, or None where its report was left behind."""
     try:
-        document: dict[str, Any] = json.loads(store.read(SUMMARY_NAME))
+        document: dict[str, Any] = parse_json(store.read(SUMMARY_NAME, LARGE_BYTES))
+        render(document)  # one that cannot be shown is none
     except MissingError:
         return None
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ShardError(f"{store.url}/{SUMMARY_NAME}: damaged ({error})", "the shards may still be well") from error
     return document
 
@@ -188,11 +221,13 @@ def keep_old(store: Store, digest: str) -> tuple[list[Row], list[str]]:
             except MissingError as error:
                 hint = "without it the report of what is added cannot be whole; build into another --out"
                 raise ShardError(error.message, hint) from error
-        kept.append(store.read(old if store.exists(old) else name))
+        kept.append(store.read(old if store.exists(old) else name, LARGE_BYTES))
     try:
-        lines = zstandard.ZstdDecompressor().decompress(kept[0]).splitlines()
-        return [json.loads(line) for line in lines], kept[1].decode().splitlines()
-    except (zstandard.ZstdError, ValueError) as error:
+        rows = [parse_json(line) for line in unpack(kept[0], MAX_UNPACKING).splitlines()]
+        for row in rows:
+            check(row, _ROW)
+        return rows, kept[1].decode().splitlines()
+    except ValueError as error:
         where = f"{store.url}/{_name_with(digest, LEDGER_NAME)}"
         raise ShardError(f"{where}: damaged ({error})", "without it the report cannot grow; copy it again") from error
 

@@ -96,6 +96,7 @@ def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
             raise TypeError(f"{key}.json: an object is expected")
         if "label_status" in document:
             _check_strings(document, [name for name in _META if name in document and name not in _NUMBERS])
+            _check_numbers(document)
             return Sample(key=key, audio=bodies["flac"], **document)
         return _sample_of_another(key, bodies, document, track)
     except (ValueError, TypeError, LookupError, RecursionError, tarfile.TarError) as error:
@@ -151,6 +152,14 @@ def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[
         corpus=same_name(said["corpus"]),
         age_bucket=same_name(said["age_bucket"]),
     )
+
+
+def _check_numbers(document: Mapping[str, Any]) -> None:
+    for name in _NUMBERS:
+        seen = document.get(name, 0)
+        whole = name in ("piece", "pieces")
+        if type(seen) not in ((int,) if whole else (int, float)) or not 0 <= seen < 2**32:
+            raise ValueError(f"{name} is {seen!r:.50}, {'a count' if whole else 'a second'} is expected")
 
 
 def _check_strings(document: Mapping[str, Any], names: Iterable[str]) -> None:

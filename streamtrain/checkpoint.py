@@ -5,31 +5,40 @@ its checksum, and is written last.
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from typing_extensions import TypedDict
 
+from sharding.document import Count, Number, Size, check, parse_json, read_document
 from sharding.errors import StreamtrainError
 from streamtrain.config import Config
 from streamtrain.engine import Parts
 from streamtrain.folders import new_folder, put_back
 from streamtrain.model import give_usual_mode
-from streamtrain.plan import PLANNER_VERSION, Begun, PlanSettings
+from streamtrain.plan import PLANNER_VERSION, Begun
+
+log = logging.getLogger("streamtrain")
 
 STATE_NAME = "state.json"
 NAMES = "step-*"
 NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
-FILES = {"weights": "model.safetensors", "moments": "optimizer.safetensors", "average": "average.safetensors"}
+FILES: Mapping[str, "FileName"] = {
+    "weights": "model.safetensors",
+    "moments": "optimizer.safetensors",
+    "average": "average.safetensors",
+}
 CHUNK_BYTES = 8 * 2**20
 FULL_HINT = "the checkpoints before it are whole; make room, and the same command goes on from the newest"
 REPLANNED = frozenset(  # settings that may change on the way: they decide how the clips that are left come
@@ -54,19 +63,46 @@ class CheckpointError(StreamtrainError):
 class RunState:
     """Where a run stands, beside its tensors. Nothing random needs to be kept: all is drawn by seed, epoch and step."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     config: dict[str, Any]  # its decisive part
     index_digest: str
     planner_version: int
-    step: int = 0  # optimizer steps done
-    epoch: int = 0
-    step_in_epoch: int = 0
+    step: Count = 0  # optimizer steps done
+    epoch: Count = 0
+    step_in_epoch: Count = 0
     begun: tuple[Begun, ...] = ()  # how this epoch was planned before it was planned anew
     split: str = ""  # that the scores below are of
-    evaluated: int = -1  # step of the last evaluation
-    best_cer: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    skipped: int = 0  # steps whose gradient was not finite
+    evaluated: Annotated[int, Field(strict=True, ge=-1)] = -1  # step of the last evaluation
+    best_cer: Number | None = None
+    best_step: Count | None = None
+    evaluations_since_best: Count = 0
+    skipped: Count = 0  # steps whose gradient was not finite
+
+
+FileName = Literal["model.safetensors", "optimizer.safetensors", "average.safetensors"]
+
+
+class _Numbers(TypedDict, total=False):
+    optimizer_steps: Annotated[Number, Field(ge=0)]
+    loss_scaler: dict[str, bool | int | Number]
+
+
+class _File(TypedDict):
+    bytes: Size
+    checksum: str
+
+
+class _Document(TypedDict):
+    """state.json as it is written."""
+
+    state: RunState
+    numbers: _Numbers
+    files: dict[FileName, _File]
+    digest: str
+
+
+_DOCUMENT = TypeAdapter(_Document)
 
 
 @dataclass(frozen=True)
@@ -76,7 +112,7 @@ class Checkpoint:
     path: Path
     state: RunState
     numbers: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # name → bytes, checksum
+    files: Mapping[FileName, _File]
 
     @property
     def name(self) -> str:
@@ -121,7 +157,11 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     if resume == "none":
         return None
     if resume == "auto":
-        return next(reversed(list_checkpoints(folder)), None)
+        found = next(reversed(list_checkpoints(folder)), None)
+        for other in sorted(folder.glob(NAMES)):
+            if found is None or other.name > found.name:
+                log.info("%s: has no %s, so it is not whole: passed over", other, STATE_NAME)
+        return found
     path = Path(resume)
     if not (path / STATE_NAME).is_file():
         raise CheckpointError(
@@ -152,12 +192,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint by its state alone."""
     path = path.resolve()
     try:
-        document = json.loads((path / STATE_NAME).read_text())
-        digest = document.pop("digest")
-        if digest != _digest(document):
+        said = parse_json(read_document(path / STATE_NAME))
+        document = check(said, _DOCUMENT)
+        if said.pop("digest") != _digest(said):
             raise ValueError("its digest is another")
-        return Checkpoint(path, _state_from(document["state"]), document["numbers"], document["files"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return Checkpoint(path, document["state"], {**document["numbers"]}, document["files"])
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _one_before(path)) from error
 
 
@@ -189,7 +229,12 @@ def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan
         said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
         hint = REPLAN_HINT if differ.keys() <= REPLANNED else _OTHERWISE
         raise CheckpointError(f"{checkpoint.path}: belongs to another run: {said}", hint)
-    before = Begun(Config.model_validate(state.config).plan, state.step_in_epoch)
+    try:
+        before = Begun(Config.model_validate(state.config).plan, state.step_in_epoch)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its settings are none: {error.errors()[0]['msg']}", _OTHERWISE
+        ) from error
     if before.steps == 0 or before.settings == config.plan:
         return replace(state, config=config.decisive)
     return replace(state, config=config.decisive, step_in_epoch=0, begun=(*state.begun, before))
@@ -225,17 +270,6 @@ def _differences(
             yield from _differences(was, now, f"{path}{key}.")
         elif was != now:
             yield f"{path.removeprefix('config.')}{key}", (was, now)
-
-
-def _state_from(saved: dict[str, Any]) -> RunState:
-    """The inverse of `asdict`."""
-    begun = []
-    for before in saved.get("begun", ()):
-        settings = before["settings"]
-        begun.append(
-            Begun(PlanSettings(**settings | {"speed_factors": tuple(settings["speed_factors"])}), before["steps"])
-        )
-    return RunState(**saved | {"begun": tuple(begun)})
 
 
 def _describe(path: Path) -> dict[str, Any]:

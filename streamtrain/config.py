@@ -1,7 +1,6 @@
 """One JSON file becomes checked sections. Each default has its one home here; a misspelt key stops the run."""
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from sharding.document import parse_json, read_document
 from streamtrain.plan import PlanSettings
 from streamtrain.precision import ConfigError, check_precision
 
@@ -156,6 +156,7 @@ _TOP_LEVEL = """
     torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     zero_optimization
 """
+DEEPEST = 20  # dots in the name of a setting
 DEEPSPEED_KEYS = frozenset(_TOP_LEVEL.split())
 OURS = {
     "train_batch_size": "data.batch_seconds and train.micro_batches_per_step",
@@ -170,11 +171,11 @@ OURS = {
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration, with `section.key=value` overrides. Raises ConfigError that names the key."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = parse_json(read_document(Path(path)))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", "see the files in configs/") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+        raise ConfigError(f"{path}: {error}", "see the files in configs/") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: an object with sections is expected", "see the files in configs/")
     for override in overrides:
@@ -189,9 +190,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if key in config.deepspeed:
             raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {instead}")
     for key in config.deepspeed.keys() - DEEPSPEED_KEYS:  # the engine would ignore it
-        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.5)
+        near = difflib.get_close_matches(key[:100], DEEPSPEED_KEYS, 1, 0.5)
         hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"these are: {', '.join(sorted(DEEPSPEED_KEYS))}"
-        raise ConfigError(f"{path}: key 'deepspeed.{key}' is not known, or not supported", hint)
+        raise ConfigError(f"{path}: key 'deepspeed.{key:.200}' is not known, or not supported", hint)
     check_precision(config.deepspeed)
     _ = config.peak_rate
     return config
@@ -199,16 +200,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _set(document: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not all(name.split(".")):
-        raise ConfigError(f"--set {override}: section.key=value is expected", "what is no setting stands before --set")
+    if not equals or not all(name.split(".")) or name.count(".") > DEEPEST:
+        said = f"--set {override:.200}: section.key=value is expected"
+        raise ConfigError(said, "what is no setting stands before --set")
     *path, last = name.split(".")
     node = document
     for key in path:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {key!r} is {node!r}, not a section")
+            raise ConfigError(f"--set {override:.200}: {key!r} is {node!r:.200}, not a section")
     try:
-        node[last] = json.loads(text)
+        node[last] = parse_json(text.encode(errors="surrogateescape"))
     except ValueError:
         node[last] = text  # a bare word is a string
     if name == "model.pretrained" and node[last] is not None:
@@ -217,16 +219,16 @@ def _set(document: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, path: str | Path) -> ConfigError:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where, seen = ".".join(str(part) for part in first["loc"])[:200], f"{first['input']!r:.200}"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, _all_keys(), 1, 0.5)
         return ConfigError(f"{path}: unknown key {where!r}", f"did you mean {near[0]!r}?" if near else None)
     if first["type"] == "list_type":
-        return ConfigError(f"{path}: {where!r} is {first['input']!r}, not a list", f"write --set '{where}=[0.9,1,1.1]'")
+        return ConfigError(f"{path}: {where!r} is {seen}, not a list", f"write --set '{where}=[0.9,1,1.1]'")
     if first["type"] == "missing":
         return ConfigError(f"{path}: {where!r} is missing")
     said = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{path}: {where!r} is {first['input']!r}: {said}" if where != "model" else f"{path}: {said}")
+    return ConfigError(f"{path}: {where!r} is {seen}: {said}" if where != "model" else f"{path}: {said}")
 
 
 def _all_keys() -> list[str]:

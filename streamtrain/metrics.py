@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict
 from rapidfuzz.distance import Levenshtein
 from whisper_normalizer.english import EnglishTextNormalizer
+
+from sharding.document import Size
 
 Floats = npt.NDArray[np.float64]
 
@@ -15,10 +18,12 @@ _words_alike = EnglishTextNormalizer()
 
 @dataclass(frozen=True, slots=True)
 class EditCounts:
-    substitutions: int = 0
-    deletions: int = 0
-    insertions: int = 0
-    reference_length: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    substitutions: Size = 0
+    deletions: Size = 0
+    insertions: Size = 0
+    reference_length: Size = 0
 
     def __add__(self, other: "EditCounts") -> "EditCounts":
         return EditCounts(

@@ -7,17 +7,19 @@ changed is not sent again, what is read back is checked, and nothing that a poin
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
+from sharding.document import SMALL_BYTES, parse
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
 from sharding.writing import explaining, sync
@@ -44,6 +46,16 @@ FILES = (
     "hypotheses.jsonl",
 )  # written in place: copied, where others are linked
 FOLDERS = ("best",)
+
+
+class _Pointer(TypedDict):
+    """newest.json as it is written."""
+
+    checkpoint: Annotated[str, Field(pattern=r"^step-\d+$")]
+    files: dict[str, list[str]]  # the pieces of each
+
+
+_POINTER = TypeAdapter(_Pointer)
 
 
 class Mirror:
@@ -259,15 +271,12 @@ def _link(path: Path, to: Path) -> None:
 
 def _read_pointer(store: Store) -> dict[str, Any] | None:
     try:
-        pointer = json.loads(store.read(POINTER))
-        files = {str(name): [str(piece) for piece in list(pieces)] for name, pieces in pointer["files"].items()}
-        if not re.fullmatch(r"step-\d+", checkpoint := str(pointer["checkpoint"])):
-            raise ValueError(f"{checkpoint!r} is no checkpoint")
-        return {"checkpoint": checkpoint, "files": files}
+        pointer = parse(store.read(POINTER, SMALL_BYTES), _POINTER)
     except MissingError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", NO_MIRROR) from error
+    return {**pointer}
 
 
 def _pieces_of(files: dict[str, list[str]]) -> set[str]:
@@ -275,7 +284,7 @@ def _pieces_of(files: dict[str, list[str]]) -> set[str]:
 
 
 def _read_piece(store: Store, name: str) -> bytes:
-    data = store.read(name)
+    data = store.read(name, PIECE_BYTES)
     if _name(data) != name:
         raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", NO_MIRROR)
     return data

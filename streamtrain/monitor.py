@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from sharding.errors import StreamtrainError
 from sharding.writing import append, explaining, write
 from streamtrain.finish import FINISH_NAME, read_finish
-from streamtrain.scorecard import SCORECARD, Evaluation, read_scorecard, render_interval
+from streamtrain.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
 
 LINE_EVERY_SEC = 60.0  # where the output is no terminal
 SAMPLES_SHOWN = 8
@@ -229,7 +228,7 @@ def render_run(run_dir: Path) -> str:
         return _render_unscored(run_dir)
     card, clips = read_scorecard(run_dir)
     before, page = run_dir / "before.json", run_dir / "scorecard.html"
-    first = f"{json.loads(before.read_text())['cer']:.3f}" if before.is_file() else "?"
+    first = f"{read_rate(before):.3f}" if before.is_file() else "?"
     ended = f"\n  {read_finish(run_dir)}" if (run_dir / FINISH_NAME).is_file() else ""
     shown = "\n".join(
         f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"

@@ -13,8 +13,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from pydantic import ConfigDict, PositiveFloat, PositiveInt
 
 from sharding.audio import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
+from sharding.document import Count
 from sharding.errors import StreamtrainError
 from sharding.format import SampleTable, ShardIndex
 from streamtrain.augment import Floats, keyed_uniform, length_at
@@ -33,9 +35,11 @@ class PlanError(StreamtrainError):
 class PlanSettings:
     """All that shapes an epoch, beside the index and the epoch's number."""
 
-    batch_seconds: float  # cap on clips × longest of a micro-batch
-    micro_batches_per_step: int
-    window_shards: int = 4
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    batch_seconds: PositiveFloat  # cap on clips × longest of a micro-batch
+    micro_batches_per_step: PositiveInt
+    window_shards: PositiveInt = 4
     length_jitter: float = 0.004  # spread of the sort key, s
     seed: int = 0
     speed_factors: tuple[float, ...] = ()  # each clip is played at one of these
@@ -246,7 +250,7 @@ class Begun:
     """How an epoch was planned at first, and how many of those steps were done before it was planned anew."""
 
     settings: PlanSettings
-    steps: int
+    steps: Count
 
 
 def plan_rest(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequence[Begun]) -> EpochPlan:

@@ -4,6 +4,7 @@ DeepSpeed takes many more, and some of them train wrongly without a word: torch_
 clips and measures gradients that are still scaled. Needs no torch, so that a mistake is told at once.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,12 +78,24 @@ def check_precision(deepspeed: Mapping[str, Any]) -> str:
 
 def _check_step(deepspeed: Mapping[str, Any]) -> None:
     """Raise ConfigError if the optimizer or the clipping is none that is trained."""
-    kind = deepspeed.get("optimizer", {}).get("type", "AdamW")
+    optimizer = deepspeed.get("optimizer", {})
+    params = optimizer.get("params", {}) if isinstance(optimizer, Mapping) else None
+    if not isinstance(params, Mapping):
+        raise ConfigError(
+            f"deepspeed.optimizer is {optimizer!r:.200}, not a section with params", "see configs/zero2.json"
+        )
+    kind, rate = optimizer.get("type", "AdamW"), params.get("lr", 1e-3)
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(f"deepspeed.optimizer.type is {kind!r}", "Adam and AdamW are trained here")
+    if not _is_number(rate):
+        raise ConfigError(f"deepspeed.optimizer.params.lr is {rate!r:.200}", "the peak rate is expected")
     clipping = deepspeed.get("gradient_clipping", 0.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+    if not _is_number(clipping):
         raise ConfigError(f"deepspeed.gradient_clipping is {clipping!r}", "the largest norm is expected, or 0 for none")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _check_sums(deepspeed: Mapping[str, Any]) -> None:

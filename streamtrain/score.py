@@ -1,12 +1,13 @@
 """CER or WER between two files in the submission's form, as the challenge scores it. Starts without torch."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sharding.document import LARGE_BYTES, DocumentError, parse_json, read_document
 from sharding.errors import StreamtrainError
 from sharding.ipa import TRACKS, normalize_ipa
+from sharding.store import open_regular
 from streamtrain.metrics import EditCounts, count_edits, spoken_words
 
 LISTED = 10  # ids named in a message
@@ -60,10 +61,10 @@ def render(result: dict[str, Any]) -> str:
 
 def _track_of(predicted: Path) -> str:
     """Told by the first row that has a label of either."""
-    with suppress(OSError), open(predicted, "rb") as lines:
+    with suppress(OSError), open_regular(predicted) as lines:
         for line in lines:
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
+            with suppress(ValueError):
+                row = parse_json(line)
                 for track, name in TRACKS.items():
                     if isinstance(row, dict) and name in row:
                         return track
@@ -73,21 +74,23 @@ def _track_of(predicted: Path) -> str:
 def _read(path: Path, label: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_document(path, LARGE_BYTES).split(b"\n")
     except OSError as error:
         raise ScoreError(f"{path}: {error.strerror}") from error
+    except DocumentError as error:
+        raise ScoreError(f"{path}: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}: not a row with utterance_id and {label}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             name, text = row["utterance_id"], row[label]
             if not isinstance(name, str) or not isinstance(text, str | None):
                 raise TypeError("they are not text")
         except KeyError as error:
             raise ScoreError(f"{where}: it has {', '.join(row)}") from error
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ScoreError(f"{where} ({error})", "one JSON object per line") from error
         if name in texts:
             raise ScoreError(f"{path}:{number}: utterance_id {name!r} comes twice")

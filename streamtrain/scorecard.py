@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 from rapidfuzz.distance import Levenshtein
+from typing_extensions import TypedDict
 
+from sharding.document import LARGE_BYTES, Number, Second, Size, check, parse, parse_json, read_document
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 from sharding.ipa import normalize
@@ -34,16 +37,18 @@ Groups = dict[str, list["ClipScore"]]
 class ClipScore:
     """One recording, scored once."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     utterance_id: str
     child_id: str
     session_id: str
     corpus: str
     age_bucket: str
-    seconds: float
+    seconds: Second
     decoded: bool
     reference: str
     hypothesis: str
-    confidence: float
+    confidence: Number
     counts: EditCounts  # over symbols
     words: EditCounts | None  # over words as the challenge compares them, of the word track
 
@@ -51,6 +56,22 @@ class ClipScore:
     def speaker(self) -> str:
         """As far as the shard set tells: the child, else the session, else the clip itself."""
         return self.child_id or self.session_id or self.utterance_id
+
+
+class _Rate(TypedDict):
+    cer: Number
+
+
+class _Card(_Rate):
+    """What others read of a scorecard."""
+
+    cer_interval_95: tuple[Number, Number] | None
+    children: Size
+    clips: Size
+    split: str
+
+
+_RATE, _CARD, _CLIP = TypeAdapter(_Rate), TypeAdapter(_Card), TypeAdapter(ClipScore)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,18 +136,22 @@ def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Pa
 def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
     """What `write_scorecard` wrote. Raises StreamtrainError where it is not there, or not that."""
     try:
-        card = json.loads((folder / SCORECARD).read_text(encoding="utf-8"))
-        lines = (folder / HYPOTHESES).read_text(encoding="utf-8").splitlines()
-        return card | {"cer": float(card["cer"])}, [_clip_from(json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        card = parse_json(read_document(folder / SCORECARD))
+        check(card, _CARD)
+        lines = read_document(folder / HYPOTHESES, LARGE_BYTES).split(b"\n")
+        return card, [parse(line, _CLIP) for line in lines if line]
+    except (OSError, ValueError) as error:
         raise StreamtrainError(
             f"{folder}: no scorecard ({error})", "train first, or score a model with launch/evaluate.py"
         ) from error
 
 
-def _clip_from(row: dict[str, Any]) -> ClipScore:
-    words = EditCounts(**row["words"]) if row["words"] else None
-    return ClipScore(**row | {"counts": EditCounts(**row["counts"]), "words": words})
+def read_rate(path: Path) -> float:
+    """Return the CER that a file says. Raises StreamtrainError if it says none."""
+    try:
+        return parse(read_document(path), _RATE)["cer"]
+    except (OSError, ValueError) as error:
+        raise StreamtrainError(f"{path}: no score ({error})", "train first") from error
 
 
 def render(card: dict[str, Any]) -> str:

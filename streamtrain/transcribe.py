@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from pydantic import TypeAdapter
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE, Waveform, decode
+from sharding.document import Size, parse, read_document
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
@@ -102,6 +105,16 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     return failed
 
 
+class _State(TypedDict):
+    digest: str
+    rows: Size
+    bytes: Size
+    failed: Size
+
+
+_STATE = TypeAdapter(_State)
+
+
 class Progress:
     """The rows that were written so far, of a file under another name until they are all there."""
 
@@ -127,10 +140,10 @@ class Progress:
         size = 0
         if self._state.is_file() and self._partial.is_file():
             try:
-                state = json.loads(self._state.read_text())
+                state = parse(read_document(self._state), _STATE)
                 if state["digest"] == digest and self._partial.stat().st_size >= state["bytes"]:
                     self.rows, self.failed, size = state["rows"], state["failed"], state["bytes"]
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 pass  # a state that was cut off says nothing: begin anew
             if not self.rows:
                 print(f"{self._partial}: what an earlier run has done is of another request; all is done anew")

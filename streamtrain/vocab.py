@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from sharding.audio import SAMPLE_RATE
+from sharding.document import Count, parse, read_document
 from sharding.errors import StreamtrainError
 from sharding.ipa import LETTERS, SYMBOLS
 
@@ -67,12 +70,12 @@ def load_vocab(model: Path) -> Vocab:
     """The vocabulary of a saved model. Raises StreamtrainError where its `vocab.json` is not one."""
     path = model / "vocab.json"
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-        tokens = tuple(sorted(ids, key=ids.__getitem__))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        ids = parse(read_document(path), TypeAdapter(dict[str, Count]))
+    except (OSError, ValueError) as error:
         raise StreamtrainError(
             f"{path}: no vocabulary ({error})", "give the folder of a trained model, such as RUN/best"
         ) from error
+    tokens = tuple(sorted(ids, key=ids.__getitem__))
     if [ids[token] for token in tokens] != list(range(len(tokens))) or not {BLANK, UNKNOWN, SPACE} <= set(tokens):
         raise StreamtrainError(f"{path}: ids must run from 0 and include {BLANK}, {UNKNOWN} and {SPACE}")
     return Vocab(tokens)

@@ -217,13 +217,15 @@ def parts(step: int) -> Parts:
 @pytest.mark.parametrize("damage", [flip, cut_off, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
-    name: str, damage: Callable[[Path], None], tmp_path: Path
+    name: str, damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
         save_checkpoint(parts(step), state(step), tmp_path, keep=2)
     damage(tmp_path / "step-0000002" / name)
     if (name, damage) == ("state.json", Path.unlink):  # it is not whole, and so is none
-        assert find_checkpoint("auto", tmp_path) == tmp_path / "step-0000001"
+        with caplog.at_level("INFO", "streamtrain"):
+            assert find_checkpoint("auto", tmp_path) == tmp_path / "step-0000001"
+        assert f"{tmp_path / 'step-0000002'}: has no state.json, so it is not whole: passed over" in caplog.text
         return
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(tmp_path / "step-0000002")

@@ -161,7 +161,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json: No such file"):
         load_config(tmp_path / "none.json")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="is a folder, not a file"):
         load_config(tmp_path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import xxhash
 import zstandard
+from fuzz import Document, make_documents, try_all
 
 from sharding.bucket import BucketStore
 from sharding.errors import ShardError, StoreError, StreamtrainError
@@ -19,6 +20,10 @@ from sharding.manifest import Reading
 from sharding.repair import find_faults, repair
 from sharding.store import FolderStore, Store
 
+KINDS = (
+    "index.json", "samples.bin.zst", ".idx.zst", "sample", "summary.json", "ledger", "alignments", "predicted",
+    "scorecard.json", "hypotheses.jsonl", "--config", "--set", "state.json", "vocab.json", "newest.json", "lock",
+)  # fmt: skip
 OUTSIDE = ("../VICTIM.bin", "train/../../VICTIM.bin", "/etc/passwd", "/dev/zero", "..", ".", "", "a\0b")
 
 
@@ -45,6 +50,25 @@ def check_first(store: Store) -> None:
 def read_first(store: Store) -> None:
     index = read_index(store)
     read_samples(store, index, index.shards[0], index.samples[:1])
+
+
+# --- documents -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Document]:
+    return make_documents(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_that_is_nearly_right_is_read_or_refused_in_words(kind: str, documents: dict[str, Document]) -> None:
+    """As a command, `python tests/fuzz.py 2000` tries more."""
+    outcomes = try_all(documents[kind], 20, derandomize=True)
+    assert outcomes["read"] + outcomes["refused"] >= 20
+
+
+def test_every_kind_of_document_is_tried(documents: dict[str, Document]) -> None:
+    assert documents.keys() == set(KINDS)
 
 
 # --- names ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,284 @@
+"""Documents that are nearly right, for each reader of them: `python tests/fuzz.py N` tries N for each.
+
+A reader returns, or raises an error of ours, within 2 s and 200 MB; whatever else it does is a fault.
+"""
+
+import hashlib
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+from corpus import make_corpus
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from sharding import report
+from sharding.aligned import read_alignments
+from sharding.build import BuildSettings, HowToRun, build
+from sharding.errors import StreamtrainError
+from sharding.exclusive import parse_holder, this_process
+from sharding.format import check_shard, read_index, read_outlines, read_shard_index
+from sharding.sample import sample_from_bytes
+from sharding.store import FolderStore
+from streamtrain.checkpoint import RunState, read_checkpoint
+from streamtrain.checkpoint import _digest as digest_state
+from streamtrain.compare import compare_folders
+from streamtrain.config import load_config
+from streamtrain.mirror import _read_pointer
+from streamtrain.score import score_files
+from streamtrain.vocab import load_vocab, vocab_of
+
+LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
+HOSTILE = [None, -1, 0, 2**31, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), -1e308, True, "", "../x", "\0",
+           "/dev/zero", "x" * 10_000, [], [[]], {}, {"": None}, [None] * 1_000]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file that is right, how it is packed, and what reads it from its place."""
+
+    path: Path
+    read: Callable[[], object]
+    unpack: Callable[[bytes], bytes] = bytes
+    pack: Callable[[bytes], bytes] = bytes
+
+
+# --- how a document is spoilt --------------------------------------------------------------------------------------
+
+
+def spoil(data: bytes, kind: str, first: int, second: int) -> bytes:
+    """Return other bytes; the numbers choose where, and what instead."""
+    place = first % max(len(data), 1)
+    if kind == "flip" and data:
+        return data[:place] + bytes([data[place] ^ 1 << second % 8]) + data[place + 1 :]
+    if kind == "cut":
+        return data[:place]
+    if kind == "insert":
+        return data[:place] + random.Random(second).randbytes(second % 50) + data[place:]
+    if kind == "nest":
+        depth, bracket = [10, 500, 100_000][second % 3], [b"[", b'{"a":', b'[{"a":'][second % 5 % 3]
+        return data[:place] + bracket * depth + data[place:] if second % 2 else bracket * depth
+    if kind == "repeat":
+        return data + data[place:] * (second % 100)
+    return _replace(data, first, second)
+
+
+def _replace(data: bytes, first: int, second: int) -> bytes:
+    """Another value at one place of a JSON document, or of one of its lines; a field more, or one less."""
+    lines = data.split(b"\n") if data.count(b"\n{") else [data]
+    line = first % len(lines)
+    try:
+        document = json.loads(lines[line])
+    except ValueError:
+        return data
+    places = list(_places(document))
+    if not places:
+        return json.dumps(HOSTILE[second % len(HOSTILE)]).encode()
+    node, key = places[first // len(lines) % len(places)]
+    if second % 7 == 0:
+        del node[key]
+    elif second % 7 == 1 and isinstance(node, dict):
+        node["more"] = HOSTILE[second // 7 % len(HOSTILE)]
+    else:
+        node[key] = HOSTILE[second // 7 % len(HOSTILE)]
+    lines[line] = json.dumps(document).encode()
+    return b"\n".join(lines)
+
+
+def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        yield node, key
+        yield from _places(node[key])
+
+
+SPOILT = st.tuples(
+    st.sampled_from(["flip", "cut", "insert", "nest", "repeat", "replace", "replace", "replace", "replace"]),
+    st.integers(0, 2**32), st.integers(0, 2**32), st.booleans(),
+)  # fmt: skip
+
+
+def attempt(document: Document, spoilt: tuple[str, int, int, bool]) -> str:
+    """Read a spoilt document, and put the right one back: "read" or "refused". Anything else raises."""
+    kind, first, second, inside = spoilt
+    whole = document.path.read_bytes()
+    data = document.pack(spoil(document.unpack(whole), kind, first, second)) if inside else spoil(
+        whole, kind, first, second)  # fmt: skip
+    started, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        document.path.write_bytes(data)
+        document.read()
+        outcome = "read"
+    except StreamtrainError:
+        outcome = "refused"
+    finally:
+        document.path.write_bytes(whole)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    lasted = time.monotonic() - started
+    assert lasted < LONGEST_SEC, f"{lasted:.1f} s"
+    assert grown < MOST_BYTES, f"{grown:,} bytes"
+    return outcome
+
+
+# --- what is read --------------------------------------------------------------------------------------------------
+
+
+def make_documents(folder: Path) -> dict[str, Document]:
+    """Write a document of each kind below a folder."""
+    shards = folder / "shards"
+    build(
+        [make_corpus(folder / "corpus")], str(shards), BuildSettings(num_buckets=2, shard_mb=0.1), HowToRun(workers=1)
+    )
+    store = FolderStore(shards)
+    index = read_index(store)
+    name, settings_of_tests = index.shards[0].name, folder / "config.json"
+    tar = shards / name
+    unpack, pack = zstandard.decompress, zstandard.compress
+    files = {
+        name: folder / name for name in ("sample", "aligned", "predicted", "actual", "set", "holder", "newest.json")
+    }
+    files["sample"].write_bytes(tar.read_bytes()[: int(index.samples["bytes"][0])])
+    piece = {"gap": 1.5}
+    word = {"word": "a", "start": 0.1, "end": 0.2, "confidence": 0.9, "evidence": 3.0, "order": 1.0}
+    cut = {"at": 0.5, "words_before": 1, "probability": 0.9, "inside": 0.1}
+    row = {"utterance_id": "a", "text": "a b", "seconds": 1.0, "words": [word] * 2, "cuts": [cut],
+           "pieces": [piece] * 2, "without": [2.0], "log_prob": -0.1, "error": None}  # fmt: skip
+    lines = (json.dumps(row | {"utterance_id": str(number)}) + "\n" for number in range(9))
+    files["aligned"].write_bytes(pack("".join(lines).encode()))
+    for each in ("predicted", "actual"):
+        rows = ({"utterance_id": str(number), "phonetic_text": "kæt"} for number in range(9))
+        files[each].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings_of_tests.write_bytes((Path(__file__).parents[1] / "configs" / "zero2.json").read_bytes())
+    files["set"].write_text("data.speed_factors=[0.9, 1, 1.1]")
+    files["holder"].write_text(json.dumps(this_process()))
+    files["newest.json"].write_text(json.dumps({"checkpoint": "step-1", "files": {"a": ["pieces/1"], "b": []}}))
+    card, vocab, checkpoint = folder / "card", folder / "vocab", folder / "step-0000001"
+    for place in (card, vocab, checkpoint):
+        place.mkdir()
+    counts = {"substitutions": 1, "deletions": 0, "insertions": 0, "reference_length": 3}
+    clip = {"utterance_id": "a", "child_id": "c", "session_id": "", "corpus": "m", "age_bucket": "", "seconds": 1.0,
+            "decoded": True, "reference": "kæt", "hypothesis": "kæp", "confidence": 0.9, "counts": counts,
+            "words": counts}  # fmt: skip
+    said = {"cer": 0.5, "cer_interval_95": [0.1, 0.9], "children": 2, "clips": 2, "split": "valid"}
+    (card / "scorecard.json").write_text(json.dumps(said))
+    clips = (clip | {"utterance_id": str(number), "child_id": str(number % 3)} for number in range(9))
+    (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
+    ids = {token: number for number, token in enumerate(vocab_of("phonetic").tokens)}
+    (vocab / "vocab.json").write_text(json.dumps(ids))
+    settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "window_shards": 2, "length_jitter": 0.0, "seed": 0,
+                "speed_factors": [1.0], "gain_db": 0.0}  # fmt: skip
+    state = vars(RunState({}, "", 2, best_cer=0.5, best_step=1)) | {"begun": [{"settings": settings, "steps": 1}]}
+    written = {"state": state, "numbers": {"optimizer_steps": 1.0, "loss_scaler": {}},
+               "files": {"model.safetensors": {"bytes": 1, "checksum": "0"}}}  # fmt: skip
+    (checkpoint / "state.json").write_text(json.dumps(written | {"digest": digest_state(written)}))
+
+    def read_set() -> None:
+        index = read_index(store)
+        list(read_outlines(store))
+        check_shard(store, index.shards[0], index.track)
+
+    def pack_columns(data: bytes) -> bytes:
+        columns = pack(data)
+        document = json.loads((shards / "index.json").read_bytes())
+        document["samples"]["checksum"] = xxhash.xxh3_64_hexdigest(columns)
+        (shards / "index.json").write_bytes(with_digest(json.dumps(document).encode()))
+        return columns
+
+    ledger, old = shards / report.LEDGER_NAME, shards / report._name_with("0", report.LEDGER_NAME)
+    old.write_bytes(ledger.read_bytes())
+    return {
+        "index.json": Document(shards / "index.json", read_set, bytes, with_digest),
+        "samples.bin.zst": Document(shards / index_columns(shards), read_set, unpack, pack_columns),
+        ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
+        "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
+        "summary.json": Document(shards / report.SUMMARY_NAME, partial(report.read_summary, store)),
+        "ledger": Document(old, partial(report.keep_old, store, "0"), unpack, pack),
+        "alignments": Document(files["aligned"], partial(read_alignments, files["aligned"]), unpack, pack),
+        "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),
+        "scorecard.json": Document(card / "scorecard.json", partial(compare_folders, card, card)),
+        "hypotheses.jsonl": Document(card / "hypotheses.jsonl", partial(compare_folders, card, card)),
+        "--config": Document(settings_of_tests, partial(load_config, settings_of_tests)),
+        "--set": Document(files["set"], lambda: load_config(
+            settings_of_tests, [files["set"].read_bytes().decode(errors="surrogateescape")])),
+        "state.json": Document(
+            checkpoint / "state.json", partial(read_checkpoint, checkpoint), bytes, with_state_digest),
+        "vocab.json": Document(vocab / "vocab.json", partial(load_vocab, vocab)),
+        "newest.json": Document(files["newest.json"], partial(_read_pointer, FolderStore(folder))),
+        "lock": Document(files["holder"], lambda: parse_holder(files["holder"].read_bytes())),
+    }  # fmt: skip
+
+
+def index_columns(shards: Path) -> str:
+    return str(json.loads((shards / "index.json").read_bytes())["samples"]["name"])
+
+
+def with_digest(data: bytes) -> bytes:
+    """An index under the digest that it has by its bytes, if it is one."""
+    with suppress(ValueError, TypeError, RecursionError):
+        document = json.loads(data)
+        undigested = json.dumps(document | {"digest": ""}).encode()
+        digest = hashlib.sha256(undigested).hexdigest()
+        return undigested.replace(b'"digest": ""', f'"digest": "{digest}"'.encode())
+    return data
+
+
+def with_state_digest(data: bytes) -> bytes:
+    with suppress(ValueError, TypeError, RecursionError, AttributeError):
+        document = json.loads(data)
+        document.pop("digest", None)
+        return json.dumps(document | {"digest": digest_state(document)}).encode()
+    return data
+
+
+def try_all(document: Document, examples: int, derandomize: bool) -> Counter[str]:
+    """Try so many spoilt documents on a reader; returns how many were read, and how many refused."""
+    outcomes: Counter[str] = Counter()
+
+    phases = [Phase.explicit, Phase.generate, Phase.shrink]
+
+    @settings(max_examples=examples, derandomize=derandomize, deadline=None, database=None, phases=phases,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(SPOILT)
+    @example(("nest", 0, 2, True))  # a hundred thousand brackets
+    @example(("nest", 0, 8, True))
+    @example(("cut", 0, 0, False))  # an empty file
+    @example(("repeat", 0, 99, True))
+    def run(spoilt: tuple[str, int, int, bool]) -> None:
+        outcomes[attempt(document, spoilt)] += 1
+
+    run()
+    return outcomes
+
+
+def main() -> None:
+    np.seterr(all="ignore")
+    failed = False
+    with tempfile.TemporaryDirectory() as name:
+        for kind, document in make_documents(Path(name)).items():
+            try:
+                outcomes = try_all(document, int(sys.argv[1]), derandomize=False)
+                print(f"{kind:>18}: {outcomes.total():,} tried, {dict(outcomes)}", flush=True)
+            except BaseException as error:
+                failed = True
+                print(
+                    f"{kind:>18}: {type(error).__name__}: {str(error)[:300]}",
+                    *getattr(error, "__notes__", []),
+                    flush=True,
+                )
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
