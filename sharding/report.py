@@ -199,7 +199,7 @@ def read_summary(store: Reader) -> dict[str, Any] | None:
     """The summary of a shard set, or None where its report was left behind."""
     try:
         document: dict[str, Any] = parse_json(store.read(SUMMARY_NAME, LARGE_BYTES))
-        render(document)  # one that cannot be shown is none
+        render(document, store.url)  # one that cannot be shown is none
     except MissingError:
         return None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
