@@ -1,5 +1,7 @@
 """An object store behind the verbs of `store.py`, under the faults that such a server has."""
 
+import logging
+import math
 import os
 import sys
 import time
@@ -24,8 +26,12 @@ from obstore.store import ObjectStore, from_url
 from sharding.errors import MissingError, StoreError
 from sharding.names import check_name
 
+log = logging.getLogger("streamtrain")
+
 PATIENCE_SEC = 90.0  # for which what fails is repeated
-SILENCE_SHARE = 2 / 3  # of it: as long may an answer take, so that one which never comes is asked for once more
+READ_SHARE = 1 / 3  # of it: as long may an answer take, so that one which never comes is asked for twice more
+WRITE_SHARE = 2 / 3  # likewise, with a part on its way up: once more
+UNTOLD_SHARE = 1 / 18  # of it: as long obstore repeats what fails by itself, before it is told
 CONNECT_SEC = 10.0
 BODY_SEC = 3600.0  # for a body that keeps coming: obstore's 30 s would cut off a 64 MB shard on a line of 2 MB/s
 TRIES, PAUSE_SEC = 6, 0.5  # where an answer broke off
@@ -50,11 +56,44 @@ class Found:
     modified: datetime  # by the server's clock
 
 
+class _Outage:
+    """Since when all that this process has asked a store for has failed. Threads may race for it: nothing is lost."""
+
+    def __init__(self, patience_sec: float) -> None:
+        self._patience_sec = patience_sec
+        self._began: float | None = None
+        self._lasted = self._failed = self._told = -math.inf  # times: it lasted until then; of a failure; of a line
+        self.error: BaseException = GenericError()
+
+    def begin(self, since: float) -> None:
+        self._began = since if self._began is None else min(self._began, since)
+        self._lasted = time.monotonic()
+
+    def end(self) -> None:
+        self._began = None
+
+    def note(self, error: BaseException, tried: float) -> bool:
+        """Note that what was tried then has failed; returns whether that is worth a line."""
+        now, began = time.monotonic(), self._began
+        if began is None or self._lasted < now - self._patience_sec:  # nothing was asked for in between
+            began = tried
+        self._began, self._lasted, self._failed, self.error = began, now, now, error
+        news = self._told < min(began, now - self._patience_sec)  # a line for each outage, and not too many
+        if news:
+            self._told = now
+        return news
+
+    def is_given_up(self, asked: float) -> bool:
+        """Tell whether a request has failed since then, and all of them for as long as there is patience."""
+        began = self._began
+        return began is not None and self._failed > asked and time.monotonic() >= began + self._patience_sec
+
+
 class BucketStore:
     """An object store. What is large goes up in parts, and appears under its name only when it is whole.
 
-    What fails is repeated for `patience_sec`. A server that is away is told after that time, one that takes requests
-    and never answers after 4/3 of it.
+    What fails is repeated for `patience_sec`, of which all requests share one count while none of them is answered.
+    What is written to a server that takes it and never answers fails after 4/3 of that time.
     """
 
     remote = True
@@ -63,18 +102,11 @@ class BucketStore:
         self.url = url.rstrip("/")
         self.retries = 0  # after what obstore itself repeats
         self._patience_sec = patience_sec
-        patience = timedelta(seconds=patience_sec)
-        options: dict[str, Any] = {
-            "connect_timeout": timedelta(seconds=CONNECT_SEC),
-            "read_timeout": patience * SILENCE_SHARE,  # of a request all, of a response each silence
-            "timeout": timedelta(seconds=BODY_SEC),
-        }
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
-            options["allow_http"] = True
-        retries = {"max_retries": 1_000, "retry_timeout": patience}  # time is the limit, not their number
+        self._outage = _Outage(patience_sec)
         try:
-            self._store: ObjectStore = from_url(url, client_options=options, retry_config=retries)  # type: ignore[call-overload]
+            self._store = _connect(url, patience_sec * READ_SHARE, patience_sec * UNTOLD_SHARE)
+            # Writes are repeated part by part by obstore itself, else all parts would go up anew
+            self._writer = _connect(url, patience_sec * WRITE_SHARE, patience_sec)
         except (BaseError, ValueError) as error:
             raise StoreError(f"{url}: {_first_line(error)}", "a bucket's URL is s3://bucket/prefix") from error
 
@@ -89,8 +121,12 @@ class BucketStore:
 
         return self._insist(name, get)
 
-    def read_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """Ranges with little between them come with one request, the others in parallel."""
+    def read_ranges(self, name: str, ranges: Sequence[Range], asked: float | None = None) -> list[bytes]:
+        """Ranges with little between them come with one request, the others in parallel.
+
+        `asked` is when they were wanted, by `time.monotonic()`, if that was before now: what has been given up since
+        then is not tried again.
+        """
         check_name(self.url, name)
         starts, lengths = (list(column) for column in zip(*ranges, strict=True))
 
@@ -103,13 +139,13 @@ class BucketStore:
                     return [b""] * len(starts)  # beyond the end, as of a file; checksums tell
                 raise
 
-        return self._insist(name, read)
+        return self._insist(name, read, asked)
 
     def write(self, name: str, data: Content) -> None:
         check_name(self.url, name)
         whole = data if isinstance(data, bytes) else b"".join(data)
         # One part at a time: the workers of a build share the line as it is, and each part has the same time
-        self._insist(name, lambda: obstore.put(self._store, name, whole, chunk_size=PART_BYTES, max_concurrency=1))
+        self._insist(name, lambda: obstore.put(self._writer, name, whole, chunk_size=PART_BYTES, max_concurrency=1))
 
     def exists(self, name: str) -> bool:
         check_name(self.url, name)
@@ -154,7 +190,7 @@ class BucketStore:
         """
         mode: Any = tag or "create"
         try:
-            return _tag_of(self._insist(name, lambda: obstore.put(self._store, name, data, mode=mode)))
+            return _tag_of(self._insist(name, lambda: obstore.put(self._writer, name, data, mode=mode)))
         except StoreError as error:
             if isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
                 return None
@@ -191,18 +227,39 @@ class BucketStore:
             print(f"{self.url}: {_first_line(error)}; {LEFT_TO_LIFECYCLE}", file=sys.stderr)
         return aborted
 
-    def _insist(self, name: str, act: Callable[[], Result]) -> Result:
-        """obstore repeats what fails, but not always where an answer breaks off midway; then all is begun anew."""
-        give_up = time.monotonic() + self._patience_sec
-        for left in reversed(range(TRIES)):
+    def failed_elsewhere(self, since: float) -> None:
+        """Count the time since then as one in which this store has not answered, as another process has found."""
+        self._outage.begin(since)
+
+    def _insist(self, name: str, act: Callable[[], Result], asked: float | None = None) -> Result:
+        """Repeat what fails until the outage has lasted for long enough, or answers break off once too often.
+
+        obstore repeats for a while by itself, but not always where an answer breaks off midway.
+        """
+        begun = time.monotonic()
+        broken = 0
+        while True:
+            if self._outage.is_given_up(begun if asked is None else asked):
+                raise self._explain(name, self._outage.error) from self._outage.error
+            tried = time.monotonic()
             try:
-                return act()
+                result = act()
             except (BaseError, OSError) as error:
-                if not (left and isinstance(error, GenericError) and time.monotonic() < give_up):
-                    raise self._explain(name, error) from error
+                explained = self._explain(name, error)
+                if not isinstance(error, GenericError):  # the server has answered, and will not otherwise
+                    self._outage.end()
+                    raise explained from error
+                broken += time.monotonic() - tried < self._patience_sec * UNTOLD_SHARE
+                if self._outage.note(error, tried):
+                    log.warning("%s; asked again for up to %g s", explained.message, self._patience_sec)
+                over = time.monotonic() >= begun + self._patience_sec or self._outage.is_given_up(tried)
+                if over or broken == TRIES:
+                    raise explained from error
                 self.retries += 1
                 time.sleep(PAUSE_SEC)
-        raise AssertionError("unreachable")
+            else:
+                self._outage.end()
+                return result
 
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
@@ -216,6 +273,24 @@ class BucketStore:
 
 def too_large(where: str, size: int, limit: int) -> StoreError:
     return StoreError(f"{where}: has {size:,} bytes, at most {limit:,} are expected", "is it another file?")
+
+
+def _connect(url: str, silence_sec: float, repeat_sec: float) -> ObjectStore:
+    """Open a store whose requests may wait for so long: of a request all, of a response each silence."""
+    options: dict[str, Any] = {
+        "connect_timeout": timedelta(seconds=CONNECT_SEC),
+        "read_timeout": timedelta(seconds=silence_sec),
+        "timeout": timedelta(seconds=BODY_SEC),
+    }
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
+        options["allow_http"] = True
+    first, longest = min(0.1, repeat_sec / 50), min(15.0, repeat_sec / 4)
+    backoff = {"init_backoff": timedelta(seconds=first), "max_backoff": timedelta(seconds=longest), "base": 2}
+    retries = {  # time is the limit, not their number
+        "max_retries": 1_000, "retry_timeout": timedelta(seconds=repeat_sec), "backoff": backoff,
+    }  # fmt: skip
+    return from_url(url, client_options=options, retry_config=retries)  # type: ignore[call-overload, no-any-return]
 
 
 def _tag_of(meta: Mapping[str, Any]) -> Tag:

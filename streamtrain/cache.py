@@ -15,12 +15,11 @@ from typing import BinaryIO
 
 import xxhash
 
-from sharding.bucket import Range
+from sharding.bucket import BucketStore, Range
 from sharding.errors import ShardError, StoreError
 from sharding.exclusive import NO_LOCKS
 from sharding.format import ShardEntry, ShardIndex
 from sharding.sample import escape_key
-from sharding.store import Reader
 from sharding.writing import cannot_write
 from streamtrain.plan import Uses
 
@@ -32,6 +31,7 @@ SHARDS_AT_ONCE = 4
 STEPS_AHEAD = 32  # shards of these steps are fetched before they are needed
 STEPS_BEHIND = 16  # shards of these steps are kept if there is room: a slower thread or rank may still read from them
 FETCH_TRIES = 3
+HELD_SEC = 1.0  # longer than a lock is held for anything but a fetch
 EVICT_LOCK = "evict.lock"
 WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished writing, so that something can go
 IDLE_SEC = 600.0  # a shard that is not in the plan, and that nobody asked for so long, is no longer needed
@@ -60,7 +60,7 @@ class ShardCache:
 
     remote = False
 
-    def __init__(self, store: Reader, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
+    def __init__(self, store: BucketStore, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
         self.url = store.url
         self.counts = CacheCounts()
         self._repeated = 0  # requests, up to the last call of take_counts
@@ -94,7 +94,7 @@ class ShardCache:
         """What was asked of it since the last call."""
         with self._lock:
             counts, self.counts = self.counts, CacheCounts()
-        repeated = getattr(self._store, "retries", 0)
+        repeated = self._store.retries
         counts.retries += repeated - self._repeated
         self._repeated = repeated
         return counts
@@ -164,8 +164,9 @@ class ShardCache:
         file = _opened(path)
         if file is None:
             self._count(misses=not ahead)
+            asked = time.monotonic()
             with _locked(path.with_suffix(".lock")):
-                file = _opened(path) or self._fetch(self._entries[name], path, ahead)
+                file = _opened(path) or self._fetch(self._entries[name], path, ahead, asked)
         else:
             self._count(hits=1)
         os.utime(file.fileno())  # when it was last asked for
@@ -173,14 +174,19 @@ class ShardCache:
 
     # --- fetching ---------------------------------------------------------------------------------------------------
 
-    def _fetch(self, shard: ShardEntry, path: Path, ahead: bool) -> BinaryIO:
-        """Write a shard under its name, and return it opened. What is needed now does not wait for what is `ahead`."""
+    def _fetch(self, shard: ShardEntry, path: Path, ahead: bool, asked: float) -> BinaryIO:
+        """Write a shard under its name, and return it opened. What is needed now does not wait for what is `ahead`.
+
+        If another thread or process held the shard's lock since it was `asked` for, it has failed, and its time counts.
+        """
         partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
+        if time.monotonic() - asked > HELD_SEC:
+            self._store.failed_elsewhere(asked)
         try:
             self._reserve(partial, shard.bytes)
             with open(partial, "r+b") as file:
                 for _ in range(FETCH_TRIES):
-                    self._fill(shard, file, self._ranges[ahead])
+                    self._fill(shard, file, self._ranges[ahead], asked)
                     seen = _checksum(file)
                     if seen == shard.checksum:
                         kept = open(partial, "rb")  # noqa: SIM115
@@ -196,11 +202,11 @@ class ShardCache:
             "the upload may be incomplete; run `python -m sharding verify` on the shard set",
         )
 
-    def _fill(self, shard: ShardEntry, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+    def _fill(self, shard: ShardEntry, file: BinaryIO, pool: ThreadPoolExecutor, asked: float) -> None:
         """Fetch all ranges of a shard into its file; the first error ends it."""
 
         def fetch(start: int) -> None:
-            (data,) = self._store.read_ranges(shard.name, [(start, min(RANGE_BYTES, shard.bytes - start))])
+            (data,) = self._store.read_ranges(shard.name, [(start, min(RANGE_BYTES, shard.bytes - start))], asked)
             view = memoryview(data)
             while view:  # a disk that fills up takes a part first, and then says so
                 view = view[os.pwrite(file.fileno(), view, start + len(data) - len(view)) :]

@@ -110,6 +110,15 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     deepspeed: dict[str, Any]
 
+    @model_validator(mode="after")
+    def _a_mirror_of_its_own(self) -> "Config":
+        for key, other in (("data.shards", self.data.shards), ("train.run_dir", self.train.run_dir)):
+            if self.train.mirror is not None and _place(self.train.mirror).startswith(_place(other)):
+                raise ValueError(
+                    f"train.mirror, {self.train.mirror!r}, lies in {key}, {other!r}: it needs a place of its own"
+                )
+        return self
+
     @property
     def peak_rate(self) -> float:
         """The encoder's learning rate at its peak. Raise ConfigError if there is none."""
@@ -228,7 +237,13 @@ def _explain(error: ValidationError, path: str | Path) -> ConfigError:
     if first["type"] == "missing":
         return ConfigError(f"{path}: {where!r} is missing")
     said = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{path}: {where!r} is {seen}: {said}" if where != "model" else f"{path}: {said}")
+    return ConfigError(f"{path}: {where!r} is {seen}: {said}" if where not in ("", "model") else f"{path}: {said}")
+
+
+def _place(location: str) -> str:
+    """Return a URL or a folder in the one form in which what lies in it begins so too."""
+    path = location.removeprefix("file://")
+    return f"{location.rstrip('/') if '://' in path else Path(path).resolve()}/"
 
 
 def _all_keys() -> list[str]:

@@ -72,6 +72,16 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
+    def try_out(self) -> None:
+        """Write, read and delete a piece that no copy has. Raise StoreError if that fails, before there is any work."""
+        name = _name(b"")
+        try:
+            self._store.write(name, b"")
+            _read_piece(self._store, name)
+            self._store.delete(name)
+        except StoreError as error:
+            raise StoreError(f"train.mirror cannot be used: {error.message}", error.hint) from error
+
     def check(self, check: Callable[[Path], object]) -> bool:
         """Tell whether the copy is ahead of the run folder, once its state alone shows that it is of this run.
 

@@ -218,6 +218,7 @@ def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path],
     if config.train.mirror is None:
         return None
     mirror = Mirror(open_store(config.train.mirror), run)
+    mirror.try_out()
     if resume != "none":
         fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
         _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sharding.bucket import BucketStore
 from sharding.errors import ShardError
 from sharding.format import ShardEntry, ShardIndex, read_samples
 from sharding.sample import Sample
@@ -279,6 +280,6 @@ def open_stream(
 
 def open_for_reading(index: ShardIndex, store: Reader, cache_dir: str | None, cache_gb: float) -> Reader:
     """The store itself, or, for a bucket with a cache folder, a cache in front of it."""
-    if store.remote and cache_dir is not None:
+    if isinstance(store, BucketStore) and cache_dir is not None:
         return ShardCache(store, index, Path(cache_dir), round(cache_gb * 2**30))
     return store

@@ -216,3 +216,29 @@ def test_where_a_run_lies_and_how_it_reads_is_no_part_of_what_a_step_computes(ov
 )
 def test_what_decides_a_step_is_compared(override: str, load: Load) -> None:
     assert load(override).decisive != load().decisive
+
+
+@pytest.mark.parametrize(
+    ("mirror", "key"),
+    [
+        ("s3://bucket/set", "data.shards"),
+        ("s3://bucket/set/", "data.shards"),
+        ("s3://bucket/set/mirror", "data.shards"),
+        ("runs/one", "train.run_dir"),
+        ("./runs/../runs/one/", "train.run_dir"),
+        ("file:///{here}/runs/one/mirror", "train.run_dir"),
+        ("s3://bucket/set-of-another", None),
+        ("s3://bucket", None),
+        ("runs/one-mirrored", None),
+    ],
+)
+def test_a_mirror_has_a_place_of_its_own(mirror: str, key: str | None) -> None:
+    mirror = mirror.format(here=Path.cwd())
+    settings = ["data.shards=s3://bucket/set", "train.run_dir=runs/one", f"train.mirror={mirror}"]
+    if key is None:
+        assert load_config("configs/zero2.json", settings).train.mirror == mirror
+        return
+    with pytest.raises(
+        ConfigError, match=f"train.mirror, '{mirror}', lies in {key}, '.*': it needs a place of its own"
+    ):
+        load_config("configs/zero2.json", settings)

@@ -354,3 +354,19 @@ def test_a_run_that_a_kill_caught_between_the_files_of_its_copy_fetches_the_rest
     config = load_config("configs/zero2.json", [f"train.mirror={tmp_path / 'bucket'}"])
     _open_mirror(config, empty, "auto", read_checkpoint)
     assert contents(empty) == copied(run, checkpoint)
+
+
+def test_a_mirror_that_cannot_be_written_is_told_before_the_first_step(
+    run: Path, url: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    config = load_config("configs/zero2.json", [f"train.mirror={tmp_path / 'file' / 'mirror'}"])
+    with pytest.raises(StoreError, match=r"^train\.mirror cannot be used: .*Not a directory\nhint: name a place"):
+        _open_mirror(config, run, "none", read_checkpoint)
+    proxy.plan(Fault("503", "PUT", times=1_000))
+    with pytest.raises(StoreError, match=f"^train.mirror cannot be used: {url}/pieces/.* 503 .*\nhint: is the server"):
+        Mirror(BucketStore(url, PATIENCE_SEC), run).try_out()
+    proxy.clear()
+    store = BucketStore(url)
+    Mirror(store, run).try_out()
+    assert not list(store.names())

@@ -36,6 +36,7 @@ from stream_sets import (
 from sharding.bucket import PATIENCE_SEC, BucketStore
 from sharding.errors import ShardError, StoreError
 from sharding.format import read_index
+from streamtrain import cache as cache_module
 from streamtrain.stream import ShardStream, StepBatch
 from streamtrain.world import World
 
@@ -151,6 +152,26 @@ def test_an_epoch_without_its_server_ends_in_time_and_names_a_shard(
         list(ShardStream(index, reader, VOCAB, True, World(), workers).epoch(plan_of(meadow)))
     assert time.monotonic() - begun < 15
     assert any(f"{store.url}/{shard.name}: " in str(told.value) for shard in index.shards)
+
+
+@pytest.mark.parametrize("how", ["is down", "never answers", "is overloaded"])
+def test_a_server_that_dies_holds_a_run_for_its_patience_and_not_once_more_for_each_shard(
+    how: str, bucket: BucketStore, proxy: FaultProxy, meadow: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Shards that are fetched ahead, of many ranges each, wait for one another, and what is needed now for them."""
+    monkeypatch.setattr(cache_module, "RANGE_BYTES", 4096)
+    store = BucketStore(bucket.url, patience_sec=3)
+    index = read_index(store)
+    items = ShardStream(index, cached(store, tmp_path / "cache"), VOCAB, True, World(), 2).epoch(plan_of(meadow))
+    proxy.plan(*(Fault("stall response" if how == "never answers" else "503", TAR, 100_000),) * (how != "is down"))
+    if how == "is down":
+        proxy.down()
+    begun = time.monotonic()
+    with pytest.raises(StoreError):
+        next(items)
+    assert time.monotonic() - begun < 7
+    assert [record.getMessage().endswith("; asked again for up to 3 s") for record in caplog.records] == [True]
 
 
 def test_a_prefetch_that_fails_is_made_up_for_when_its_shard_is_needed(
