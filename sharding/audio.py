@@ -193,9 +193,11 @@ def _mix(sound: npt.NDArray[Any]) -> tuple[Any, ...]:
     channels = sound.shape[1]
     if channels == 1:
         return (sound[:, 0],)
-    mono = reduce(np.add, sound.T) / np.float32(channels)  # in a tenth of the time of mean()
-    energies = [float(np.var(channel)) for channel in sound.T]  # without their offsets
-    if float(np.var(mono)) < LEAST_KEPT * sum(energies) / channels**2:
+    with np.errstate(over="ignore", invalid="ignore"):  # of samples that are then refused
+        mono = reduce(np.add, sound.T) / np.float32(channels)  # in a tenth of the time of mean()
+        energies = [float(np.var(channel)) for channel in sound.T]  # without their offsets
+        kept = float(np.var(mono))
+    if kept < LEAST_KEPT * sum(energies) / channels**2:
         return sound[:, int(np.argmax(energies))], "channels that cancel out: the loudest alone is used"
     return (mono,)
 

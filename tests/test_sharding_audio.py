@@ -34,6 +34,12 @@ def flac_without_length() -> bytes:
     return bytes(flac)
 
 
+def wav(sound: np.ndarray, subtype: str, rate: int = SAMPLE_RATE) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format="WAV", subtype=subtype)
+    return file.getvalue()
+
+
 FORMATS = {
     "16 kHz FLAC": make_audio("FLAC", "PCM_16"),
     "44.1 kHz stereo FLAC": make_audio("FLAC", "PCM_16", 44_100, 2),
@@ -159,13 +165,12 @@ def test_a_wav_from_a_pipe_that_did_not_know_its_length_is_read(size: int) -> No
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
-def test_one_sample_that_is_no_number_is_refused(value: float, rate: int) -> None:
-    samples = np.zeros(rate, np.float32)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_sample_that_is_no_number_is_refused(value: float, rate: int, channels: int) -> None:
+    samples = np.zeros((rate, channels), np.float32)
     samples[rate // 2] = value
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
     with pytest.raises(AudioError, match="NaN or infinite"):
-        decode(buffer.getvalue())
+        decode(wav(samples, "FLOAT", rate))
 
 
 def test_a_header_that_promises_days_is_refused_before_memory_is_taken() -> None:
@@ -218,12 +223,6 @@ def test_an_mp3_is_decoded_whole_or_refused(rate: int, channels: int) -> None:
             assert len(waveform) / SAMPLE_RATE == pytest.approx(wanted, abs=0.5)
 
 
-def wav(sound: np.ndarray, subtype: str, rate: int = SAMPLE_RATE) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, sound, rate, format="WAV", subtype=subtype)
-    return file.getvalue()
-
-
 ALONE = np.random.default_rng(1).normal(0, 0.1, len(SOUND)).astype(np.float32)  # nothing in common with SOUND
 CANCELLED = "channels that cancel out: the loudest alone is used"
 
@@ -261,8 +260,9 @@ def test_float_samples_a_little_over_full_scale_stay_and_far_over_any_integer_ar
     assert 4 < 10 * SOUND.max() < 8
     np.testing.assert_array_equal(sound, 10 * SOUND)
     assert not remarks
-    with pytest.raises(AudioError, match=r"float samples of up to .*e\+12, where 1 is full scale"):
-        decode(wav(SOUND * 1e13, "DOUBLE"))
+    for audio in (SOUND * 1e30, np.stack([SOUND * 1e30, SOUND], 1)):
+        with pytest.raises(AudioError, match=r"float samples of up to .*e\+29, where 1 is full scale"):
+            decode(wav(audio, "DOUBLE"))
 
 
 def test_a_header_without_a_length_is_remarked_on() -> None:
