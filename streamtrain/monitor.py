@@ -103,7 +103,8 @@ class Monitor:
             self._bar.update()
             return
         now = time.monotonic()
-        if now - self._said >= LINE_EVERY_SEC or row.step == self._total:
+        is_first = row.step == self._began_at + 1
+        if is_first or now - self._said >= LINE_EVERY_SEC or row.step == self._total:
             self._said = now
             left = (now - self._began) / (row.step - self._began_at) * (self._total - row.step)
             self.say(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")

@@ -53,9 +53,9 @@ from streamtrain.plan import Begun, PlanSettings, plan_rest
 
 # With dropout, masks, speeds and an average of the weights: all that a resume could get wrong
 SETTINGS = (
-    "train.max_steps=60",
+    "train.max_steps=30",
     "train.checkpoint_every=2",
-    "eval.every_steps=15",
+    "eval.every_steps=10",
     "train.ema_decay=0.9",
     "deepspeed.torch_autocast.enabled=false",
     *AUGMENTED,
@@ -94,7 +94,7 @@ def test_a_run_killed_at_random_moments_repeats_the_undisturbed_losses_to_the_bi
         kill_at_a_random_moment(training(work, folder.name, *SETTINGS), folder, moments, victims)
         for path in list_checkpoints(folder / "checkpoints"):
             open_checkpoint(path)  # what is there is whole
-        if folder.joinpath("log.csv").is_file() and len(read_rows(folder)) > 50:
+        if folder.joinpath("log.csv").is_file() and len(read_rows(folder)) > 22:
             shutil.rmtree(folder)  # begin anew, rather than kill a run that has ended
     run(training(work, folder.name, *SETTINGS))
     assert losses(folder) == whole
@@ -109,7 +109,7 @@ def average_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_goes_on_at_other_numbers_of_ranks_and_under_other_zero_stages(work: Path, whole: list[float]) -> None:
     folder = work / "moved"
-    for ranks, config in ((2, "zero2"), (1, "zero3"), (4, "zero1")):
+    for ranks, config in ((1, "zero3"), (4, "zero1")):
         settings = (*SETTINGS, *([PART_ALL] if config == "zero3" else []))
         kill_after_steps(training(work, folder.name, *settings, ranks=ranks, config=config), folder, 4)
     run(training(work, folder.name, *SETTINGS, PART_ALL, config="zero3"))
@@ -142,7 +142,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(asked: str, work: P
         time.sleep(0.02)
     process.wait()
     wait_for_all(everyone)  # the launcher would kill after 30 s
-    (stopped_at,) = (step for step in steps_saved(folder) if step % 15)
+    (stopped_at,) = (step for step in steps_saved(folder) if step % 10)
     assert stopped_at == len(read_rows(folder)) >= 4
     assert f"stopped at step {stopped_at}; the same command goes on from there" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -338,7 +338,7 @@ def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
     log = folder.with_suffix(".out")
     process = start(training(work, folder.name, *settings), log)
     store = open_store(f"{url}/run")
-    wait_until(lambda: store.exists("newest.json") and len(read_rows(folder)) >= 20, process, log)
+    wait_until(lambda: store.exists("newest.json") and len(read_rows(folder)) >= 12, process, log)
     kill(process, "all")
     shutil.rmtree(folder)
     mirrored = json.loads(store.read("newest.json"))
@@ -347,7 +347,7 @@ def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
     assert f"resumed at step {int(mirrored['checkpoint'][5:])} " in done.stderr
     assert losses(folder) == whole
     newest = json.loads(store.read("newest.json"))
-    assert newest["checkpoint"] == "step-0000060"
+    assert newest["checkpoint"] == "step-0000030"
     needed = {piece for pointer in (mirrored, newest) for pieces in pointer["files"].values() for piece in pieces}
     assert {piece for pieces in newest["files"].values() for piece in pieces} <= set(store.names())
     assert len(set(store.names()) - needed) < 40  # what older copies alone needed is gone

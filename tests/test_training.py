@@ -228,12 +228,12 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_trained_scored_and_exported(name: str, work: Path) -> None:
-    """Under ZeRO-3 and in bf16, which are hard on some of them."""
+    """Under ZeRO-3, whose hooks are the same for one rank, and in bf16: both are hard on some of them."""
     family, settings = FAMILIES[name]
     encoder = make_tiny_model(work / f"{name}-encoder", family=family, **settings)
     bf16 = ["deepspeed.torch_autocast.enabled=false", "deepspeed.bf16.enabled=true"]
     steps = ["train.max_steps=3", "eval.every_steps=3", f"model.pretrained={encoder}", "model.mask_time_prob=0.2"]
-    run(training(work, name, PART_ALL, *bf16, *steps, config="zero3"))
+    run(training(work, name, PART_ALL, *bf16, *steps, ranks=1, config="zero3"))
     assert len(set(losses(work / name))) == 3
     run([sys.executable, "-m", "streamtrain", "export", work / name / "best", "--out", work / name / "export"])
     card = (work / name / "export" / "README.md").read_text("utf-8")
@@ -332,7 +332,9 @@ def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_fatal(half: bo
     assert [row["skipped"] for row in rows] == ["0", *["1"] * (len(rows) - 1)]
 
 
-@pytest.mark.parametrize(("config", "forwards"), [("zero2", 0), ("zero3", 0), ("zero1", 9)])
+@pytest.mark.parametrize(
+    ("config", "forwards"), [pytest.param("zero2", 0, marks=pytest.mark.long), ("zero3", 0), ("zero1", 9)]
+)
 def test_ranks_whose_gradients_are_of_other_weights_are_stopped(config: str, forwards: int, work: Path) -> None:
     """From the start, which is seen before the first step; and from a later step on, which that step sees."""
     command = training(work, f"unlike-{config}", *EXACT, "train.max_steps=40", "train.probe=false", config=config)
@@ -471,30 +473,32 @@ def test_shards_in_a_bucket_train_the_same_model(work: Path, seaweed: Seaweed) -
     url, there = f"s3://{BUCKET}/training/shards", seaweed.environment
     run([sys.executable, "-m", "sharding", "build", work / "raw" / "tiny", "--out", url], **there)
     run([sys.executable, "-m", "sharding", "verify", url], **there)
-    run(training(work, "from-disk", *EXACT, "train.max_steps=3"))
+    run(training(work, "from-disk", *EXACT, "train.max_steps=3", ranks=1))
     cache = f"data.cache_dir={work / 'cache'}"
     run(training(work, "from-bucket", *EXACT, "train.max_steps=3", f"data.shards={url}", cache), **there)
-    assert losses(work / "from-bucket") == losses(work / "from-disk")
+    assert losses(work / "from-bucket") == pytest.approx(losses(work / "from-disk"), rel=1e-5)
     assert list((work / "cache").rglob("*.tar"))
     assert not any(SECRET_KEY in path.read_text() for path in (work / "from-bucket").glob("*.json"))
 
 
-def test_the_score_counts_every_validation_recording_once_at_any_world_size(work: Path) -> None:
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
+def test_the_score_counts_every_validation_recording_once_at_any_world_size(ranks: int, work: Path) -> None:
     store = open_store(work / "shards")
     index = read_index(store)
     wanted = {read_sample(store, index, row).recording_id for row in index.split("valid").tolist()}
-    run(training(work, "scored", "train.max_steps=1", ranks=1))
+    if not (work / "scored").exists():
+        run(training(work, "scored", "train.max_steps=1", ranks=1))
     found = []
-    for ranks, *beam in ((1,), (2,), (3,), (4,), (1, "--beam", 4), (3, "--beam", 4)):
-        out = work / f"scored-by-{ranks}{''.join(map(str, beam))}"
-        launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()] if ranks > 1 else ["python"]
+    for size, *beam in ((1,), (ranks,), (1, "--beam", 4), (ranks, "--beam", 4)):
+        out = work / f"scored-by-{size}{''.join(map(str, beam))}"
+        launcher = ["deepspeed", "--num_accelerators", size, "--master_port", free_port()] if size > 1 else ["python"]
         run([*launcher, "launch/evaluate.py", "--model", work / "scored" / "best", "--shards", work / "shards",
              "--out", out, *beam])  # fmt: skip
         rows = [json.loads(line) for line in (out / "hypotheses.jsonl").read_text().splitlines()]
         found.append([row | {"confidence": None} for row in rows])  # its last digits go with the number of threads
-    assert found[0] == found[1] == found[2] == found[3]
-    assert found[4] == found[5] != found[0]  # a beam hears otherwise than the best path does
-    for rows in found[::4]:
+    assert found[0] == found[1]
+    assert found[2] == found[3] != found[0]  # a beam hears otherwise than the best path does
+    for rows in found[::2]:
         ids = [row["utterance_id"] for row in rows]
         assert len(ids) == len(set(ids))
         assert set(ids) == wanted
