@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,24 @@ def test_a_server_that_dies_holds_a_run_for_its_patience_and_not_once_more_for_e
         next(items)
     assert time.monotonic() - begun < 7
     assert [record.getMessage().endswith("; asked again for up to 3 s") for record in caplog.records] == [True]
+
+
+def test_the_time_that_another_ranks_fetch_has_failed_for_counts(
+    bucket: BucketStore, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """It holds the shard's lock, ahead of when it needs it, while this rank waits for that shard."""
+    index = read_index(bucket)
+    theirs, ours = (cached(BucketStore(bucket.url, patience_sec=6), tmp_path / "cache") for _ in range(2))
+    proxy.down()
+    name = index.shards[0].name
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(theirs._touch, name)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        with pytest.raises(StoreError, match=name):
+            ours.read_ranges(name, [(0, 1)])
+        assert time.monotonic() - begun < 10
+        assert isinstance(other.exception(), StoreError)
 
 
 def test_a_prefetch_that_fails_is_made_up_for_when_its_shard_is_needed(
