@@ -17,6 +17,7 @@ from sharding.errors import StoreError
 
 STDOUT = Path("/dev/stdout")
 LINKS_FOLLOWED = 40  # as the kernel does
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a folder, on some FUSE and network file systems
 HINTS = {
     errno.ENOSPC: "make room there, and give the same command again",
     errno.EDQUOT: "your quota is used up: make room or have it raised, and give the same command again",
@@ -125,6 +126,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

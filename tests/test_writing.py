@@ -1,5 +1,6 @@
 """Whatever a person names as an output stays what it is, holds the whole of what was written, or all that it held."""
 
+import errno
 import io
 import json
 import os
@@ -175,6 +176,20 @@ def test_a_fault_of_what_fills_a_file_is_not_the_files(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="none"), open_so(tmp_path / "out") as file:
             file.write((tmp_path / "none").read_bytes())
     assert not names(tmp_path)
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some of FUSE's, which say that this is no valid argument."""
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    write(tmp_path / "out", NEW)
+    assert (tmp_path / "out").read_bytes() == NEW
 
 
 def test_what_is_printed_to_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
