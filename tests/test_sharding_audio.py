@@ -166,6 +166,7 @@ def test_a_wav_from_a_pipe_that_did_not_know_its_length_is_read(size: int) -> No
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
 @pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.filterwarnings("error")
 def test_one_sample_that_is_no_number_is_refused(value: float, rate: int, channels: int) -> None:
     samples = np.zeros((rate, channels), np.float32)
     samples[rate // 2] = value
