@@ -24,8 +24,9 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
-    from streamtrain.rank import errors_told
+    from streamtrain.rank import errors_told, limit_spinning
 
+    limit_spinning()
     with errors_told():  # a mistake is told before torch is imported
         from streamtrain.vocab import load_vocab
 

@@ -26,8 +26,9 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
-    from streamtrain.rank import errors_told, number_of
+    from streamtrain.rank import errors_told, limit_spinning, number_of
 
+    limit_spinning()
     with errors_told():  # a mistake is told before torch is imported
         from streamtrain.config import load_config
         from streamtrain.plan import check_world_size

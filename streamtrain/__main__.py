@@ -9,6 +9,7 @@ from pathlib import Path
 from sharding.command import Commands, number, out_file
 from sharding.errors import StreamtrainError
 from sharding.writing import file_to_replace
+from streamtrain.rank import limit_spinning
 
 # Imports stay inside the commands: `score` starts without torch.
 
@@ -16,6 +17,7 @@ BEAM = 16  # prefixes, where a beam is needed and none is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    limit_spinning()
     return _commands().run(arguments)
 
 

@@ -29,6 +29,8 @@ from sharding.workers import die_with_parent
 from streamtrain.metrics import EditCounts
 from streamtrain.rank import errors_told, number_of, tell
 
+log = logging.getLogger("streamtrain")
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TAKEN_AWAY = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
 LOST_A_RANK = "look above for what that rank said; the same command goes on from the newest checkpoint"
@@ -310,6 +312,7 @@ def _start_process_group(world: World) -> None:
         _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
+        log.info("threads of each rank: %d (OMP_NUM_THREADS sets another number)", torch.get_num_threads())
     else:
         torch.cuda.set_device(world.local_rank)
     if "MASTER_ADDR" not in os.environ:  # started without a launcher

@@ -18,7 +18,7 @@ from streamtrain.finish import Finish, read_finish, warn_unless_finished, write_
 from streamtrain.network import CTCModel
 from streamtrain.start import _check_best
 from streamtrain.train import TrainError
-from streamtrain.vocab import vocab_of
+from streamtrain.vocab import save_vocab, vocab_of
 
 
 def test_a_run_does_not_go_on_beside_a_best_model_that_is_damaged(tmp_path: Path) -> None:
@@ -109,3 +109,15 @@ def test_a_finish_that_is_damaged_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "finished.json").write_text(content)
     with pytest.raises(StreamtrainError, match=r"finished\.json: damaged"):
         read_finish(tmp_path)
+
+
+@pytest.mark.parametrize(("chosen", "spins"), [({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_idle_threads_give_their_core_away_soon_and_their_number_is_told(
+    chosen: dict[str, str], spins: str, tmp_path: Path
+) -> None:
+    """libgomp tells at its start how often a thread looks for work before it sleeps."""
+    save_vocab(vocab_of("phonetic"), tmp_path, do_normalize=True, attention_mask=False)
+    command = [sys.executable, "launch/evaluate.py", "--model", tmp_path, "--shards", tmp_path, "--out", tmp_path]
+    done = run(command, expect=1, OMP_DISPLAY_ENV="verbose", **chosen)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert "threads of each rank: 1 (" in done.stderr
