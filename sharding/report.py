@@ -367,7 +367,8 @@ def _tell_next(summary: dict[str, Any], url: str, dry: bool) -> list[str]:
     if dry or "alignment" in summary.get("labelled_pieces", {}):
         return [told]
     return [
-        f"{told}; a model that was trained on the others may know their words:",
+        told,
+        "a model that was trained on the others may know their words:",
         f"  python -m streamtrain align RUN/best {url} --out alignments.jsonl.zst",
         f"  python -m sharding build SOURCE… --out {url.rstrip('/')}2 --alignments alignments.jsonl.zst",
     ]
