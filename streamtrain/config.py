@@ -124,7 +124,7 @@ class Config(Section):
         """The encoder's learning rate at its peak. Raise ConfigError if there is none."""
         try:
             return float(self.deepspeed["optimizer"]["params"]["lr"])
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
             raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json") from error
 
     @property

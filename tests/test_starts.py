@@ -37,7 +37,7 @@ def test_a_run_does_not_go_on_beside_a_best_model_that_is_damaged(tmp_path: Path
     ("command", "told"),
     [
         ("train.py --config configs/zero2.json --set data.batch_second=4", "did you mean 'data.batch_seconds'?"),
-        ("train.py --config configs/zero2.json --set deepspeed.optimizer.params.lr=null", "params.lr is missing"),
+        ("train.py --config configs/zero2.json --set deepspeed.optimizer.params={}", "params.lr is missing"),
         (
             "train.py --config configs/zero2.json --set train.micro_batches_per_step=3",
             "2 ranks cannot share",
