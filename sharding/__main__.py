@@ -16,7 +16,7 @@ from sharding.command import Commands, number, out_file
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
 from sharding.foreign import VALID_TARS, index_tars
-from sharding.format import read_index, read_outlines
+from sharding.format import check_columns, check_report, read_index, read_outlines
 from sharding.ipa import TRACKS, read_label
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
 from sharding.pauses import find_pauses, listen
@@ -31,6 +31,7 @@ DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
 MAX_BUCKETS = 100  # a shard's name has two digits for its bucket
 REJECTED_HINT = f"{report.LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
+REPORT_HINT = "copy it again; an --append that was killed leaves another: run it again"
 LIMITS_SEC = (2 * MIN_PIECE_SEC, 86_400)  # below, there may be no way to cut without tiny pieces
 
 
@@ -111,7 +112,7 @@ def _verify(options: argparse.Namespace) -> int:
         return _repair(options)
     store = open_store(options.shards)
     index = read_index(store)
-    faults = find_faults(options.shards, index.shards, options.decode, options.workers)
+    faults = find_faults(options.shards, index.shards, index.track, options.decode, options.workers)
     for fault in faults.values():
         print(fault, file=sys.stderr)
     if faults:
@@ -120,7 +121,11 @@ def _verify(options: argparse.Namespace) -> int:
             f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…",
         )
     for name, _ in read_outlines(store):  # those that it grew from too
-        read_index(store, name)
+        check_columns(store, read_index(store, name))
+    for fault in (report_faults := check_report(store, index)):
+        print(fault, file=sys.stderr)
+    if report_faults:
+        raise ShardError(f"{options.shards}: the shards are sound, the report is not", REPORT_HINT)
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0
 

@@ -140,7 +140,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             if base and not len(examined.clips):
                 return Built(base, report.read_summary(store), 0.0, fresh=False, known=len(known))
             _check_labels(examined, settings, base)
-            old_rows, old_orphans = report.keep_old(store, base.digest) if base else ([], [])
+            old_rows, old_orphans = report.keep_old(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
             tally = report.add_up(ledger)
             rejected = tally.clips["rejected"] / max(len(examined.clips), 1)
@@ -149,15 +149,15 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
                 tally = report.add_up(ledger)
             index = _index(plan, results, tally, base)
             orphans = sorted({*old_orphans, *orphans})
-            summary = report.publish(store, ledger, tally, index, orphans, examined.ignored_fields)
+            told = orphans == old_orphans and report.tell_the_same(ledger, old_rows)
+            if base and told and len(index.samples) == len(base.samples):
+                report.forget_old(store, base.digest)  # nothing new to train on, nor to tell: no run need see another
+                return Built(base, report.read_summary(store), rejected, known=int(known.sum()))
+            summary, checksums = report.publish(store, ledger, tally, index, orphans, examined.ignored_fields)
             lease.check()
-            if base and len(index.samples) == len(base.samples):
-                index = base  # nothing new to train on: no run need see another
-                report.forget_old(store, base.digest)
-            else:
-                if base:
-                    keep_old_index(store, base)
-                index = write_index(store, index)  # last: the index says that all the rest is there
+            if base:
+                keep_old_index(store, base)
+            index = write_index(store, replace(index, report=checksums))  # last: it says that all the rest is there
             return Built(index, summary, rejected, known=int(known.sum()))
 
 

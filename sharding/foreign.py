@@ -3,7 +3,7 @@
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -105,8 +105,12 @@ def index_tars(
         shards=tuple(shard.entry for shard in shards),
         samples=samples,
     )
-    summary = report.publish(store, ledger, tally, index, [], [])
-    return write_index(store, index), summary, tally.clips["rejected"] / max(sum(tally.clips.values()), 1)
+    summary, checksums = report.publish(store, ledger, tally, index, [], [])
+    return (
+        write_index(store, replace(index, report=checksums)),
+        summary,
+        tally.clips["rejected"] / max(sum(tally.clips.values()), 1),
+    )
 
 
 def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:

@@ -90,6 +90,7 @@ class ShardIndex:
     samples: SampleTable
     base: str = ""  # digest of the index that this one was appended to
     sounds: dict[str, Any] | None = None  # by which the build gave words to pieces of long recordings
+    report: dict[str, str] = field(default_factory=dict)  # xxh3-64 of each file of the report, by its name
     digest: str = ""
 
     @property
@@ -166,6 +167,7 @@ class _IndexDocument:
     digest: Digest
     base: Digest = ""
     sounds: _Sounds | None = None
+    report: dict[str, Checksum] = field(default_factory=dict)
 
 
 class _Columns(TypedDict):
@@ -338,10 +340,44 @@ def check_shard(store: Reader, shard: ShardEntry, track: str = "phonetic") -> li
     if not data.endswith(END_OF_ARCHIVE):
         raise ShardError(f"{where}: the end-of-archive block is missing", _VERIFY_HINT)
     listed = read_listed(store, shard)
-    samples = [sample_from_bytes(data[row["offset"] : row["offset"] + row["bytes"]], track) for row in listed.samples]
+    parts = [data[start : start + length] for start, length in listed.samples[["offset", "bytes"]].tolist()]
+    checksums = [xxhash.xxh3_64_intdigest(part) for part in parts]
+    if checksums != listed.samples["checksum"].tolist():
+        raise ShardError(f"{where}: its samples do not lie where its index says", _VERIFY_HINT)
+    samples = [sample_from_bytes(part, track) for part in parts]
+    if [len(sample.text) for sample in samples] != listed.samples["label_length"].tolist():
+        raise ShardError(f"{where}: its labels are not as long as its index says", _VERIFY_HINT)
     if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
         raise ShardError(f"{where}: holds other keys than its index", _VERIFY_HINT)
     return samples
+
+
+def check_columns(store: Reader, index: ShardIndex) -> None:
+    """Raise ShardError if the sample columns of an index are not those of its shards' own indexes."""
+    for number, shard in enumerate(index.shards):
+        listed, rows = read_listed(store, shard).samples, index.samples[index.samples["shard"] == number]
+        for column in [name for name in SAMPLE_DTYPE.names or () if name != "shard"]:
+            if not np.array_equal(listed[column], rows[column]):
+                row = int((listed[column] != rows[column]).argmax())
+                raise ShardError(
+                    f"{store.url}: the sample columns say that {column!r} of sample {row} of {shard.name} is "
+                    f"{rows[column][row]}, its own index says {listed[column][row]}",
+                    "they were so made: copy the set again, or build it anew",
+                )
+
+
+def check_report(store: Reader, index: ShardIndex) -> list[str]:
+    """Return what is wrong with the report. Nothing is if all of it is missing, as from a copy of the shards alone."""
+    seen: dict[str, str] = {}
+    for name in index.report:
+        try:
+            seen[name] = xxhash.xxh3_64_hexdigest(store.read(name, LARGE_BYTES))
+        except MissingError:
+            seen[name] = "missing"
+    if set(seen.values()) == {"missing"}:
+        return []
+    return [f"{store.url}/{name}: its checksum is {seen[name]}, {INDEX_NAME} says {wanted}"
+            for name, wanted in index.report.items() if seen[name] != wanted]  # fmt: skip
 
 
 def join_samples(tables: Sequence[SampleTable]) -> SampleTable:
@@ -365,6 +401,7 @@ def write_index(store: Store, index: ShardIndex) -> ShardIndex:
         "notes": index.notes,
         "base": index.base,
         "sounds": index.sounds,
+        "report": index.report,
         "samples": {
             # of an index that was appended to, beside the columns it began with, which its readers may still need
             "name": f"samples-{checksum}.bin.zst" if index.base else SAMPLES_NAME,
@@ -511,7 +548,18 @@ def _index_from(document: _IndexDocument, table: SampleTable) -> ShardIndex:
     return ShardIndex(**same, samples=table)
 
 
-_COPIED = ("duration_bins", "settings", "settings_hash", "sources_hash", "notes", "shards", "base", "sounds", "digest")
+_COPIED = (
+    "duration_bins",
+    "settings",
+    "settings_hash",
+    "sources_hash",
+    "notes",
+    "shards",
+    "base",
+    "sounds",
+    "report",
+    "digest",
+)
 
 
 def _pack_columns(table: SampleTable) -> bytes:

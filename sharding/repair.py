@@ -19,6 +19,7 @@ from sharding.fill import Where
 from sharding.format import (
     ShardEntry,
     ShardIndex,
+    check_columns,
     check_shard,
     read_index,
     read_listed,
@@ -36,9 +37,9 @@ from sharding.workers import Workers, count_done
 Faults = dict[str, str]  # shard → what is wrong with it
 
 
-def find_faults(url: str, shards: Sequence[ShardEntry], with_audio: bool, workers: int) -> Faults:
+def find_faults(url: str, shards: Sequence[ShardEntry], track: str, with_audio: bool, workers: int) -> Faults:
     """Read every shard whole and check all that the index promises of it; `with_audio` decodes each clip as well."""
-    jobs = [(url, shard, with_audio) for shard in shards]
+    jobs = [(url, shard, track, with_audio) for shard in shards]
     with Workers(min(workers, max(len(jobs), 1))) as pool:
         faults = pool.map(_fault_of, jobs, [shard.count for shard in shards], "verifying")
     return {shard.name: fault for shard, fault in zip(shards, faults, strict=True) if fault}
@@ -60,7 +61,7 @@ def repair(
     with sole_build(store):
         outline = read_outline(store)
         shards = outline.shards
-        faults = find_faults(url, shards, with_audio, workers)
+        faults = find_faults(url, shards, outline.track, with_audio, workers)
         if faults and outline.foreign:
             raise ShardError(f"{url}: its tars were written by others", "copy the damaged ones again")
         if faults:
@@ -78,7 +79,8 @@ def repair(
                 plans = [plan_build(part, settings, where, pool, base, alignments, sounds)[0]
                          for part, base, sounds in given]  # fmt: skip
                 _rewrite(plans, {shard.name: shard for shard in shards if shard.name in faults}, pool)
-            still = find_faults(url, [shard for shard in shards if shard.name in faults], with_audio, workers)
+            doubtful = [shard for shard in shards if shard.name in faults]
+            still = find_faults(url, doubtful, outline.track, with_audio, workers)
             if still:
                 raise ShardError(f"{'; '.join(still.values())}: so it was built", "build the shard set anew")
         mended = []
@@ -164,22 +166,25 @@ def _rewrite(plans: Sequence[Plan], damaged: Mapping[str, ShardEntry], pool: Wor
 
 def _columns_are_whole(store: Store, name: str) -> bool:
     try:
-        read_index(store, name)
+        check_columns(store, read_index(store, name))
     except StreamtrainError:
         return False
     return True
 
 
-def _fault_of(job: tuple[str, ShardEntry, bool]) -> str | None:
-    url, shard, with_audio = job
+def _fault_of(job: tuple[str, ShardEntry, str, bool]) -> str | None:
+    url, shard, track, with_audio = job
+    store = open_store(url)
     try:
-        for sample in check_shard(open_store(url), shard):
+        samples = check_shard(store, shard, track)
+        for sample, length in zip(samples, read_listed(store, shard).samples["samples"].tolist(), strict=True):
             count_done()
             try:
-                if with_audio:
-                    decode(sample.audio, prove=True)
+                seen = len(decode(sample.audio, prove=True)[0]) if with_audio else length
             except AudioError as error:
                 return f"{url}/{shard.name}: {sample.key}: {error.message}"
+            if seen != length:
+                return f"{url}/{shard.name}: {sample.key} has {seen:,} samples at 16 kHz, its index says {length:,}"
     except StreamtrainError as error:
         return error.message
     return None

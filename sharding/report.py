@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NotRequired
 
+import xxhash
 import zstandard
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -33,6 +34,7 @@ TOO_DENSE = "label needs more frames than the clip has: kept without it"
 
 
 Row = dict[str, Any]  # of the ledger
+COPY_HINT = "without it the report cannot grow; copy it again"
 MAX_UNPACKING = 400  # times its size: rows of one refusal after another shrink to a hundredth
 
 
@@ -176,16 +178,20 @@ def publish(
     index: ShardIndex,
     orphans: Sequence[str],
     ignored_fields: Iterable[str],
-) -> dict[str, Any]:
-    """Write the ledger, which adds up to the tally, the summary and the plot; returns the summary."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the ledger, which adds up to the tally, the summary and the plot; returns the summary, and checksums."""
     from sharding.plots import plot_durations  # matplotlib takes a second to import
 
-    store.write(LEDGER_NAME, _join([part.lines for part in parts]))
     summary = _summarize(tally, index, orphans, ignored_fields)
-    store.write(SUMMARY_NAME, json.dumps(summary, ensure_ascii=False, indent=1).encode())
-    store.write(ORPHANS_NAME, "".join(f"{name}\n" for name in orphans).encode())
-    store.write(PLOT_NAME, plot_durations(index))
-    return summary
+    files = {
+        LEDGER_NAME: _join([part.lines for part in parts]),
+        SUMMARY_NAME: json.dumps(summary, ensure_ascii=False, indent=1).encode(),
+        ORPHANS_NAME: "".join(f"{name}\n" for name in orphans).encode(),
+        PLOT_NAME: plot_durations(index),
+    }
+    for name, data in files.items():
+        store.write(name, data)
+    return summary, {name: xxhash.xxh3_64_hexdigest(data) for name, data in files.items()}
 
 
 def add_up(parts: Iterable[LedgerPart]) -> Tally:
@@ -207,33 +213,46 @@ def read_summary(store: Reader) -> dict[str, Any] | None:
     return document
 
 
-def keep_old(store: Store, digest: str) -> tuple[list[Row], list[str]]:
-    """The ledger and the orphans as they were with the index of that digest, which is about to be appended to.
+def keep_old(store: Store, index: ShardIndex) -> tuple[list[Row], list[str]]:
+    """The ledger and the orphans as they were with an index, which is about to be appended to.
 
     They are kept under its name: should this build be killed before its index is there, the next one begins with them.
     """
     kept = []
     for name in (LEDGER_NAME, ORPHANS_NAME):
-        old = _name_with(digest, name)
-        if not store.exists(old):
-            try:
-                store.write(old, store.read(name))
-            except MissingError as error:
-                hint = "without it the report of what is added cannot be whole; build into another --out"
-                raise ShardError(error.message, hint) from error
-        kept.append(store.read(old if store.exists(old) else name, LARGE_BYTES))
+        old = _name_with(index.digest, name)
+        there = store.exists(old)
+        try:
+            data = store.read(old if there else name, LARGE_BYTES)
+        except MissingError as error:
+            hint = "without it the report of what is added cannot be whole; build into another --out"
+            raise ShardError(error.message, hint) from error
+        if (seen := xxhash.xxh3_64_hexdigest(data)) != index.report.get(name, seen):
+            where = f"{store.url}/{old if there else name}"
+            raise ShardError(
+                f"{where}: damaged: its checksum is {seen}, the index says {index.report[name]}", COPY_HINT
+            )
+        if not there:
+            store.write(old, data)
+        kept.append(data)
     try:
         rows = [parse_json(line) for line in unpack(kept[0], MAX_UNPACKING).splitlines()]
         for row in rows:
             check(row, _ROW)
         return rows, kept[1].decode().splitlines()
     except ValueError as error:
-        where = f"{store.url}/{_name_with(digest, LEDGER_NAME)}"
-        raise ShardError(f"{where}: damaged ({error})", "without it the report cannot grow; copy it again") from error
+        where = f"{store.url}/{_name_with(index.digest, LEDGER_NAME)}"
+        raise ShardError(f"{where}: damaged ({error})", COPY_HINT) from error
+
+
+def tell_the_same(parts: Sequence[LedgerPart], rows: Iterable[Row]) -> bool:
+    """Return whether parts of a ledger are some rows, in whatever order."""
+    lines = (line for part in parts for line in zstandard.decompress(part.lines).splitlines())
+    return sorted(lines) == sorted(_write_json(row).encode() for row in rows)
 
 
 def forget_old(store: Store, digest: str) -> None:
-    """Undo `keep_old`, where all that was to be appended was rejected: the index stays, and the ledger has grown."""
+    """Undo `keep_old`, where all that was to be appended had been rejected before: index and ledger stay."""
     for name in (LEDGER_NAME, ORPHANS_NAME):
         store.delete(_name_with(digest, name))
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
         "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
         "summary.json": Document(shards / report.SUMMARY_NAME, partial(report.read_summary, store)),
-        "ledger": Document(old, partial(report.keep_old, store, "0"), unpack, pack),
+        "ledger": Document(old, partial(report.keep_old, store, replace(index, digest="0", report={})), unpack, pack),
         "alignments": Document(files["aligned"], partial(read_alignments, files["aligned"]), unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),
         "scorecard.json": Document(card / "scorecard.json", partial(compare_folders, card, card)),

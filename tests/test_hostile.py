@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from fuzz import Document, make_documents, try_all
 
 from sharding.bucket import BucketStore
 from sharding.errors import ShardError, StoreError, StreamtrainError
-from sharding.format import check_shard, read_index, read_samples, read_shard_index, write_index
+from sharding.format import (
+    check_columns,
+    check_report,
+    check_shard,
+    join_samples,
+    read_index,
+    read_listed,
+    read_samples,
+    read_shard_index,
+    write_index,
+    write_listed,
+)
 from sharding.manifest import Reading
 from sharding.repair import find_faults, repair
 from sharding.store import FolderStore, Store
@@ -114,7 +126,7 @@ def test_links_are_read_and_nothing_is_written_or_deleted_where_they_lead_outsid
     (copied / "train").symlink_to(elsewhere)
     store = FolderStore(copied)
     shards = read_index(store).shards
-    assert find_faults(str(copied), shards, with_audio=False, workers=1) == {}
+    assert find_faults(str(copied), shards, "phonetic", with_audio=False, workers=1) == {}
     before = {path: path.read_bytes() for path in elsewhere.iterdir()}
     for act in (lambda: store.write(shards[0].name, b"harm"), lambda: store.delete(shards[0].name)):
         with pytest.raises(StoreError, match="a link leads to"):
@@ -165,6 +177,47 @@ def test_a_row_that_does_not_lie_in_its_shard_is_told(column: str, value: int, w
     change_row(column, value)(store)
     with pytest.raises(ShardError, match=rf"samples.bin.zst: .*{words}"):
         read_index(store)
+
+
+@pytest.mark.parametrize(("column", "value"), [("offset", 512), ("label_length", 7), ("samples", 4_801)])
+def test_columns_that_differ_from_the_indexes_of_the_shards_are_told(column: str, value: int, copied: Path) -> None:
+    store = FolderStore(copied)
+    index = read_index(store)
+    index.samples[column][0] += value
+    index.samples[column][1] -= 0 if column == "offset" else value
+    write_index(store, index)
+    with pytest.raises(ShardError, match=rf"say that '{column}' of sample 0 of "):
+        check_columns(store, read_index(store))
+
+
+@pytest.mark.parametrize("column", ["offset", "bytes", "label_length", "samples"])
+def test_an_index_of_a_shard_that_differs_from_its_tar_is_told(column: str, copied: Path) -> None:
+    """Though all that lists it says the same."""
+    store = FolderStore(copied)
+    index = read_index(store)
+    shards = [read_listed(store, shard) for shard in index.shards]
+    for shard in shards[:1]:
+        shard.samples[column][0] -= 1 if column == "bytes" else 0
+        shard.samples[column][0] += 0 if column == "bytes" else 1
+        entry = replace(shard.entry, samples=int(shard.samples["samples"].sum()))
+        shards[0] = write_listed(store, replace(shard, entry=entry))
+    tables = join_samples([shard.samples for shard in shards])
+    write_index(store, replace(index, shards=tuple(shard.entry for shard in shards), samples=tables))
+    index = read_index(store)
+    check_columns(store, index)
+    faults = find_faults(str(copied), index.shards[:1], index.track, with_audio=True, workers=1)
+    assert len(faults) == 1
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl.zst", "summary.json", "orphans.txt", "durations.png"])
+def test_a_report_that_has_changed_is_told(name: str, copied: Path) -> None:
+    store, path = FolderStore(copied), copied / "report" / name
+    index, whole = read_index(store), path.read_bytes()
+    assert check_report(store, index) == []
+    for damaged in (whole + b"\n", bytes([whole[0] ^ 1]) + whole[1:] if whole else b"x", None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        (fault,) = check_report(store, index)
+        assert str(path) in fault
 
 
 def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
