@@ -38,6 +38,7 @@ TRIES, PAUSE_SEC = 6, 0.5  # where an answer broke off
 COALESCE_BYTES = 2**17  # two ranges no further apart are read as one: as long as a request takes
 PART_BYTES = 5 * 2**20  # the smallest that S3 takes: within those 60 s, 8 workers need 0.7 MB/s for one each
 
+NO_BUCKET = "<Code>NoSuchBucket</Code>"
 ASKED_FOR_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
 LEFT_TO_LIFECYCLE = "unfinished uploads are left to the bucket's lifecycle rule"
 
@@ -246,7 +247,9 @@ class BucketStore:
                 result = act()
             except (BaseError, OSError) as error:
                 explained = self._explain(name, error)
-                if not isinstance(error, GenericError):  # the server has answered, and will not otherwise
+                if not isinstance(error, GenericError) or NO_BUCKET in str(
+                    error
+                ):  # the server has answered, and will not otherwise
                     self._outage.end()
                     raise explained from error
                 broken += time.monotonic() - tried < self._patience_sec * UNTOLD_SHARE
@@ -263,6 +266,8 @@ class BucketStore:
 
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
+        if NO_BUCKET in str(error):
+            return StoreError(f"{where}: there is no such bucket", "is its name right, and the server the one meant?")
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or ASKED_FOR_CREDENTIALS in str(error):

@@ -20,6 +20,7 @@ from sharding.errors import ShardError, StoreError
 from sharding.exclusive import NO_LOCKS
 from sharding.format import ShardEntry, ShardIndex
 from sharding.sample import escape_key
+from sharding.store import open_regular
 from sharding.writing import cannot_write
 from streamtrain.plan import Uses
 
@@ -228,7 +229,7 @@ class ShardCache:
                 # Parts first: one that is renamed meanwhile stands among the shards then, and is counted once
                 others = (part for part in self._root.glob("*/*.part") if part != partial and not _abandoned(part))
                 parts = {part.with_suffix(".tar"): _size(part) for part in others}
-                shards = {path: path.stat() for path in self._root.glob("*/*.tar")}
+                shards = {path: path.stat() for path in self._root.glob("*/*.tar") if path.is_file()}
                 writing = sum(size for path, size in parts.items() if path not in shards)
                 if writing + needed <= self._limit:
                     self._evict(shards, self._limit - writing - needed)
@@ -257,9 +258,15 @@ class ShardCache:
 
 def _opened(path: Path) -> BinaryIO | None:
     try:
-        return open(path, "rb")
+        return open_regular(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            log.warning("%s: is a link that leads nowhere; the shard is fetched and takes its place", path)
         return None
+    except OSError as error:
+        raise StoreError(
+            f"data.cache_dir: {path}: {error.strerror}", "remove it: the shard is fetched again"
+        ) from error
 
 
 def _checksum(file: BinaryIO) -> str:

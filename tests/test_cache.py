@@ -224,6 +224,29 @@ def test_a_shard_that_spoils_in_the_cache_is_noticed_and_fetched_again(
         assert f"{path}: spoilt in the cache, fetched again" in caplog.text
 
 
+def test_a_folder_in_place_of_a_cached_shard_is_told(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
+    stream_all(cached(bucket, tmp_path), meadow)
+    path = files(tmp_path)[0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StoreError, match=rf"{path.name}: is a folder, not a file\nhint: remove it"):
+        stream_all(cached(bucket, tmp_path), meadow)
+
+
+def test_a_link_that_leads_nowhere_in_place_of_a_cached_shard_is_told_and_replaced(
+    bucket: BucketStore, meadow: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream_all(cached(bucket, tmp_path), meadow)
+    path = files(tmp_path)[0]
+    whole = path.read_bytes()
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert stream_all(cached(bucket, tmp_path), meadow) == training_keys(meadow)
+    assert f"{path}: is a link that leads nowhere" in caplog.text
+    assert not path.is_symlink()
+    assert path.read_bytes() == whole
+
+
 def test_two_shard_sets_share_a_cache_folder_without_mixing(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,7 +54,7 @@ def test_a_missing_object_is_named(url: str) -> None:
         with pytest.raises(StoreError) as missing:
             read(store)  # type: ignore[arg-type]
         assert str(missing.value) == f"{url}/train/b01.tar: there is no such object"
-    with pytest.raises(StoreError, match=r"s3://no-such-bucket/a/index\.json: there is no such object"):
+    with pytest.raises(StoreError, match=r"s3://no-such-bucket/a/index\.json: there is no such bucket"):
         open_store("s3://no-such-bucket/a").read("index.json")
 
 
