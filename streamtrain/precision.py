@@ -4,7 +4,7 @@ DeepSpeed takes many more, and some of them train wrongly without a word: torch_
 clips and measures gradients that are still scaled. Needs no torch, so that a mistake is told at once.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +95,7 @@ def _check_step(deepspeed: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _check_sums(deepspeed: Mapping[str, Any]) -> None:

@@ -152,6 +152,16 @@ def test_a_value_out_of_range_is_named_with_its_key(override: str, named: str, r
     assert f"'{named}' is " in refusal(override)
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("optimizer", "1"), ("optimizer.params", "[]"), ("optimizer.params.lr", "1e999"),
+    ("optimizer.params.lr", f"{10**400}"), ("optimizer.params.lr", "-1"), ("gradient_clipping", "1e999"),
+])  # fmt: skip
+def test_a_value_of_the_engine_that_no_optimizer_takes_is_named(
+    key: str, value: str, refusal: Callable[..., str]
+) -> None:
+    assert f"deepspeed.{key.removesuffix('.params')} is " in refusal(f"deepspeed.{key}={value}")
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"model": SMALL["model"]}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"run\.json: 'deepspeed' is missing"):
