@@ -549,7 +549,7 @@ def test_the_forecast_draws_and_lists_when_which_shard_is_needed(small_shards: P
         (["--world-size", 0], "hint: run 1, 2 ranks"),
         (["--epoch", -1], "PlanError: epoch -1: epochs are counted from 0"),
         (["--ranks-per-node", 0], "argument --ranks-per-node: '0': a number of 1 or more is expected"),
-        (["--keys", "/no/such/folder/keys.jsonl"], "/no/such/folder/keys.jsonl: No such file"),
+        (["--keys", "/dev/null/keys.jsonl"], "/dev/null/keys.jsonl: Not a directory"),
     ],
 )
 def test_a_run_that_cannot_be_is_told_without_a_traceback(
