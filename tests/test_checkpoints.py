@@ -211,7 +211,9 @@ def state(step: int, **values: object) -> RunState:
 
 
 def parts(step: int) -> Parts:
-    return Parts({"weight": torch.full((5,), float(step))}, {"exp_avg.weight": torch.zeros(5)}, {}, {"steps": step})
+    return Parts(
+        {"weight": torch.full((5,), float(step))}, {"exp_avg.weight": torch.zeros(5)}, {}, {"optimizer_steps": step}
+    )
 
 
 @pytest.mark.parametrize("damage", [flip, cut_off, Path.unlink])
@@ -266,7 +268,7 @@ def test_the_last_checkpoints_are_kept_and_that_of_the_best_score(tmp_path: Path
     assert steps_saved_in(tmp_path) == [3, 6, 7]
     assert (tmp_path / "newest").resolve() == tmp_path / "step-0000007"
     assert open_checkpoint(tmp_path / "best").state.step == 3
-    assert open_checkpoint(tmp_path / "best").numbers == {"steps": 3}
+    assert open_checkpoint(tmp_path / "best").numbers == {"optimizer_steps": 3}
 
 
 def steps_saved_in(folder: Path) -> list[int]:
