@@ -39,11 +39,14 @@ demo: setup
 	deepspeed --quiet --num_accelerators 2 launch/evaluate.py --model data/demo/run/best --shards data/demo/shards --out data/demo/run
 	@python -m streamtrain summary data/demo/run
 
+# Three processes, for most tests wait for processes of their own; a file's tests share what they made, so stay together
+PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-all: setup
-	python -m pytest
+	$(PYTEST)
 
 check: setup
 	ruff check .

@@ -29,6 +29,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("streamtrain", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("streamtrain")
 
+# The files that take minutes, given out first: what is quick fills the gaps
+LONGEST = ("training", "checkpoints", "published", "precision", "sharding_growth", "sharding_crash", "build_dask")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 def run_module(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Run `python -m MODULE ARGUMENTS`. Whatever happens, a user never sees a traceback."""
