@@ -33,7 +33,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 demo test test-all $(NOISY): export DS_ACCELERATOR := cpu
 
 demo: setup
-	python -m sharding demo-corpus data/demo/raw --minutes 20
+	python -m sharding demo-corpus data/demo/raw --minutes 24 --children 48
 	python -m sharding build data/demo/raw/* --limit-sec 6 --out data/demo/shards
 	deepspeed --quiet --num_accelerators 2 launch/train.py --config configs/demo.json
 	deepspeed --quiet --num_accelerators 2 launch/evaluate.py --model data/demo/run/best --shards data/demo/shards --out data/demo/run
