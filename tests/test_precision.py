@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import PART_ALL, free_port, losses, run, training
+from training_runs import PART_ALL, losses, run, training
 
 from streamtrain.precision import NEVER, OFFLOADS, PRECISIONS, ConfigError, check_precision
+from tests.ports import free_port
 
 ALLOWED = [
     (precision, stage, offload)

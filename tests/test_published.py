@@ -10,13 +10,14 @@ import soundfile
 import torch
 from published import CLASSES, LETTERS_960H, publish, write
 from safetensors.torch import load_file, save_file
-from training_runs import ROOT, free_port, losses, run, training
+from training_runs import ROOT, losses, run, training
 from transformers import AutoModelForCTC, pipeline
 
 from streamtrain.config import ModelConfig
 from streamtrain.export import ExportError, export_model, save_best
 from streamtrain.model import ModelError, load_model, load_trained
 from streamtrain.vocab import SPACE, vocab_of
+from tests.ports import free_port
 
 KINDS = list(product(CLASSES, (False, True), ("bin", "safetensors")))
 RUN_OFTEN = {("wav2vec2", False, "bin"), ("hubert", True, "safetensors")}  # from start to end, the others in `test-all`

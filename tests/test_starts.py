@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import run_module
 from test_model import make_network
-from training_runs import ROOT, free_port, read_rows, run, start, training, wait_until
+from training_runs import ROOT, read_rows, run, start, training, wait_until
 
 from sharding.errors import StreamtrainError
 from streamtrain import hub
@@ -19,6 +19,7 @@ from streamtrain.network import CTCModel
 from streamtrain.start import _check_best
 from streamtrain.train import TrainError
 from streamtrain.vocab import save_vocab, vocab_of
+from tests.ports import free_port
 
 
 def test_a_run_does_not_go_on_beside_a_best_model_that_is_damaged(tmp_path: Path) -> None:

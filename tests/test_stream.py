@@ -25,7 +25,7 @@ from stream_sets import (
     write_set,
 )
 from test_plan import make_index
-from training_runs import free_port, start
+from training_runs import start
 from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.audio import SAMPLE_RATE, decode, encode
@@ -40,6 +40,7 @@ from streamtrain.patience import Patience, StallError
 from streamtrain.plan import PlanError, PlanSettings, Sounds, numbers_of_rank, plan_epoch
 from streamtrain.stream import BATCHES_AHEAD, ShardStream, read_ahead
 from streamtrain.world import LostStepError, World
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])

@@ -28,7 +28,6 @@ from training_runs import (
     AUGMENTED,
     EXACT,
     PART_ALL,
-    free_port,
     losses,
     processes,
     read_rows,
@@ -57,6 +56,7 @@ from streamtrain.start import _check_frames
 from streamtrain.train import TrainError
 from streamtrain.vocab import vocab_of
 from streamtrain.world import TAKEN_AWAY
+from tests.ports import free_port
 
 
 def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformers_runs(work: Path) -> None:

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from training_runs import ROOT, environment, free_port
+from training_runs import ROOT, environment
+
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(

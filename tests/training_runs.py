@@ -4,7 +4,6 @@ import csv
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 AUGMENTED = ["data.speed_factors=[0.9,1,1.1]", "model.mask_feature_prob=0.2", "model.mask_feature_length=4"]
@@ -53,12 +54,6 @@ def training(
         "data.batch_seconds=4", "train.micro_batches_per_step=4", "train.warmup_steps=2",
         "deepspeed.optimizer.params.lr=1e-3", *settings,
     ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def read_rows(run_dir: Path) -> list[dict[str, str]]:
