@@ -23,20 +23,20 @@ from obstore.exceptions import (
 )
 from obstore.store import ObjectStore, from_url
 
-from sharding.errors import MissingError, StoreError
+from sharding.errors import MissingError, StoreError, UnreachableError
 from sharding.names import check_name
 
 log = logging.getLogger("streamtrain")
 
 PATIENCE_SEC = 90.0  # for which what fails is repeated
 READ_SHARE = 1 / 3  # of it: as long may an answer take, so that one which never comes is asked for twice more
-WRITE_SHARE = 2 / 3  # likewise, with a part on its way up: once more
-UNTOLD_SHARE = 1 / 18  # of it: as long obstore repeats what fails by itself, before it is told
+WRITE_SHARE = 1 / 2  # likewise, with a part on its way up: once more
+UNTOLD_SHARE = 1 / 18  # of it: as long obstore repeats what fails by itself, a part alone, before it is told
 CONNECT_SEC = 10.0
 BODY_SEC = 3600.0  # for a body that keeps coming: obstore's 30 s would cut off a 64 MB shard on a line of 2 MB/s
 TRIES, PAUSE_SEC = 6, 0.5  # where an answer broke off
 COALESCE_BYTES = 2**17  # two ranges no further apart are read as one: as long as a request takes
-PART_BYTES = 5 * 2**20  # the smallest that S3 takes: within those 60 s, 8 workers need 0.7 MB/s for one each
+PART_BYTES = 5 * 2**20  # the smallest that S3 takes: within those 45 s, 8 workers need 0.9 MB/s for one each
 
 NO_BUCKET = "<Code>NoSuchBucket</Code>"
 ASKED_FOR_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
@@ -94,7 +94,6 @@ class BucketStore:
     """An object store. What is large goes up in parts, and appears under its name only when it is whole.
 
     What fails is repeated for `patience_sec`, of which all requests share one count while none of them is answered.
-    What is written to a server that takes it and never answers fails after 4/3 of that time.
     """
 
     remote = True
@@ -105,9 +104,9 @@ class BucketStore:
         self._patience_sec = patience_sec
         self._outage = _Outage(patience_sec)
         try:
-            self._store = _connect(url, patience_sec * READ_SHARE, patience_sec * UNTOLD_SHARE)
-            # Writes are repeated part by part by obstore itself, else all parts would go up anew
-            self._writer = _connect(url, patience_sec * WRITE_SHARE, patience_sec)
+            self._store, self._writer = (
+                _connect(url, patience_sec * share, patience_sec * UNTOLD_SHARE) for share in (READ_SHARE, WRITE_SHARE)
+            )
         except (BaseError, ValueError) as error:
             raise StoreError(f"{url}: {_first_line(error)}", "a bucket's URL is s3://bucket/prefix") from error
 
@@ -145,8 +144,16 @@ class BucketStore:
     def write(self, name: str, data: Content) -> None:
         check_name(self.url, name)
         whole = data if isinstance(data, bytes) else b"".join(data)
+        if len(whole) <= PART_BYTES:
+            self._insist(name, lambda: obstore.put(self._writer, name, whole))
+            return
+        parts = _Parts(whole)
         # One part at a time: the workers of a build share the line as it is, and each part has the same time
-        self._insist(name, lambda: obstore.put(self._writer, name, whole, chunk_size=PART_BYTES, max_concurrency=1))
+        self._insist(
+            name,
+            lambda: obstore.put(self._writer, name, iter(parts), chunk_size=PART_BYTES, max_concurrency=1),
+            moved=lambda: parts.moved,
+        )
 
     def exists(self, name: str) -> bool:
         check_name(self.url, name)
@@ -216,7 +223,12 @@ class BucketStore:
             print(f"{self.url}: without boto3 {LEFT_TO_LIFECYCLE}", file=sys.stderr)
             return 0
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        config = Config(s3={"addressing_style": "path"}, connect_timeout=CONNECT_SEC, retries={"mode": "standard"})
+        config = Config(
+            s3={"addressing_style": "path"},
+            connect_timeout=CONNECT_SEC,
+            read_timeout=PATIENCE_SEC * READ_SHARE,
+            retries={"mode": "standard", "total_max_attempts": 3},
+        )
         aborted = 0
         try:
             client = boto3.session.Session(region_name=region).client("s3", config=config)
@@ -232,10 +244,17 @@ class BucketStore:
         """Count the time since then as one in which this store has not answered, as another process has found."""
         self._outage.begin(since)
 
-    def _insist(self, name: str, act: Callable[[], Result], asked: float | None = None) -> Result:
+    def _insist(
+        self,
+        name: str,
+        act: Callable[[], Result],
+        asked: float | None = None,
+        moved: Callable[[], float] = lambda: -math.inf,
+    ) -> Result:
         """Repeat what fails until the outage has lasted for long enough, or answers break off once too often.
 
-        obstore repeats for a while by itself, but not always where an answer breaks off midway.
+        obstore repeats for a while by itself, but not always where an answer breaks off midway. `moved()` is when a
+        part of what is asked for last went through, by `time.monotonic()`.
         """
         begun = time.monotonic()
         broken = 0
@@ -252,7 +271,10 @@ class BucketStore:
                 ):  # the server has answered, and will not otherwise
                     self._outage.end()
                     raise explained from error
-                broken += time.monotonic() - tried < self._patience_sec * UNTOLD_SHARE
+                broken += moved() > tried or time.monotonic() - tried < self._patience_sec * UNTOLD_SHARE
+                if moved() > tried:
+                    self._outage.end()
+                    begun = tried = moved()
                 if self._outage.note(error, tried):
                     log.warning("%s; asked again for up to %g s", explained.message, self._patience_sec)
                 over = time.monotonic() >= begun + self._patience_sec or self._outage.is_given_up(tried)
@@ -267,13 +289,27 @@ class BucketStore:
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
         if NO_BUCKET in str(error):
-            return StoreError(f"{where}: there is no such bucket", "is its name right, and the server the one meant?")
+            hint = "is its name right, and the server the one meant?"
+            return UnreachableError(f"{where}: there is no such bucket", hint)
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or ASKED_FOR_CREDENTIALS in str(error):
             hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud, set and right for it?"
-            return StoreError(f"{where}: access denied", hint)
-        return StoreError(f"{where}: {_first_line(error)}", "is the server up and in reach, and its URL right?")
+            return UnreachableError(f"{where}: access denied", hint)
+        return UnreachableError(f"{where}: {_first_line(error)}", "is the server up and in reach, and its URL right?")
+
+
+class _Parts:
+    """An object part by part, in the order in which they go up: one is taken when the one before it has."""
+
+    def __init__(self, whole: bytes) -> None:
+        self._whole = whole
+        self.moved = -math.inf  # when the last one was taken
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self._whole), PART_BYTES):
+            self.moved = time.monotonic()
+            yield self._whole[start : start + PART_BYTES]
 
 
 def too_large(where: str, size: int, limit: int) -> StoreError:

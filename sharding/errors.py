@@ -31,3 +31,7 @@ class StoreError(StreamtrainError):
 
 class MissingError(StoreError):
     """There is nothing under that name."""
+
+
+class UnreachableError(StoreError):
+    """A server that does not answer, or lets nobody in: nothing is known of what lies there."""

@@ -13,7 +13,7 @@ import xxhash
 from sharding.aligned import NOTHING_ALIGNED, Alignments
 from sharding.audio import decode
 from sharding.build import BuildSettings, Plan, plan_build, write_shards
-from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
+from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, UnreachableError
 from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
 from sharding.format import (
@@ -167,6 +167,8 @@ def _rewrite(plans: Sequence[Plan], damaged: Mapping[str, ShardEntry], pool: Wor
 def _columns_are_whole(store: Store, name: str) -> bool:
     try:
         check_columns(store, read_index(store, name))
+    except UnreachableError:
+        raise
     except StreamtrainError:
         return False
     return True
@@ -185,6 +187,8 @@ def _fault_of(job: tuple[str, ShardEntry, str, bool]) -> str | None:
                 return f"{url}/{shard.name}: {sample.key}: {error.message}"
             if seen != length:
                 return f"{url}/{shard.name}: {sample.key} has {seen:,} samples at 16 kHz, its index says {length:,}"
+    except UnreachableError:
+        raise
     except StreamtrainError as error:
         return error.message
     return None

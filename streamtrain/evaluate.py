@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE
-from sharding.errors import ShardError, StoreError, StreamtrainError
+from sharding.errors import ShardError, StoreError, StreamtrainError, UnreachableError
 from sharding.format import ShardIndex, read_index, read_sample
 from sharding.ipa import normalize
 from sharding.sample import Sample
@@ -146,16 +145,23 @@ def evaluate_model(
 
 
 def _worst_sounds(card: dict[str, Any], evaluation: Evaluation, stream: ShardStream) -> dict[str, list[bytes]]:
-    """The audio of the worst clips, to listen to, as far as a page can hold it; what cannot be read is left out."""
+    """The audio of the worst clips, to listen to, as far as a page can hold it; what cannot be read is left out.
+
+    Of a server that is away, no more is asked.
+    """
     sounds: dict[str, list[bytes]] = {}
     left = PAGE_BYTES
     for clip in card["worst"]:
         name = clip["utterance_id"]
-        with suppress(ShardError, StoreError):
+        try:
             pieces = [read_sample(stream.store, stream.index, row).audio for row in evaluation.rows[name]]
             if sum(map(len, pieces)) <= left:
                 sounds[name] = pieces
                 left -= sum(map(len, pieces))
+        except UnreachableError:
+            break
+        except (ShardError, StoreError):
+            continue
     return sounds
 
 

@@ -7,8 +7,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,8 +16,11 @@ from conftest import ROOT
 from fault_proxy import Fault, FaultProxy
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 
+from sharding import store as store_module
 from sharding.bucket import BucketStore
-from sharding.errors import StoreError
+from sharding.errors import StoreError, UnreachableError
+from sharding.format import read_index
+from sharding.repair import _fault_of
 from sharding.store import open_store
 
 # --- the store ------------------------------------------------------------------------------------------------------
@@ -154,26 +157,40 @@ AWAY: dict[str, Callable[[FaultProxy], None]] = {
 }
 
 
+DOOMED: list[Callable[[BucketStore], object]] = [
+    *verbs("train/b00.tar"),
+    lambda store: store.write("train/b00.tar", LARGE[::-1]),
+    lambda store: store.write("small", b"small"),  # a request that stalls may arrive in the end
+    lambda store: store.write_if("lock", b"mine", None),
+    lambda store: store.exists("train/b00.tar"),
+    lambda store: store.delete("small"),
+    lambda store: store.names(),
+]
+
+
 @pytest.mark.parametrize("away", AWAY.values(), ids=AWAY)
-def test_a_server_that_stays_away_is_told_in_time_by_the_object_it_failed_for(
-    away: Callable[[FaultProxy], None], url: str, proxy: FaultProxy
+def test_a_server_that_stays_away_is_told_at_the_first_retry_and_in_time_whatever_is_asked_of_it(
+    away: Callable[[FaultProxy], None], url: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     patience_sec = 1.5
-    store = BucketStore(url, patience_sec)
-    store.write("train/b00.tar", LARGE)
+    BucketStore(url).write("train/b00.tar", LARGE)
     away(proxy)
-    doomed = [
-        lambda: store.write("train/b00.tar", LARGE[::-1]),
-        *(partial(verb, store) for verb in verbs("train/b00.tar")),
-    ]
-    for act in doomed:
-        begun = time.monotonic()
+
+    def is_told(act: Callable[[BucketStore], object]) -> None:
+        store, begun = BucketStore(url, patience_sec), time.monotonic()
         with pytest.raises(StoreError) as told:
-            act()
+            act(store)
         assert time.monotonic() - begun < 2 * patience_sec + 3
-        assert told.value.message.startswith(f"{url}/train/b00.tar: ")
+        assert store.retries > 0
+        assert told.value.message.startswith(f"{url}/")
         assert told.value.hint is not None
         assert "\n" not in told.value.message
+
+    with ThreadPoolExecutor(len(DOOMED)) as pool:
+        list(pool.map(is_told, DOOMED))
+    assert [record.getMessage().endswith("; asked again for up to 1.5 s") for record in caplog.records] == [
+        True for _ in DOOMED
+    ]
     proxy.clear()
     proxy.down()
     proxy.up()
@@ -182,15 +199,26 @@ def test_a_server_that_stays_away_is_told_in_time_by_the_object_it_failed_for(
 
 def test_a_slow_line_is_no_dead_one(url: str, proxy: FaultProxy) -> None:
     """Each part has its time for itself, and a body that keeps coming has more."""
-    patience_sec = 4.5
+    patience_sec = 3.5
     store = BucketStore(url, patience_sec)
-    proxy.plan(Fault("slow", times=100, rate=2 * 2**20))
+    proxy.plan(Fault("slow", times=100, rate=4 * 2**20))
     begun = time.monotonic()
-    store.write("train/b00.tar", LARGE)
+    store.write("train/b00.tar", LARGE + LARGE)
     written = time.monotonic()
-    assert store.read("train/b00.tar") == LARGE
+    assert store.read("train/b00.tar") == LARGE + LARGE
     assert min(written - begun, time.monotonic() - written) > patience_sec
-    assert proxy.count("PUT") == proxy.count("PUT", 200) == 3
+    assert proxy.count("PUT") == proxy.count("PUT", 200) == 5
+
+
+def test_an_upload_that_breaks_off_has_all_its_patience_from_the_last_part_that_went_through(
+    url: str, proxy: FaultProxy
+) -> None:
+    store = BucketStore(url, patience_sec=3)
+    slow, broken = Fault("slow", "PUT .*Number=[123]&", times=3, rate=4 * 2**20), Fault("503", "Number=4&", times=8)
+    proxy.plan(slow, broken)
+    store.write("train/b00.tar", LARGE + LARGE)
+    assert proxy.left() == 0
+    assert BucketStore(url).read("train/b00.tar") == LARGE + LARGE
 
 
 def test_readers_see_the_old_or_the_new_object_and_nothing_between(url: str, proxy: FaultProxy) -> None:
@@ -223,6 +251,19 @@ def test_a_flipped_bit_is_seen_by_who_compares(url: str, proxy: FaultProxy) -> N
     seen = store.read("x")
     assert [i for i in range(123_400, 123_500) if seen[i] != LARGE[i]] == [123_456]
     assert store.read("x") == LARGE
+
+
+def test_verify_tells_a_server_that_is_away_from_shards_that_are_damaged(
+    bucket: BucketStore, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PATIENCE_SEC", 1.0)
+    shard = read_index(bucket).shards[0]
+    fault = _fault_of((bucket.url, replace(shard, name="x.tar"), "phonetic", False))
+    assert fault is not None
+    assert fault.endswith("/x.tar: there is no such object")
+    proxy.plan(Fault("503", r"GET .*\.tar", times=1_000))
+    with pytest.raises(UnreachableError, match=f"{bucket.url}/{shard.name}: .* 503 "):
+        _fault_of((bucket.url, shard, "phonetic", False))
 
 
 # --- uploads that were never finished -------------------------------------------------------------------------------
