@@ -1,6 +1,7 @@
 """Shards of a bucket on their way to the ranks of a node: fetched once, verified, kept within a size."""
 
 import fcntl
+import json
 import logging
 import math
 import os
@@ -8,15 +9,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import xxhash
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.bucket import BucketStore, Range
-from sharding.errors import ShardError, StoreError
+from sharding.document import SMALL_BYTES, DocumentError, Number, parse
+from sharding.errors import ShardError, StoreError, UnreachableError
 from sharding.exclusive import NO_LOCKS
 from sharding.format import ShardEntry, ShardIndex
 from sharding.sample import escape_key
@@ -40,6 +44,17 @@ IDLE_SEC = 600.0  # a shard that is not in the plan, and that nobody asked for s
 
 class FetchError(ShardError):
     """A shard whose bytes came wrong from the store, however often it was asked for them."""
+
+
+class _GivenUp(TypedDict):
+    """What a lock file says of the fetch that its last holder gave up."""
+
+    at: Number  # by `time.monotonic()`, which all processes of a machine share
+    message: str
+    hint: str | None
+
+
+_GIVEN_UP = TypeAdapter(_GivenUp)
 
 
 @dataclass
@@ -166,8 +181,8 @@ class ShardCache:
         if file is None:
             self._count(misses=not ahead)
             asked = time.monotonic()
-            with _locked(path.with_suffix(".lock")):
-                file = _opened(path) or self._fetch(self._entries[name], path, ahead, asked)
+            with _locked(path.with_suffix(".lock")) as lock:
+                file = _opened(path) or self._fetch_once(self._entries[name], path, lock, ahead, asked)
         else:
             self._count(hits=1)
         os.utime(file.fileno())  # when it was last asked for
@@ -175,14 +190,26 @@ class ShardCache:
 
     # --- fetching ---------------------------------------------------------------------------------------------------
 
-    def _fetch(self, shard: ShardEntry, path: Path, ahead: bool, asked: float) -> BinaryIO:
-        """Write a shard under its name, and return it opened. What is needed now does not wait for what is `ahead`.
+    def _fetch_once(self, shard: ShardEntry, path: Path, lock: BinaryIO, ahead: bool, asked: float) -> BinaryIO:
+        """Fetch a shard whose lock is held, unless another thread or process has given it up since it was `asked` for.
 
-        If another thread or process held the shard's lock since it was `asked` for, it has failed, and its time counts.
+        If that one was killed instead, the time for which it held the lock counts.
         """
-        partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
         if time.monotonic() - asked > HELD_SEC:
+            _raise_if_given_up(lock, asked)
             self._store.failed_elsewhere(asked)
+        lock.truncate(0)
+        try:
+            return self._fetch(shard, path, ahead, asked)
+        except UnreachableError as error:
+            given_up = _GivenUp(at=time.monotonic(), message=error.message, hint=error.hint)
+            with suppress(OSError):  # of a full disk: those who wait try it themselves
+                lock.write(json.dumps(given_up).encode())
+            raise
+
+    def _fetch(self, shard: ShardEntry, path: Path, ahead: bool, asked: float) -> BinaryIO:
+        """Write a shard under its name, and return it opened. What is needed now does not wait for what is `ahead`."""
+        partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
         try:
             self._reserve(partial, shard.bytes)
             with open(partial, "r+b") as file:
@@ -269,6 +296,15 @@ def _opened(path: Path) -> BinaryIO | None:
         ) from error
 
 
+def _raise_if_given_up(lock: BinaryIO, asked: float) -> None:
+    """Raise what a shard was given up for if that was after it was `asked` for."""
+    lock.seek(0)
+    with suppress(DocumentError):  # there is none, or it is cut off
+        given_up = parse(lock.read(SMALL_BYTES), _GIVEN_UP)
+        if given_up["at"] > asked:
+            raise UnreachableError(given_up["message"], given_up["hint"])
+
+
 def _checksum(file: BinaryIO) -> str:
     state, position = xxhash.xxh3_64(), 0
     while data := os.pread(file.fileno(), RANGE_BYTES, position):
@@ -296,8 +332,8 @@ def _abandoned(part: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An advisory lock that the kernel releases when its holder dies."""
-    with open(path, "a") as file:
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """Hold, and yield, a file whose advisory lock the kernel releases when its holder dies."""
+    with open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield cast(BinaryIO, file)
