@@ -16,14 +16,15 @@ from sharding.command import Commands, number, out_file
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
 from sharding.foreign import VALID_TARS, index_tars
-from sharding.format import check_columns, check_report, read_index, read_outlines
+from sharding.format import REMADE_HINT, read_index
 from sharding.ipa import TRACKS, read_label
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
 from sharding.pauses import find_pauses, listen
-from sharding.repair import find_faults, repair
+from sharding.repair import repair
 from sharding.sounds import example_of, learn
 from sharding.split import MIN_PIECE_SEC, Gates, split_recording
 from sharding.store import open_store
+from sharding.verify import check_older_indexes, find_faults
 from sharding.workers import available_cores
 from sharding.writing import write
 
@@ -31,7 +32,11 @@ DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
 MAX_BUCKETS = 100  # a shard's name has two digits for its bucket
 REJECTED_HINT = f"{report.LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
-REPORT_HINT = "copy it again; an --append that was killed leaves another: run it again"
+REPORT_HINT = "copy it again, with all that is in report/; a set older than its sums gets them with the next --append"
+APPENDING = (
+    "an --append has begun and not ended, and report/ may tell of it; if it was killed, give the same command again, "
+    "or --append clips that are there already, to be rid of it"
+)
 LIMITS_SEC = (2 * MIN_PIECE_SEC, 86_400)  # below, there may be no way to cut without tiny pieces
 
 
@@ -112,20 +117,23 @@ def _verify(options: argparse.Namespace) -> int:
         return _repair(options)
     store = open_store(options.shards)
     index = read_index(store)
-    faults = find_faults(options.shards, index.shards, index.track, options.decode, options.workers)
+    faults = find_faults(options.shards, index, options.decode, options.workers)
     for fault in faults.values():
-        print(fault, file=sys.stderr)
+        print(fault.message, file=sys.stderr)
     if faults:
+        again = f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…"
+        mendable = any(fault.mendable for fault in faults.values())
         raise ShardError(
-            f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged",
-            f"make them again from their sources: python -m sharding verify {options.shards} --repair SOURCE…",
+            f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged, or not as the index says",
+            again if mendable else REMADE_HINT,
         )
-    for name, _ in read_outlines(store):  # those that it grew from too
-        check_columns(store, read_index(store, name))
-    for fault in (report_faults := check_report(store, index)):
-        print(fault, file=sys.stderr)
+    check_older_indexes(store, index)
+    for said in (report_faults := report.check_report(store, index)):
+        print(said, file=sys.stderr)
     if report_faults:
         raise ShardError(f"{options.shards}: the shards are sound, the report is not", REPORT_HINT)
+    if report.is_kept(store, index):
+        print(f"{options.shards}: {APPENDING}", file=sys.stderr)
     print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
     return 0
 
@@ -134,7 +142,7 @@ def _repair(options: argparse.Namespace) -> int:
     faults, indexes = repair(options.shards, _find_sources(options.repair), _reading_of(options), options.decode,
                              options.workers, _read_alignments(options.alignments))  # fmt: skip
     for name, fault in faults.items():
-        print(f"{name}: made again ({fault})")
+        print(f"{name}: made again ({fault.message})")
     for name in indexes:
         print(f"the sample columns of {name}: made again")
     if not faults and not indexes:

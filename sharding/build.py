@@ -58,6 +58,7 @@ from sharding.format import (
     ShardIndex,
     join_samples,
     keep_old_index,
+    pack_index,
     read_index,
     read_listed,
     write_index,
@@ -138,7 +139,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             known = _are_known(store, base, examined) if base else np.zeros(len(examined.clips), bool)
             examined = examined.select(~known)
             if base and not len(examined.clips):
-                return Built(base, report.read_summary(store), 0.0, fresh=False, known=len(known))
+                report.put_back(store, base)
+                return Built(base, report.read_summary(store, base), 0.0, fresh=False, known=len(known))
             _check_labels(examined, settings, base)
             old_rows, old_orphans = report.keep_old(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
@@ -151,14 +153,17 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             orphans = sorted({*old_orphans, *orphans})
             told = orphans == old_orphans and report.tell_the_same(ledger, old_rows)
             if base and told and len(index.samples) == len(base.samples):
-                report.forget_old(store, base.digest)  # nothing new to train on, nor to tell: no run need see another
-                return Built(base, report.read_summary(store), rejected, known=int(known.sum()))
-            summary, checksums = report.publish(store, ledger, tally, index, orphans, examined.ignored_fields)
+                report.put_back(store, base)  # nothing new to train on, nor to tell: no run need see another
+                return Built(base, report.read_summary(store, base), rejected, known=int(known.sum()))
+            packed = pack_index(index)
+            summary = report.publish(store, ledger, tally, packed.index, orphans, examined.ignored_fields)
             lease.check()
             if base:
                 keep_old_index(store, base)
-            index = write_index(store, replace(index, report=checksums))  # last: it says that all the rest is there
-            return Built(index, summary, rejected, known=int(known.sum()))
+            write_index(store, packed)  # last: it says that all the rest is there
+            if base:
+                report.forget_old(store, base)
+            return Built(packed.index, summary, rejected, known=int(known.sum()))
 
 
 def _check_labels(examined: Examined, settings: BuildSettings, base: ShardIndex | None) -> None:
@@ -408,7 +413,7 @@ def _built_before(store: Store, index: ShardIndex, examined: Examined) -> Built:
             "choose another --out, or remove this folder first; --append adds clips and leaves those there as they are",
         )
     rejected = index.notes["rejected"] / max(index.notes["clips"], 1)
-    return Built(index, report.read_summary(store), rejected, fresh=False)
+    return Built(index, report.read_summary(store, index), rejected, fresh=False)
 
 
 def _are_known(store: Store, base: ShardIndex, examined: Examined) -> Mask:

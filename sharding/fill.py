@@ -22,7 +22,6 @@ from sharding.format import (
     SampleTable,
     Shard,
     ShardEntry,
-    check_shard,
     read_shard_index,
     remove_shard,
     write_shard,
@@ -34,6 +33,7 @@ from sharding.sample import Sample, escape_key, piece_key
 from sharding.sounds import Example, Sounds, example_of
 from sharding.split import Gates, Segment, split_recording
 from sharding.store import Store, open_store
+from sharding.verify import check_shard
 from sharding.workers import count_done
 
 MADE_BY = (FORMAT_VERSION, soundfile.__libsndfile_version__, soxr.__version__)  # others may make other bytes
@@ -242,7 +242,7 @@ def _finished(
         shard = read_shard_index(store, job.name)
         if shard.made_of != made_of:
             return None
-        check_shard(store, shard.entry)
+        check_shard(store, shard, job.where.track)
     except (ShardError, MissingError):
         return None
     for member, utterance, template in zip(job.members, utterances, templates, strict=True):

@@ -3,7 +3,7 @@
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,6 +23,7 @@ from sharding.format import (
     ShardIndex,
     Who,
     join_samples,
+    pack_index,
     write_index,
     write_listed,
 )
@@ -105,12 +106,9 @@ def index_tars(
         shards=tuple(shard.entry for shard in shards),
         samples=samples,
     )
-    summary, checksums = report.publish(store, ledger, tally, index, [], [])
-    return (
-        write_index(store, replace(index, report=checksums)),
-        summary,
-        tally.clips["rejected"] / max(sum(tally.clips.values()), 1),
-    )
+    packed = pack_index(index)
+    summary = report.publish(store, ledger, tally, packed.index, [], [])
+    return write_index(store, packed), summary, tally.clips["rejected"] / max(sum(tally.clips.values()), 1)
 
 
 def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:

@@ -90,8 +90,7 @@ class ShardIndex:
     samples: SampleTable
     base: str = ""  # digest of the index that this one was appended to
     sounds: dict[str, Any] | None = None  # by which the build gave words to pieces of long recordings
-    report: dict[str, str] = field(default_factory=dict)  # xxh3-64 of each file of the report, by its name
-    digest: str = ""
+    digest: str = ""  # by which runs and caches know the set: see `pack_index`
 
     @property
     def track(self) -> str:
@@ -167,7 +166,6 @@ class _IndexDocument:
     digest: Digest
     base: Digest = ""
     sounds: _Sounds | None = None
-    report: dict[str, Checksum] = field(default_factory=dict)
 
 
 class _Columns(TypedDict):
@@ -290,7 +288,7 @@ def read_shard_index(store: Reader, name: str) -> Shard:
         whose = tuple(map(Who._make, zip(*(who[name] for name in Who._fields), strict=True)))
         return Shard(entry, tuple(keys), whose, table, document.made_of, document.refused, document.remarks)
     except DocumentError as error:
-        raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", _VERIFY_HINT) from error
+        raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", VERIFY_HINT) from error
 
 
 def read_keys(store: Reader, index: ShardIndex) -> npt.NDArray[np.object_]:
@@ -304,9 +302,9 @@ def read_listed(store: Reader, shard: ShardEntry) -> Shard:
     try:
         listed = read_shard_index(store, shard.name)
     except MissingError as error:
-        raise ShardError(f"{error.message}, and {INDEX_NAME} lists it", _VERIFY_HINT) from error
+        raise ShardError(f"{error.message}, and {INDEX_NAME} lists it", VERIFY_HINT) from error
     if listed.entry != shard:
-        raise ShardError(f"{store.url}/{_idx_name(shard.name)}: differs from its row in {INDEX_NAME}", _VERIFY_HINT)
+        raise ShardError(f"{store.url}/{_idx_name(shard.name)}: differs from its row in {INDEX_NAME}", VERIFY_HINT)
     return listed
 
 
@@ -320,7 +318,7 @@ def read_samples(store: Reader, index: ShardIndex, shard: ShardEntry, rows: Samp
             raise ShardError(
                 f"{store.url}/{shard.name}: checksum of the sample at byte {offset} is {seen:016x}, "
                 f"the index says {wanted:016x}",
-                _VERIFY_HINT,
+                VERIFY_HINT,
             )
     return [sample_from_bytes(raw, index.track) for raw in parts]
 
@@ -330,56 +328,6 @@ def read_sample(store: Reader, index: ShardIndex, row: int) -> Sample:
     return read_samples(store, index, index.shards[index.samples["shard"][row]], index.samples[row : row + 1])[0]
 
 
-def check_shard(store: Reader, shard: ShardEntry, track: str = "phonetic") -> list[Sample]:
-    """Read a whole shard, check every promise its index entry makes, and return its samples."""
-    data = store.read(shard.name, limit=shard.bytes + 2**20)  # a little more is told by its checksum
-    where = f"{store.url}/{shard.name}"
-    checksum = xxhash.xxh3_64_hexdigest(data)
-    if checksum != shard.checksum:
-        raise ShardError(f"{where}: checksum is {checksum}, {INDEX_NAME} says {shard.checksum}", _VERIFY_HINT)
-    if not data.endswith(END_OF_ARCHIVE):
-        raise ShardError(f"{where}: the end-of-archive block is missing", _VERIFY_HINT)
-    listed = read_listed(store, shard)
-    parts = [data[start : start + length] for start, length in listed.samples[["offset", "bytes"]].tolist()]
-    checksums = [xxhash.xxh3_64_intdigest(part) for part in parts]
-    if checksums != listed.samples["checksum"].tolist():
-        raise ShardError(f"{where}: its samples do not lie where its index says", _VERIFY_HINT)
-    samples = [sample_from_bytes(part, track) for part in parts]
-    if [len(sample.text) for sample in samples] != listed.samples["label_length"].tolist():
-        raise ShardError(f"{where}: its labels are not as long as its index says", _VERIFY_HINT)
-    if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
-        raise ShardError(f"{where}: holds other keys than its index", _VERIFY_HINT)
-    return samples
-
-
-def check_columns(store: Reader, index: ShardIndex) -> None:
-    """Raise ShardError if the sample columns of an index are not those of its shards' own indexes."""
-    for number, shard in enumerate(index.shards):
-        listed, rows = read_listed(store, shard).samples, index.samples[index.samples["shard"] == number]
-        for column in [name for name in SAMPLE_DTYPE.names or () if name != "shard"]:
-            if not np.array_equal(listed[column], rows[column]):
-                row = int((listed[column] != rows[column]).argmax())
-                raise ShardError(
-                    f"{store.url}: the sample columns say that {column!r} of sample {row} of {shard.name} is "
-                    f"{rows[column][row]}, its own index says {listed[column][row]}",
-                    "they were so made: copy the set again, or build it anew",
-                )
-
-
-def check_report(store: Reader, index: ShardIndex) -> list[str]:
-    """Return what is wrong with the report. Nothing is if all of it is missing, as from a copy of the shards alone."""
-    seen: dict[str, str] = {}
-    for name in index.report:
-        try:
-            seen[name] = xxhash.xxh3_64_hexdigest(store.read(name, LARGE_BYTES))
-        except MissingError:
-            seen[name] = "missing"
-    if set(seen.values()) == {"missing"}:
-        return []
-    return [f"{store.url}/{name}: its checksum is {seen[name]}, {INDEX_NAME} says {wanted}"
-            for name, wanted in index.report.items() if seen[name] != wanted]  # fmt: skip
-
-
 def join_samples(tables: Sequence[SampleTable]) -> SampleTable:
     """The sample columns of all shards, each row with its shard's number."""
     table = np.concatenate(tables) if tables else np.zeros(0, SAMPLE_DTYPE)
@@ -387,10 +335,27 @@ def join_samples(tables: Sequence[SampleTable]) -> SampleTable:
     return table
 
 
-def write_index(store: Store, index: ShardIndex) -> ShardIndex:
-    """Publish the index over finished shards: the sample columns first, index.json last. Returns it with its digest."""
+@dataclass(frozen=True, eq=False)
+class PackedIndex:
+    """An index as the bytes of its two files; its digest is known before either is written."""
+
+    index: ShardIndex
+    columns_name: str
+    columns: bytes
+    text: bytes
+
+
+def pack_index(index: ShardIndex) -> PackedIndex:
+    """Pack the index over finished shards, and give it its digest, which is the identity of the set.
+
+    It covers every byte of index.json, and by the checksums in there those of the sample columns, of the tars and of
+    their own indexes. It covers nothing of the report, whose bytes depend on the version of matplotlib and on what
+    lies beside the clips: that has checksums of its own.
+    """
     columns = _pack_columns(index.samples)
     checksum = xxhash.xxh3_64_hexdigest(columns)
+    # of an index that was appended to, beside the columns it began with, which its readers may still need
+    name = f"samples-{checksum}.bin.zst" if index.base else SAMPLES_NAME
     document: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "sample_rate": SAMPLE_RATE,
@@ -401,20 +366,19 @@ def write_index(store: Store, index: ShardIndex) -> ShardIndex:
         "notes": index.notes,
         "base": index.base,
         "sounds": index.sounds,
-        "report": index.report,
-        "samples": {
-            # of an index that was appended to, beside the columns it began with, which its readers may still need
-            "name": f"samples-{checksum}.bin.zst" if index.base else SAMPLES_NAME,
-            "count": len(index.samples),
-            "checksum": checksum,
-        },
+        "samples": {"name": name, "count": len(index.samples), "checksum": checksum},
         "shards": [asdict(shard) for shard in index.shards],
         "digest": "",
     }
     digest = _digest(_index_text(document))
-    store.write(document["samples"]["name"], columns)
-    store.write(INDEX_NAME, _index_text(document | {"digest": digest}))
-    return replace(index, digest=digest)
+    return PackedIndex(replace(index, digest=digest), name, columns, _index_text(document | {"digest": digest}))
+
+
+def write_index(store: Store, packed: PackedIndex) -> ShardIndex:
+    """Publish an index: the sample columns first, index.json last, which says that all the rest is there."""
+    store.write(packed.columns_name, packed.columns)
+    store.write(INDEX_NAME, packed.text)
+    return packed.index
 
 
 def keep_old_index(store: Store, index: ShardIndex) -> None:
@@ -447,7 +411,7 @@ def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     columns = store.read(wanted["name"], LARGE_BYTES)
     checksum = xxhash.xxh3_64_hexdigest(columns)
     if checksum != wanted["checksum"]:
-        raise ShardError(f"{where}: checksum is {checksum}, {name} says {wanted['checksum']}", _VERIFY_HINT)
+        raise ShardError(f"{where}: checksum is {checksum}, {name} says {wanted['checksum']}", VERIFY_HINT)
     try:
         table = _table_from(unpack(columns), wanted["count"])
         _check_table(document.shards, table)
@@ -461,12 +425,11 @@ def read_outline(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     return _index_from(_read_document(store, name), np.zeros(0, SAMPLE_DTYPE))
 
 
-def repair_samples(store: Store, name: str) -> None:
-    """Write the columns of an index anew, from the indexes of its shards. Raises ShardError where one is damaged."""
-    document = _read_document(store, name)
-    columns = _pack_columns(join_samples([read_listed(store, shard).samples for shard in document.shards]))
+def repair_samples(store: Store, name: str, samples: SampleTable) -> None:
+    """Write the columns of an index anew. Raises ShardError if they come out otherwise than it says."""
+    document, columns = _read_document(store, name), _pack_columns(samples)
     if xxhash.xxh3_64_hexdigest(columns) != document.samples["checksum"]:
-        raise ShardError(f"{store.url}/{name}: its sample columns cannot be made again as they were")
+        raise ShardError(f"{store.url}/{name}: its sample columns cannot be made again as they were", REMADE_HINT)
     store.write(document.samples["name"], columns)
 
 
@@ -539,8 +502,8 @@ INDEX_HINT = (
 )
 OLD_INDEX_HINT = "a training run that began with it needs it, and so does a repair; copy it again, if this is a copy"
 
-
-_VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
+REMADE_HINT = "they were so made: copy the set again, or build it anew"
+VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
 
 
 def _index_from(document: _IndexDocument, table: SampleTable) -> ShardIndex:
@@ -557,7 +520,6 @@ _COPIED = (
     "shards",
     "base",
     "sounds",
-    "report",
     "digest",
 )
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.errors import AudioError, ShardError
-from sharding.format import SPLITS, ShardEntry, ShardIndex, check_shard, read_listed
+from sharding.format import SPLITS, ShardEntry, ShardIndex, read_listed
 from sharding.names import UNKNOWN, age_order
 from sharding.store import Reader, Store, open_store
+from sharding.verify import check_shard
 from sharding.workers import Workers, count_done
 
 GROUPINGS = {  # table → the columns of a clip that it is grouped by
@@ -159,7 +160,7 @@ def measure_shard(job: tuple[str, ShardEntry, str]) -> tuple[npt.NDArray[np.floa
     """The level of each clip of a shard, dBFS, and how often each symbol stands in its labels."""
     store, shard, track = open_store(job[0]), *job[1:]
     levels, counts = [], Counter[str]()
-    for sample in check_shard(store, shard, track):
+    for sample in check_shard(store, read_listed(store, shard), track):
         count_done()
         try:
             waveform, _ = decode(sample.audio)

@@ -1,4 +1,4 @@
-"""Check every shard against the index, and make again from the sources what is damaged."""
+"""Make again from the sources what is damaged, to the same bytes."""
 
 import io
 import tarfile
@@ -11,16 +11,15 @@ import numpy as np
 import xxhash
 
 from sharding.aligned import NOTHING_ALIGNED, Alignments
-from sharding.audio import decode
 from sharding.build import BuildSettings, Plan, plan_build, write_shards
-from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, UnreachableError
+from sharding.errors import MissingError, ShardError, StreamtrainError, UnreachableError
 from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
 from sharding.format import (
+    SampleTable,
     ShardEntry,
     ShardIndex,
-    check_columns,
-    check_shard,
+    join_samples,
     read_index,
     read_listed,
     read_outline,
@@ -32,17 +31,8 @@ from sharding.manifest import Reading, read_sources
 from sharding.sample import whole_key
 from sharding.sounds import Sounds, unpack_sounds
 from sharding.store import Store, open_store
-from sharding.workers import Workers, count_done
-
-Faults = dict[str, str]  # shard → what is wrong with it
-
-
-def find_faults(url: str, shards: Sequence[ShardEntry], track: str, with_audio: bool, workers: int) -> Faults:
-    """Read every shard whole and check all that the index promises of it; `with_audio` decodes each clip as well."""
-    jobs = [(url, shard, track, with_audio) for shard in shards]
-    with Workers(min(workers, max(len(jobs), 1))) as pool:
-        faults = pool.map(_fault_of, jobs, [shard.count for shard in shards], "verifying")
-    return {shard.name: fault for shard, fault in zip(shards, faults, strict=True) if fault}
+from sharding.verify import Faults, find_faults
+from sharding.workers import Workers
 
 
 def repair(
@@ -61,7 +51,7 @@ def repair(
     with sole_build(store):
         outline = read_outline(store)
         shards = outline.shards
-        faults = find_faults(url, shards, outline.track, with_audio, workers)
+        faults = find_faults(url, outline, with_audio, workers)
         if faults and outline.foreign:
             raise ShardError(f"{url}: its tars were written by others", "copy the damaged ones again")
         if faults:
@@ -79,14 +69,15 @@ def repair(
                 plans = [plan_build(part, settings, where, pool, base, alignments, sounds)[0]
                          for part, base, sounds in given]  # fmt: skip
                 _rewrite(plans, {shard.name: shard for shard in shards if shard.name in faults}, pool)
-            doubtful = [shard for shard in shards if shard.name in faults]
-            still = find_faults(url, doubtful, outline.track, with_audio, workers)
-            if still:
-                raise ShardError(f"{'; '.join(still.values())}: so it was built", "build the shard set anew")
-        mended = []
-        for name, _ in read_outlines(store):
-            if not _columns_are_whole(store, name):
-                repair_samples(store, name)
+            doubtful = tuple(shard for shard in shards if shard.name in faults)
+            if still := find_faults(url, replace(outline, shards=doubtful), with_audio, workers):
+                told = "; ".join(fault.message for fault in still.values())
+                raise ShardError(f"{told}: so it was built", "build the shard set anew")
+        listed, mended = join_samples([read_listed(store, shard).samples for shard in shards]), []
+        for name, older in read_outlines(store):
+            samples = listed[: sum(shard.count for shard in older.shards)]  # a set grows at its end
+            if not _columns_are(store, name, samples):
+                repair_samples(store, name, samples)
                 mended.append(name)
     return faults, mended
 
@@ -164,31 +155,10 @@ def _rewrite(plans: Sequence[Plan], damaged: Mapping[str, ShardEntry], pool: Wor
         write_shards(replace(plan, where=replace(plan.where, dry=False)), shards, pool)
 
 
-def _columns_are_whole(store: Store, name: str) -> bool:
+def _columns_are(store: Store, name: str, samples: SampleTable) -> bool:
     try:
-        check_columns(store, read_index(store, name))
+        return np.array_equal(read_index(store, name).samples, samples)
     except UnreachableError:
         raise
     except StreamtrainError:
         return False
-    return True
-
-
-def _fault_of(job: tuple[str, ShardEntry, str, bool]) -> str | None:
-    url, shard, track, with_audio = job
-    store = open_store(url)
-    try:
-        samples = check_shard(store, shard, track)
-        for sample, length in zip(samples, read_listed(store, shard).samples["samples"].tolist(), strict=True):
-            count_done()
-            try:
-                seen = len(decode(sample.audio, prove=True)[0]) if with_audio else length
-            except AudioError as error:
-                return f"{url}/{shard.name}: {sample.key}: {error.message}"
-            if seen != length:
-                return f"{url}/{shard.name}: {sample.key} has {seen:,} samples at 16 kHz, its index says {length:,}"
-    except UnreachableError:
-        raise
-    except StreamtrainError as error:
-        return error.message
-    return None

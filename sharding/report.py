@@ -1,14 +1,15 @@
 """What became of every input clip: the ledger, the summary and a picture of the durations."""
 
+import hashlib
 import heapq
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, NotRequired
 
-import xxhash
 import zstandard
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -19,12 +20,14 @@ from sharding.document import LARGE_BYTES, Number, Share, check, parse_json, unp
 from sharding.errors import MissingError, ShardError
 from sharding.format import SPLITS, ShardIndex
 from sharding.manifest import Utterance, printable
-from sharding.store import Reader, Store
+from sharding.store import Store
 
 LEDGER_NAME = "report/ledger.jsonl.zst"
 SUMMARY_NAME = "report/summary.json"
 ORPHANS_NAME = "report/orphans.txt"
 PLOT_NAME = "report/durations.png"
+FILES = (LEDGER_NAME, SUMMARY_NAME, ORPHANS_NAME, PLOT_NAME)
+SUMS_NAME = "report/SHA256SUMS"  # of these, and of which index they are
 DECLARED_OFF_SEC = 0.1  # a declared duration further than this from the measured one is listed
 FATES = ("written", "split", "rejected")
 WORST = 10  # files that the summary names
@@ -178,8 +181,8 @@ def publish(
     index: ShardIndex,
     orphans: Sequence[str],
     ignored_fields: Iterable[str],
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write the ledger, which adds up to the tally, the summary and the plot; returns the summary, and checksums."""
+) -> dict[str, Any]:
+    """Write the ledger, which adds up to the tally, the summary, the plot, and their sums; returns the summary."""
     from sharding.plots import plot_durations  # matplotlib takes a second to import
 
     summary = _summarize(tally, index, orphans, ignored_fields)
@@ -189,9 +192,9 @@ def publish(
         ORPHANS_NAME: "".join(f"{name}\n" for name in orphans).encode(),
         PLOT_NAME: plot_durations(index),
     }
-    for name, data in files.items():
+    for name, data in (files | {SUMS_NAME: _pack_sums(index, files)}).items():
         store.write(name, data)
-    return summary, {name: xxhash.xxh3_64_hexdigest(data) for name, data in files.items()}
+    return summary
 
 
 def add_up(parts: Iterable[LedgerPart]) -> Tally:
@@ -201,10 +204,10 @@ def add_up(parts: Iterable[LedgerPart]) -> Tally:
     return total
 
 
-def read_summary(store: Reader) -> dict[str, Any] | None:
+def read_summary(store: Store, index: ShardIndex) -> dict[str, Any] | None:
     """The summary of a shard set, or None where its report was left behind."""
     try:
-        document: dict[str, Any] = parse_json(store.read(SUMMARY_NAME, LARGE_BYTES))
+        document: dict[str, Any] = parse_json(_read(store, index, SUMMARY_NAME))
         render(document, store.url)  # one that cannot be shown is none
     except MissingError:
         return None
@@ -213,52 +216,122 @@ def read_summary(store: Reader) -> dict[str, Any] | None:
     return document
 
 
-def keep_old(store: Store, index: ShardIndex) -> tuple[list[Row], list[str]]:
-    """The ledger and the orphans as they were with an index, which is about to be appended to.
+def check_report(store: Store, index: ShardIndex) -> list[str]:
+    """Return what is wrong with the report. Nothing is if all of it is missing, as from a copy of the shards alone."""
+    place = _place(store, index)
+    seen = {name: _read_if_there(store, place(name)) for name in (*FILES, SUMS_NAME)}
+    if not any(data is not None for data in seen.values()):
+        return []
+    faults = [f"{store.url}/{place(name)}: is missing" for name, data in seen.items() if data is None]
+    sums = seen.pop(SUMS_NAME)
+    if sums is None:
+        return faults
+    where, lines = f"{store.url}/{place(SUMS_NAME)}", [_sum(name, data or b"") for name, data in seen.items()]
+    said = sums.decode(errors="replace").split("\n")
+    faults += [f"{store.url}/{place(name)}: its checksum is {line[:16]}…, {where} has another"
+               for (name, data), line in zip(seen.items(), lines, strict=True)
+               if data is not None and line not in said]  # fmt: skip
+    if _head(index) not in said:
+        faults.append(f"{where}: is not of the index {index.digest[:16]}…, which is here")
+    return faults or [f"{where}: says more than the sums"] * (said != [_head(index), *lines, ""])
 
-    They are kept under its name: should this build be killed before its index is there, the next one begins with them.
+
+# --- while a set is appended to -------------------------------------------------------------------------------------
+
+
+def is_kept(store: Store, index: ShardIndex) -> bool:
+    """Tell whether an append to this index has begun and not ended: what is in report/ may be of the next one."""
+    return store.exists(_kept(index, SUMS_NAME))
+
+
+def keep_old(store: Store, index: ShardIndex) -> tuple[list[Row], list[str]]:
+    """Return the ledger and the orphans of an index that is about to be appended to, and keep its report aside.
+
+    It is the report of the index until the next one is there, also if this build is killed before. Raises ShardError
+    if the ledger or the orphans are damaged or missing.
     """
-    kept = []
-    for name in (LEDGER_NAME, ORPHANS_NAME):
-        old = _name_with(index.digest, name)
-        there = store.exists(old)
-        try:
-            data = store.read(old if there else name, LARGE_BYTES)
-        except MissingError as error:
-            hint = "without it the report of what is added cannot be whole; build into another --out"
-            raise ShardError(error.message, hint) from error
-        if (seen := xxhash.xxh3_64_hexdigest(data)) != index.report.get(name, seen):
-            where = f"{store.url}/{old if there else name}"
-            raise ShardError(
-                f"{where}: damaged: its checksum is {seen}, the index says {index.report[name]}", COPY_HINT
-            )
-        if not there:
-            store.write(old, data)
-        kept.append(data)
     try:
-        rows = [parse_json(line) for line in unpack(kept[0], MAX_UNPACKING).splitlines()]
+        ledger, orphans = (_read(store, index, name) for name in (LEDGER_NAME, ORPHANS_NAME))
+        rows = [parse_json(line) for line in unpack(ledger, MAX_UNPACKING).splitlines()]
         for row in rows:
             check(row, _ROW)
-        return rows, kept[1].decode().splitlines()
+        names = orphans.decode().splitlines()
+    except MissingError as error:
+        hint = "without it the report of what is added cannot be whole; build into another --out"
+        raise ShardError(error.message, hint) from error
     except ValueError as error:
-        where = f"{store.url}/{_name_with(index.digest, LEDGER_NAME)}"
-        raise ShardError(f"{where}: damaged ({error})", COPY_HINT) from error
+        raise ShardError(f"{store.url}/{LEDGER_NAME}: damaged ({error})", COPY_HINT) from error
+    if not is_kept(store, index):
+        files = {name: data for name in FILES if (data := _read_if_there(store, name)) is not None}
+        sums = _read_if_there(store, SUMS_NAME) or _pack_sums(index, files)  # a set older than its sums has none
+        for name, data in (files | {SUMS_NAME: sums}).items():  # which come last: they say that the others are there
+            store.write(_kept(index, name), data)
+    return rows, names
+
+
+def put_back(store: Store, index: ShardIndex) -> None:
+    """Undo `keep_old`, and what was published since then: no next index comes."""
+    if is_kept(store, index):
+        for name in (*FILES, SUMS_NAME):
+            if (data := _read_if_there(store, _kept(index, name))) is not None:
+                store.write(name, data)
+        forget_old(store, index)
+
+
+def forget_old(store: Store, index: ShardIndex) -> None:
+    """Delete the report of an index that was kept while it was appended to."""
+    for name in (SUMS_NAME, *FILES):
+        store.delete(_kept(index, name))
+
+
+def _kept(index: ShardIndex, name: str) -> str:
+    return name.replace("/", f"/{index.digest}-", 1)
+
+
+def _place(store: Store, index: ShardIndex) -> Callable[[str], str]:
+    """Return under which name a file of the report of an index lies."""
+    return partial(_kept, index) if is_kept(store, index) else str
+
+
+def _read(store: Store, index: ShardIndex, name: str) -> bytes:
+    """Read a file of the report of an index. Raises MissingError, and ShardError if its sum is another."""
+    place = _place(store, index)
+    data, sums = store.read(place(name), LARGE_BYTES), _read_if_there(store, place(SUMS_NAME))
+    if sums is not None:  # of a set older than they are, there are none
+        lines = sums.decode(errors="replace").split("\n")
+        if _sum(name, data) not in lines or _head(index) not in lines:
+            where = f"{store.url}/{place(name)}"
+            raise ShardError(f"{where}: damaged: its checksum, or its index, is not as {SUMS_NAME} says", COPY_HINT)
+    return data
+
+
+def _read_if_there(store: Store, name: str) -> bytes | None:
+    try:
+        return store.read(name, LARGE_BYTES)
+    except MissingError:
+        return None
+
+
+def _pack_sums(index: ShardIndex, files: Mapping[str, bytes]) -> bytes:
+    return "\n".join([_head(index), *(_sum(name, data) for name, data in files.items()), ""]).encode()
+
+
+def _head(index: ShardIndex) -> str:
+    return f"# report of the shard set whose index has the digest {index.digest}"  # to sha256sum, a comment
+
+
+def _sum(name: str, data: bytes) -> str:
+    """A line of what `sha256sum --check` reads."""
+    return f"{hashlib.sha256(data).hexdigest()}  {name.rpartition('/')[2]}"
+
+
+# --- its parts ------------------------------------------------------------------------------------------------------
 
 
 def tell_the_same(parts: Sequence[LedgerPart], rows: Iterable[Row]) -> bool:
     """Return whether parts of a ledger are some rows, in whatever order."""
     lines = (line for part in parts for line in zstandard.decompress(part.lines).splitlines())
     return sorted(lines) == sorted(_write_json(row).encode() for row in rows)
-
-
-def forget_old(store: Store, digest: str) -> None:
-    """Undo `keep_old`, where all that was to be appended had been rejected before: index and ledger stay."""
-    for name in (LEDGER_NAME, ORPHANS_NAME):
-        store.delete(_name_with(digest, name))
-
-
-def _name_with(digest: str, name: str) -> str:
-    return name.replace(".", f"-{digest}.", 1)
 
 
 def _join(parts: Sequence[bytes]) -> bytes:

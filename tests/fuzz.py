@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from sharding.aligned import read_alignments
 from sharding.build import BuildSettings, HowToRun, build
 from sharding.errors import StreamtrainError
 from sharding.exclusive import parse_holder, this_process
-from sharding.format import check_shard, read_index, read_outlines, read_shard_index
+from sharding.format import read_index, read_listed, read_outlines, read_shard_index
 from sharding.sample import sample_from_bytes
 from sharding.store import FolderStore
+from sharding.verify import check_shard
 from streamtrain.checkpoint import RunState, read_checkpoint
 from streamtrain.checkpoint import _digest as digest_state
 from streamtrain.compare import compare_folders
@@ -187,7 +188,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     def read_set() -> None:
         index = read_index(store)
         list(read_outlines(store))
-        check_shard(store, index.shards[0], index.track)
+        check_shard(store, read_listed(store, index.shards[0]), index.track)
 
     def pack_columns(data: bytes) -> bytes:
         columns = pack(data)
@@ -196,15 +197,21 @@ def make_documents(folder: Path) -> dict[str, Document]:
         (shards / "index.json").write_bytes(with_digest(json.dumps(document).encode()))
         return columns
 
-    ledger, old = shards / report.LEDGER_NAME, shards / report._name_with("0", report.LEDGER_NAME)
-    old.write_bytes(ledger.read_bytes())
+    (shards / report.SUMS_NAME).unlink()  # which refuse all else before it is looked at
+
+    def read_ledger() -> None:
+        try:
+            report.keep_old(store, index)
+        finally:
+            report.forget_old(store, index)
+
     return {
         "index.json": Document(shards / "index.json", read_set, bytes, with_digest),
         "samples.bin.zst": Document(shards / index_columns(shards), read_set, unpack, pack_columns),
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
         "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
-        "summary.json": Document(shards / report.SUMMARY_NAME, partial(report.read_summary, store)),
-        "ledger": Document(old, partial(report.keep_old, store, replace(index, digest="0", report={})), unpack, pack),
+        "summary.json": Document(shards / report.SUMMARY_NAME, partial(report.read_summary, store, index)),
+        "ledger": Document(shards / report.LEDGER_NAME, read_ledger, unpack, pack),
         "alignments": Document(files["aligned"], partial(read_alignments, files["aligned"]), unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),
         "scorecard.json": Document(card / "scorecard.json", partial(compare_folders, card, card)),

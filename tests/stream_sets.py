@@ -12,7 +12,7 @@ import obstore
 
 from sharding.audio import encode
 from sharding.bucket import BucketStore
-from sharding.format import ShardIndex, join_samples, read_index, read_keys, write_index, write_shard
+from sharding.format import ShardIndex, join_samples, pack_index, read_index, read_keys, write_index, write_shard
 from sharding.ipa import normalize_ipa
 from sharding.sample import Sample
 from sharding.store import FolderStore, open_store
@@ -65,9 +65,8 @@ def write_set(
         for start in range(0, len(group), per_shard)
     ]
     entries = tuple(shard.entry for shard in shards)
-    return write_index(
-        store, ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, join_samples([shard.samples for shard in shards]))
-    )
+    samples = join_samples([shard.samples for shard in shards])
+    return write_index(store, pack_index(ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, samples)))
 
 
 def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2, normalize: bool = True) -> ShardStream:

@@ -17,10 +17,8 @@ from fuzz import Document, make_documents, try_all
 from sharding.bucket import BucketStore
 from sharding.errors import ShardError, StoreError, StreamtrainError
 from sharding.format import (
-    check_columns,
-    check_report,
-    check_shard,
     join_samples,
+    pack_index,
     read_index,
     read_listed,
     read_samples,
@@ -29,8 +27,10 @@ from sharding.format import (
     write_listed,
 )
 from sharding.manifest import Reading
-from sharding.repair import find_faults, repair
+from sharding.repair import repair
+from sharding.report import check_report
 from sharding.store import FolderStore, Store
+from sharding.verify import check_shard, find_faults
 
 KINDS = (
     "index.json", "samples.bin.zst", ".idx.zst", "sample", "summary.json", "ledger", "alignments", "predicted",
@@ -56,7 +56,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> FolderSto
 
 
 def check_first(store: Store) -> None:
-    check_shard(store, read_index(store).shards[0])
+    check_shard(store, read_listed(store, read_index(store).shards[0]))
 
 
 def read_first(store: Store) -> None:
@@ -125,10 +125,10 @@ def test_links_are_read_and_nothing_is_written_or_deleted_where_they_lead_outsid
     shutil.move(copied / "train", elsewhere)
     (copied / "train").symlink_to(elsewhere)
     store = FolderStore(copied)
-    shards = read_index(store).shards
-    assert find_faults(str(copied), shards, "phonetic", with_audio=False, workers=1) == {}
+    index = read_index(store)
+    assert find_faults(str(copied), index, with_audio=False, workers=1) == {}
     before = {path: path.read_bytes() for path in elsewhere.iterdir()}
-    for act in (lambda: store.write(shards[0].name, b"harm"), lambda: store.delete(shards[0].name)):
+    for act in (lambda: store.write(index.shards[0].name, b"harm"), lambda: store.delete(index.shards[0].name)):
         with pytest.raises(StoreError, match="a link leads to"):
             act()
     assert {path: path.read_bytes() for path in elsewhere.iterdir()} == before
@@ -150,7 +150,7 @@ def test_a_file_much_larger_than_its_index_says_is_not_read(copied: Path) -> Non
     index = read_index(store)
     os.truncate(copied / index.shards[0].name, 2**40)
     with pytest.raises((ShardError, StoreError), match="1,099,511,627,776 bytes"):
-        check_shard(store, index.shards[0])
+        check_shard(store, read_listed(store, index.shards[0]))
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def change_row(column: str, value: int) -> Callable[[FolderStore], None]:
     def change(store: FolderStore) -> None:
         index = read_index(store)
         index.samples[column][1] = value
-        write_index(store, index)
+        write_index(store, pack_index(index))
 
     return change
 
@@ -185,9 +185,10 @@ def test_columns_that_differ_from_the_indexes_of_the_shards_are_told(column: str
     index = read_index(store)
     index.samples[column][0] += value
     index.samples[column][1] -= 0 if column == "offset" else value
-    write_index(store, index)
-    with pytest.raises(ShardError, match=rf"say that '{column}' of sample 0 of "):
-        check_columns(store, read_index(store))
+    write_index(store, pack_index(index))
+    (fault,) = find_faults(str(copied), read_index(store), with_audio=False, workers=1).values()
+    assert f"{index.shards[0].name}: the sample columns say that '{column}' of sample 0 is" in fault.message
+    assert not fault.mendable
 
 
 @pytest.mark.parametrize("column", ["offset", "bytes", "label_length", "samples"])
@@ -202,14 +203,14 @@ def test_an_index_of_a_shard_that_differs_from_its_tar_is_told(column: str, copi
         entry = replace(shard.entry, samples=int(shard.samples["samples"].sum()))
         shards[0] = write_listed(store, replace(shard, entry=entry))
     tables = join_samples([shard.samples for shard in shards])
-    write_index(store, replace(index, shards=tuple(shard.entry for shard in shards), samples=tables))
-    index = read_index(store)
-    check_columns(store, index)
-    faults = find_faults(str(copied), index.shards[:1], index.track, with_audio=True, workers=1)
-    assert len(faults) == 1
+    entries = tuple(shard.entry for shard in shards)
+    write_index(store, pack_index(replace(index, shards=entries, samples=tables)))
+    (fault,) = find_faults(str(copied), read_index(store), with_audio=True, workers=1).values()
+    assert f"{copied / shards[0].entry.name}: " in fault.message
+    assert fault.mendable
 
 
-@pytest.mark.parametrize("name", ["ledger.jsonl.zst", "summary.json", "orphans.txt", "durations.png"])
+@pytest.mark.parametrize("name", ["ledger.jsonl.zst", "summary.json", "orphans.txt", "durations.png", "SHA256SUMS"])
 def test_a_report_that_has_changed_is_told(name: str, copied: Path) -> None:
     store, path = FolderStore(copied), copied / "report" / name
     index, whole = read_index(store), path.read_bytes()

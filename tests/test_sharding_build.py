@@ -350,6 +350,21 @@ def test_workers_order_of_sources_and_place_do_not_change_a_byte(
     assert_balanced(mixed_build)
 
 
+def test_a_plot_that_is_drawn_otherwise_makes_no_other_shard_set(
+    small_corpus: Path, small_shards: Path, tmp_path: Path, run_sharding: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "matplotlibrc").write_text("font.size: 7")  # as another version of matplotlib may
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
+    out = tmp_path / "out"
+    done = run_sharding("build", small_corpus, "--out", out, "--num-buckets", 2, "--shard-mb", 0.1)
+    assert done.returncode == 0, done.stderr
+    plots = {(folder / "report/durations.png").read_bytes() for folder in (out, small_shards)}
+    assert len(plots) == 2
+    assert digest_of(out) == digest_of(small_shards)
+    assert read_index(open_store(out)).digest == read_index(open_store(small_shards)).digest
+    assert run_sharding("verify", out).returncode == 0
+
+
 @pytest.mark.parametrize("after_sec", [0.5, 1.2])
 def test_a_killed_build_run_again_ends_in_the_same_bytes_and_leaves_nothing(
     after_sec: float, mixed_sources: list[Path], mixed_build: Path, run_sharding: Command, tmp_path: Path

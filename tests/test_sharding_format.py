@@ -18,9 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import ShardError, StreamtrainError
-from sharding.format import FORMAT_VERSION, Who, check_shard, read_index, read_keys, read_sample, read_shard_index
+from sharding.format import (
+    FORMAT_VERSION,
+    Who,
+    read_index,
+    read_keys,
+    read_listed,
+    read_sample,
+    read_shard_index,
+)
+from sharding.report import check_report
 from sharding.sample import Sample, escape_key, piece_key, sample_from_bytes, sample_to_bytes
 from sharding.store import Store, open_store
+from sharding.verify import check_shard
 
 STRANGE_IDS = ["a.b", "a/b", "../a", "a b", "über", "a%2Eb", "a+000", "con\tcat", "x" * 300, "x" * 299 + "y", "."]
 
@@ -100,7 +110,7 @@ def test_the_columns_of_a_shard_and_of_the_index_agree(small_shards: Path) -> No
         assert shard.entry == entry
         rows = index.samples[index.samples["shard"] == number]
         assert all((shard.samples[name] == rows[name]).all() for name in columns)
-        samples = check_shard(store, entry)
+        samples = check_shard(store, shard)
         assert [sample.key for sample in samples] == list(shard.keys)
         assert [Who(sample.corpus, sample.age_bucket, sample.child_id) for sample in samples] == list(shard.who)
     assert (index.samples["samples"].sum(), len(index.samples)) == (
@@ -111,7 +121,7 @@ def test_the_columns_of_a_shard_and_of_the_index_agree(small_shards: Path) -> No
 
 # --- damage -----------------------------------------------------------------------------------------------------
 
-FILES = ("index.json", "samples.bin.zst", "*/*.idx.zst", "*/*.tar")
+FILES = ("index.json", "samples.bin.zst", "*/*.idx.zst", "*/*.tar", "report/*")
 
 
 @pytest.fixture
@@ -133,7 +143,7 @@ def test_verify_names_the_file_with_a_flipped_byte(
     pattern: str, seed: int, copied: Path, run_sharding: Command
 ) -> None:
     rng = np.random.default_rng(seed)
-    path = Path(rng.choice(sorted(copied.glob(pattern))))
+    path = Path(rng.choice(sorted(path for path in copied.glob(pattern) if path.stat().st_size)))
     flip_byte(path, rng)
     done = run_sharding("verify", copied)
     assert done.returncode == 1
@@ -142,8 +152,11 @@ def test_verify_names_the_file_with_a_flipped_byte(
 
 
 def check_all(store: Store) -> None:
-    for shard in read_index(store).shards:
-        check_shard(store, shard)
+    index = read_index(store)
+    for shard in index.shards:
+        check_shard(store, read_listed(store, shard))
+    if faults := check_report(store, index):
+        raise ShardError("\n".join(faults))
 
 
 @pytest.mark.parametrize("pattern", FILES)
@@ -151,7 +164,7 @@ def test_no_flipped_byte_anywhere_goes_unnoticed(pattern: str, copied: Path) -> 
     """As above for many more bytes, without a process for each."""
     rng = np.random.default_rng(7)
     store = open_store(copied)
-    for path in sorted(copied.glob(pattern)):
+    for path in sorted(path for path in copied.glob(pattern) if path.stat().st_size):
         whole = path.read_bytes()
         for _ in range(150 // len(list(copied.glob(pattern)))):
             position = flip_byte(path, rng)

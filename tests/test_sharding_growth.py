@@ -46,6 +46,7 @@ def built(first_build: Path, tmp_path: Path) -> Path:
 
 def test_appending_adds_clips_and_touches_nothing(built: Path, sources: list[Path], run_sharding: Command) -> None:
     before, old, old_index = read_all(built), digest_of(built), read_index(open_store(built))
+    reported = {path.name for path in (built / "report").iterdir()}
     done = run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS)
     assert done.returncode == 0, done.stderr
     after, new, index = read_all(built), digest_of(built), read_index(open_store(built))
@@ -57,7 +58,9 @@ def test_appending_adds_clips_and_touches_nothing(built: Path, sources: list[Pat
     wanted = {row["utterance_id"] for source in sources for row in read_manifest(source)}
     assert {sample.parent_id or sample.utterance_id for _, sample in after.values()} == wanted
     assert_balanced(built)
-    assert run_sharding("verify", built, "--decode").returncode == 0
+    done = run_sharding("verify", built, "--decode")
+    assert (done.returncode, "has begun" in done.stderr) == (0, False)
+    assert {path.name for path in (built / "report").iterdir()} == reported
 
 
 def test_a_bucket_ends_at_its_longest_clip_though_longer_ones_were_appended(
@@ -196,13 +199,38 @@ def test_an_id_that_another_corpus_has_is_refused(
 def test_an_append_that_was_killed_before_its_index_leaves_no_trace_in_the_next(
     built: Path, sources: list[Path], run_sharding: Command
 ) -> None:
-    index = (built / "index.json").read_bytes()
-    assert run_sharding("build", sources[1], "--out", built, "--append", *SMALL_SHARDS).returncode == 0
-    (built / "index.json").write_bytes(index)  # as a kill leaves it: the report is there, the index is not
+    append_without_index(built, sources[1], run_sharding)
     third = make_corpus(built.parent / "third", clips=3, seed=2)
     assert run_sharding("build", third, "--out", built, "--append", *SMALL_SHARDS).returncode == 0
     assert {row["source"] for row in read_ledger(built)} == {"first", "third"}
     assert_balanced(built)
+
+
+def append_without_index(built: Path, source: Path, run_sharding: Command) -> None:
+    """Append until the report is there and the index is not, as a kill may leave it."""
+    obstacle = built / f"index-{read_index(open_store(built)).digest}.json"  # the old one is to be kept there first
+    obstacle.mkdir()
+    done = run_sharding("build", source, "--out", built, "--append", *SMALL_SHARDS)
+    assert (done.returncode, obstacle.name in done.stderr) == (1, True)
+    obstacle.rmdir()
+    assert {row["source"] for row in read_ledger(built)} == {"first", "second"}
+
+
+def test_the_report_of_an_index_stays_whole_if_an_append_to_it_is_killed(
+    built: Path, sources: list[Path], run_sharding: Command
+) -> None:
+    report = built / "report"
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    append_without_index(built, sources[1], run_sharding)
+    done = run_sharding("verify", built)
+    assert done.returncode == 0, done.stderr
+    assert "an --append has begun and not ended" in done.stderr
+    build = ("build", sources[0], "--out", built, *SMALL_SHARDS)
+    assert "25 clips in" in run_sharding(*build).stdout  # of its own sources, not of both
+    assert run_sharding(*build, "--append").returncode == 0  # which adds nothing
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+    done = run_sharding("verify", built)
+    assert (done.returncode, "has begun" in done.stderr) == (0, False)
 
 
 def test_what_is_refused_again_makes_no_other_index_and_counts_by_itself(

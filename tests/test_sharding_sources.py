@@ -76,11 +76,9 @@ def build(run_sharding: Command, *arguments: object, out: Path) -> Path:
     return out
 
 
-def all_of(out: Path) -> tuple[dict[str, str], Row, list[Row], str]:
-    """Everything that a build of the same clips must repeat; its summary also names what it left aside."""
-    digests, index = digest_of(out), json.loads((out / "index.json").read_text())
-    del digests["index.json"], index["digest"], index["report"]["report/summary.json"]
-    return digests, index, read_ledger(out), (out / "report/orphans.txt").read_text()
+def all_of(out: Path) -> tuple[dict[str, str], list[Row], str]:
+    """Everything that a build of the same clips must repeat, the report included."""
+    return digest_of(out), read_ledger(out), (out / "report/orphans.txt").read_text()
 
 
 def copy_audio(corpus: Path, folder: Path) -> Path:

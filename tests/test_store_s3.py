@@ -20,8 +20,8 @@ from sharding import store as store_module
 from sharding.bucket import BucketStore
 from sharding.errors import StoreError, UnreachableError
 from sharding.format import read_index
-from sharding.repair import _fault_of
 from sharding.store import open_store
+from sharding.verify import _fault_of, _Job
 
 # --- the store ------------------------------------------------------------------------------------------------------
 
@@ -258,12 +258,13 @@ def test_verify_tells_a_server_that_is_away_from_shards_that_are_damaged(
 ) -> None:
     monkeypatch.setattr(store_module, "PATIENCE_SEC", 1.0)
     shard = read_index(bucket).shards[0]
-    fault = _fault_of((bucket.url, replace(shard, name="x.tar"), "phonetic", False))
+    job = _Job(bucket.url, shard, None, "phonetic", with_audio=False)
+    fault = _fault_of(replace(job, shard=replace(shard, name="train/b99-00000.tar")))
     assert fault is not None
-    assert fault.endswith("/x.tar: there is no such object")
+    assert "/train/b99-00000.idx.zst: there is no such object, and index.json lists it" in fault.message
     proxy.plan(Fault("503", r"GET .*\.tar", times=1_000))
     with pytest.raises(UnreachableError, match=f"{bucket.url}/{shard.name}: .* 503 "):
-        _fault_of((bucket.url, shard, "phonetic", False))
+        _fault_of(job)
 
 
 # --- uploads that were never finished -------------------------------------------------------------------------------

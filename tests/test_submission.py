@@ -17,7 +17,7 @@ from test_model import make_network, save, talkative
 from test_transcribe import sound
 
 from sharding.audio import SAMPLE_RATE, encode
-from sharding.format import join_samples, read_index, read_sample, write_index, write_shard
+from sharding.format import join_samples, pack_index, read_index, read_sample, write_index, write_shard
 from sharding.sample import escape_key
 from sharding.store import open_store
 from streamtrain.network import CTCModel
@@ -237,7 +237,8 @@ def test_ids_may_be_anything(model: Path, small_shards: Path, tmp_path: Path) ->
     for number, table in enumerate(tables):
         table["shard"] = number
     entries = tuple(shard.entry for shard in made)
-    write_index(open_store(tmp_path / "shards"), replace(index, shards=entries, samples=join_samples(tables)))
+    whole = replace(index, shards=entries, samples=join_samples(tables))
+    write_index(open_store(tmp_path / "shards"), pack_index(whole))
     package(model, tmp_path / "submission.zip")
     assert rehearse(tmp_path / "submission.zip", str(tmp_path / "shards")).unread == 0
 
