@@ -34,11 +34,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from streamtrain.finish import read_finish
+    from streamtrain.finish import check_mirrored, read_finish
     from streamtrain.monitor import render_run
 
-    print(render_run(Path(options.run_dir)))
-    read_finish(Path(options.run_dir))
+    run = Path(options.run_dir)
+    print(render_run(run))
+    check_mirrored(run, read_finish(run))
     return 0
 
 

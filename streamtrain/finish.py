@@ -12,6 +12,7 @@ from sharding.errors import StreamtrainError
 from sharding.writing import write
 
 FINISH_NAME = "finished.json"
+UNMIRRORED = "train.mirror lacks the newest checkpoint and best/, which this disk alone holds"
 GO_ON = "the same training command goes on from the newest checkpoint"
 
 log = logging.getLogger("streamtrain")
@@ -25,15 +26,15 @@ class Finish:
     limit: str  # the setting that ended it, such as "train.max_steps=40"
     best_cer: Number | None  # None where nothing was scored
     best_step: Size | None
+    unmirrored: str | None = None  # why train.mirror lacks the run's end
 
     def __str__(self) -> str:
-        if self.best_cer is None:
-            return f"finished at step {self.step:,}, by {self.limit}; nothing was scored: best/ holds the last weights"
         verdict = ": training did not improve the model" if self.best_step == 0 < self.step else ""
-        return (
-            f"finished at step {self.step:,}, by {self.limit}; "
-            f"best CER {self.best_cer:.4f} at step {self.best_step or 0:,}{verdict}"
-        )
+        best = "nothing was scored: best/ holds the last weights"
+        if self.best_cer is not None:
+            best = f"best CER {self.best_cer:.4f} at step {self.best_step or 0:,}{verdict}"
+        lacking = f"; {UNMIRRORED}: {self.unmirrored}" if self.unmirrored else ""
+        return f"finished at step {self.step:,}, by {self.limit}; {best}{lacking}"
 
 
 def write_finish(run: Path, finish: Finish) -> None:
@@ -50,6 +51,13 @@ def read_finish(run: Path) -> Finish:
         raise StreamtrainError(f"{run}: this run has not finished (it has no {FINISH_NAME})", GO_ON) from None
     except DocumentError as error:
         raise StreamtrainError(f"{path}: damaged ({error})", GO_ON) from error
+
+
+def check_mirrored(run: Path, finish: Finish) -> None:
+    """Raise StreamtrainError if a run that has finished was to be copied to a mirror, and is not there."""
+    if finish.unmirrored is not None:
+        hint = "keep the run folder; the same training command copies what is missing, trains no more, and ends"
+        raise StreamtrainError(f"{run}: {UNMIRRORED}: {finish.unmirrored}", hint)
 
 
 def warn_unless_finished(model: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,8 @@ class Mirror:
         self._changed = threading.Condition()
         self._busy = self._closing = False
         self._failed: StoreError | None = None  # the last copy, if it failed
+        self._unsent: Path | None = None  # and what it was to send
+        self._copied: tuple[str, float] | None = None  # the newest copy that was made, and when
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
@@ -177,6 +180,7 @@ class Mirror:
         with self._changed:
             self._drop_waiting()
             self._changed.wait_for(lambda: not self._busy)
+            self._failed = self._unsent = None
         for name in (POINTER, PREVIOUS):
             self._store.delete(name)
 
@@ -208,16 +212,27 @@ class Mirror:
         self._waiting = None
 
     def close(self, wait_sec: float | None = None) -> None:
-        """Wait for the last copy, at most so long. Raises StoreError if it failed or is not there by then."""
+        """Wait for the last copy, at most so long. Raises StoreError if it failed or is not there by then.
+
+        Without a limit, one that failed is tried once more.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: not self._busy and self._waiting is None, wait_sec)
         if not done:
             raise StoreError(f"{self._store.url}: the last checkpoint has not reached the mirror in {wait_sec:g} s")
-        if self._failed is not None:
-            raise self._failed
+        if self._unsent is not None and wait_sec is None:
+            self._try(self._unsent)
         shutil.rmtree(self._staging, ignore_errors=True)
+        if self._failed is not None:
+            raise StoreError(f"{self._failed.message} ({self._newest()})", self._failed.hint) from self._failed
+
+    def _newest(self) -> str:
+        if self._copied is None:
+            return "no copy was made since the command began"
+        name, at = self._copied
+        return f"the newest copy is {name}, of {(time.monotonic() - at) / 60:.0f} min ago"
 
     def _files_of(self, checkpoint: Path) -> list[str]:
         folders = [checkpoint, *(self._run / name for name in FOLDERS)]
@@ -233,16 +248,27 @@ class Mirror:
                 if staged is None:
                     return
                 self._busy = True
-            try:
-                self._copy(staged)
-                self._failed = None
-            except Exception as error:  # whatever it is, training goes on, and does not wait for a dead thread
-                self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
-                log.warning("%s has not reached the mirror; the next one is tried: %s", staged.stem, error)
-            shutil.rmtree(staged, ignore_errors=True)
+            if self._unsent is not None:
+                shutil.rmtree(self._unsent, ignore_errors=True)
+            self._try(staged)
+            if self._failed is not None:
+                log.warning("%s has not reached the mirror (%s), the next one is tried: %s",
+                            staged.stem, self._newest(), self._failed.message)  # fmt: skip
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
+
+    def _try(self, staged: Path) -> None:
+        """Copy what is staged, or note why that failed: training goes on, and does not wait for a dead thread."""
+        try:
+            self._copy(staged)
+        except Exception as error:  # whatever it is
+            self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
+            self._unsent = staged
+        else:
+            self._failed = self._unsent = None
+            self._copied = (staged.stem, time.monotonic())
+            shutil.rmtree(staged, ignore_errors=True)
 
     def _copy(self, staged: Path) -> None:
         """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer.

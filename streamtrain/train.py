@@ -28,7 +28,7 @@ from streamtrain.config import Config
 from streamtrain.engine import Engine
 from streamtrain.evaluate import evaluate
 from streamtrain.export import save_best, verify
-from streamtrain.finish import Finish, write_finish
+from streamtrain.finish import Finish, check_mirrored, write_finish
 from streamtrain.mask import Masking, Spans
 from streamtrain.mirror import Mirror
 from streamtrain.model import load_trained
@@ -148,32 +148,36 @@ class Trainer:
             self.world.barrier()  # rank 0 holds the store at which the others wait
             said = f"stopped at step {self.state.step}; the same command goes on from there"
             raise PreemptedError(said) from error
-        self._close(None)
-        with self.world.main_alone("verify best/") as mine:
+        unmirrored = self._close(None)
+        with self.world.main_alone("end the run whole") as mine:
             if mine:
                 best = self.run_dir / "best"
                 difference = verify(load_trained(best), best)
                 log.info("Transformers computes the same from best/: largest difference %.1e", difference)
-                self._write_finish()
+                self._write_finish(unmirrored)
 
-    def _write_finish(self) -> None:
-        """Write and tell, as the run's last act, which limit ended it."""
+    def _write_finish(self, unmirrored: str | None) -> None:
+        """Write and tell, as the run's last act, what ended it. Raise StreamtrainError if its mirror lacks that."""
         state, patience = self.state, self.config.train.patience
         limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
-        finish = Finish(state.step, limit, state.best_cer, state.best_step)
+        finish = Finish(state.step, limit, state.best_cer, state.best_step, unmirrored)
         log.info("%s", finish)
         write_finish(self.run_dir, finish)
+        check_mirrored(self.run_dir, finish)
 
-    def _close(self, wait_sec: float | None) -> None:
-        """Let the mirror come to its end, for at most so long."""
+    def _close(self, wait_sec: float | None) -> str | None:
+        """Let the mirror come to its end, for at most so long. Return on rank 0 why it lacks the last checkpoint."""
+        unmirrored = None
         with self.world.main_alone("copy the last checkpoint to the mirror"):
             if self.mirror is not None:
                 try:
                     self.mirror.close(wait_sec)
                 except StoreError as error:
+                    unmirrored = error.message
                     log.warning("%s", error)
             if self.monitor is not None:
                 self.monitor.close()
+        return unmirrored
 
     def _run(self) -> None:
         self._save()  # before any result: from now on the same command always has a place to go on from

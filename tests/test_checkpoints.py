@@ -355,6 +355,27 @@ def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
     assert len(set(store.names()) - needed) < 40  # what older copies alone needed is gone
 
 
+def test_a_run_whose_mirror_lacks_its_end_trains_on_fails_and_is_copied_by_the_same_command(work: Path) -> None:
+    folder, mirror = work / "unmirrored", work / "broken-mirror"
+    (mirror / "previous.json").mkdir(parents=True)  # in the way of the second pointer
+    settings = ("train.max_steps=3", "train.checkpoint_every=1", f"train.mirror={mirror}")
+    done = run(training(work, folder.name, *settings, ranks=1), expect=1)
+    assert len(read_rows(folder)) == 3
+    assert "has not reached the mirror (the newest copy is step-" in done.stderr
+    lacking = f"{folder}: train.mirror lacks the newest checkpoint and best/, which this disk alone holds: {mirror}/"
+    assert f"StreamtrainError: {lacking}" in done.stderr
+    summary = [sys.executable, "-m", "streamtrain", "summary", folder]
+    told = run(summary, expect=1)
+    assert "finished at step 3, by train.max_steps=3" in told.stdout
+    assert told.stderr.startswith(f"StreamtrainError: {lacking}")
+    assert "\nhint: keep the run folder; the same training command copies what is missing" in told.stderr
+    (mirror / "previous.json").rmdir()
+    run(training(work, folder.name, *settings, ranks=1))
+    assert len(read_rows(folder)) == 3
+    assert json.loads((mirror / "newest.json").read_text())["checkpoint"] == "step-0000003"
+    run(summary)
+
+
 def test_a_mirror_that_spoilt_is_refused(work: Path, seaweed: Seaweed, url: str) -> None:
     settings, folder = ("train.max_steps=1", f"train.mirror={url}/spoilt"), work / "spoilt"
     open_store(f"{url}/spoilt").write("mine", b"mine")

@@ -21,7 +21,7 @@ from streamtrain import mirror as mirror_module
 from streamtrain.checkpoint import RunState, open_checkpoint, read_checkpoint, save_checkpoint
 from streamtrain.config import load_config
 from streamtrain.engine import Parts
-from streamtrain.mirror import FETCHED_AT_ONCE, PART, POINTER, STAGING, Mirror
+from streamtrain.mirror import FETCHED_AT_ONCE, PART, POINTER, PREVIOUS, STAGING, Mirror
 from streamtrain.start import _open_mirror
 
 PIECE = 4096  # bytes: many pieces of little files
@@ -196,18 +196,40 @@ def test_a_copy_that_fails_half_way_leaves_the_one_before_it_whole(
     assert fetched(store, tmp_path / "second") == copied(run, second)  # again, over what is there
 
 
-def test_a_copy_of_which_a_piece_is_deleted_meanwhile_is_not_pointed_to(run: Path, url: str, proxy: FaultProxy) -> None:
+def test_a_copy_of_which_a_piece_is_deleted_meanwhile_is_not_pointed_to_and_made_anew_at_the_end(
+    run: Path, tmp_path: Path, url: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
     store = BucketStore(f"{url}/run")
+    checkpoint = save(run, 1, seed=1)
     proxy.plan(Fault("slow", PIECE_PUT), Fault("stall", PIECE_PUT))
     mirror = Mirror(store, run)
-    mirror.offer(save(run, 1, seed=1))
+    mirror.offer(checkpoint)
     wait_for(lambda: proxy.count(PIECE_PUT) == 2)
     (piece,) = (name for name in store.names() if name != POINTER)
     store.delete(piece)
     proxy.clear()
-    with pytest.raises(StoreError, match=f"pieces are gone, such as {piece}"):
-        mirror.close()
+    wait_for(lambda: bool(caplog.records))
+    assert f"pieces are gone, such as {piece}" in caplog.text
     assert not store.exists(POINTER)
+    mirror.close()
+    assert fetched(store, tmp_path / "empty") == copied(run, checkpoint)
+
+
+def test_a_copy_that_failed_is_told_with_the_age_of_the_newest_and_tried_once_more_at_the_end(
+    run: Path, tmp_path: Path, folder_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bucket" / PREVIOUS).mkdir(parents=True)  # in the way of the second pointer
+    mirror = Mirror(folder_store, run)
+    mirror.offer(save(run, 1, seed=1))
+    wait_for(lambda: folder_store.exists(POINTER))
+    newest = save(run, 2, seed=2)
+    mirror.offer(newest)
+    wait_for(lambda: bool(caplog.records))
+    assert "step-0000002 has not reached the mirror (the newest copy is step-0000001, of 0 min ago)" in caplog.text
+    (tmp_path / "bucket" / PREVIOUS).rmdir()
+    mirror.close()
+    assert fetched(folder_store, tmp_path / "empty") == copied(run, newest)
+    assert not (run / STAGING).exists()
 
 
 @pytest.mark.parametrize("where", [PIECE_PUT, f"PUT .*/{POINTER}"])
