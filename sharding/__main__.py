@@ -18,12 +18,14 @@ from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainEr
 from sharding.foreign import VALID_TARS, index_tars
 from sharding.format import REMADE_HINT, read_index
 from sharding.ipa import TRACKS, read_label
+from sharding.ledger import LEDGER_NAME
 from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
 from sharding.pauses import find_pauses, listen
 from sharding.repair import repair
 from sharding.sounds import example_of, learn
 from sharding.split import MIN_PIECE_SEC, Gates, split_recording
 from sharding.store import open_store
+from sharding.summary import render
 from sharding.verify import check_older_indexes, find_faults
 from sharding.workers import available_cores
 from sharding.writing import write
@@ -31,7 +33,7 @@ from sharding.writing import write
 DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
 MAX_BUCKETS = 100  # a shard's name has two digits for its bucket
-REJECTED_HINT = f"{report.LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
+REJECTED_HINT = f"{LEDGER_NAME} has the reason for each; the set is whole and can be used if they are right"
 REPORT_HINT = "copy it again, with all that is in report/; a set older than its sums gets them with the next --append"
 APPENDING = (
     "an --append has begun and not ended, and report/ may tell of it; if it was killed, give the same command again, "
@@ -54,7 +56,7 @@ def _build(options: argparse.Namespace) -> int:
     )
     built = build(_find_sources(options.sources), options.out, settings, how)
     if built.summary:
-        print(report.render(built.summary, options.out, options.dry_run))
+        print(render(built.summary, options.out, options.dry_run))
     if built.known:
         print(f"{built.known:,} of the clips to append were there already, and stay as they are")
     done = "would be built so; nothing was written" if options.dry_run else "built"
@@ -154,7 +156,7 @@ def _index(options: argparse.Namespace) -> int:
     index, summary, rejected = index_tars(
         options.shards, options.track, options.valid, options.limit_sec, options.workers
     )
-    print(report.render(summary, options.shards))
+    print(render(summary, options.shards))
     print(f"{options.shards}: indexed, {len(index.samples):,} samples in {len(index.shards):,} tars")
     _check_rejected(options.shards, rejected, options.max_rejected, REJECTED_HINT)
     return 0

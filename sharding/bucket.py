@@ -38,7 +38,7 @@ TRIES, PAUSE_SEC = 6, 0.5  # where an answer broke off
 COALESCE_BYTES = 2**17  # two ranges no further apart are read as one: as long as a request takes
 PART_BYTES = 5 * 2**20  # the smallest that S3 takes: within those 45 s, 8 workers need 0.9 MB/s for one each
 
-NO_BUCKET = "<Code>NoSuchBucket</Code>"
+NO_BUCKET = "<Code>NoSuchBucket</Code>"  # obstore hands on what a server answers as text alone
 ASKED_FOR_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
 LEFT_TO_LIFECYCLE = "unfinished uploads are left to the bucket's lifecycle rule"
 
@@ -88,6 +88,10 @@ class _Outage:
         """Tell whether a request has failed since then, and all of them for as long as there is patience."""
         began = self._began
         return began is not None and self._failed > asked and time.monotonic() >= began + self._patience_sec
+
+
+class NoBucketError(UnreachableError):
+    """A bucket that its server does not have."""
 
 
 class BucketStore:
@@ -266,10 +270,8 @@ class BucketStore:
                 result = act()
             except (BaseError, OSError) as error:
                 explained = self._explain(name, error)
-                if not isinstance(error, GenericError) or NO_BUCKET in str(
-                    error
-                ):  # the server has answered, and will not otherwise
-                    self._outage.end()
+                if not isinstance(error, GenericError) or isinstance(explained, NoBucketError):
+                    self._outage.end()  # the server has answered, and will not otherwise
                     raise explained from error
                 broken += moved() > tried or time.monotonic() - tried < self._patience_sec * UNTOLD_SHARE
                 if moved() > tried:
@@ -290,7 +292,7 @@ class BucketStore:
         where = f"{self.url}/{name}"
         if NO_BUCKET in str(error):
             hint = "is its name right, and the server the one meant?"
-            return UnreachableError(f"{where}: there is no such bucket", hint)
+            return NoBucketError(f"{where}: there is no such bucket", hint)
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or ASKED_FOR_CREDENTIALS in str(error):

@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,12 +64,14 @@ from sharding.format import (
     write_index,
 )
 from sharding.ipa import SymbolCounts, check_alphabet, read_label
+from sharding.ledger import LedgerPart, LedgerRow, Tally, add_up, rejected_row, tell_the_same, write_ledger
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.sample import escape_key, whole_key
 from sharding.sounds import Sounds, learn, unpack_sounds
 from sharding.split import Gates
 from sharding.store import FolderStore, Store, open_store
+from sharding.summary import Summary
 from sharding.workers import Workers, available_cores
 
 LEARN_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned …
@@ -110,12 +112,36 @@ class HowToRun:
     alignments: Alignments = NOTHING_ALIGNED
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be built: of which clips, how, and beside which shards that are there already."""
+
+    examined: Examined
+    settings: BuildSettings
+    base: ShardIndex | None = None
+    alignments: Alignments = NOTHING_ALIGNED
+
+    @cached_property
+    def exceptions(self) -> Exceptions:
+        """Choose among the speakers of clips with labels; those of a `base` stay on the side where they are."""
+        clips, fraction = self.examined.clips, self.settings.valid_fraction
+        kept = Exceptions() if self.base is None else _exceptions_of(self.base)
+        if self.base is not None and self.base.notes["validation"]["clips"]:
+            return kept
+        return choose_exceptions(clips["speaker"][clips["fits"]], fraction, kept.spared)
+
+    @cached_property
+    def valid(self) -> Mask:
+        """Which clips validate."""
+        return is_validation(self.examined.clips["speaker"], self.settings.valid_fraction, self.exceptions)
+
+
 @dataclass(frozen=True)
 class Built:
     """What a build has made, for its caller to print."""
 
     index: ShardIndex
-    summary: dict[str, Any] | None  # None where its report was left behind
+    summary: Summary | None  # None where its report was left behind
     rejected: float  # share of the clips that this build was to take in
     fresh: bool = True  # False where there was nothing to do
     known: int = 0  # clips that were there already, of those to append
@@ -141,17 +167,18 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             if base and not len(examined.clips):
                 report.put_back(store, base)
                 return Built(base, report.read_summary(store, base), 0.0, fresh=False, known=len(known))
-            _check_labels(examined, settings, base)
+            task = Task(examined, settings, base, how.alignments)
+            _check_labels(task)
             old_rows, old_orphans = report.keep_old(store, base) if base else ([], [])
-            plan, results, ledger = _make_shards(store, lease, pool, examined, settings, how, base)
-            tally = report.add_up(ledger)
+            plan, results, ledger = _make_shards(store, lease, pool, task, how)
+            tally = add_up(ledger)
             rejected = tally.clips["rejected"] / max(len(examined.clips), 1)
             if base:
                 ledger.insert(0, _rows_that_stay(old_rows, examined))
-                tally = report.add_up(ledger)
-            index = _index(plan, results, tally, base)
+                tally = add_up(ledger)
+            index = _index(plan, results, tally)
             orphans = sorted({*old_orphans, *orphans})
-            told = orphans == old_orphans and report.tell_the_same(ledger, old_rows)
+            told = orphans == old_orphans and tell_the_same(ledger, old_rows)
             if base and told and len(index.samples) == len(base.samples):
                 report.put_back(store, base)  # nothing new to train on, nor to tell: no run need see another
                 return Built(base, report.read_summary(store, base), rejected, known=int(known.sum()))
@@ -166,37 +193,30 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             return Built(packed.index, summary, rejected, known=int(known.sum()))
 
 
-def _check_labels(examined: Examined, settings: BuildSettings, base: ShardIndex | None) -> None:
+def _check_labels(task: Task) -> None:
     """Raise ManifestError if the labels of either side are of another alphabet."""
-    clips = examined.clips
-    valid = is_validation(clips["speaker"], settings.valid_fraction, _choose_exceptions(examined, settings, base))
-    for side, mine in (("training", ~valid), ("validation", valid)):
+    clips, track = task.examined.clips, task.settings.track
+    for side, mine in (("training", ~task.valid), ("validation", task.valid)):
         symbols, foreign = (int(clips[name][mine].sum()) for name in ("symbols", "foreign"))
         if foreign:
-            place, utterance = examined.find(int(np.argmax(np.where(mine, clips["foreign"], 0))))
-            worst = (foreign, place, read_label(utterance.text, settings.track))
-            check_alphabet(SymbolCounts(symbols, foreign, worst), side, settings.track)
+            place, utterance = task.examined.find(int(np.argmax(np.where(mine, clips["foreign"], 0))))
+            worst = (foreign, place, read_label(utterance.text, track))
+            check_alphabet(SymbolCounts(symbols, foreign, worst), side, track)
 
 
 def _make_shards(
-    store: Store,
-    lease: Lease,
-    pool: Workers,
-    examined: Examined,
-    settings: BuildSettings,
-    how: HowToRun,
-    base: ShardIndex | None,
-) -> tuple["Plan", list[ShardResult], list[report.LedgerPart]]:
+    store: Store, lease: Lease, pool: Workers, task: Task, how: HowToRun
+) -> tuple["Plan", list[ShardResult], list[LedgerPart]]:
     """Plan the shards, and write them."""
     with _scratch(store, shared=bool(how.scheduler)) as scratch:
-        layouts = tuple(source.layout for source in examined.sources)
+        layouts = tuple(source.layout for source in task.examined.sources)
         out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
         token = lease.token if how.scheduler else ""  # workers of this machine die with the build
-        where = Where(out, scratch, layouts, settings.track, how.dry, token)
-        plan, ledger = plan_build(examined, settings, where, pool, base, how.alignments)
-        _clear_unfinished(store, plan, base, lease)
+        where = Where(out, scratch, layouts, task.settings.track, how.dry, token)
+        plan, ledger = plan_build(task, where, pool)
+        _clear_unfinished(store, plan, lease)
         results = write_shards(plan, plan.shards, pool)
-        _clear_unfinished(store, plan, base, lease)  # a worker may have died, and another done its work
+        _clear_unfinished(store, plan, lease)  # a worker may have died, and another done its work
     return plan, results, ledger + [result.ledger for result in results]
 
 
@@ -207,21 +227,19 @@ def _make_shards(
 class Plan:
     """What every shard is to hold."""
 
-    examined: Examined
-    settings: BuildSettings
+    task: Task
     where: Where
     segments: Segments
     members: MemberTable
     bins: tuple[float, ...]
     shards: list[PlannedShard]
-    exceptions: Exceptions
     sounds: Sounds | None
 
     def job(self, shard: PlannedShard) -> ShardJob:
         name, bucket, rows = shard
         members = self.members[rows]
-        lines = _read_rows(self.examined, members["clip"])
-        sizes = self.examined.clips["bytes"][members["clip"]].tolist()
+        lines = _read_rows(self.task.examined, members["clip"])
+        sizes = self.task.examined.clips["bytes"][members["clip"]].tolist()
         pieces = [None if whole else self._piece(clip, piece)
                   for whole, clip, piece in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
         chosen = tuple(map(Member, lines, sizes, pieces))
@@ -232,36 +250,26 @@ class Plan:
         return Piece(number, len(segments), segments[number])
 
 
-def plan_build(
-    examined: Examined,
-    settings: BuildSettings,
-    where: Where,
-    pool: Workers,
-    base: ShardIndex | None = None,
-    alignments: Alignments = NOTHING_ALIGNED,
-    sounds: Sounds | None = None,
-) -> tuple[Plan, list[report.LedgerPart]]:
+def plan_build(task: Task, where: Where, pool: Workers, sounds: Sounds | None = None) -> tuple[Plan, list[LedgerPart]]:
     """Split what is long, and say what every shard is to hold; with the ledger's rows of all that is decided so far.
 
     What is added to a `base` goes into shards of its own, in the bins that are there. The `sounds` of the symbols are
     its own too, or learned, where they are not given and somebody needs them.
     """
-    clips = examined.clips
-    exceptions = _choose_exceptions(examined, settings, base)
-    valid = is_validation(clips["speaker"], settings.valid_fraction, exceptions)
-    usable, refused = _refuse(examined, valid)
+    clips, settings, base = task.examined.clips, task.settings, task.base
+    usable, refused = _refuse(task)
     long = usable & (clips["samples"] > round(settings.limit_sec * SAMPLE_RATE))
-    labelled = usable & clips["fits"] & ~valid
+    labelled = usable & clips["fits"] & ~task.valid
     if sounds is None and base and base.sounds:
         sounds = unpack_sounds(base.sounds)
     if sounds is None and (labelled & long).any():
-        sounds = _learn(examined, settings, where, pool, labelled, long)
-    segments, cuts = _cut(examined, settings, where, pool, long, valid, alignments, sounds)
-    members = list_members(clips, usable & ~long, segments, valid)
+        sounds = _learn(task, where, pool, labelled, long)
+    segments, cuts = _cut(task, where, pool, long, sounds)
+    members = list_members(clips, usable & ~long, segments, task.valid)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     taken = _numbers_taken(base) if base else None
     shards = assign_shards(members, bins, round(settings.shard_mb * 2**20), settings.min_shards, taken)
-    return Plan(examined, settings, where, segments, members, bins, shards, exceptions, sounds), [refused, *cuts]
+    return Plan(task, where, segments, members, bins, shards, sounds), [refused, *cuts]
 
 
 def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> list[ShardResult]:
@@ -273,31 +281,20 @@ def write_shards(plan: Plan, shards: Sequence[PlannedShard], pool: Workers) -> l
     return [in_order[i] for i in range(len(shards))]
 
 
-def _choose_exceptions(examined: Examined, settings: BuildSettings, base: ShardIndex | None) -> Exceptions:
-    """Choose among the speakers of clips with labels; those of a `base` stay on the side where they are."""
-    speakers, fraction = examined.clips["speaker"][examined.clips["fits"]], settings.valid_fraction
-    if base is None:
-        return choose_exceptions(speakers, fraction)
-    kept = _exceptions_of(base)
-    return kept if base.notes["validation"]["clips"] else choose_exceptions(speakers, fraction, kept.spared)
-
-
-def _refuse(examined: Examined, valid: Mask) -> tuple[Mask, report.LedgerPart]:
+def _refuse(task: Task) -> tuple[Mask, LedgerPart]:
     """Which clips are left, and the ledger's rows of those that the examination refused."""
-    usable = np.ones(len(valid), bool)
-    rows = []
-    for row, refusal in examined.refusals.items():
+    valid = task.valid
+    usable, rows = np.ones(len(valid), bool), []
+    for row, refusal in task.examined.refusals.items():
         if not (refusal.in_training and valid[row]):
             usable[row] = False
-            rows.append(report.rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason))
-    return usable, report.write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
+            rows.append(rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason))
+    return usable, write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
-def _learn(
-    examined: Examined, settings: BuildSettings, where: Where, pool: Workers, labelled: Mask, long: Mask
-) -> Sounds | None:
+def _learn(task: Task, where: Where, pool: Workers, labelled: Mask, long: Mask) -> Sounds | None:
     """The sounds of some of the labels, half of them of long recordings where there are both; None of too few."""
-    clips = examined.clips
+    clips, settings = task.examined.clips, task.settings
     order = np.lexsort(clips["key"].T[::-1])
     order = order[labelled[order] & (clips["samples"][order] <= LEARN_LONGEST_SEC * SAMPLE_RATE)]
     rows, seconds = dict[int, None](), 0.0  # in the order in which they are learned from
@@ -309,26 +306,19 @@ def _learn(
     if seconds < LEARN_LEAST_SEC:
         return None
     chosen = np.array(list(rows))
-    jobs = map(ListenJob, repeat(where), _read_rows(examined, chosen), clips["bytes"][chosen].tolist())
+    jobs = map(ListenJob, repeat(where), _read_rows(task.examined, chosen), clips["bytes"][chosen].tolist())
     examples = pool.map(listen_to, jobs, [1] * len(chosen), "learning")
     return learn([example for example in examples if example], settings.track, settings.wrong_share)
 
 
 def _cut(
-    examined: Examined,
-    settings: BuildSettings,
-    where: Where,
-    pool: Workers,
-    long: Mask,
-    valid: Mask,
-    alignments: Alignments,
-    sounds: Sounds | None,
-) -> tuple[Segments, list[report.LedgerPart]]:
+    task: Task, where: Where, pool: Workers, long: Mask, sounds: Sounds | None
+) -> tuple[Segments, list[LedgerPart]]:
     """Split the long recordings, longest first."""
-    clips, rows = examined.clips, np.flatnonzero(long)
+    clips, settings, alignments, rows = task.examined.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    lines, sizes = _read_rows(examined, rows), clips["bytes"][rows].tolist()
-    splits = np.where(valid[rows], "valid", "train").tolist()
+    lines, sizes = _read_rows(task.examined, rows), clips["bytes"][rows].tolist()
+    splits = np.where(task.valid[rows], "valid", "train").tolist()
     gates = Gates(settings.min_confidence, alignments.bound(settings.wrong_share), settings.min_evidence)
     jobs = (
         CutJob(
@@ -358,22 +348,23 @@ def _read_rows(examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:
     return [Row(source, int(sources[source].numbers[row]), sources[source].line(row)) for source, row in places]
 
 
-def _index(plan: Plan, results: Sequence[ShardResult], tally: report.Tally, base: ShardIndex | None) -> ShardIndex:
-    clips, stand_in = plan.examined.clips, plan.exceptions.stand_in
+def _index(plan: Plan, results: Sequence[ShardResult], tally: Tally) -> ShardIndex:
+    task = plan.task
+    clips, exceptions, base = task.examined.clips, task.exceptions, task.base
     made = [result.made for result in results if result.made]
     disjoint = bool(clips["named"][~clips["refused"]].all())
     index = ShardIndex(
         duration_bins=plan.bins,
-        settings=asdict(plan.settings),
-        settings_hash=plan.settings.hash,
+        settings=asdict(task.settings),
+        settings_hash=task.settings.hash,
         sources_hash=hash_sources(clips, base.sources_hash if base else ""),
         notes={
             "clips": sum(tally.clips.values()),
             "rejected": tally.clips["rejected"],
             "validation": {
                 "disjoint_by_speaker": disjoint,
-                "stand_in": None if stand_in is None else f"{stand_in:016x}",
-                "spared": [f"{speaker:016x}" for speaker in plan.exceptions.spared],
+                "stand_in": None if exceptions.stand_in is None else f"{exceptions.stand_in:016x}",
+                "spared": [f"{speaker:016x}" for speaker in exceptions.spared],
                 "clips": tally.validation["clips"],
                 "rejected": tally.validation["rejected"],
             },
@@ -453,10 +444,10 @@ def _numbers_taken(base: ShardIndex) -> dict[tuple[str, int], int]:
     return taken
 
 
-def _rows_that_stay(rows: Sequence[report.Row], examined: Examined) -> report.LedgerPart:
+def _rows_that_stay(rows: Sequence[LedgerRow], examined: Examined) -> LedgerPart:
     """Of the ledger before: a clip that was rejected then and is given again gets a new row."""
     again = {tuple(pair) for pair in examined.clips["key"].tolist()}
-    return report.write_ledger(row for row in rows if hash_pair(escape_key(row["utterance_id"])) not in again)
+    return write_ledger(row for row in rows if hash_pair(escape_key(row["utterance_id"])) not in again)
 
 
 def _grown(base: ShardIndex, added: ShardIndex) -> ShardIndex:
@@ -477,10 +468,11 @@ PIECES = ".pieces"
 LEFT_BEHIND = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")
 
 
-def _clear_unfinished(store: Store, plan: Plan, base: ShardIndex | None, lease: Lease) -> None:
+def _clear_unfinished(store: Store, plan: Plan, lease: Lease) -> None:
     """Remove what a build that never published its index left behind: partial files, and shards of another plan."""
     if isinstance(store, BucketStore) and lease.token:  # else another's uploads might go
         store.abort_stale_uploads()
+    base = plan.task.base
     kept = {name for name, *_ in plan.shards} | ({shard.name for shard in base.shards} if base else set())
     kept = {name.removesuffix(".tar") for name in kept}
     for name in list(store.names()):

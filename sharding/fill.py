@@ -12,7 +12,6 @@ from itertools import chain
 import soundfile
 import soxr
 
-from sharding import report
 from sharding.aligned import Evidence
 from sharding.archive import AudioRoot, open_audio
 from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant, quantize
@@ -27,6 +26,7 @@ from sharding.format import (
     write_shard,
 )
 from sharding.ipa import read_label
+from sharding.ledger import NO_LABEL, TOO_DENSE, LedgerPart, LedgerRow, ledger_row, rejected_row, write_ledger
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
 from sharding.sample import Sample, escape_key, piece_key
@@ -94,7 +94,7 @@ class ShardJob:
 @dataclass(frozen=True)
 class ShardResult:
     made: tuple[ShardEntry, SampleTable] | None  # None where every member was refused
-    ledger: report.LedgerPart  # of the whole clips; a split recording has its row already
+    ledger: LedgerPart  # of the whole clips; a split recording has its row already
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class CutJob:
 @dataclass(frozen=True)
 class CutResult:
     segments: tuple[Segment, ...]  # none where the recording was refused
-    ledger: report.LedgerPart
+    ledger: LedgerPart
 
 
 def listen_to(job: ListenJob) -> Example | None:
@@ -143,7 +143,7 @@ def cut(job: CutJob) -> CutResult:
         data = _read(utterance, job.where.layouts[job.row.source].audio, job.bytes)
         decoded = decode_native(data, prove=not utterance.md5_hash)
     except AudioError as error:
-        return CutResult((), report.write_ledger([report.rejected_row(utterance, job.split, error.message)]))
+        return CutResult((), write_ledger([rejected_row(utterance, job.split, error.message)]))
     finally:
         count_done()
     waveform = decoded.waveform
@@ -161,8 +161,8 @@ def cut(job: CutJob) -> CutResult:
         row = {"key": sample.key} | asdict(segment) | {"text": sample.text, "label_status": sample.label_status}
         del row["utterance_id"]
         rows.append(row)
-    row = report.ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=decoded.remarks)
-    return CutResult(segments, report.write_ledger([row]))
+    row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=decoded.remarks)
+    return CutResult(segments, write_ledger([row]))
 
 
 def make_shard(job: ShardJob) -> ShardResult:
@@ -190,7 +190,7 @@ def make_shard(job: ShardJob) -> ShardResult:
     rows = [_ledger_row(job, utterance, template, lengths, refused) | {"remarks": list(remarks.get(template.key, ()))}
             for member, utterance, template in zip(job.members, utterances, templates, strict=True)
             if member.piece is None]  # fmt: skip
-    return ShardResult(made, report.write_ledger(rows))
+    return ShardResult(made, write_ledger(rows))
 
 
 def _check_place(store: Store, where: Where) -> None:
@@ -225,14 +225,12 @@ def _fill_all(
 
 def _ledger_row(
     job: ShardJob, utterance: Utterance, template: Sample, lengths: dict[str, int], refused: dict[str, str]
-) -> report.Row:
+) -> LedgerRow:
     split = "valid" if job.split == "valid" else "train"
     if template.key in refused:
-        return report.rejected_row(utterance, split, refused[template.key])
-    why = (report.TOO_DENSE if template.parent_text else report.NO_LABEL) if job.split == "unlabelled" else None
-    return report.ledger_row(
-        utterance, split, "written", lengths[template.key] / SAMPLE_RATE, reason=why, key=template.key
-    )
+        return rejected_row(utterance, split, refused[template.key])
+    why = (TOO_DENSE if template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
+    return ledger_row(utterance, split, "written", lengths[template.key] / SAMPLE_RATE, reason=why, key=template.key)
 
 
 def _finished(

@@ -5,7 +5,6 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -36,10 +35,12 @@ from sharding.ipa import (
     foreign_symbols,
     name_symbols,
 )
+from sharding.ledger import LedgerPart, add_up, ledger_row, write_ledger
 from sharding.manifest import Utterance, printable
 from sharding.names import nfc
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
+from sharding.summary import Summary
 from sharding.workers import Workers
 
 VALID_TARS = ("*val*", "*dev*")  # validate, unless the user names others
@@ -57,13 +58,13 @@ class TarJob:
 @dataclass(frozen=True)
 class TarResult:
     shard: Shard | None  # None where no sample can be used
-    ledger: report.LedgerPart
+    ledger: LedgerPart
     symbols: SymbolCounts  # of its labels
 
 
 def index_tars(
     url: str, track: str, valid: Sequence[str] | None, limit_sec: float, workers: int
-) -> tuple[ShardIndex, dict[str, Any], float]:
+) -> tuple[ShardIndex, Summary, float]:
     """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
 
     Tars whose name fits a pattern of `valid` validate. Raises ShardError where there are none, where an index is there
@@ -86,7 +87,7 @@ def index_tars(
     for split, side in (("train", "training"), ("valid", "validation")):
         counted = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
         check_alphabet(sum(counted, SymbolCounts()), side, track)
-    tally = report.add_up(ledger)
+    tally = add_up(ledger)
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
         duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
@@ -142,14 +143,14 @@ def index_tar(job: TarJob) -> TarResult:
         except (AudioError, ShardError) as error:
             reason = printable(error.message)  # a member's name may be any bytes
         fate = "rejected" if reason else "written"
-        ledger.append(report.ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key))
+        ledger.append(ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key))
     if not rows:
-        return TarResult(None, report.write_ledger(ledger), symbols)
+        return TarResult(None, write_ledger(ledger), symbols)
     table = np.array(rows, SAMPLE_DTYPE)
     checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
     entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
     shard = write_listed(store, Shard(entry, tuple(keys), tuple(who), table))
-    return TarResult(shard, report.write_ledger(ledger), symbols)
+    return TarResult(shard, write_ledger(ledger), symbols)
 
 
 def _measure(sample: Sample, job: TarJob) -> int:

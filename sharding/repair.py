@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from sharding.aligned import NOTHING_ALIGNED, Alignments
-from sharding.build import BuildSettings, Plan, plan_build, write_shards
+from sharding.build import BuildSettings, Plan, Task, plan_build, write_shards
 from sharding.errors import MissingError, ShardError, StreamtrainError, UnreachableError
 from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
@@ -66,7 +66,7 @@ def repair(
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 where = Where(url, scratch, tuple(source.layout for source in sources), settings.track, dry=True)
                 given = _tell_apart(store, examine(sources, settings.track, pool), generations, faults)
-                plans = [plan_build(part, settings, where, pool, base, alignments, sounds)[0]
+                plans = [plan_build(Task(part, settings, base, alignments), where, pool, sounds)[0]
                          for part, base, sounds in given]  # fmt: skip
                 _rewrite(plans, {shard.name: shard for shard in shards if shard.name in faults}, pool)
             doubtful = tuple(shard for shard in shards if shard.name in faults)

@@ -33,6 +33,7 @@ from sharding.exclusive import parse_holder, this_process
 from sharding.format import read_index, read_listed, read_outlines, read_shard_index
 from sharding.sample import sample_from_bytes
 from sharding.store import FolderStore
+from sharding.summary import render
 from sharding.verify import check_shard
 from streamtrain.checkpoint import RunState, read_checkpoint
 from streamtrain.checkpoint import _digest as digest_state
@@ -199,6 +200,10 @@ def make_documents(folder: Path) -> dict[str, Document]:
 
     (shards / report.SUMS_NAME).unlink()  # which refuse all else before it is looked at
 
+    def show_summary() -> None:
+        if summary := report.read_summary(store, index):  # what is read can be shown
+            render(summary, store.url)
+
     def read_ledger() -> None:
         try:
             report.keep_old(store, index)
@@ -210,7 +215,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         "samples.bin.zst": Document(shards / index_columns(shards), read_set, unpack, pack_columns),
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
         "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
-        "summary.json": Document(shards / report.SUMMARY_NAME, partial(report.read_summary, store, index)),
+        "summary.json": Document(shards / report.SUMMARY_NAME, show_summary),
         "ledger": Document(shards / report.LEDGER_NAME, read_ledger, unpack, pack),
         "alignments": Document(files["aligned"], partial(read_alignments, files["aligned"]), unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),

@@ -35,10 +35,11 @@ from sharding.errors import ManifestError
 from sharding.examine import speaker_hash
 from sharding.format import read_index, read_keys, read_sample
 from sharding.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
+from sharding.ledger import ledger_row, write_ledger
 from sharding.manifest import Utterance
-from sharding.report import _commonest_first, ledger_row, write_ledger
 from sharding.sample import Sample
 from sharding.store import open_store
+from sharding.summary import _commonest_first
 
 TEXT = "kæt sæt"
 FLAC = encode(say(TEXT))

@@ -27,10 +27,10 @@ from matplotlib.image import imread
 from sharding.aligned import Evidence, hash_label
 from sharding.demo import open_espeak, plan_children, say_phrase
 from sharding.format import read_index, read_sample
+from sharding.ledger import Tally, ledger_row
 from sharding.manifest import Utterance
 from sharding.pauses import HOP, VAD_WINDOW, Stretch, find_pauses, find_stretches, listen
 from sharding.plots import DPI
-from sharding.report import Tally, ledger_row
 from sharding.sample import Sample
 from sharding.sounds import example_of, learn
 from sharding.split import (
