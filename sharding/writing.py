@@ -31,7 +31,7 @@ HINTS = {
 def cannot_write(path: Path, error: OSError, needed: int | None = None, hint: str | None = None) -> StoreError:
     """Return what is told of a failed write: the path, the reason, the room if that is the reason, what to do."""
     said = error.strerror or str(error)
-    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    there = next(above for above in (path, *path.absolute().parents) if os.path.exists(above))
     if error.errno == errno.ENOSPC and (there.is_file() or there.is_dir()):
         wanted = "" if needed is None else f"{needed:,} bytes are to be written, "
         said += f" ({wanted}{shutil.disk_usage(there).free:,} are free)"
@@ -74,15 +74,19 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` when it is whole. Raise StoreError if it cannot be written."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another process may write the same name
     with explaining(path, needed):
-        if not path.parent.exists():  # if it is a file, what is opened below says so
+        if not os.path.exists(path.parent):  # if it is a file, what is opened below says so
             path.parent.mkdir(parents=True, exist_ok=True)
-        raw = _File(partial, "x")
+        with suppress(FileNotFoundError):
+            partial.lstat()  # a name that is too long is told now, not when all is written
+        raw = _open_nameless(path.parent) or _File(partial, "x")
     with raw.told(path, needed):
         try:
             with io.BufferedWriter(raw) as file:
                 yield file
                 file.flush()
                 raw.sync()
+                with explaining(path):
+                    raw.name_if_nameless(partial)
             with explaining(path):
                 os.replace(partial, path)
                 sync(path.parent)
@@ -113,7 +117,7 @@ def file_to_replace(path: Path) -> Path | None:
     with suppress(OSError):  # there is none yet, or it is told when it is to be made
         if not stat.S_ISREG(place.stat().st_mode):
             return None
-    return None if place.is_symlink() else place  # links that lead in a circle
+    return None if os.path.islink(place) else place  # links that lead in a circle
 
 
 def is_stdout(path: Path) -> bool:
@@ -141,16 +145,39 @@ def _descriptor(path: Path) -> int | None:
         path = Path(os.path.realpath(path.parent)) / path.name
         if named := re.fullmatch(rf"/proc/{os.getpid()}/fd/(\d+)", str(path)):
             return int(named[1])
-        if not path.is_symlink():
+        if not os.path.islink(path):
             return None
         path = path.parent / path.readlink()
     return None
 
 
+def _open_nameless(folder: Path) -> "_File | None":
+    """Open a new file that has no name yet, so that nothing stays of it if its writer is killed.
+
+    None if that cannot be done: NFS and many FUSE file systems have no such files.
+    """
+    try:
+        file = _File(folder, "w", opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_TMPFILE, 0o666))
+    except OSError:
+        return None  # a file with a name is tried next, and what stands in its way is told
+    file.nameless = True
+    return file
+
+
 class _File(io.FileIO):
     """A file that tells its own failures from those of what fills it."""
 
+    nameless = False
     _failed = False
+
+    def name_if_nameless(self, path: Path) -> None:
+        if not self.nameless:
+            return
+        descriptors = os.open("/proc/self/fd", os.O_RDONLY)
+        try:
+            os.link(str(self.fileno()), path, src_dir_fd=descriptors, follow_symlinks=True)
+        finally:
+            os.close(descriptors)
 
     def write(self, data: Any, /) -> int:
         with self._noting():
