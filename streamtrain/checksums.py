@@ -22,13 +22,18 @@ def write_sums(folder: Path) -> None:
     write(folder / SUMS_NAME, "\n".join([*lines, ""]))
 
 
-def check_sums(folder: Path) -> None:
-    """Raise ChecksumError if a file is not as it was saved; a folder without sums, as a published model's, passes."""
+def check_sums(folder: Path, must_have: bool = False) -> None:
+    """Raise ChecksumError if a file is not as it was saved; a folder without sums, as a published model's, passes.
+
+    Not so if it `must_have` them, as one of ours.
+    """
     sums = folder / SUMS_NAME
     hint = "take the model from where it is whole, or save it again"
     try:
         *lines, end = read_document(sums).decode(errors="replace").split("\n")
-    except (FileNotFoundError, NotADirectoryError):  # of a hub's model, too
+    except (FileNotFoundError, NotADirectoryError) as error:  # of a hub's model, too
+        if must_have:
+            raise ChecksumError(f"{sums}: is gone", hint) from error
         return
     except (OSError, DocumentError) as error:
         raise ChecksumError(f"{sums}: {getattr(error, 'strerror', error)}", hint) from error

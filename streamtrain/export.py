@@ -1,6 +1,7 @@
 """A portable model: the Hugging Face layout, loaded back and compared before anyone relies on it."""
 
 import json
+import logging
 import os
 import shutil
 from contextlib import suppress
@@ -8,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from sharding.audio import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from streamtrain.finish import warn_unless_finished
 from streamtrain.folders import new_folder
 from streamtrain.model import load_trained, save_model
 from streamtrain.network import CTCModel
 from streamtrain.scorecard import render_interval, warnings
+
+log = logging.getLogger("streamtrain")
 
 TOLERANCE = 1e-5
 BESIDE = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json",
@@ -34,8 +37,9 @@ class ExportError(StreamtrainError):
 def save_best(model: CTCModel, folder: Path) -> None:
     """Write a model to `folder`, verified, whole or not at all. Raise StoreError if it cannot be written."""
     with new_folder(folder, _bytes_of(model)) as partial:
-        _save(model, partial)
-        verify(model, partial)
+        save_model(model, partial)
+        difference = verify(model, partial)
+    log.info("Transformers computes the same from %s/: largest difference %.1e", folder.name, difference)
 
 
 def export_model(source: Path, out: Path) -> float:
@@ -49,7 +53,7 @@ def export_model(source: Path, out: Path) -> float:
     model, run = load_trained(source), source.resolve().parent
     warn_unless_finished(source)
     with new_folder(Path(os.path.realpath(out)), _bytes_of(model)) as partial:  # a link stays, as with files
-        _save(model, partial)
+        save_model(model, partial)
         for name, copied in BESIDE.items():
             if (run / name).is_file():
                 shutil.copyfile(run / name, partial / copied)
@@ -61,30 +65,27 @@ def _bytes_of(model: CTCModel) -> int:
     return sum(weight.nbytes for weight in model.network.state_dict().values())
 
 
-def _save(model: CTCModel, folder: Path) -> None:
-    """Write a model. Raise ExportError if the file does not hold the model's very weights afterwards."""
-    save_model(model, folder)
-    written, weights = load_file(folder / "model.safetensors"), model.network.state_dict()
-    if written.keys() != weights.keys() or any(not torch.equal(written[name], weights[name]) for name in written):
-        raise ExportError(f"{folder}: does not hold the weights that were to be saved")
-
-
 def verify(model: CTCModel, folder: Path) -> float:
     """Hold a model, as it was trained, against what Transformers makes of the folder that it was saved to.
 
-    Returns the largest difference of log-probabilities seen, on two seconds of noise; raises ExportError above 1e-5.
+    The weights must be the same, bit for bit. Returns the largest difference of log-probabilities seen, on a second of
+    noise. Raises ExportError if that is above 1e-5, or another weight was read.
     """
     from transformers import AutoModelForCTC
 
-    noise = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    network = AutoModelForCTC.from_pretrained(folder).eval()
     with torch.inference_mode():
         ours = model(noise, torch.tensor([noise.shape[1]]))
-        theirs = AutoModelForCTC.from_pretrained(folder).eval()(noise).logits.log_softmax(-1)
+        theirs = network(noise).logits.log_softmax(-1)
     difference = float((ours - theirs).abs().max())
     if not difference <= TOLERANCE:  # or it is not a number
         raise ExportError(
             f"{folder}: Transformers' log-probabilities differ by {difference:.2g}, {TOLERANCE:g} is allowed"
         )
+    wanted, seen = model.network.state_dict(), network.state_dict()
+    if seen.keys() != wanted.keys() or any(not torch.equal(seen[name], wanted[name]) for name in seen):
+        raise ExportError(f"{folder}: does not hold the weights that were to be saved")
     return difference
 
 
