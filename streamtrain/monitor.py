@@ -69,7 +69,7 @@ class Monitor:
         self._log = run_dir / "log.csv"
         self.rows = [row for row in read_log(self._log) if row.step <= done_steps]
         self._rewrite()
-        self._drop_later_samples(done_steps)
+        self._drop_samples_from(done_steps + 1)
         self._ranks = run_dir / "ranks.csv"
         lines = self._ranks.read_text().splitlines(keepends=True)[1:] if self._ranks.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one off
@@ -124,11 +124,15 @@ class Monitor:
         if self.rows and self.rows[-1].step == step:
             self.rows[-1] = replace(self.rows[-1], cer=total.rate)
             self._rewrite()
-            plot_curves(self.rows, self._folder / "curves.png")
+            self.draw_curves()
         self._draw({"valid/cer": total.rate}, step)
+        self._drop_samples_from(step)  # a run may be resumed at a step that was scored
         shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
         texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
         append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
+
+    def draw_curves(self) -> None:
+        plot_curves(self.rows, self._folder / "curves.png")
 
     def say(self, line: str) -> None:
         self._bar.write(line)
@@ -143,10 +147,10 @@ class Monitor:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 
-    def _drop_later_samples(self, done_steps: int) -> None:
+    def _drop_samples_from(self, step: int) -> None:
         path = self._folder / "samples.txt"
         told = path.read_text(encoding="utf-8").split("--- step ")[1:] if path.is_file() else []
-        kept = [one for one in told if 0 < done_steps >= _step_of(one, path)]  # from step 0 on, 0 is scored again
+        kept = [one for one in told if _step_of(one, path) < step]
         write(path, "".join(f"--- step {one}" for one in kept))
 
     def _rewrite(self) -> None:
@@ -188,24 +192,27 @@ def _no_log(path: Path, error: Exception) -> StreamtrainError:
 
 
 def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
-    """Loss, CER, learning rate and throughput over the steps."""
+    """Loss, CER (the gradient's norm where nothing was scored), learning rate and throughput over the steps."""
     from matplotlib.figure import Figure
 
     steps = [row.step for row in rows]
     figure = Figure(figsize=(10, 6), layout="constrained")
-    (loss, cer), (rate, speed) = figure.subplots(2, 2)
+    (loss, score), (rate, speed) = figure.subplots(2, 2)
     loss.plot(steps, [row.loss for row in rows], color="#33658a", linewidth=0.8)
     loss.set(title="loss, nats per symbol", yscale="log")
     evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
     if evaluated:
-        cer.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
-        cer.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(0, 6), ha="right")
-    cer.set(title="validation CER", ylim=(0, None))
+        score.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
+        score.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(0, 6), ha="right")
+        score.set(title="validation CER", ylim=(0, None))
+    else:
+        score.plot(steps, [row.grad_norm for row in rows], color="#c8553d", linewidth=0.8)
+        score.set(title="gradient norm", yscale="log")
     rate.plot(steps, [row.lr for row in rows], color="#5b8c5a")
     rate.set(title="learning rate", xlabel="step")
     speed.plot(steps, [row.audio_sec_per_sec for row in rows], color="#86608e", linewidth=0.8)
     speed.set(title="audio-seconds per second", xlabel="step", ylim=(0, None))
-    for axes in (loss, cer, rate, speed):
+    for axes in (loss, score, rate, speed):
         axes.grid(alpha=0.25)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
@@ -258,6 +265,7 @@ def _render_unscored(run_dir: Path) -> str:
     return f"""
   {read_finish(run_dir)}
 
+  Curves       {run_dir / "curves.png"}
   Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
   Model        {run_dir / "best"}
 

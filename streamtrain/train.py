@@ -366,6 +366,8 @@ class Trainer:
             return
         model = self.engine.scored_copy()
         self.state = replace(self.state, evaluated=self.state.step)
+        if self.monitor is not None:
+            self.monitor.draw_curves()
         with self.world.main_alone("save best/") as mine:
             if mine:
                 save_best(model.cpu(), self.run_dir / "best")

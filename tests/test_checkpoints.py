@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -49,7 +50,10 @@ from streamtrain.checkpoint import (
 from streamtrain.config import load_config
 from streamtrain.engine import Parts
 from streamtrain.folders import put_back
+from streamtrain.metrics import EditCounts
+from streamtrain.monitor import Monitor
 from streamtrain.plan import Begun, PlanSettings, plan_rest
+from streamtrain.scorecard import Evaluation
 
 # With dropout, masks, speeds and an average of the weights: all that a resume could get wrong
 SETTINGS = (
@@ -514,6 +518,23 @@ def test_a_damaged_log_stops_the_run_in_words(name: str, work: Path, finished: P
     done = run(training(work, folder.name, *TWO_STEPS, ranks=1), expect=1)
     assert f"{folder / name}: is not the log of a run" in done.stderr
     assert "move it away" in done.stderr
+
+
+def test_each_evaluation_stands_in_the_samples_once_wherever_a_run_is_resumed(tmp_path: Path) -> None:
+    nothing = Evaluation(EditCounts(reference_length=1), None, (), "phonetic", {})
+
+    def go_on(done: int, scored: list[int]) -> list[int]:
+        monitor = Monitor(tmp_path, 9, done)
+        for step in scored:
+            monitor.evaluated(step, nothing)
+        monitor.close()
+        told = (tmp_path / "samples.txt").read_text()
+        return [int(step) for step in re.findall(r"--- step (\d+), CER", told)]
+
+    assert go_on(0, [0, 2, 4]) == [0, 2, 4]
+    assert go_on(2, []) == [0, 2]
+    assert go_on(2, [2, 4, 6]) == [0, 2, 4, 6]  # as if best/ was gone: it is sought anew
+    assert go_on(0, [0]) == [0]
 
 
 def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path, finished: Path) -> None:

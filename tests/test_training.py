@@ -287,6 +287,7 @@ def test_a_set_without_validation_clips_trains_and_says_that_nothing_is_scored(w
     assert all(torch.equal(last[name], kept[name]) for name in last)
     assert "all 2 steps are done" in run(command).stderr
     assert "nothing was scored" in render_run(folder)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     evaluation = ["launch/evaluate.py", "--model", folder / "best", "--shards", shards, "--out", work / "no-score"]
     assert "nothing was scored" in run([sys.executable, *evaluation], expect=1).stderr
 
