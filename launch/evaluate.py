@@ -8,8 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher 
 
 
 def main() -> None:
-    from sharding.command import number
+    from sharding.command import announce, number
+    from sharding.interrupt import answer_interrupts
 
+    answer_interrupts()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
     parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
@@ -24,13 +26,18 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
-    from streamtrain.rank import errors_told, limit_spinning
+    from streamtrain.rank import errors_told, limit_spinning, number_of
 
     limit_spinning()
+    if number_of("RANK") == 0:
+        announce("scoring {model} on split {split} of {shards}", options)
     with errors_told():  # a mistake is told before torch is imported
+        from sharding.format import read_outline
+        from sharding.store import open_store
         from streamtrain.vocab import load_vocab
 
         load_vocab(Path(options.model))
+        read_outline(open_store(options.shards))
 
         from streamtrain.world import running
 

@@ -8,6 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher 
 
 
 def main() -> None:
+    from sharding.command import announce
+    from sharding.interrupt import answer_interrupts
+
+    answer_interrupts()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with data, model, train, eval and deepspeed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
@@ -29,12 +33,17 @@ def main() -> None:
     from streamtrain.rank import errors_told, limit_spinning, number_of
 
     limit_spinning()
+    if number_of("RANK") == 0:
+        announce("training as {config} says", options)
     with errors_told():  # a mistake is told before torch is imported
+        from sharding.format import read_outline
+        from sharding.store import open_store
         from streamtrain.config import load_config
         from streamtrain.plan import check_world_size
 
         config = load_config(options.config, options.set)
         check_world_size(number_of("WORLD_SIZE", 1), config.train.micro_batches_per_step)
+        read_outline(open_store(config.data.shards))
 
         from streamtrain.world import running
 

@@ -11,9 +11,11 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from sharding.errors import StreamtrainError
+from sharding.interrupt import INTERRUPTED
 from sharding.writing import STDOUT, is_stdout
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NAMED = 3  # sources, in the first line of a command
 Run = Callable[[argparse.Namespace], int]  # a command; returns its exit code
 
 
@@ -24,9 +26,10 @@ class Commands:
         self._parser = argparse.ArgumentParser(prog=prog, description=description)
         self._commands = self._parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(self, name: str, run: Run, summary: str) -> argparse.ArgumentParser:
+    def add(self, name: str, run: Run, summary: str, opening: str) -> argparse.ArgumentParser:
+        """Add a command; `opening` is told as it starts, with the values of the options that it names in braces."""
         added = self._commands.add_parser(name, help=summary, description=summary)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, opening=opening)
         return added
 
     def run(self, arguments: Sequence[str] | None) -> int:
@@ -35,6 +38,7 @@ class Commands:
             sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
         options = self._parser.parse_args(arguments)
         shared = any(isinstance(value, Path) and is_stdout(value) for value in vars(options).values())
+        announce(options.opening, options)
         try:
             with redirect_stdout(sys.stderr) if shared else nullcontext():
                 code = int(options.run(options))
@@ -54,7 +58,18 @@ class Commands:
             return 1
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-            return 130
+            return INTERRUPTED
+
+
+def announce(opening: str, options: argparse.Namespace) -> None:
+    """Tell on the standard error what is begun, before libraries are imported that take seconds."""
+    named = {name: _shortened(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    print(opening.format_map(named), file=sys.stderr, flush=True)
+
+
+def _shortened(values: Sequence[object]) -> str:
+    more = len(values) - NAMED
+    return ", ".join(map(str, values[:NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _drop_output() -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -22,9 +24,9 @@ from sharding.bucket import BucketStore, Range
 from sharding.document import SMALL_BYTES, DocumentError, Number, parse
 from sharding.errors import ShardError, StoreError, UnreachableError
 from sharding.exclusive import NO_LOCKS
-from sharding.format import ShardEntry, ShardIndex
-from sharding.sample import escape_key
-from sharding.store import open_regular
+from sharding.format import ShardEntry, ShardIndex, read_samples
+from sharding.sample import Sample, escape_key
+from sharding.store import Reader, open_regular
 from sharding.writing import cannot_write
 from streamtrain.plan import Uses
 
@@ -36,6 +38,7 @@ SHARDS_AT_ONCE = 4
 STEPS_AHEAD = 32  # shards of these steps are fetched before they are needed
 STEPS_BEHIND = 16  # shards of these steps are kept if there is room: a slower thread or rank may still read from them
 FETCH_TRIES = 3
+READS = 3  # of a clip that comes wrong over a network, which may happen twice
 HELD_SEC = 1.0  # longer than a lock is held for anything but a fetch
 EVICT_LOCK = "evict.lock"
 WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished writing, so that something can go
@@ -303,6 +306,20 @@ def _raise_if_given_up(lock: BinaryIO, asked: float) -> None:
         given_up = parse(lock.read(SMALL_BYTES), _GIVEN_UP)
         if given_up["at"] > asked:
             raise UnreachableError(given_up["message"], given_up["hint"])
+
+
+def read_verified(store: Reader, index: ShardIndex, shard: ShardEntry, rows: npt.NDArray[np.int64]) -> list[Sample]:
+    """Samples of a shard. What spoilt in the cache or on the way is fetched anew before it is an error."""
+    cache = store if isinstance(store, ShardCache) else None
+    for _ in range(READS - 1 if cache or store.remote else 0):
+        try:
+            return read_samples(store, index, shard, index.samples[rows])
+        except FetchError:
+            raise
+        except ShardError:
+            if cache:
+                cache.drop(shard.name)
+    return read_samples(store, index, shard, index.samples[rows])
 
 
 def _checksum(file: BinaryIO) -> str:

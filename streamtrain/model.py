@@ -91,6 +91,7 @@ def copy_of(model: CTCModel, weights: dict[str, torch.Tensor]) -> CTCModel:
 def load_trained(folder: str | Path) -> CTCModel:
     """Return a model saved by `save_model`, for evaluation. Raise ModelError or ChecksumError if it is not whole."""
     folder = Path(folder)
+    log.info("reading the model %s", folder)
     check_sums(folder)
     vocab, (network, random) = load_vocab(folder), _from_pretrained(str(folder), {})
     if random:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sharding.errors import StreamtrainError
+from sharding.interrupt import INTERRUPTED
 
 LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
-INTERRUPTED = 128 + signal.SIGINT  # exit code
 # Threads of torch's OpenMP, GNU's, look so many times for work before they sleep: half a millisecond, rather than 15.
 # A step of the demo takes 2 to 4 s rather than 5 to 17 where a dozen other processes want the two cores, and 0.36 s
 # rather than 0.34 where none does. Threads that never look would take 2 s and 0.40 s.

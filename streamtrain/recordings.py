@@ -22,7 +22,7 @@ from sharding.names import name_of
 from sharding.sample import Sample, whole_key
 from sharding.store import Reader, Store, open_store
 from sharding.tables import read_lines
-from streamtrain.stream import read_verified
+from streamtrain.cache import read_verified
 
 MANIFEST = re.compile(r"\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
 SHOWN_KINDS = 5  # of files that are no audio, by their suffixes

@@ -21,11 +21,10 @@ from typing import TypeVar
 import numpy as np
 
 from sharding.bucket import BucketStore
-from sharding.errors import ShardError
-from sharding.format import ShardEntry, ShardIndex, read_samples
+from sharding.format import ShardIndex
 from sharding.sample import Sample
 from sharding.store import Reader, open_store
-from streamtrain.cache import FetchError, ShardCache
+from streamtrain.cache import ShardCache, read_verified
 from streamtrain.collate import Batch, collate
 from streamtrain.patience import Patience
 from streamtrain.plan import EpochPlan, Sounds, Uses, find_uses, forwards_of
@@ -35,7 +34,6 @@ from streamtrain.world import World
 BATCHES_AHEAD = 4  # per worker thread
 BATCHES_HELD = BATCHES_AHEAD + 2  # of memory for each: while it loads one, its clips as stored, and a copy with noise
 LEAVE_SEC = 2.0  # for loads under way that nobody wants any more: by then they end, or they hang
-READS = 3  # of a clip that comes wrong over a network, which may happen twice
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -197,20 +195,6 @@ class ShardStream:
 
     def _collate(self, samples: Sequence[Sample], sounds: Sounds) -> Batch:
         return collate(samples, sounds, self.vocab, self.normalize)
-
-
-def read_verified(store: Reader, index: ShardIndex, shard: ShardEntry, rows: np.ndarray) -> list[Sample]:
-    """Samples of a shard. What spoilt in the cache or on the way is fetched anew before it is an error."""
-    cache = store if isinstance(store, ShardCache) else None
-    for _ in range(READS - 1 if cache or store.remote else 0):
-        try:
-            return read_samples(store, index, shard, index.samples[rows])
-        except FetchError:
-            raise
-        except ShardError:
-            if cache:
-                cache.drop(shard.name)
-    return read_samples(store, index, shard, index.samples[rows])
 
 
 Place = TypeVar("Place")

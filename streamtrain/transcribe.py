@@ -30,7 +30,7 @@ from streamtrain.hear import chunks_of, hear, usual_batch_seconds
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
 from streamtrain.plan import plan_evaluation
-from streamtrain.recordings import Recording, find_recordings
+from streamtrain.recordings import Recording
 from streamtrain.stream import read_ahead
 from streamtrain.world import World
 
@@ -74,7 +74,7 @@ class Heard:
     log_probs: LogProbs | None  # (T, V), where it is to be kept
 
 
-def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: Reading | None = None) -> int:
+def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, reading: Reading | None = None) -> int:
     """Write a JSONL row per recording; returns how many failed.
 
     Its fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (of the word track `orthographic_text`),
@@ -85,7 +85,6 @@ def transcribe(model_folder: Path, sources: Sequence[str], out: Path, reading: R
     same is asked for; the file is then the same as if nothing had been.
     """
     reading = reading or Reading()
-    recordings = find_recordings(sources)
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
     if reading.log_probs:

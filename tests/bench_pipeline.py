@@ -14,12 +14,13 @@ from typing import Any
 import soundfile
 from transformers import pipeline
 
+from streamtrain.recordings import find_recordings
 from streamtrain.transcribe import transcribe
 
 
 def run_ours(model: Path, corpus: Path) -> None:
     with TemporaryDirectory() as folder:
-        if transcribe(model, [str(corpus)], Path(folder) / "out.jsonl"):
+        if transcribe(model, find_recordings([str(corpus)]), Path(folder) / "out.jsonl"):
             raise SystemExit("not every clip was transcribed")
 
 

@@ -24,6 +24,7 @@ SEEN_BY_STREAMTRAIN = {
     "archive",
     "workers",
     "command",
+    "interrupt",
     "tables",
     "manifest",
     "names",
@@ -95,7 +96,7 @@ def test_sharding_knows_nothing_of_training(name: str) -> None:
 
 def test_sharding_starts_without_torch() -> None:
     """Which takes longer to import than a small build takes."""
-    started, waiting = set[str](), ["sharding.__main__"]
+    started, waiting = set[str](), ["sharding.cli"]
     while waiting:
         name = waiting.pop()
         started.add(name)
@@ -122,7 +123,7 @@ def test_plan_model_and_metrics_know_nothing_of_each_other(name: str) -> None:
 
 
 def test_planning_and_scoring_start_without_torch() -> None:
-    for name in ("streamtrain.plan", "streamtrain.metrics", "streamtrain.score", "streamtrain.__main__"):
+    for name in ("streamtrain.plan", "streamtrain.metrics", "streamtrain.score", "streamtrain.cli"):
         assert not any(other.split(".")[0] == "torch" for other in imports_of(MODULES[name], True)), name
 
 

@@ -250,7 +250,7 @@ def test_a_cluster_without_workers_is_given_up_and_one_with_threads_refused(
 def test_without_distributed_it_is_said_what_to_install(corpora: Path, tmp_path: Path) -> None:
     hidden = f"import sys; sys.modules['distributed'] = None; sys.path.insert(0, '{ROOT}')"
     arguments = [str(corpora / "west"), "--out", str(tmp_path), "--executor", "dask", "--scheduler", "tcp://host:8786"]
-    call = f"from sharding.__main__ import main; sys.exit(main({['build', *arguments]}))"
+    call = f"from sharding.cli import main; sys.exit(main({['build', *arguments]}))"
     done = subprocess.run([sys.executable, "-c", f"{hidden}; {call}"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.endswith("distributed is not installed\nhint: pip install distributed\n")

@@ -23,7 +23,7 @@ IMPATIENT = """
 import sys
 import sharding.lock, sharding.store
 sharding.store.PATIENCE_SEC = sharding.lock.PATIENCE_SEC = 3.0
-from sharding.__main__ import main
+from sharding.cli import main
 if __name__ == "__main__":
     sys.exit(main())
 """

@@ -131,7 +131,7 @@ def test_a_missing_file_is_named(write: Write, tmp_path: Path) -> None:
 def test_it_starts_without_torch_or_transformers(write: Write) -> None:
     predicted, actual = write("predicted.jsonl", HYPOTHESES), write("actual.jsonl", REFERENCES)
     program = (
-        "import sys\nfrom streamtrain.__main__ import main\n"
+        "import sys\nfrom streamtrain.cli import main\n"
         f"code = main(['score', {str(predicted)!r}, {str(actual)!r}])\n"
         "print(code, sorted({'torch', 'transformers', 'deepspeed', 'pandas', 'matplotlib'} & set(sys.modules)))\n"
     )

@@ -28,9 +28,9 @@ from corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.__main__ import main
 from sharding.assign import Exceptions, choose_exceptions, is_validation
 from sharding.audio import encode, frame_count
+from sharding.cli import main
 from sharding.errors import ManifestError
 from sharding.examine import speaker_hash
 from sharding.format import read_index, read_keys, read_sample

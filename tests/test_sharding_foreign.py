@@ -16,8 +16,8 @@ from conftest import Command
 from corpus import say
 from stream_sets import VOCAB, keys_of
 
-from sharding.__main__ import main
 from sharding.audio import SAMPLE_RATE, decode, encode
+from sharding.cli import main
 from sharding.format import read_index, read_keys, read_sample
 from sharding.ipa import normalize_ipa
 from sharding.store import open_store

@@ -13,8 +13,8 @@ from conftest import Command
 from corpus import describe, make_corpus, read_manifest, write_manifest
 from test_sharding_build import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.__main__ import main
 from sharding.audio import SAMPLE_RATE
+from sharding.cli import main
 from sharding.format import read_index, read_keys, read_outlines
 from sharding.store import open_store
 

@@ -14,8 +14,8 @@ import webdataset
 from corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
 from test_sharding_build import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.__main__ import _find_sources, main
 from sharding.audio import encode
+from sharding.cli import _find_sources, main
 from sharding.examine import speaker_hash
 from sharding.foreign import index_tars
 from sharding.format import ShardIndex, read_index, read_keys, read_sample

@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sharding_build import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.__main__ import main
 from sharding.archive import AudioRoot, find_audio
 from sharding.audio import encode
+from sharding.cli import main
 from sharding.errors import ManifestError
 from sharding.format import read_index
 from sharding.ipa import LETTERS, foreign_symbols, name_symbols, normalize_words

@@ -21,6 +21,7 @@ from sharding.format import join_samples, pack_index, read_index, read_sample, w
 from sharding.sample import escape_key
 from sharding.store import open_store
 from streamtrain.network import CTCModel
+from streamtrain.recordings import find_recordings
 from streamtrain.submission import PackageError, package, rehearse
 from streamtrain.transcribe import transcribe
 from streamtrain.vocab import save_vocab, vocab_of
@@ -74,7 +75,7 @@ def test_it_says_what_transcribe_says(family: str, data: Path, tmp_path: Path) -
     assert done.log_lines < 60
     assert done.rate is None
     rows = submission_of(tmp_path / "submission.zip", data, tmp_path / "there")
-    transcribe(folder, [str(data / "audio")], tmp_path / "ours.jsonl")
+    transcribe(folder, find_recordings([str(data / "audio")]), tmp_path / "ours.jsonl")
     ours = {row["utterance_id"]: row["phonetic_text"] for row in read(tmp_path / "ours.jsonl")}
     assert [row["utterance_id"] for row in rows] == [
         row["utterance_id"] for row in read(data / "submission_format.jsonl")
@@ -266,6 +267,6 @@ def test_audio_of_another_rate_or_with_two_channels_is_heard(model: Path, tmp_pa
     write(tmp_path / "data" / "submission_format.jsonl", [{"utterance_id": name} for name in "ab"])
     package(model, tmp_path / "submission.zip")
     rows = submission_of(tmp_path / "submission.zip", tmp_path / "data", tmp_path / "there")
-    transcribe(model, [str(tmp_path / "data" / "audio" / "a.flac")], tmp_path / "ours.jsonl")
+    transcribe(model, find_recordings([str(tmp_path / "data" / "audio" / "a.flac")]), tmp_path / "ours.jsonl")
     assert rows[0]["phonetic_text"] == read(tmp_path / "ours.jsonl")[0]["phonetic_text"]
     assert rows[1]["phonetic_text"]

@@ -39,8 +39,8 @@ from training_runs import (
     wait_until,
 )
 
-from sharding.__main__ import main
 from sharding.audio import SAMPLE_RATE, encode
+from sharding.cli import main
 from sharding.errors import StreamtrainError
 from sharding.format import (
     join_samples,

@@ -30,6 +30,7 @@ from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import join_pieces
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
+from streamtrain.recordings import find_recordings
 from streamtrain.transcribe import LIMIT_SEC, Progress, Reading, transcribe
 
 Row = dict[str, Any]
@@ -73,7 +74,7 @@ def half_a_wav() -> bytes:
 
 
 def rows_of(folder: Path, sources: list[Path], out: Path, batch_seconds: float = 30.0) -> list[Row]:
-    transcribe(folder, [str(source) for source in sources], out, Reading(batch_seconds))
+    transcribe(folder, find_recordings([str(source) for source in sources]), out, Reading(batch_seconds))
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
 
 
@@ -174,12 +175,12 @@ def test_what_cannot_be_transcribed_is_told_before_anything_is_written(folder: P
     (tmp_path / "clip.flac").write_bytes(encode(sound(1, 0)))
     for source, said in ((tmp_path / "none", "there is no such file or folder"), (tmp_path / "empty", "no audio in")):
         with pytest.raises(StreamtrainError, match=f"{said}"):
-            transcribe(folder, [str(source)], tmp_path / "out.jsonl")
+            transcribe(folder, find_recordings([str(source)]), tmp_path / "out.jsonl")
     with pytest.raises(StreamtrainError, match=r"vocab\.json: no vocabulary[^\n]*\nhint: .*RUN/best"):
-        transcribe(tmp_path / "empty", [str(tmp_path / "clip.flac")], tmp_path / "out.jsonl")
+        transcribe(tmp_path / "empty", find_recordings([str(tmp_path / "clip.flac")]), tmp_path / "out.jsonl")
     for out in (tmp_path / "empty", tmp_path / "clip.flac" / "out.jsonl"):
         with pytest.raises(StreamtrainError, match=f"{out}: .*\nhint: name a place that can be written"):
-            transcribe(folder, [str(tmp_path / "clip.flac")], out)
+            transcribe(folder, find_recordings([str(tmp_path / "clip.flac")]), out)
     assert not list(tmp_path.rglob("*out.jsonl*"))
 
 
@@ -195,7 +196,7 @@ def test_the_command_says_how_many_failed_and_exits_so(folder: Path, clips: Path
 def test_words_are_said_where_the_model_hears_them(folder: Path, model: CTCModel, clips: Path, tmp_path: Path) -> None:
     """The frames of a word spell it, and nothing but it and silence."""
     rows = rows_of(folder, [clips], tmp_path / "out.jsonl")
-    transcribe(folder, [str(clips)], tmp_path / "beam.jsonl", Reading(beam=8))
+    transcribe(folder, find_recordings([str(clips)]), tmp_path / "beam.jsonl", Reading(beam=8))
     beam = [json.loads(line) for line in (tmp_path / "beam.jsonl").open(encoding="utf-8")]
     for row in rows + beam:
         waveform: np.ndarray = soundfile.read(row["audio_path"], dtype="float32")[0]
@@ -233,7 +234,7 @@ def log_probs_of(model: CTCModel, path: str) -> torch.Tensor:
 def test_log_probabilities_are_kept_beside_their_vocabulary(
     folder: Path, model: CTCModel, clips: Path, tmp_path: Path
 ) -> None:
-    transcribe(folder, [str(clips)], tmp_path / "out.jsonl", Reading(log_probs=tmp_path / "kept"))
+    transcribe(folder, find_recordings([str(clips)]), tmp_path / "out.jsonl", Reading(log_probs=tmp_path / "kept"))
     assert (tmp_path / "kept" / "vocab.json").read_bytes() == (folder / "vocab.json").read_bytes()
     for path in clips.rglob("*.flac"):
         kept = np.load(tmp_path / "kept" / f"{path.stem}.npy")

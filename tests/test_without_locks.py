@@ -62,7 +62,7 @@ assert entered and not failed, failed
 TRANSCRIBE = """
 import sys
 from pathlib import Path
-from streamtrain.__main__ import main
+from streamtrain.cli import main
 lock_file, left, *arguments = sys.argv[1:]
 assert main(arguments) == 1
 Path(lock_file).write_text(left)

@@ -23,12 +23,12 @@ from conftest import ROOT, own_mounts
 from test_model import save, talkative
 from test_transcribe import sound
 
-from sharding.__main__ import main as sharding_main
 from sharding.audio import encode
+from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
 from sharding.writing import append, is_stdout, replacing, write, written
-from streamtrain.__main__ import main
 from streamtrain.checkpoint import RunState, save_checkpoint
+from streamtrain.cli import main
 from streamtrain.engine import Parts
 from streamtrain.evaluate import evaluate_model
 from streamtrain.world import World
