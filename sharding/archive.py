@@ -20,7 +20,7 @@ from sharding.names import nfc
 
 AUDIO_SUFFIXES = (
     *(".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".rf64"),
-    *(".w64", ".sph", ".m4a", ".aac", ".wma", ".amr", ".webm"),  # from .m4a on, libsndfile does not read them
+    *(".w64", ".sph", ".m4a", ".aac", ".wma", ".amr", ".webm", ".mp4"),  # from .m4a on, libsndfile does not read them
 )
 AUDIO_FOLDER = "audio"
 ARCHIVE = "audio.zip"

@@ -26,6 +26,8 @@ MAX_VALUES = 2**29  # samples × channels of one file, 2 GiB once decoded: a hea
 LEAST_KEPT = 0.1  # of the energy that channels keep when mixed, if they have nothing in common
 FLOAT_PEAK = 8.0  # 18 dB over full scale: no mix is as loud, and speech in the range of 16-bit integers is far louder
 INTEGER_SCALES = (2**15, 2**23, 2**31)
+UNRECOGNISED = 1  # libsndfile's error for formats it has no reader for, such as MPEG-4, AAC, WMA, AMR and WebM
+CONVERT = "ffmpeg -i x.m4a -ar 16000 -ac 1 x.flac"
 CONSTANT_PEAK = 1e-5  # below this swing a signal says nothing, about a third of a 16-bit step
 
 Waveform = npt.NDArray[np.float32]  # (samples,), 16 kHz, in [-1, 1]
@@ -230,7 +232,8 @@ def _packed(sound: npt.NDArray[Any], subtype: str) -> bytes:
 
 
 def _not_audio(error: BaseException) -> str:
-    return f"not readable as audio: {_last_words(error)}"
+    converted = f"; what ffmpeg reads it converts: {CONVERT}" if getattr(error, "code", 0) == UNRECOGNISED else ""
+    return f"not readable as audio: {_last_words(error)}{converted}"
 
 
 def _last_words(error: BaseException) -> str:

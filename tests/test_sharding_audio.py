@@ -194,6 +194,16 @@ def test_a_clip_without_a_single_frame_is_refused() -> None:
     assert len(decode(encode(SOUND[:400]))[0]) == 400
 
 
+@pytest.mark.parametrize(
+    "head", [b"\0\0\0\x1cftypM4A ", b"\xff\xf1`@@_\xfc", b"0&\xb2u\x8ef\xcf\x11", b"#!AMR\n", b"\x1aE\xdf\xa3"]
+)
+def test_a_format_that_has_no_reader_here_is_refused_with_the_command_that_converts_it(head: bytes) -> None:
+    """MPEG-4, AAC, WMA, AMR and WebM, as ffmpeg writes their first bytes."""
+    for read in (lambda data: decode(data, prove=True), lambda data: probe(io.BytesIO(data))):
+        with pytest.raises(AudioError, match=r"Format not recognised; .*: ffmpeg -i x\.m4a -ar 16000 -ac 1 x\.flac"):
+            read(head + bytes(500))
+
+
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_audio_are_refused_not_crashed_on(data: bytes) -> None:
     for head in (b"", b"fLaC", b"RIFF\x00\x01\x00\x00WAVE", b"OggS", b"ID3"):

@@ -3,13 +3,14 @@
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import run_module
 from test_model import make_network
-from training_runs import ROOT, read_rows, run, start, training, wait_until
+from training_runs import ROOT, environment, read_rows, run, start, training, wait_until
 
 from sharding.errors import StreamtrainError
 from streamtrain import hub
@@ -53,6 +54,45 @@ def test_a_mistake_is_told_before_torch_is_imported(command: str, told: str, tmp
     done = run([sys.executable, f"launch/{script}", *arguments], expect=1, PYTHONPATH=path, WORLD_SIZE="2")
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("library", "command", "opening"),
+    [
+        ("numpy", "-m sharding build a --out b", ""),  # which all of its commands import, in half a second
+        ("pandas", "-m sharding inspect SHARDS", "reading SHARDS"),
+        ("numpy", "-m streamtrain plan SHARDS --config configs/zero2.json", "planning epoch 0 of configs/zero2.json"),
+        ("torch", "-m streamtrain transcribe MODEL a.wav b.wav --out -", "transcribing a.wav, b.wav with MODEL, into "),
+        ("torch", "-m streamtrain align MODEL SHARDS --out -", "aligning the labels of SHARDS with MODEL, into "),
+        ("torch", "-m streamtrain export MODEL --out copy", "copying MODEL to copy"),
+        ("torch", "-m streamtrain package MODEL --out -", "packing MODEL into "),
+        ("torch", "launch/train.py --config configs/zero2.json --set data.shards=SHARDS", "training as configs/zero2"),
+        ("torch", "launch/evaluate.py --model MODEL --shards SHARDS --out o", "scoring MODEL on split valid of SHARDS"),
+    ],
+)
+def test_a_command_tells_what_it_begins_before_long_imports_and_ctrl_c_ends_it_there(
+    library: str, command: str, opening: str, small_shards: Path, tmp_path: Path
+) -> None:
+    """The library in whose import Ctrl-C is pressed makes an error of its own of it, as some do."""
+    save_vocab(vocab_of("phonetic"), tmp_path / "MODEL", do_normalize=True, attention_mask=False)
+    (tmp_path / "SHARDS").symlink_to(small_shards)
+    for name in ("launch", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).touch()
+    slow = "import sys, time\nsys.stderr.write('importing\\n')\ntry:\n time.sleep(60)\nexcept BaseException:\n 1 / 0\n"
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / f"{library}.py").write_text(slow)
+    variables = environment() | {"PYTHONPATH": f"{tmp_path / 'stub'}:{ROOT}"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, *command.split()], cwd=tmp_path, env=variables, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "".join(iter(process.stderr.readline, "importing\n")).startswith(opening)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "stopped\n")
+    assert process.returncode == 130
 
 
 def test_a_hub_that_cannot_be_reached_is_told_and_leaves_no_run_folder(work: Path) -> None:
