@@ -30,9 +30,9 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args()
 
-    from streamtrain.rank import errors_told, limit_spinning, number_of
+    from streamtrain.rank import errors_told, number_of, settle_torch
 
-    limit_spinning()
+    settle_torch()
     if number_of("RANK") == 0:
         announce("training as {config} says", options)
     with errors_told():  # a mistake is told before torch is imported

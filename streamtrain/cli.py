@@ -10,7 +10,7 @@ from pathlib import Path
 from sharding.command import Commands, number, out_file
 from sharding.errors import StreamtrainError
 from sharding.writing import file_to_replace
-from streamtrain.rank import limit_spinning
+from streamtrain.rank import settle_torch
 
 # Imports stay inside the commands: `score` starts without torch, and the others tell a wrong path without it.
 
@@ -18,7 +18,7 @@ BEAM = 16  # prefixes, where a beam is needed and none is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    limit_spinning()
+    settle_torch()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("streamtrain").setLevel(logging.INFO)
     return _commands().run(arguments)

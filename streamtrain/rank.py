@@ -22,10 +22,15 @@ def number_of(name: str, default: int = 0) -> int:
     return int(os.environ.get(name, default))
 
 
-def limit_spinning() -> None:
-    """Have idle threads give their cores to others soon, unless the user has decided how they wait."""
+def settle_torch() -> None:
+    """Have idle threads give their cores to others soon, and nothing compiled, unless the user has decided otherwise.
+
+    Torch reads this as it is imported. Nothing here is compiled anyhow, but DeepSpeed's Muon, which is not trained
+    with, would have a second or two spent on importing the compiler.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read as torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 @contextmanager

@@ -124,7 +124,9 @@ def test_the_hub_is_asked_for_names_alone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Ctrl-C ends with 130, and the launcher of a run that was killed may return 0: the run's folder tells."""
     folder = work / "ended"
-    run(training(work, "ended", "train.max_steps=2", "data.workers=0", ranks=1))
+    done = run(training(work, "ended", "train.max_steps=2", "data.workers=0", ranks=1), PYTHONPROFILEIMPORTTIME="1")
+    assert "deepspeed.runtime.engine" in done.stderr
+    assert "torch._inductor.compile_fx" not in done.stderr  # the compiler, two seconds long
     assert re.search(
         r"finished at step 2, by train\.max_steps=2; best CER", run_module("streamtrain", "summary", folder).stdout
     )

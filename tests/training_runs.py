@@ -27,7 +27,6 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled: a rank starts a second earlier
     }
 
 
