@@ -271,7 +271,7 @@ def test_half_a_wish_for_a_cluster_is_refused_in_a_line(
     done = run_sharding("build", tmp_path, "--out", tmp_path / "out", *arguments)
     assert done.returncode == 1
     assert told in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 2  # what is begun, and this
 
 
 # --- machines that are no help --------------------------------------------------------------------------------------
