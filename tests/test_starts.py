@@ -156,11 +156,11 @@ def test_a_finish_that_is_damaged_is_none(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("chosen", "spins"), [({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
 def test_idle_threads_give_their_core_away_soon_and_their_number_is_told(
-    chosen: dict[str, str], spins: str, tmp_path: Path
+    chosen: dict[str, str], spins: str, small_shards: Path, tmp_path: Path
 ) -> None:
     """libgomp tells at its start how often a thread looks for work before it sleeps."""
     save_vocab(vocab_of("phonetic"), tmp_path, do_normalize=True, attention_mask=False)
-    command = [sys.executable, "launch/evaluate.py", "--model", tmp_path, "--shards", tmp_path, "--out", tmp_path]
+    command = [sys.executable, "launch/evaluate.py", "--model", tmp_path, "--shards", small_shards, "--out", tmp_path]
     done = run(command, expect=1, OMP_DISPLAY_ENV="verbose", **chosen)
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
     assert "threads of each rank: 1 (" in done.stderr
