@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +11,8 @@ from pydantic import TypeAdapter
 
 from sharding.document import DocumentError, Number, Size, parse, read_document
 from sharding.errors import StreamtrainError
-from sharding.writing import write
+from sharding.writing import explaining, write
+from streamtrain.folders import aside_of, put_aside, put_back
 
 FINISH_NAME = "finished.json"
 UNMIRRORED = "train.mirror lacks the newest checkpoint and best/, which this disk alone holds"
@@ -51,6 +54,26 @@ def read_finish(run: Path) -> Finish:
         raise StreamtrainError(f"{run}: this run has not finished (it has no {FINISH_NAME})", GO_ON) from None
     except DocumentError as error:
         raise StreamtrainError(f"{path}: damaged ({error})", GO_ON) from error
+
+
+@contextmanager
+def reopened(run: Path) -> Iterator[None]:
+    """Have a finished run count as unfinished as soon as it is started again, unless that start fails in words.
+
+    The launcher of a run that is killed may return 0: what follows must not take the earlier end for this one's.
+    """
+    with explaining(run / FINISH_NAME):
+        put_aside(run / FINISH_NAME)
+    try:
+        yield
+    except (StreamtrainError, OSError):
+        put_back(run, FINISH_NAME)
+        raise
+
+
+def forget_finish(run: Path) -> None:
+    """Forget how a run ended, as it is about to change: from now on no failed start brings that back."""
+    aside_of(run / FINISH_NAME).unlink(missing_ok=True)
 
 
 def check_mirrored(run: Path, finish: Finish) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,7 +37,7 @@ def new_folder(final: Path, needed: int | None = None, hint: str | None = None) 
 
 def put_in_place(partial: Path, final: Path) -> None:
     """Give a finished folder its name; what had that name before stays at hand until then."""
-    aside = _aside(final)
+    aside = aside_of(final)
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         os.replace(final, aside)
@@ -46,9 +46,15 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def put_aside(final: Path) -> None:
+    """Take the name of a file or folder, if there is one, until `put_back` gives it back."""
+    with suppress(FileNotFoundError):
+        os.replace(final, aside_of(final))
+
+
 def put_back(folder: Path, pattern: str) -> None:
-    """Folders of such names that a kill caught while they were replaced get their names again."""
-    for aside in folder.glob(_aside(Path(pattern)).name):
+    """Give what lies aside its name again, such as folders that a kill caught while they were replaced."""
+    for aside in folder.glob(aside_of(Path(pattern)).name):
         final = folder / aside.name[1:].removesuffix(ASIDE)
         if final.exists():  # the kill came later: what is aside may be half removed
             shutil.rmtree(aside, ignore_errors=True)
@@ -64,5 +70,6 @@ def _system_error(error: OSError | SafetensorError) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
-def _aside(final: Path) -> Path:
+def aside_of(final: Path) -> Path:
+    """Return where a file or folder lies that has lost its name for the moment."""
     return final.with_name(f".{final.name}{ASIDE}")

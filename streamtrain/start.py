@@ -34,7 +34,7 @@ from streamtrain.checksums import ChecksumError, check_sums
 from streamtrain.collate import SILENT_SAMPLES, Batch
 from streamtrain.config import Config
 from streamtrain.engine import Engine
-from streamtrain.finish import FINISH_NAME
+from streamtrain.finish import forget_finish, reopened
 from streamtrain.folders import put_back
 from streamtrain.hear import scoring
 from streamtrain.hub import is_asked, why_unreachable
@@ -64,10 +64,10 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
 
     With `replan`, what a resumed epoch has left may be planned by other settings than those it began with.
     """
-    store = open_store(config.data.shards)
-    index = read_index(store)
     run = Path(config.train.run_dir)
     with _only_run_in(run, world):
+        store = open_store(config.data.shards)
+        index = read_index(store)
         mirror = None
         with world.main_alone("bring the run folder up to its mirror") as mine:
             if mine:
@@ -123,7 +123,7 @@ def _prepare(
     run: Path, config: Config, index: ShardIndex, found: Path | None, resume: str, mirror: Mirror | None
 ) -> None:
     """Leave in the run folder, and in its mirror, what the run goes on from, and what it was asked for."""
-    (run / FINISH_NAME).unlink(missing_ok=True)
+    forget_finish(run)
     if resume == "none":
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         if mirror is not None:
@@ -223,6 +223,7 @@ def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path],
         fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
         _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)
         if mirror.check(check) and resume == "auto":
+            forget_finish(run)
             mirror.fetch()
     return mirror
 
@@ -332,7 +333,7 @@ def _only_run_in(run: Path, world: World) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / ".lock", "a")  # noqa: SIM115 (closed below)
     try:
-        with file, exclusive(file, LOCK_WAIT_SEC):
+        with file, exclusive(file, LOCK_WAIT_SEC), reopened(run):
             try:
                 yield
             except BaseException:

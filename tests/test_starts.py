@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from training_runs import ROOT, environment, read_rows, run, start, training, wa
 
 from sharding.errors import StreamtrainError
 from streamtrain import hub
+from streamtrain.config import load_config
 from streamtrain.export import save_best
-from streamtrain.finish import Finish, read_finish, warn_unless_finished, write_finish
+from streamtrain.finish import Finish, forget_finish, read_finish, warn_unless_finished, write_finish
 from streamtrain.network import CTCModel
-from streamtrain.start import _check_best
+from streamtrain.start import _check_best, _only_run_in, train
 from streamtrain.train import TrainError
 from streamtrain.vocab import save_vocab, vocab_of
+from streamtrain.world import World
 from tests.ports import free_port
 
 
@@ -143,6 +146,32 @@ def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog:
     assert f"{folder}: this run has not finished (it has no finished.json)\nhint: the same training" in done.stderr
     warn_unless_finished(folder / "best")
     assert "is the best model so far: its run has not finished" in caplog.text
+
+
+@pytest.mark.parametrize("failure", [None, TrainError("eval.split is 'no'"), RuntimeError("lost"), KeyboardInterrupt()])
+def test_a_finished_run_is_unfinished_from_its_next_start_on_unless_that_fails_in_words(
+    failure: BaseException | None, tmp_path: Path
+) -> None:
+    """`deepspeed` may return 0 for a launcher that is killed: what follows must not take the old end for a new one."""
+    write_finish(tmp_path, Finish(40, "train.epochs=3", 0.25, 20))
+    with suppress(BaseException), _only_run_in(tmp_path, World()):
+        with pytest.raises(StreamtrainError, match="has not finished"):
+            read_finish(tmp_path)
+        if failure is not None:
+            raise failure
+        forget_finish(tmp_path)
+        raise TrainError("too late to change nothing")
+    assert (tmp_path / "finished.json").is_file() == isinstance(failure, TrainError)
+
+
+def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(work: Path, tmp_path: Path) -> None:
+    write_finish(tmp_path, Finish(40, "train.epochs=3", 0.25, 20))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    places = [f"data.shards={work / 'shards'}", f"train.run_dir={tmp_path}"]
+    for wrong, said in (("eval.split=no", "eval.split is 'no'"), (f"data.shards={tmp_path}", "no shard set here")):
+        with pytest.raises(StreamtrainError, match=said):
+            train(load_config(ROOT / "configs" / "demo.json", [*places, wrong]), World())
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_cer": 0.1, "best_step": 0}'])
