@@ -71,9 +71,8 @@ class Monitor:
         self._rewrite()
         self._drop_samples_from(done_steps + 1)
         self._ranks = run_dir / "ranks.csv"
-        lines = self._ranks.read_text().splitlines(keepends=True)[1:] if self._ranks.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one off
-        kept = [line for line in whole if _step_of(line, self._ranks) <= done_steps]
+        lines = _read_lines(self._ranks).splitlines(keepends=True)[1:]
+        kept = [line for line in lines if _step_of(line, self._ranks) <= done_steps]
         write(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
         self._events = run_dir / "tensorboard"
         with explaining(self._events):
@@ -149,7 +148,7 @@ class Monitor:
 
     def _drop_samples_from(self, step: int) -> None:
         path = self._folder / "samples.txt"
-        told = path.read_text(encoding="utf-8").split("--- step ")[1:] if path.is_file() else []
+        told = _read_lines(path).split("--- step ")[1:]
         kept = [one for one in told if _step_of(one, path) < step]
         write(path, "".join(f"--- step {one}" for one in kept))
 
@@ -163,18 +162,27 @@ def read_log(path: Path) -> list[StepRow]:
 
     Raises StreamtrainError where it is none.
     """
-    if not path.is_file():
-        return []
     rows = []
-    with open(path, newline="") as file:
-        try:
-            for cells in csv.DictReader(line for line in file if line.endswith("\n")):
-                values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
-                values |= {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}
-                rows.append(StepRow(**values))
-        except (ValueError, TypeError, KeyError) as error:
-            raise _no_log(path, error) from error
+    try:
+        for cells in csv.DictReader(io.StringIO(_read_lines(path), newline="")):
+            values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
+            values |= {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}
+            rows.append(StepRow(**values))
+    except (csv.Error, ValueError, TypeError, KeyError) as error:
+        raise _no_log(path, error) from error
     return rows
+
+
+def _read_lines(path: Path) -> str:
+    """Return the lines of a log, none if there is no such file.
+
+    A last one that a kill or a full disk has cut off, maybe within a symbol, is left out.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    try:
+        return data[: data.rfind(b"\n") + 1].decode()
+    except UnicodeDecodeError as error:
+        raise _no_log(path, error) from error
 
 
 def _step_of(text: str, path: Path) -> int:

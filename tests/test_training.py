@@ -57,11 +57,12 @@ from sharding.store import open_store
 from sharding.verify import check_shard
 from streamtrain.checkpoint import list_checkpoints, load_parts, open_checkpoint
 from streamtrain.config import ModelConfig
-from streamtrain.metrics import spoken_words
+from streamtrain.metrics import EditCounts, spoken_words
 from streamtrain.model import load_model, save_model
-from streamtrain.monitor import read_log, render_run
+from streamtrain.monitor import Monitor, RankRow, StepRow, read_log, render_run
 from streamtrain.network import CTCModel
 from streamtrain.patience import GRACE_SEC
+from streamtrain.scorecard import ClipScore, Evaluation
 from streamtrain.start import _check_frames
 from streamtrain.train import TrainError
 from streamtrain.vocab import vocab_of
@@ -423,6 +424,29 @@ def test_a_log_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step,epoch,loss\n1,0,0.5\n")
     with pytest.raises(StreamtrainError, match=r"log\.csv: is not the log of a run"):
         read_log(tmp_path / "log.csv")
+
+
+def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_words(tmp_path: Path) -> None:
+    """A full disk may cut a symbol in two; the same command, given again, must not stop at that."""
+    log = Monitor(tmp_path, total_steps=9, done_steps=0)
+    counts = EditCounts(1, 1, 1, 4)
+    clip = ClipScore("a", "", "", "", "", 1.0, True, "ðə ʃɪp", "ðə ʃiːp", 0.5, counts, None)
+    for step in (1, 2):
+        log.step(StepRow(step, 0, 0.5, 1e-3, 1.0, 0.1, 9.0, 0.0, 0.0, 0, 0, None))
+        log.ranks([RankRow(step, 0, 0.0, 1.0, 0.1, 0.1, 1.0, 0.0, 0, 0)])
+    log.evaluated(2, Evaluation(counts, None, (clip,), "phonetic", {}))
+    log.close()
+    for name in ("samples.txt", "ranks.csv", "log.csv"):
+        whole = (tmp_path / name).read_bytes()
+        for end in range(len(whole) - 50, len(whole) + 1):
+            (tmp_path / name).write_bytes(whole[:end])
+            Monitor(tmp_path, total_steps=9, done_steps=2).close()
+            assert (tmp_path / name).read_bytes() == whole[: whole.rfind(b"\n", 0, end) + 1]
+        for damage in (b"\xff", b"9" * 200_000):
+            (tmp_path / name).write_bytes(whole.replace(b"2,", damage + b","))
+            with pytest.raises(StreamtrainError, match=rf"{name}: is not the log of a run"):
+                Monitor(tmp_path, total_steps=9, done_steps=2)
+        (tmp_path / name).write_bytes(whole)
 
 
 def test_machines_with_other_configurations_are_stopped(work: Path) -> None:
