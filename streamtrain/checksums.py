@@ -1,6 +1,7 @@
 """SHA-256 of the files of a saved model, in the form that `sha256sum --check SHA256SUMS` reads."""
 
 import hashlib
+import re
 from pathlib import Path
 
 from sharding.document import DocumentError, read_document
@@ -10,6 +11,9 @@ from sharding.writing import write
 
 SUMS_NAME = "SHA256SUMS"
 HEX_DIGITS = 64  # before two blanks and the name
+DECISIVE = re.compile(  # names of files that decide what a model computes, or says
+    r"[^.].*\.(safetensors|bin)|([^.].*\.index|([^.].*)?config|vocab|tokenizer|added_tokens|special_tokens_map)\.json"
+)
 
 
 class ChecksumError(StreamtrainError):
@@ -39,8 +43,15 @@ def check_sums(folder: Path, must_have: bool = False) -> None:
         raise ChecksumError(f"{sums}: {getattr(error, 'strerror', error)}", hint) from error
     if end or not lines:
         raise ChecksumError(f"{sums}: is cut off", hint)
-    for line in lines:
-        path = folder / Path(line[HEX_DIGITS + 2 :]).name
+    names = [Path(line[HEX_DIGITS + 2 :]).name for line in lines]
+    unnamed = sorted(name for name in {path.name for path in folder.iterdir()} - set(names) if DECISIVE.fullmatch(name))
+    if unnamed:
+        raise ChecksumError(
+            f"{sums}: is cut off, or {unnamed[0]}, which it does not name, is no file of this model",
+            f"{hint}; or move {unnamed[0]} away",
+        )
+    for name, line in zip(names, lines, strict=True):
+        path = folder / name
         try:
             seen = _line(path)
         except (OSError, ValueError) as error:
