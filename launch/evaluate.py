@@ -1,17 +1,21 @@
 """Score a model: `deepspeed launch/evaluate.py --model RUN/best --shards SHARDS --out DIR`."""
 
-import argparse
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher puts launch/ there, not the repository
+# The launcher puts launch/ there, not the repository
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def main() -> None:
-    from sharding.command import announce, number
     from sharding.interrupt import answer_interrupts
 
     answer_interrupts()
+    import argparse
+    from pathlib import Path
+
+    from sharding.command import announce, number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
     parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")

@@ -1,17 +1,20 @@
 """Train: `deepspeed launch/train.py --config configs/zero2.json [--set section.key=value …] [--resume auto]`."""
 
-import argparse
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher puts launch/ there, not the repository
+# The launcher puts launch/ there, not the repository
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def main() -> None:
-    from sharding.command import announce
     from sharding.interrupt import answer_interrupts
 
     answer_interrupts()
+    import argparse
+
+    from sharding.command import announce
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with data, model, train, eval and deepspeed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
