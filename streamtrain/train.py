@@ -178,7 +178,8 @@ class Trainer:
         self._save()  # before any result: from now on the same command always has a place to go on from
         self._evaluate_if_due()
         while not self._finished:
-            plan = self.plans.epoch(self.state.epoch)
+            epoch = self.state.epoch
+            plan = self.plans.epoch(epoch)
             for forwards, waited in self._steps(plan):
                 row, asked = self._step(plan, forwards, waited)
                 if self.monitor is not None:
@@ -193,6 +194,11 @@ class Trainer:
                     self._save()
                 if self._finished:
                     break
+            if self.state.epoch == epoch and not self._finished:
+                raise TrainError(
+                    f"the data of epoch {epoch} ended after {self.state.step_in_epoch} of its {plan.steps} steps",
+                    "the same command goes on from the newest checkpoint; if it happens again, please report it",
+                )
         self._save()  # where only the last evaluation was missing
 
     @property
