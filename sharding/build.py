@@ -67,6 +67,7 @@ from sharding.ipa import SymbolCounts, check_alphabet, read_label
 from sharding.ledger import LedgerPart, LedgerRow, Tally, add_up, rejected_row, tell_the_same, write_ledger
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
+from sharding.place import check_place
 from sharding.sample import escape_key, whole_key
 from sharding.sounds import Sounds, learn, unpack_sounds
 from sharding.split import Gates
@@ -152,6 +153,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
     sources = read_sources(locations, replace(how.reading, track=settings.track, group_by=settings.group_by))
     sources = [_with_absolute_path(source) for source in sources]  # workers may be elsewhere
     store = open_store(out, dry=how.dry)
+    check_place(open_store(out), locations)
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:
         examined = examine(sources, settings.track, pool)
         orphans = find_orphans(examined, pool)
@@ -391,7 +393,7 @@ def _read_base(store: Store, settings: BuildSettings) -> ShardIndex | None:
     if differ:
         raise ShardError(
             f"{store.url}: holds a shard set built otherwise: {'; '.join(differ)}",
-            "choose another --out, ask for the same, or remove this folder first",
+            "choose another --out, or ask for the same",
         )
     return index
 
@@ -401,7 +403,7 @@ def _built_before(store: Store, index: ShardIndex, examined: Examined) -> Built:
     if index.sources_hash != hash_sources(examined.clips):
         raise ShardError(
             f"{store.url}: holds a shard set of other sources, or of sources that have changed",
-            "choose another --out, or remove this folder first; --append adds clips and leaves those there as they are",
+            "choose another --out; --append adds clips and leaves those there as they are",
         )
     rejected = index.notes["rejected"] / max(index.notes["clips"], 1)
     return Built(index, report.read_summary(store, index), rejected, fresh=False)

@@ -38,6 +38,7 @@ from sharding.ipa import (
 from sharding.ledger import LedgerPart, add_up, ledger_row, write_ledger
 from sharding.manifest import Utterance, printable
 from sharding.names import nfc
+from sharding.place import has_index
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
 from sharding.summary import Summary
@@ -72,7 +73,16 @@ def index_tars(
     """
     store = open_store(url)
     if store.exists(INDEX_NAME):
-        raise ShardError(f"{url}: has an {INDEX_NAME} already", "remove it first, if it is to be made anew")
+        hint = (
+            "remove it first, if it is to be made anew"
+            if has_index(store)
+            else "it is of something else: keep the tars in a folder of their own"
+        )
+        raise ShardError(f"{url}: has an {INDEX_NAME} already", hint)
+    if (taken := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.SUMS_NAME):
+        raise ShardError(
+            f"{url}/{taken[0]}: is there already, and of no index", "keep the tars in a folder of their own"
+        )
     names = sorted(name for name in store.names() if name.endswith(".tar") and "/." not in f"/{name}")  # hidden ones
     if not names:
         raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that holds them")

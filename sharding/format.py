@@ -442,7 +442,7 @@ def _read_document(store: Reader, name: str) -> _IndexDocument:
             raise ShardError(f"{where}: is missing", OLD_INDEX_HINT) from error
         raise ShardError(
             f"{where}: there is no shard set here ({error.message})",
-            f"build one with `python -m sharding build SOURCE --out {store.url}`",
+            "name the folder of one, or build it in a new place: `python -m sharding build SOURCE… --out OUT`",
         ) from error
     try:
         said = parse_json(text)

@@ -315,7 +315,9 @@ def test_an_index_damaged_in_the_bucket_is_named(name: str, bucket: BucketStore)
 
 
 def test_an_upload_without_its_index_says_how_to_make_one(url: str) -> None:
-    with pytest.raises(ShardError, match=r"index\.json: there is no shard set here[^\n]*\nhint: build one with"):
+    with pytest.raises(
+        ShardError, match=r"index\.json: there is no shard set here[^\n]*\nhint: name the folder of one"
+    ):
         read_index(open_store(url))
 
 

@@ -1,0 +1,68 @@
+"""Nothing of the user's is written over: a command takes a free place, or what it has itself left there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from corpus import make_corpus
+
+from sharding.__main__ import main
+from sharding.errors import ShardError
+from sharding.place import check_place
+from sharding.store import open_store
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+    return folder
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["report/summary.json", "train/b00-00000.tar"], ["index.json"],
+                                   ["train/b00-00000.idx.zst"], [".git/config"]])  # fmt: skip
+def test_a_build_leaves_a_folder_of_something_else_as_it_is(
+    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = fill(tmp_path / "out", *names)
+    before = contents(out)
+    corpus = make_corpus(tmp_path / "corpus", clips=2)
+    assert main(["build", str(corpus), "--out", str(out), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"{out}: holds {len(names)} files, of no shard set" in said
+    assert "remove" not in said
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (lambda corpus: corpus, "is the source"),
+        (lambda corpus: corpus.parent, "holds the source"),
+    ],
+)
+def test_a_build_stays_apart_from_its_sources(place: Callable[[Path], Path], said: str, tmp_path: Path) -> None:
+    (tmp_path / "raw/corpus").mkdir(parents=True)
+    corpus = tmp_path / "raw/corpus"
+    with pytest.raises(ShardError, match=said):
+        check_place(open_store(place(corpus)), [corpus])
+    check_place(open_store(corpus / "shards"), [corpus])
+
+
+@pytest.mark.parametrize("names", [[], [".gitkeep"], [".building", "train/b00-00000.tar"],
+                                   [f"train/.b00-00000.tar.{32 * 'a'}.part"]])  # fmt: skip
+def test_a_build_takes_an_empty_place_and_what_a_killed_one_has_left(names: list[str], tmp_path: Path) -> None:
+    check_place(open_store(fill(tmp_path / "out", *names)), [tmp_path / "corpus"])
+
+
+def test_tars_are_not_indexed_over_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, hint in (("index.json", "of something else"), ("report/summary.json", "is there already")):
+        folder = fill(tmp_path / name.replace("/", "-"), name, "a.tar")
+        before = contents(folder)
+        assert main(["index", str(folder), "--workers", "1"]) == 1
+        assert hint in capsys.readouterr().err
+        assert contents(folder) == before
