@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fault_proxy import Fault, FaultProxy
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 
 from sharding import store as store_module
+from sharding.__main__ import main
 from sharding.bucket import BucketStore
 from sharding.errors import StoreError, UnreachableError
 from sharding.format import read_index
@@ -265,6 +267,15 @@ def test_verify_tells_a_server_that_is_away_from_shards_that_are_damaged(
     proxy.plan(Fault("503", r"GET .*\.tar", times=1_000))
     with pytest.raises(UnreachableError, match=f"{bucket.url}/{shard.name}: .* 503 "):
         _fault_of(job)
+
+
+def test_verify_asks_for_each_object_once(bucket: BucketStore, proxy: FaultProxy) -> None:
+    names = list(bucket.names())
+    proxy.exchanges.clear()
+    assert main(["verify", bucket.url, "--workers", "1"]) == 0
+    asked = Counter(each.line.split("/", 3)[3] for each in proxy.exchanges if each.line.startswith("GET "))
+    assert set(asked.values()) == {1}
+    assert asked.keys() >= set(names)
 
 
 # --- uploads that were never finished -------------------------------------------------------------------------------
