@@ -12,7 +12,7 @@ import soundfile
 import soxr
 
 from sharding import flac
-from sharding.containers import check_mp3_length, check_whole, skip_tags
+from sharding.containers import READ_TO_THE_END, UNTOLD_LENGTH, check_mp3_length, check_whole, cut_tail, skip_tags
 from sharding.errors import AudioError
 from sharding.libflac import decode_plain
 
@@ -24,10 +24,12 @@ UNKNOWN_FRAMES = 2**40  # a streamed file says nothing of its length, and libsnd
 MIN_RATE = 1_000  # Hz; below it nobody can be understood, and resampling would blow the clip up
 MAX_VALUES = 2**29  # samples × channels of one file, 2 GiB once decoded: a header that promises more is a bomb
 LEAST_KEPT = 0.1  # of the energy that channels keep when mixed, if they have nothing in common
-FLOAT_PEAK = 8.0  # 18 dB over full scale: no mix is as loud, and speech in the range of 16-bit integers is far louder
-INTEGER_SCALES = (2**15, 2**23, 2**31)
 UNRECOGNISED = 1  # libsndfile's error for formats it has no reader for, such as MPEG-4, AAC, WMA, AMR and WebM
 CONVERT = "ffmpeg -i x.m4a -ar 16000 -ac 1 x.flac"
+MIXED_SEC = 0.2  # judged at a time: of two channels in opposition at most about twice that is lost
+LEAST_SOUND = 1e-4  # of the energy of the loudest part: 40 dB below it is a pause, whose noise may cancel out
+FULL_SCALES = (1, 2**15, 2**23, 2**31)  # of floats, and of integers that were written as such
+MOST_CLIPPED = 0.001  # of the samples: single peaks, which nobody hears
 CONSTANT_PEAK = 1e-5  # below this swing a signal says nothing, about a third of a 16-bit step
 
 Waveform = npt.NDArray[np.float32]  # (samples,), 16 kHz, in [-1, 1]
@@ -43,6 +45,10 @@ class Decoded(NamedTuple):
     @property
     def waveform(self) -> Waveform:
         return self.sound * np.float32(2**-15) if self.final else self.sound
+
+    @property
+    def pcm(self) -> npt.NDArray[np.int16]:
+        return self.sound if self.final else quantize(self.sound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +68,12 @@ def frame_count(samples: int) -> int:
 
 def probe(file: IO[bytes]) -> AudioInfo:
     """Read the header alone. Raises AudioError, with the reason for the ledger, where it is no audio."""
-    samples = _samples_of_plain(file.read(flac.HEADER_BYTES))
+    head = file.read(flac.HEADER_BYTES)
+    samples = _samples_of_plain(head)
     if samples is not None:
         return AudioInfo(samples, True)
+    if head.startswith(READ_TO_THE_END):
+        file = io.BytesIO(cut_tail(head + file.read()))
     file.seek(0)
     try:
         info = soundfile.info(file)
@@ -101,12 +110,12 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
         return Decoded(pcm, True)
     data = data[skip_tags(data) :]  # libsndfile takes as much from the end of a WAV or an AIFF
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        file = soundfile.SoundFile(io.BytesIO(cut_tail(data)))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(_not_audio(error)) from error
     with file:
-        tells_length = check_whole(data, file.format)
-        rate, subtype, streamed = file.samplerate, file.subtype, file.frames >= UNKNOWN_FRAMES
+        remarks = list(check_whole(data, file.format))
+        rate, streamed = file.samplerate, file.frames >= UNKNOWN_FRAMES
         final = plain is not None
         sound = _read_streamed(file) if streamed else _read_whole(file, "int16" if final else "float32")
         if file.format == "MP3":
@@ -115,19 +124,17 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
             flac.check_md5(data, _packed(sound, file.subtype))
     if len(sound) == 0:
         raise AudioError("no samples")
-    mono, *remarks = _mix(sound)
-    if streamed or not tells_length:
-        remarks.append("header without a length: taken to be whole")
-    if not final and not np.isfinite(mono).all():
-        raise AudioError("NaN or infinite samples")
-    if subtype in ("FLOAT", "DOUBLE") and (divisor := _integer_range(mono)) > 1:
-        mono = mono / np.float32(divisor)
-        remarks.append(f"float samples in the range of integers: divided by {divisor}")
+    if streamed and UNTOLD_LENGTH not in remarks:
+        remarks.append(UNTOLD_LENGTH)
+    mono, *mixed = _mix(sound, rate)
+    if not final:
+        mono, *scaled = _scale(mono)
+        mixed += scaled
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if len(mono) < MIN_SAMPLES:
         raise AudioError(f"shorter than one frame: {len(mono)} samples at 16 kHz, {MIN_SAMPLES} needed")
-    return Decoded(np.ascontiguousarray(mono), final, tuple(remarks))
+    return Decoded(np.ascontiguousarray(mono), final, (*remarks, *mixed))
 
 
 def quantize(waveform: Waveform) -> npt.NDArray[np.int16]:
@@ -187,8 +194,8 @@ def _read_streamed(file: soundfile.SoundFile) -> Waveform:
     return np.concatenate(blocks)
 
 
-def _mix(sound: npt.NDArray[Any]) -> tuple[Any, ...]:
-    """Return the mean of the channels (samples, channels), or the loudest one and a remark if they cancel out.
+def _mix(sound: npt.NDArray[Any], rate: int) -> tuple[Any, ...]:
+    """Return the mean of the channels (samples, channels), or the loudest one and a remark if they cancel out anywhere.
 
     Channels that have nothing in common keep in their mean the sum of their energies over the number's square.
     """
@@ -197,22 +204,46 @@ def _mix(sound: npt.NDArray[Any]) -> tuple[Any, ...]:
         return (sound[:, 0],)
     with np.errstate(over="ignore", invalid="ignore"):  # of samples that are then refused
         mono = reduce(np.add, sound.T) / np.float32(channels)  # in a tenth of the time of mean()
-        energies = [float(np.var(channel)) for channel in sound.T]  # without their offsets
-        kept = float(np.var(mono))
-    if kept < LEAST_KEPT * sum(energies) / channels**2:
-        return sound[:, int(np.argmax(energies))], "channels that cancel out: the loudest alone is used"
+        energies = np.array([_energies(channel, rate) for channel in sound.T])  # (channels, parts)
+        total = energies.sum(axis=0)
+        lost = _energies(mono, rate) < LEAST_KEPT * total / channels**2
+        if np.any(lost & (total > LEAST_SOUND * total.max())):
+            loudest = int(energies.sum(axis=1).argmax())
+            return sound[:, loudest], "channels that cancel out: the loudest alone is used"
     return (mono,)
 
 
-def _integer_range(waveform: Waveform) -> int:
-    """Return what to divide float samples by: more than 1 if their values are those of integers. Raises AudioError."""
+def _energies(channel: Waveform, rate: int) -> npt.NDArray[Any]:
+    """Return the variance of each MIXED_SEC, so without an offset; the last part overlaps the one before."""
+    width = min(math.ceil(MIXED_SEC * rate), len(channel))
+    whole = np.ascontiguousarray(channel)[: len(channel) // width * width]
+    energies: npt.NDArray[Any] = np.append(whole.reshape(-1, width).var(axis=1), channel[-width:].var())
+    return energies
+
+
+def _scale(waveform: Waveform) -> tuple[Any, ...]:
+    """Return a waveform within full scale but for single peaks, and a remark if it was not. Raises AudioError.
+
+    Floats may exceed full scale, or be integers that nobody divided by theirs. The smallest scale that at most
+    MOST_CLIPPED of the samples exceed is the sound's own, unless its peak is nearer, in decibels, to the scale below:
+    then it is too loud for that one, rather than very quiet in this one. Divided by its peak it loses its level, where
+    the scale below would clip it, and its own would leave it a few steps of 16 bit.
+    """
     peak = max(float(waveform.max()), -float(waveform.min()))
-    if peak <= FLOAT_PEAK:
-        return 1
-    fitting = [full_scale for full_scale in INTEGER_SCALES if peak <= full_scale]
-    if not fitting:
+    if peak <= 1:
+        return (waveform,)
+    if not math.isfinite(peak):
+        raise AudioError("NaN or infinite samples")
+    if peak > FULL_SCALES[-1]:
         raise AudioError(f"float samples of up to {peak:.3g}, where 1 is full scale")
-    return fitting[0]
+    loudness, clipped = np.abs(waveform), MOST_CLIPPED * len(waveform)
+    fits = next(place for place, scale in enumerate(FULL_SCALES) if np.count_nonzero(loudness > scale) <= clipped)
+    if fits == 0:
+        return (waveform,)
+    if peak < math.sqrt(FULL_SCALES[fits - 1] * FULL_SCALES[fits]):
+        return waveform / np.float32(peak), "samples beyond full scale: divided by their peak"
+    scale = FULL_SCALES[fits]
+    return waveform / np.float32(scale), f"float samples in the range of integers: divided by {scale}"
 
 
 def _check_header(frames: int, channels: int, rate: int) -> None:

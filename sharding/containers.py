@@ -1,6 +1,7 @@
 """Prove that a file of audio is whole and one recording, by what its container says. Bytes only: nothing is decoded.
 
-libsndfile reads a file that was cut off to the end that it finds, and of several joined ones the first.
+libsndfile reads a file that was cut off to the end that it finds, and of several joined ones the first, or the headers
+of all others as sound.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from sharding import flac
 from sharding.errors import AudioError
 
 PROVED_ELSEWHERE = ("FLAC", "MP3", "HTK", "SDS")  # by their frames or their MD5; the last two by libsndfile
@@ -30,6 +32,28 @@ class Chunks:
     counts_head: bool = False  # whether a size includes name and size
 
 
+READ_TO_THE_END = (b"riff", b"NIST")  # by libsndfile, whatever their headers say: Wave64 and SPHERE
+TAIL_TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
+HEADS = tuple(  # 48 bits and more, so that 10¹² bytes of compressed sound hold none by chance
+    re.compile(head, re.DOTALL)
+    for head in (
+        rb"fLaC[\0\x80]\0\0\x22",
+        rb"OggS\0\x02\0{8}",
+        rb"RIFF....WAVE",
+        rb"RIFX....WAVE",
+        rb"RF64....WAVE",
+        rb"riff\x2e\x91\xcf\x11",
+        rb"FORM....AIF[FC]",
+        rb"caff\0.\0\0",
+        rb"\.snd\0\0\0",
+        rb"dns\..\0\0\0",
+        rb"NIST_1A\n",
+        rb"\xf0\x7e[\0-\x7f]\x01[\0-\x7f]{16}\xf7",  # SDS
+    )
+)
+UNTOLD_LENGTH = "header without a length: taken to be whole"
+LEFT_OUT = "more behind the end that the header tells: left out"
+
 CHUNKED = {  # by how a file begins
     b"RIFF": Chunks(12, b"data", "little"),  # WAV
     b"RIFX": Chunks(12, b"data", "big"),
@@ -40,23 +64,36 @@ CHUNKED = {  # by how a file begins
 }
 
 
-def check_whole(data: bytes, container: str) -> bool:
-    """Return whether a file tells its length; one that was written to a pipe does not, and is taken to be whole.
+def check_whole(data: bytes, container: str) -> tuple[str, ...]:
+    """Return what the owner of a file may want to know of its end.
 
-    The data begin behind their tags. Raises AudioError for a file that is cut off or several in one, or whose
-    `container` never tells.
+    A file that was written to a pipe does not tell its length, and is taken to be whole. The data begin behind their
+    tags. Raises AudioError for a file that is cut off or several in one, or whose `container` never tells.
     """
+    remarks: tuple[str, ...] = ()
     if data.startswith(b"OggS"):
-        _check_ogg(data)
-        return True
-    if container in PROVED_ELSEWHERE:
-        return True
-    end = _end_of_sound(data)
-    if end is None:
-        raise AudioError(f"{container} file: nothing in it tells whether it is whole; convert it to WAV or FLAC")
-    if len(data) < end < UNKNOWN_BYTES:
-        raise AudioError(f"cut off: {end - len(data)} bytes are missing at the end")
-    return end < UNKNOWN_BYTES
+        end = _check_ogg(data)
+    elif container in PROVED_ELSEWHERE:
+        end = flac.end_of_blocks(data) if container == "FLAC" else 1  # its blocks may hold the header of a WAV
+    else:
+        told = _end_of_sound(data)
+        if told is None:
+            raise AudioError(f"{container} file: nothing in it tells whether it is whole; convert it to WAV or FLAC")
+        if len(data) < told < UNKNOWN_BYTES:
+            raise AudioError(f"cut off: {told - len(data)} bytes are missing at the end")
+        end = told if told < UNKNOWN_BYTES else 1
+        if told >= UNKNOWN_BYTES:
+            remarks = (UNTOLD_LENGTH,)
+        elif _is_odd(data, end):
+            remarks = (LEFT_OUT,)
+    if joined := [found.start() for head in HEADS if (found := head.search(data, end))]:
+        raise AudioError(f"several recordings in one file: another begins at byte {min(joined)}; split it")
+    return remarks
+
+
+def cut_tail(data: bytes) -> bytes:
+    """Return a file without what stands behind its samples, if libsndfile would take that for sound."""
+    return data[: _end_of_sound(data)] if data[:4] in READ_TO_THE_END else data
 
 
 def skip_tags(data: bytes, start: int = 0) -> int:
@@ -82,20 +119,42 @@ def _end_of_sound(data: bytes) -> int | None:
 
 
 def _end_of_chunk(data: bytes, chunks: Chunks) -> int | None:
-    position, head, long_size = chunks.first, chunks.name_bytes + chunks.size_bytes, 0
+    long_size = 0
+    for name, body, end in _walk(data, chunks, chunks.first):
+        if name == b"ds64":
+            long_size = int.from_bytes(data[body + 8 : body + 16], "little")
+        if name.startswith(chunks.sound) and end == body:
+            return UNKNOWN_BYTES  # of a writer that was to come back to it
+        if name.startswith(chunks.sound):
+            return body + long_size if long_size and end - body == 2**32 - 1 else end
+    return None
+
+
+def _walk(data: bytes, chunks: Chunks, position: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the name of each chunk, and where its body begins and ends, if the file goes so far."""
+    head = chunks.name_bytes + chunks.size_bytes
     while position + head <= len(data):
         name = data[position : position + chunks.name_bytes]
         size = int.from_bytes(data[position + chunks.name_bytes : position + head], chunks.order)
         body = position + head
-        if name.startswith(chunks.sound) and not size:
-            return UNKNOWN_BYTES  # of a writer that was to come back to it
-        position = max(body, position + size) if chunks.counts_head else body + size
-        if name == b"ds64":
-            long_size = int.from_bytes(data[body + 8 : body + 16], "little")
-        if name.startswith(chunks.sound):
-            return body + long_size if long_size and size == 2**32 - 1 else position
-        position += -position % chunks.align
-    return None
+        end = max(body, position + size) if chunks.counts_head else body + size
+        yield name, body, end
+        position = end + -end % chunks.align
+
+
+def _is_odd(data: bytes, end: int) -> bool:
+    """Whether behind the samples stands anything but chunks, zeros or a tag, such as the rest of a recording.
+
+    The header of a recorder that stopped for want of power may tell an earlier end.
+    """
+    chunks = CHUNKED.get(data[:4])
+    if chunks:
+        for name, _, end_of_chunk in _walk(data, chunks, end + -end % chunks.align):
+            if not name[:4].isascii() or not name[:4].decode().isprintable() or end_of_chunk > len(data):
+                break
+            end = end_of_chunk
+    tail = data[end:].strip(b"\0")
+    return bool(tail) and not tail.startswith(TAIL_TAGS)
 
 
 # --- Ogg (RFC 3533) ---------------------------------------------------------------------------------------------
@@ -104,8 +163,12 @@ BEGINS, ENDS = 2, 4  # flags of a page
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-def _check_ogg(data: bytes) -> None:
-    """Hold each page against its checksum and the page before, and the last one of each stream against its mark."""
+def _check_ogg(data: bytes) -> int:
+    """Hold each page against its checksum and the page before, and the last one of each stream against its mark.
+
+    Returns where the pages end.
+    """
+    end = 0
     streams: dict[bytes, tuple[int, bool]] = {}  # serial → number and end mark of the page before
     sound_began = False
     for position, page in _ogg_pages(data):
@@ -118,9 +181,10 @@ def _check_ogg(data: bytes) -> None:
             raise AudioError(f"damaged: Ogg page {before + 1} is missing before byte {position}")
         if _ogg_checksum(page) != page[22:26]:
             raise AudioError(f"damaged: the checksum of the Ogg page at byte {position} is another")
-        streams[serial] = number, bool(flags & ENDS)
+        streams[serial], end = (number, bool(flags & ENDS)), position + len(page)
     if not all(ended for _, ended in streams.values()):
         raise AudioError("cut off: the last Ogg page has no end-of-stream mark")
+    return end
 
 
 def _ogg_pages(data: bytes) -> Iterator[tuple[int, bytes]]:

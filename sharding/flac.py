@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from collections.abc import Iterator
 
 from sharding.errors import AudioError
 
@@ -28,17 +29,27 @@ def has_usual_blocks(data: bytes) -> bool:
 
     libFLAC passes over such blocks, whatever is in them; libsndfile does not take a clip with damaged ones.
     """
-    position, last = HEADER_BYTES, data[4] >= LAST
-    if int.from_bytes(data[5:8], "big") != STREAMINFO_BYTES:
+    (_, _, end), *others = _blocks(data)
+    if end != HEADER_BYTES:
         return False
-    while not last and position < len(data):
-        kind, length = data[position], int.from_bytes(data[position + 1 : position + 4], "big")
-        last = kind >= LAST
-        block = data[position + 4 : position + 4 + length]
-        position += 4 + length
-        if not _is_well_formed(kind % LAST, block):
+    for kind, start, end in others:
+        if not _is_well_formed(kind, data[start:end]):
             return False
-    return data[position : position + 2] in (b"\xff\xf8", b"\xff\xf9")  # a frame begins (9.1)
+    return data[end : end + 2] in (b"\xff\xf8", b"\xff\xf9")  # a frame begins (9.1)
+
+
+def end_of_blocks(data: bytes) -> int:
+    """Return where the frames of a FLAC begin, behind its blocks of metadata."""
+    return max((end for _, _, end in _blocks(data)), default=0)
+
+
+def _blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the kind of each block of metadata, and where its content begins and ends (8.1)."""
+    position, last = 4, False
+    while not last and position + 4 <= len(data):
+        kind, start = data[position], position + 4
+        last, position = kind >= LAST, start + int.from_bytes(data[position + 1 : start], "big")
+        yield kind % LAST, start, position
 
 
 def _is_well_formed(kind: int, block: bytes) -> bool:

@@ -235,6 +235,9 @@ def test_an_mp3_is_decoded_whole_or_refused(rate: int, channels: int) -> None:
 
 
 ALONE = np.random.default_rng(1).normal(0, 0.1, len(SOUND)).astype(np.float32)  # nothing in common with SOUND
+MIDDLE = len(SOUND) // 2
+PARTLY = np.where(abs(np.arange(len(SOUND)) - MIDDLE) < 4_000, -1, 1).astype(np.float32)  # half a second turned round
+HUM = 0.001 * float(abs(SOUND).max()) * np.sin(np.arange(len(SOUND)) / 50).astype(np.float32)
 CANCELLED = "channels that cancel out: the loudest alone is used"
 
 
@@ -249,6 +252,9 @@ CANCELLED = "channels that cancel out: the loudest alone is used"
         ([SOUND, ALONE], None),
         ([SOUND, 0 * SOUND], None),
         ([0 * SOUND] * 5 + [SOUND], None),
+        ([SOUND, PARTLY * SOUND], 0),
+        ([SOUND, np.concatenate([SOUND[:MIDDLE], -0.9 * SOUND[MIDDLE:]])], 0),
+        ([np.append(SOUND, HUM), np.append(SOUND, -HUM)], None),  # in the pause alone, 60 dB below
     ],
 )
 def test_of_channels_that_cancel_out_the_loudest_is_used(channels: list[np.ndarray], loudest: int | None) -> None:
@@ -266,11 +272,41 @@ def test_float_samples_in_the_range_of_integers_keep_their_sound(subtype: str, f
     assert remarks == (f"float samples in the range of integers: divided by {full_scale}",)
 
 
-def test_float_samples_a_little_over_full_scale_stay_and_far_over_any_integer_are_refused() -> None:
-    sound, _, remarks = decode_native(wav(10 * SOUND, "FLOAT"))
-    assert 4 < 10 * SOUND.max() < 8
-    np.testing.assert_array_equal(sound, 10 * SOUND)
-    assert not remarks
+@pytest.mark.parametrize("peak", [1.2, 2, 7.9, 8.1, 100, 40_000, 3e5, 1e7])
+def test_float_samples_beyond_full_scale_are_neither_clipped_nor_a_few_steps(peak: float) -> None:
+    """Be that scale of floats or of integers."""
+    sound = SOUND / abs(SOUND).max()
+    decoded = decode_native(wav(sound * peak, "FLOAT"))
+    np.testing.assert_allclose(decoded.sound, sound, atol=1e-6)
+    assert decoded.remarks == ("samples beyond full scale: divided by their peak",)
+
+
+def test_so_is_what_a_codec_makes_of_it() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, 2 * SOUND / abs(SOUND).max(), SAMPLE_RATE, format="OGG")
+    decoded = decode_native(file.getvalue())
+    assert abs(decoded.sound).max() == 1
+    assert decoded.remarks == ("samples beyond full scale: divided by their peak",)
+
+
+@pytest.mark.parametrize(("full_scale", "level"), [(2**15, 0.01), (2**23, 0.1), (2**31, 0.1)])
+def test_integers_of_a_quiet_recording_keep_its_level(full_scale: int, level: float) -> None:
+    sound = level * SOUND / abs(SOUND).max()
+    decoded = decode_native(wav(np.rint(sound * full_scale), "FLOAT"))
+    np.testing.assert_allclose(decoded.sound, sound, atol=2e-5)
+    assert decoded.remarks == (f"float samples in the range of integers: divided by {full_scale}",)
+
+
+@pytest.mark.parametrize("full_scale", [1, 2**15])
+def test_single_peaks_over_full_scale_are_left_to_be_clipped(full_scale: int) -> None:
+    sound = 0.9 * SOUND / abs(SOUND).max()
+    sound[100] = 1.5
+    decoded = decode_native(wav(sound * full_scale, "FLOAT"))
+    np.testing.assert_allclose(decoded.sound, sound, atol=1e-6)
+    assert len(decoded.remarks) == (full_scale > 1)
+
+
+def test_samples_far_over_any_integer_are_refused() -> None:
     for audio in (SOUND * 1e30, np.stack([SOUND * 1e30, SOUND], 1)):
         with pytest.raises(AudioError, match=r"float samples of up to .*e\+29, where 1 is full scale"):
             decode(wav(audio, "DOUBLE"))

@@ -3,6 +3,7 @@
 import io
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -11,7 +12,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.audio import SAMPLE_RATE, decode
+from sharding.audio import SAMPLE_RATE, decode, decode_native, probe
 from sharding.errors import AudioError
 
 TAKEN = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "OGG", "FLAC", "MP3", "HTK", "SDS"}
@@ -19,6 +20,11 @@ LEFT_OUT = {"RAW", "SD2"}  # have no header, or need a second file
 UNREADABLE = {("AIFF", "DWVW_16"), ("AIFF", "DWVW_24")}  # libsndfile itself does not read what it has written
 ID3V2 = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
 ID3V1 = b"TAG" + bytes(125)
+APE_TAG = b"APETAGEX" + struct.pack("<IIII", 2000, 32, 0, 0x8000_0000) + bytes(8)
+TAIL_LEFT_OUT, UNTOLD = (
+    "more behind the end that the header tells: left out",
+    "header without a length: taken to be whole",
+)
 
 
 def make_audio(container: str, subtype: str | None = None, seconds: float = 1.0) -> bytes:
@@ -77,6 +83,74 @@ def test_a_file_from_a_pipe_that_did_not_know_its_length_is_read(
     place = data.index(name) + offset
     data[place : place + len(value)] = value
     assert seconds_of(bytes(data)) == 1
+
+
+def outcome(data: bytes) -> tuple[float, tuple[str, ...]] | None:
+    """Its seconds, as decoded and as its header is read, and the remarks; None if it is refused.
+
+    In a thread that Ctrl-C does not reach plain FLAC is decoded by libFLAC, else by libsndfile: both must agree.
+    """
+    found = []
+    for attempt in (decode_native, lambda data: LOADER.submit(decode_native, data).result()):
+        try:
+            decoded = attempt(data)
+        except AudioError:
+            found.append(None)
+        else:
+            assert probe(io.BytesIO(data)).samples == pytest.approx(len(decoded.sound), abs=1)
+            found.append((len(decoded.sound) / SAMPLE_RATE, decoded.remarks))
+    assert found[0] == found[1]
+    return found[0]
+
+
+LOADER = ThreadPoolExecutor(1, "libflac")
+
+
+@pytest.mark.parametrize("container", sorted(TAKEN))
+def test_no_length_of_a_file_is_wrong_without_a_word(container: str) -> None:
+    """Joined files are refused, whatever stands between them; what else stands behind the sound is no sound."""
+    data, other = make_audio(container), make_audio("WAV" if container == "FLAC" else "FLAC")
+    whole = outcome(data)
+    assert whole is not None
+    assert whole[0] == pytest.approx(1, abs=0.01)
+    assert not whole[1]
+    assert outcome(data[: len(data) // 2]) is None
+    assert outcome(data[:-10]) in (None, whole)  # the last bytes of SDS are padding
+    for between in (b"", ID3V1, ID3V2, ID3V1 + ID3V2, bytes(5_000)):
+        assert outcome(data + between + data) is None
+        assert outcome(data + between + other) is None
+    for tail in (bytes(5_000), ID3V1, APE_TAG):
+        assert outcome(data + tail) == (None if container == "HTK" else whole)  # which libsndfile refuses
+
+
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST"])
+def test_sound_behind_the_end_that_a_header_tells_is_remarked_on_and_chunks_are_not(container: str) -> None:
+    """A recorder without power leaves its file with the length that it wrote last."""
+    data = make_audio(container)
+    assert outcome(data + data[-10_000:]) == (1, (TAIL_LEFT_OUT,))
+    chunk = {
+        "W64": b"levl" + bytes(12) + struct.pack("<q", 64) + bytes(range(200, 240)),
+        "AIFF": b"ANNO" + struct.pack(">I", 40) + bytes(range(200, 240)),
+        "CAF": b"info" + struct.pack(">q", 40) + bytes(range(200, 240)),
+    }.get(container, b"LIST" + struct.pack("<I", 40) + bytes(range(200, 240)))
+    assert outcome(data + chunk) == (1, (TAIL_LEFT_OUT,) if container in ("AU", "NIST") else ())
+
+
+@pytest.mark.parametrize(("container", "offset", "size"), [("WAV", 40, 4), ("AU", 8, 4)])
+def test_joined_files_from_a_pipe_are_refused(container: str, offset: int, size: int) -> None:
+    data = make_audio(container)
+    piped = data[:offset] + b"\xff" * size + data[offset + size :]
+    assert outcome(piped) == (1, (UNTOLD,))
+    assert outcome(piped + piped) is None
+
+
+def test_a_flac_may_keep_the_header_of_the_wav_that_it_was() -> None:
+    """As `flac --keep-foreign-metadata` does, and a picture may hold anything."""
+    data = make_audio("FLAC")
+    picture = struct.pack(">II9s20xI", 3, 9, b"image/png", 42) + data[:42]
+    for kind, kept in ((2, b"riffRIFF\x24\0\0\0WAVEfmt "), (6, picture)):
+        with_it = data[:42] + bytes([kind]) + len(kept).to_bytes(3, "big") + kept + data[42:]
+        assert outcome(with_it) == (1, ())
 
 
 @pytest.mark.parametrize("container", ["WAV", "AIFF", "FLAC", "MP3"])
