@@ -14,7 +14,7 @@ import soxr
 
 from sharding.aligned import Evidence
 from sharding.archive import AudioRoot, open_audio
-from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant, quantize
+from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant
 from sharding.errors import AudioError, MissingError, ShardError
 from sharding.format import (
     FORMAT_VERSION,
@@ -314,7 +314,7 @@ def _fill(job: ShardJob, member: Member, utterance: Utterance, template: Sample)
         return replace(template, audio=audio), member.piece.segment.samples, ()
     data = _read(utterance, job.where.layouts[member.row.source].audio, member.bytes)
     decoded = decode_native(data, prove=not utterance.md5_hash)
-    pcm = decoded.sound if decoded.final else quantize(decoded.sound)
+    pcm = decoded.pcm
     if job.split == "train" and template.text and is_constant(pcm):
         raise AudioError("constant signal with a label")
     return replace(template, audio=data if decoded.final else encode(pcm)), len(pcm), decoded.remarks

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from sharding import report
-from sharding.audio import SAMPLE_RATE, decode, frame_count, is_constant
+from sharding.audio import SAMPLE_RATE, Decoded, decode_native, frame_count, is_constant
 from sharding.errors import AudioError, ShardError
 from sharding.format import (
     END_OF_ARCHIVE,
@@ -142,10 +142,12 @@ def index_tar(job: TarJob) -> TarResult:
     for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
         raw = data[start:end]
         sample, seconds, reason = None, 0.0, None
+        remarks: tuple[str, ...] = ()
         try:
             sample = sample_from_bytes(raw, job.track)
             symbols += count_symbols(sample.text, f"{job.url}/{job.name}: {key}", alphabet_of(job.track))
-            samples = _measure(sample, job)
+            decoded = _decode(sample, job)
+            samples, remarks = len(decoded.sound), decoded.remarks
             seconds = samples / SAMPLE_RATE
             rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
@@ -153,7 +155,7 @@ def index_tar(job: TarJob) -> TarResult:
         except (AudioError, ShardError) as error:
             reason = printable(error.message)  # a member's name may be any bytes
         fate = "rejected" if reason else "written"
-        ledger.append(ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key))
+        ledger.append(ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key, remarks=remarks))
     if not rows:
         return TarResult(None, write_ledger(ledger), symbols)
     table = np.array(rows, SAMPLE_DTYPE)
@@ -163,10 +165,10 @@ def index_tar(job: TarJob) -> TarResult:
     return TarResult(shard, write_ledger(ledger), symbols)
 
 
-def _measure(sample: Sample, job: TarJob) -> int:
-    """Samples at 16 kHz. Raises AudioError where the sample cannot be trained on."""
-    waveform, _ = decode(sample.audio, prove=True)
-    if len(waveform) > job.limit_sec * SAMPLE_RATE:
+def _decode(sample: Sample, job: TarJob) -> Decoded:
+    """Decode a sample. Raises AudioError if it cannot be trained on."""
+    decoded = decode_native(sample.audio, prove=True)
+    if len(decoded.sound) > job.limit_sec * SAMPLE_RATE:
         raise AudioError(f"longer than {job.limit_sec:g} s: `build` splits long recordings")
     if job.split == "train":
         alphabet = alphabet_of(job.track)
@@ -174,11 +176,11 @@ def _measure(sample: Sample, job: TarJob) -> int:
             raise AudioError("no label")
         if foreign := foreign_symbols(sample.text, alphabet):
             raise AudioError(f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}")
-        if ctc_frames_needed(sample.text) > frame_count(len(waveform)):
+        if ctc_frames_needed(sample.text) > frame_count(len(decoded.sound)):
             raise AudioError("label needs more frames than the clip has")
-        if is_constant(waveform):
+        if is_constant(decoded.pcm):
             raise AudioError("constant signal with a label")
-    return len(waveform)
+    return decoded
 
 
 def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:

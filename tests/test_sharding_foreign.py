@@ -15,6 +15,7 @@ import webdataset
 from conftest import Command
 from corpus import say
 from stream_sets import VOCAB, keys_of
+from test_sharding_build import read_ledger
 
 from sharding.audio import SAMPLE_RATE, decode, encode
 from sharding.cli import main
@@ -238,3 +239,22 @@ def test_damaged_tars_of_others_cannot_be_made_again(run_sharding: Command, tmp_
     done = run_sharding("verify", tmp_path / "tars", "--repair", tmp_path)
     assert done.returncode == 1
     assert "written by others" in done.stderr
+
+
+def test_the_ledger_says_of_a_sound_what_that_of_a_build_says(tmp_path: Path) -> None:
+    """Silence is what is silent in 16 bit."""
+    sound = say("kæt")
+    clips = {"hushed": 1.4e-5 * np.sign(sound), "turned": np.stack([sound, -sound], 1), "usual": sound}
+    members: dict[str, bytes] = {}
+    for name, samples in clips.items():
+        file = io.BytesIO()
+        soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+        members |= {f"{name}.wav": file.getvalue(), f"{name}.txt": "kæt".encode()}
+    (tmp_path / "train.tar").write_bytes(plain_tar(members))
+    main(["index", str(tmp_path), "--workers", "1"])
+    rows = {row["key"]: (row["reason"], row["remarks"]) for row in read_ledger(tmp_path)}
+    assert rows == {
+        "hushed": ("constant signal with a label", []),
+        "turned": (None, ["channels that cancel out: the loudest alone is used"]),
+        "usual": (None, []),
+    }
