@@ -9,8 +9,8 @@ from typing import Any
 from sharding.errors import StoreError
 
 UNKNOWN = "unknown"  # a corpus or an age that nobody has told
-DECADES = {"teens": 13, "twenties": 20, "thirties": 30, "fourties": 40, "fifties": 50, "sixties": 60, "seventies": 70,
-           "eighties": 80, "nineties": 90}  # as Common Voice tells ages  # fmt: skip
+DECADES = {"teens": 13, "twenties": 20, "thirties": 30, "forties": 40, "fourties": 40, "fifties": 50, "sixties": 60,
+           "seventies": 70, "eighties": 80, "nineties": 90}  # Common Voice writes "fourties"  # fmt: skip
 
 
 def nfc(text: str) -> str:
@@ -32,7 +32,7 @@ def name_of(value: Any) -> Any:
 
 def age_order(age: str) -> tuple[bool, tuple[float, ...], str]:
     """Return a key that sorts ages by their numbers, 3-4 before 5-7 before 12+; the unknown come last."""
-    numbers = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", age))) or (DECADES.get(age, math.inf),)
+    numbers = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", age))) or (DECADES.get(age.lower(), math.inf),)
     return age == UNKNOWN, numbers, age
 
 

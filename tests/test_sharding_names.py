@@ -105,7 +105,23 @@ def test_what_is_no_name_stays_what_it_is(value: object) -> None:
 
 
 def test_ages_come_by_their_numbers_and_the_unknown_last() -> None:
-    ages = ["2;6", "2;10", "3-4", "3.5", "5", "5-7", "8-11", "10", "12+", "teens", "twenties", "grown", "unknown"]
+    ages = [
+        "2;6",
+        "2;10",
+        "3-4",
+        "3.5",
+        "5",
+        "5-7",
+        "8-11",
+        "10",
+        "12+",
+        "Teens",
+        "twenties",
+        "forties",
+        "Fifties",
+        "grown",
+        "unknown",
+    ]
     assert sorted(sorted(ages), key=age_order) == ages
 
 
