@@ -56,6 +56,7 @@ from sharding.format import (
     INDEX_NAME,
     SPLITS,
     ShardIndex,
+    check_presence,
     join_samples,
     keep_old_index,
     pack_index,
@@ -158,6 +159,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
         examined = examine(sources, settings.track, pool)
         orphans = find_orphans(examined, pool)
         base = _read_base(store, settings)
+        if base:
+            check_presence(store, base)
         if base and not how.append:
             return _built_before(store, base, examined)  # in a place, maybe, where nothing can be written
         with nullcontext(Lease()) if how.dry else sole_build(store) as lease:

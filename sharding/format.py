@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
 from sharding.document import LARGE_BYTES, Count, DocumentError, Hash, Number, Size, check, parse, parse_json, unpack
-from sharding.errors import MissingError, ShardError
+from sharding.errors import MissingError, ShardError, UnreachableError
 from sharding.ipa import TRACKS
 from sharding.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
 from sharding.store import Reader, Store
@@ -291,6 +291,28 @@ def read_shard_index(store: Reader, name: str) -> Shard:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", VERIFY_HINT) from error
 
 
+def check_presence(store: Store, index: ShardIndex) -> None:
+    """Raise ShardError if a shard is missing or of another size, as a listing tells; none is read.
+
+    A server that lists nothing, or a listing of too many, is passed over: what is missing is told when it is read.
+    """
+    if store.remote and (len(index.shards) > LISTED_REMOTELY or store.url.startswith("http")):
+        return
+    try:
+        sizes = store.sizes(shard.name for shard in index.shards)
+    except UnreachableError:  # the keys may lack just this permission
+        return
+    missing = [shard for shard in index.shards if sizes.get(shard.name) != shard.bytes]
+    if missing:
+        first, seen = missing[0], sizes.get(missing[0].name)
+        said = "is missing" if seen is None else f"has {seen:,} bytes, the index says {first.bytes:,}"
+        raise ShardError(
+            f"{store.url}: {len(missing):,} of {len(index.shards):,} shards are not there, or not whole: "
+            f"{first.name} {said}",
+            VERIFY_HINT.replace("OUT", store.url),
+        )
+
+
 def read_keys(store: Reader, index: ShardIndex) -> npt.NDArray[np.object_]:
     """The key of every row of `index.samples`, shape (N,)."""
     keys = [key for shard in index.shards for key in read_listed(store, shard).keys]
@@ -503,6 +525,7 @@ INDEX_HINT = (
 OLD_INDEX_HINT = "a training run that began with it needs it, and so does a repair; copy it again, if this is a copy"
 
 REMADE_HINT = "they were so made: copy the set again, or build it anew"
+LISTED_REMOTELY = 50_000  # shards: a request lists a thousand files, two of each shard
 VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
 
 

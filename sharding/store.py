@@ -4,7 +4,8 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -37,6 +38,7 @@ class Store(Reader, Protocol):
     def write(self, name: str, data: Content) -> None: ...
     def exists(self, name: str) -> bool: ...
     def names(self) -> Iterator[str]: ...
+    def sizes(self, names: Iterable[str]) -> dict[str, int]: ...
     def delete(self, name: str) -> None: ...
 
 
@@ -104,6 +106,14 @@ class FolderStore:
     def names(self) -> Iterator[str]:
         return (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """The bytes of each file that is there, of those named."""
+        found = {}
+        for name in names:
+            with suppress(OSError):
+                found[name] = self._path(name).stat().st_size
+        return found
+
     def delete(self, name: str) -> None:
         self._path_to_change(name).unlink(missing_ok=True)
 
@@ -135,6 +145,7 @@ class DryStore:
     def __init__(self, store: Store) -> None:
         self.url, self.remote = store.url, store.remote
         self.read, self.read_ranges, self.exists, self.names = store.read, store.read_ranges, store.exists, store.names
+        self.sizes = store.sizes
 
     def write(self, name: str, data: Content) -> None:
         """Nothing comes, but the work is done."""

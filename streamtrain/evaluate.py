@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import ShardError, StoreError, StreamtrainError, UnreachableError
-from sharding.format import ShardIndex, read_index, read_sample
+from sharding.format import ShardIndex, check_presence, read_index, read_sample
 from sharding.ipa import normalize
 from sharding.sample import Sample
 from sharding.store import open_store
@@ -123,6 +123,9 @@ def evaluate_model(
             f"{shards}: has no clips in split {split!r}: nothing was scored",
             "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
         )
+    with world.main_alone("look for the shards") as mine:
+        if mine:
+            check_presence(store, index)
     with explaining(out):  # what cannot be written is better known before the work
         out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)

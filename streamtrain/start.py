@@ -15,7 +15,7 @@ import torch
 
 from sharding.audio import SAMPLE_RATE
 from sharding.exclusive import HeldError, exclusive
-from sharding.format import SPLITS, ShardIndex, old_index_name, read_index
+from sharding.format import SPLITS, ShardIndex, check_presence, old_index_name, read_index
 from sharding.store import Store, open_store
 from sharding.writing import explaining, write
 from streamtrain.checkpoint import (
@@ -56,6 +56,7 @@ TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
+LEFT_BY_RUNS = (".lock", "checkpoints", "best", "log.csv")  # one at least, in a run's folder
 LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to go
 
 
@@ -71,6 +72,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         mirror = None
         with world.main_alone("bring the run folder up to its mirror") as mine:
             if mine:
+                check_presence(store, index)
                 put_back(run / "checkpoints", NAMES)
                 put_back(run, "best")
                 mirror = _open_mirror(config, run, resume, partial(_check_mirrored, config, index, store, replan))
@@ -329,6 +331,10 @@ def _only_run_in(run: Path, world: World) -> Iterator[None]:
         yield
         return
     new = not run.exists()
+    if not any((run / name).exists() for name in LEFT_BY_RUNS):
+        for path in run.rglob("*"):
+            if path.is_file():
+                raise TrainError(f"{run}: holds {path.relative_to(run)}, and no run", "name another train.run_dir")
     with explaining(run):
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / ".lock", "a")  # noqa: SIM115 (closed below)

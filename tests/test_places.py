@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 from corpus import make_corpus
+from stream_sets import write_set
 
-from sharding.__main__ import main
+from sharding.cli import main
 from sharding.errors import ShardError
+from sharding.format import read_index
 from sharding.place import check_place
 from sharding.store import open_store
+from streamtrain.config import Config
+from streamtrain.start import train
+from streamtrain.train import TrainError
+from streamtrain.world import World
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,3 +72,48 @@ def test_tars_are_not_indexed_over_files_of_something_else(tmp_path: Path, capsy
         assert main(["index", str(folder), "--workers", "1"]) == 1
         assert hint in capsys.readouterr().err
         assert contents(folder) == before
+
+
+# --- a shard set of which a part is gone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [None, 700])
+def test_a_build_tells_of_a_shard_that_is_gone_or_cut(
+    left: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["build", str(make_corpus(tmp_path / "corpus", clips=4)), "--out", str(out), "--workers", "1"]
+    assert main(command) == 0
+    shard = out / read_index(open_store(out)).shards[0].name
+    whole = shard.read_bytes()
+    shard.unlink()
+    if left is not None:
+        shard.write_bytes(whole[:left])
+    for more in ([], ["--append"]):
+        capsys.readouterr()
+        assert main([*command, *more]) == 1
+        said = capsys.readouterr()
+        assert "nothing to do" not in said.out
+        assert shard.name in said.err
+        assert f"`python -m sharding verify {out} --repair SOURCE…`" in said.err
+    assert main(["verify", str(out), "--repair", command[1], "--workers", "1"]) == 0
+    assert main(command) == 0
+    assert shard.read_bytes() == whole
+
+
+def test_training_tells_of_a_run_folder_of_something_else_and_of_a_lost_shard_before_it_loads_the_model(
+    tmp_path: Path,
+) -> None:
+    index = write_set(tmp_path / "shards")
+    (tmp_path / "shards" / index.shards[1].name).unlink()
+    config = Config.model_validate({
+        "data": {"shards": str(tmp_path / "shards")}, "model": {"pretrained": str(tmp_path / "no-model")},
+        "train": {"run_dir": str(tmp_path / "run")}, "deepspeed": {"optimizer": {"params": {"lr": 1e-4}}},
+    })  # fmt: skip
+    model = fill(tmp_path / "run", "config.json")
+    with pytest.raises(TrainError, match=rf"{model}: holds config.json, and no run"):
+        train(config, World())
+    assert contents(model) == {"config.json": b"{}"}
+    (model / "config.json").unlink()
+    with pytest.raises(ShardError, match=rf"{index.shards[1].name} is missing\nhint: .* --repair"):
+        train(config, World())
