@@ -4,6 +4,7 @@ A clip becomes one row of a table of numbers, so that a plan of millions fits in
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -77,7 +78,10 @@ class Examined:
 
 
 def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
-    """Examine every row of every source. Raises ManifestError for a row that is none, or an id that comes twice."""
+    """Examine every row of every source; refuse audio that several rows name.
+
+    Raises ManifestError for a row that is none, or an id that comes twice.
+    """
     chunk = max(1, min(CHUNK, sum(map(len, sources)) // (CHUNKS_PER_WORKER * pool.count)))
     chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), chunk)]
     sizes = [min(chunk, len(sources[number]) - start) for number, start in chunks]
@@ -100,7 +104,7 @@ def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
     ignored = frozenset[str]().union(*(part.ignored_fields for part in parts))
     examined = Examined(clips, refusals, ignored, tuple(sources))
     _check_ids(examined)
-    return examined
+    return _refuse_shared_audio(examined)
 
 
 def hash_sources(clips: ClipTable, base: str = "") -> str:
@@ -197,8 +201,12 @@ def _list_audio(layout: Layout) -> tuple[list[str], npt.NDArray[np.uint64]]:
     return names, np.array([_hash_path(name) for name in names], np.uint64)
 
 
+def _plain(path: str) -> str:
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
 def _hash_path(path: str) -> int:
-    return xxhash.xxh3_64_intdigest("/".join(part for part in path.split("/") if part not in ("", ".")).encode())
+    return xxhash.xxh3_64_intdigest(_plain(path).encode())
 
 
 def _check_ids(examined: Examined) -> None:
@@ -213,3 +221,23 @@ def _check_ids(examined: Examined) -> None:
             f"{second}: utterance_id {name} was seen before, at {first}{spelt}",
             "every clip needs an id of its own; rename one, or leave one of the sources out",
         )
+
+
+def _refuse_shared_audio(examined: Examined) -> Examined:
+    """Refuse clips whose audio file another row names, too: each label is of a part of it, or one of them is wrong.
+
+    Both sides might hold it, too, and validation would be of what was trained on.
+    """
+    clips, sources = examined.clips, examined.sources
+    roots = [source.layout.audio for source in sources]  # which several transcripts may share
+    files = np.column_stack([np.array([roots.index(root) for root in roots], np.uint64)[clips["source"]], clips["path"]])
+    order = np.lexsort(files.T)
+    same = (files[order[1:]] == files[order[:-1]]).all(axis=1)
+    rows = defaultdict[tuple[AudioRoot, str], dict[int, Utterance]](dict)
+    for row in order[np.append(same, False) | np.append(False, same)].tolist():
+        layout, utterance = sources[int(clips["source"][row])].layout, examined.find(row)[1]
+        rows[layout.audio, _plain(spell(layout.audio, utterance.audio_path))][row] = utterance
+    shared = {row: Refusal(utterance, f"{len(several)} rows name this audio file; cut it, and give each a file")
+              for several in rows.values() if len(several) > 1 for row, utterance in several.items()}  # fmt: skip
+    clips["refused"][list(shared)] = True
+    return replace(examined, refusals=examined.refusals | shared)

@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -37,7 +37,7 @@ from sharding.ipa import (
 )
 from sharding.ledger import LedgerPart, add_up, ledger_row, write_ledger
 from sharding.manifest import Utterance, printable
-from sharding.names import nfc
+from sharding.names import nfc, same_name
 from sharding.place import has_index
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.store import open_store
@@ -61,6 +61,7 @@ class TarResult:
     shard: Shard | None  # None where no sample can be used
     ledger: LedgerPart
     symbols: SymbolCounts  # of its labels
+    ids: tuple[str, ...] = ()  # of its samples' utterances
 
 
 def index_tars(
@@ -93,7 +94,8 @@ def index_tars(
         results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
     shards = [result.shard for result in results if result.shard]
     ledger = [result.ledger for result in results]
-    _check_keys(url, shards)
+    _check_names(url, "key", [(shard.entry.name, shard.keys) for shard in shards])
+    _check_names(url, "utterance_id", [(name, result.ids) for name, result in zip(names, results, strict=True)])
     for split, side in (("train", "training"), ("valid", "validation")):
         counted = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
         check_alphabet(sum(counted, SymbolCounts()), side, track)
@@ -138,7 +140,7 @@ def index_tar(job: TarJob) -> TarResult:
     """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
     store = open_store(job.url)
     data = store.read(job.name)
-    rows, keys, who, ledger, symbols = [], [], [], [], SymbolCounts()
+    rows, keys, ids, who, ledger, symbols = [], [], [], [], [], SymbolCounts()
     for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
         raw = data[start:end]
         sample, seconds, reason = None, 0.0, None
@@ -151,18 +153,21 @@ def index_tar(job: TarJob) -> TarResult:
             seconds = samples / SAMPLE_RATE
             rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
+            ids.append(sample.utterance_id)
             who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
         except (AudioError, ShardError) as error:
             reason = printable(error.message)  # a member's name may be any bytes
         fate = "rejected" if reason else "written"
         ledger.append(ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key, remarks=remarks))
+    if not ledger:
+        raise ShardError(f"{job.url}/{job.name}: there is no sample in it", "copy it again, or take it away")
     if not rows:
         return TarResult(None, write_ledger(ledger), symbols)
     table = np.array(rows, SAMPLE_DTYPE)
     checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
     entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
     shard = write_listed(store, Shard(entry, tuple(keys), tuple(who), table))
-    return TarResult(shard, write_ledger(ledger), symbols)
+    return TarResult(shard, write_ledger(ledger), symbols, tuple(ids))
 
 
 def _decode(sample: Sample, job: TarJob) -> Decoded:
@@ -218,14 +223,15 @@ def _utterance(key: str, job: TarJob, sample: Sample | None) -> Utterance:
                      said.age_bucket, "", None, said.text)  # fmt: skip
 
 
-def _check_keys(url: str, shards: Sequence[Shard]) -> None:
+def _check_names(url: str, kind: str, names: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Raise ShardError if two samples of some (tar, names) have one name."""
     seen: dict[str, str] = {}
-    for shard in shards:
-        for key in shard.keys:
-            if key in seen:
-                hint = "every sample needs a key of its own"
-                raise ShardError(f"{url}: the key {key!r} is in {seen[key]} and in {shard.entry.name}", hint)
-            seen[key] = shard.entry.name
+    for tar, its in names:
+        for name in its:
+            if same_name(name) in seen:
+                hint = f"every sample needs a {kind} of its own"
+                raise ShardError(f"{url}: the {kind} {name!r} is in {seen[same_name(name)]} and in {tar}", hint)
+            seen[same_name(name)] = tar
 
 
 def _is_disjoint(shards: Sequence[Shard]) -> bool:

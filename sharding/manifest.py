@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio
 from sharding.errors import ManifestError
 from sharding.ipa import TRACKS
-from sharding.names import name_of, same_name
+from sharding.names import name_of, same_name, same_speaker
 from sharding.tables import is_table, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can spell and UTF-8 cannot
@@ -112,9 +112,9 @@ class Layout:
         )
         utterance = Utterance(
             utterance_id=text["utterance_id"],
-            child_id=same_name(text["child_id"]),
-            session_id=same_name(text["session_id"]),
-            group=same_name(text_of(str(group) if isinstance(group, bool) else name_of(group), self.group_by, where)),
+            child_id=same_speaker(text["child_id"]),
+            session_id=same_speaker(text["session_id"]),
+            group=same_speaker(text_of(str(group) if isinstance(group, bool) else name_of(group), self.group_by, where)),
             corpus=self.corpus,
             audio_path=text["audio_path"],
             duration_sec=seconds,

@@ -23,6 +23,11 @@ def same_name(name: str) -> str:
     return nfc(name).strip()
 
 
+def same_speaker(name: str) -> str:
+    """Return the form in which speakers and sessions are compared: 4.0 is 4, as pandas writes it beside empty cells."""
+    return re.sub(r"^(\d+)\.0$", r"\1", same_name(name))
+
+
 def name_of(value: Any) -> Any:
     """Return a number as the name that it stands for, 7 and 7.0 as "7"; anything else as it is."""
     if isinstance(value, float) and math.isfinite(value):

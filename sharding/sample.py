@@ -18,7 +18,7 @@ from urllib.parse import quote
 from sharding.archive import AUDIO_SUFFIXES
 from sharding.errors import ShardError
 from sharding.ipa import TRACKS, read_label
-from sharding.names import name_of, nfc, same_name
+from sharding.names import name_of, nfc, same_name, same_speaker
 
 BLOCK = 512  # a tar is made of blocks of this many bytes
 SOUNDS = tuple(suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES)
@@ -130,25 +130,29 @@ def _bodies(raw: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[str, Any], track: str) -> Sample:
-    audio = next((bodies[kind] for kind in SOUNDS if kind in bodies), None)
-    if audio is None:
+    sounds = [kind for kind in SOUNDS if kind in bodies]
+    if not sounds:
         raise ValueError(f"{key} has no sound, only {', '.join(bodies)}")
+    if len(sounds) > 1:
+        raise ValueError(f"{key} has {len(sounds)} sounds, {', '.join(sounds)}")
     if not {"txt", "json"} & bodies.keys():
         raise ValueError(f"{key} has no label, only {', '.join(bodies)}")
     said: dict[str, Any] = {name: document.get(name) for name in ("text", TRACKS[track])}
     said |= {name: name_of(document.get(name)) for name in META}
     said = {name: "" if value is None else value for name, value in said.items()}
     _check_strings(said, said)
-    text = bodies["txt"].decode("utf-8-sig") if "txt" in bodies else said["text"] or said[TRACKS[track]]
-    label = read_label(text, track)
+    texts = said[TRACKS[track]] or said["text"], bodies.get("txt", b"").decode("utf-8-sig")
+    label, *others = {label for text in texts if (label := read_label(text, track))} or {""}
+    if others:
+        raise ValueError(f"{key} has two labels, {label!r} and {others[0]!r}")
     return Sample(
         key=escape_key(key),
-        audio=audio,
+        audio=bodies[sounds[0]],
         text=label,
         label_status="labelled" if label else "unlabelled",
         utterance_id=said["utterance_id"] or key,
-        child_id=same_name(said["child_id"]),
-        session_id=same_name(said["session_id"]),
+        child_id=same_speaker(said["child_id"]),
+        session_id=same_speaker(said["session_id"]),
         corpus=same_name(said["corpus"]),
         age_bucket=same_name(said["age_bucket"]),
     )

@@ -170,6 +170,39 @@ def plain_tar(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def test_one_key_with_two_sounds_or_two_labels_is_rejected(run_sharding: Command, tmp_path: Path) -> None:
+    """Whichever were taken might be the wrong one."""
+    sound = encode(say("kæt", child=0))
+    members = {"a.flac": sound, "a.txt": b"k\xc3\xa6t", "a.wav": sound_as("wav", say("sæt", child=1))}
+    members |= {"b.flac": sound, "b.txt": b"bd", "b.json": b'{"phonetic_text": "db"}'}
+    members |= {"c.flac": sound, "c.txt": b"bd", "c.json": b'{"phonetic_text": "bd", "text": "bead"}'}
+    (tmp_path / "x.tar").write_bytes(plain_tar(members))
+    done = run_sharding("index", tmp_path, "--max-rejected", 1)
+    assert "3 clips in" in done.stdout
+    assert "= 1 written" in done.stdout
+    for reason in ("a has 2 sounds, flac, wav", "b has two labels"):
+        assert reason in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("documents", "told"),
+    [
+        (['{"utterance_id": "take 1"}', '{"utterance_id": "take 1"}'], "the utterance_id 'take 1' is in x.tar and in x"),
+        ([], "x.tar: there is no sample in it"),
+    ],
+)
+def test_tars_that_evaluation_would_stop_at_are_not_indexed(
+    documents: list[str], told: str, run_sharding: Command, tmp_path: Path
+) -> None:
+    sound = encode(say("kæt", child=0))
+    members = {f"{key}.{kind}": body for key, document in enumerate(documents)
+               for kind, body in {"flac": sound, "txt": b"bd", "json": document.encode()}.items()}  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(plain_tar(members) if members else bytes(10_240))
+    done = run_sharding("index", tmp_path)
+    assert done.returncode == 1
+    assert told in done.stderr
+
+
 def with_size(tar: bytes, size: bytes) -> bytes:
     """The first header says another size, and its checksum is right."""
     header = bytearray(tar[:512])

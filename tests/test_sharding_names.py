@@ -456,3 +456,26 @@ def test_a_label_in_other_letters_of_its_phones_is_taken_and_a_look_alike_named(
     }
     texts = {sample.utterance_id: sample.text for _, sample in read_all(tmp_path / "out").values()}
     assert texts == {"a": "dɔg", "b": "əp", "e": "χ"}
+
+
+def test_a_child_that_pandas_writes_as_4_0_is_child_4(tmp_path: Path) -> None:
+    """Its column becomes one of floats where some row lacks its child."""
+    for name, child in (("one", "4"), ("two", "4.0")):
+        folder = make_corpus(tmp_path / name, clips=2, children=1)
+        rows = "".join(f"{row['utterance_id']},{row['audio_path']},{row['phonetic_text']},{child}\n"
+                       for row in read_manifest(folder))  # fmt: skip
+        (folder / MANIFEST).unlink()
+        (folder / "rows.csv").write_text(f"utterance_id,audio_path,phonetic_text,child_id\n{rows}")
+    build(tmp_path / "one", tmp_path / "two", out=tmp_path / "out")
+    assert {row["child_id"] for row in read_ledger(tmp_path / "out")} == {"4"}
+
+
+def test_rows_that_share_their_audio_are_rejected_all(tmp_path: Path) -> None:
+    """Each label is of a part of it, as NeMo's manifests have them, or one is wrong; both sides might hold it, too."""
+    folder = make_corpus(tmp_path / "corpus", clips=3, children=3)
+    rows = read_manifest(folder)
+    again = {**rows[0], "utterance_id": "again", "audio_path": "./" + str(rows[0]["audio_path"]), "offset": 0.5}
+    write_manifest(folder, [*rows, again])
+    reasons = build(folder, out=tmp_path / "out")
+    assert {name for name, reason in reasons.items() if reason} == {rows[0]["utterance_id"], "again"}
+    assert "2 rows name this audio file" in str(reasons["again"])
