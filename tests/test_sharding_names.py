@@ -467,7 +467,7 @@ def test_a_child_that_pandas_writes_as_4_0_is_child_4(tmp_path: Path) -> None:
         (folder / MANIFEST).unlink()
         (folder / "rows.csv").write_text(f"utterance_id,audio_path,phonetic_text,child_id\n{rows}")
     build(tmp_path / "one", tmp_path / "two", out=tmp_path / "out")
-    assert {row["child_id"] for row in read_ledger(tmp_path / "out")} == {"4"}
+    assert {sample.child_id for _, sample in read_all(tmp_path / "out").values()} == {"4"}
 
 
 def test_rows_that_share_their_audio_are_rejected_all(tmp_path: Path) -> None:
