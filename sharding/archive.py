@@ -26,7 +26,7 @@ AUDIO_FOLDER = "audio"
 ARCHIVE = "audio.zip"
 MISSING = "audio file is missing"
 OUTSIDE = "audio_path leads outside its folder"
-ABSOLUTE = f"{OUTSIDE}: `build --audio-root DIR` takes absolute paths below DIR"
+ABSOLUTE = f"{OUTSIDE}: --audio-root DIR takes absolute paths below DIR"
 LINKED_OUTSIDE = "audio file is a link that leads outside its folder: --follow-links reads it"
 LINKED_NOWHERE = "audio file is a link that leads nowhere"
 

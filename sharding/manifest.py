@@ -76,6 +76,7 @@ class Reading:
     group_by: str = ""  # a column; its clips are all trained on or all validated on
     follow_links: bool = False  # to audio outside the source's folder
     audio_root: str = ""  # a folder that holds all audio, where its paths are absolute or relative to it
+    fields: tuple[str, ...] = REQUIRED_FIELDS + OPTIONAL_FIELDS  # that are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class Layout:
     corpus: str
     transcripts: str  # for messages
     audio: AudioRoot
-    columns: tuple[tuple[str, str], ...]  # (our field, their column), every field
+    columns: tuple[tuple[str, str], ...]  # (our field, their column), every field that is read
     group_by: str
     names_clips: bool  # False: transcripts without ids, where the audio path stands in
     absolute: tuple[str, ...] = ()  # what an absolute audio path may begin with
@@ -93,20 +94,9 @@ class Layout:
     def parse(self, line: bytes, number: int) -> tuple[Utterance, frozenset[str]]:
         """A row, and the columns in it that are not ours. Raises ManifestError with its place."""
         where = f"{self.transcripts}:{number}"
-        row = read_row(line, number, self.transcripts)
-        ignored, fault = _look_at_columns(self, tuple(row))
-        if fault:
-            raise ManifestError(f"{where}: {fault[0]}", fault[1])
+        row, text, ignored = self._read(line, number)
         columns = dict(self.columns)
-        names = {name: name_of(row.get(columns[name])) for name in NAME_FIELDS}
-        text = {name: text_of(names.get(name, row.get(column)), column, where) for name, column in self.columns
-                if name not in NUMBER_FIELDS}  # fmt: skip
         group = row.get(self.group_by)
-        text["audio_path"] = self._relative(text["audio_path"])
-        if not self.names_clips:
-            text["utterance_id"] = os.path.splitext(text["audio_path"])[0]
-        if not text["utterance_id"] or not text["audio_path"]:
-            raise ManifestError(f"{where}: 'utterance_id' and 'audio_path' must not be empty")
         seconds, size = (
             _number(row.get(columns[name]), columns[name], where) for name in ("audio_duration_sec", "filesize_bytes")
         )
@@ -125,6 +115,28 @@ class Layout:
         )
         return utterance, ignored
 
+    def locate(self, line: bytes, number: int) -> tuple[str, str]:
+        """Return the id and the audio path of a row. Raises ManifestError with its place."""
+        text = self._read(line, number)[1]
+        return text["utterance_id"], text["audio_path"]
+
+    def _read(self, line: bytes, number: int) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
+        """Return a row, its fields that are text, and the columns in it that are not ours."""
+        where = f"{self.transcripts}:{number}"
+        row = read_row(line, number, self.transcripts)
+        ignored, fault = _look_at_columns(self, tuple(row))
+        if fault:
+            raise ManifestError(f"{where}: {fault[0]}", fault[1])
+        names = {name: name_of(row.get(column)) for name, column in self.columns if name in NAME_FIELDS}
+        text = {name: text_of(names.get(name, row.get(column)), column, where) for name, column in self.columns
+                if name not in NUMBER_FIELDS}  # fmt: skip
+        text["audio_path"] = self._relative(text["audio_path"])
+        if not self.names_clips:
+            text["utterance_id"] = os.path.splitext(text["audio_path"])[0]
+        if not text["utterance_id"] or not text["audio_path"]:
+            raise ManifestError(f"{where}: 'utterance_id' and 'audio_path' must not be empty")
+        return row, text, ignored
+
     def _relative(self, audio_path: str) -> str:
         """Return a path below the audio root as relative to it, any other as it is."""
         root = next((root for root in self.absolute if audio_path.startswith(root)), "")
@@ -137,7 +149,7 @@ def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[st
     columns = dict(layout.columns)
     ignored = frozenset(row).difference(columns.values(), [layout.group_by])
     required = REQUIRED_FIELDS if layout.names_clips else REQUIRED_FIELDS[1:]
-    missing = {name: columns[name] for name in required if columns[name] not in row}
+    missing = {name: columns[name] for name in required if name in columns and columns[name] not in row}
     if missing:
         return frozenset(), (_missing(list(missing.values()), row), _hint(missing, row))
     if not layout.names_clips and columns["utterance_id"] in row:
@@ -146,7 +158,8 @@ def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[st
         near = difflib.get_close_matches(layout.group_by, row, 1, 0.6)
         hint = f"did you mean {near[0]!r}?" if near else "--group-by names a column of the transcripts"
         return frozenset(), (_missing([layout.group_by], row), hint)
-    others = [columns[name] for name in OPTIONAL_FIELDS] + ["utterance_id"] * (not layout.names_clips)
+    others = [columns[name] for name in OPTIONAL_FIELDS if name in columns]
+    others += ["utterance_id"] * (not layout.names_clips)
     for column in sorted(ignored):
         near = difflib.get_close_matches(column, others, 1, 0.75)
         if near and near[0] not in row:
@@ -214,9 +227,9 @@ def read_source(location: Path, reading: Reading) -> Source:
     transcripts = location if location.is_file() else _find_transcripts(location, reading.track)
     folder, table = transcripts.parent, is_table(transcripts)
     common_voice = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
-    columns = {name: name for name in REQUIRED_FIELDS + OPTIONAL_FIELDS} | {"text": TRACKS[reading.track]}
-    columns |= (COMMON_VOICE if common_voice else {}) | dict(reading.columns)
-    lines = read_lines(transcripts, [columns[name] for name in NUMBER_FIELDS])
+    theirs = {"text": TRACKS[reading.track]} | (COMMON_VOICE if common_voice else {}) | dict(reading.columns)
+    columns = {name: theirs.get(name, name) for name in reading.fields}
+    lines = read_lines(transcripts, [columns[name] for name in NUMBER_FIELDS if name in columns])
     if not len(lines.starts):
         kind = "one row below a header" if table else "one JSON object per line"
         raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
@@ -243,9 +256,9 @@ def _look_around(source: Source, reading: Reading) -> Source:
     seen = frozenset().union(*(read_row(*row, transcripts) for row in rows))
     names_clips = "utterance_id" in reading.columns or "utterance_id" in seen
     layout = replace(source.layout, names_clips=names_clips)
-    paths = [layout.parse(*row)[0].audio_path for row in rows]
+    paths = [layout.locate(*row)[1] for row in rows]
     for name, column in reading.columns.items():
-        if column not in seen:
+        if name in reading.fields and column not in seen:
             raise ManifestError(
                 f"{transcripts}: --columns {name}={column}: there is no such column",
                 f"there are: {_enumerate(sorted(seen))}",

@@ -61,9 +61,10 @@ def _transcribe(options: argparse.Namespace) -> int:
         )
     log_probs = Path(options.log_probs) if options.log_probs else None
     _check_model(options.model)
+    from sharding.manifest import parse_columns
     from streamtrain.recordings import find_recordings
 
-    recordings = find_recordings(options.source)
+    recordings = find_recordings(options.source, options.audio_root, parse_columns(options.columns))
 
     from streamtrain.transcribe import Reading, transcribe
 
@@ -178,6 +179,12 @@ def _commands() -> Commands:
         "--out", type=out_file, required=True,
         help="JSONL file to write, `-` for the standard output; the same command goes on where it was killed",
     )  # fmt: skip
+    transcribe.add_argument("--columns", default="", metavar="FIELD=COLUMN,…",
+        help="the columns of a transcripts file that has other names, as for `python -m sharding build`, such as "
+             "audio_path=path,utterance_id=id")  # fmt: skip
+    transcribe.add_argument("--audio-root", default="", metavar="DIR",
+        help="take absolute audio paths of a transcripts file that lie below this folder, and look up relative ones in "
+             "it")  # fmt: skip
     transcribe.add_argument("--batch-seconds", type=number(1),
         help="padded seconds per forward: larger takes more memory (default: 400 on a GPU; on CPU by the model, "
              "at most 30)")  # fmt: skip

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,19 +14,18 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from sharding.archive import AUDIO_SUFFIXES, AudioRoot, find_audio, is_audio, list_files, open_audio, walk_files
-from sharding.errors import ManifestError, StreamtrainError
+from sharding.archive import AUDIO_SUFFIXES, AudioRoot, is_audio, list_files, open_audio, walk_files
+from sharding.errors import StreamtrainError
 from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
-from sharding.manifest import read_row, text_of
-from sharding.names import name_of
+from sharding.manifest import Reading, read_source
+from sharding.names import same_name
 from sharding.sample import Sample, whole_key
 from sharding.store import Reader, Store, open_store
-from sharding.tables import read_lines
 from streamtrain.cache import read_verified
 
-MANIFEST = re.compile(r"\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
+MANIFEST = re.compile(r"(?i)\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
 SHOWN_KINDS = 5  # of files that are no audio, by their suffixes
-LOOKED_AT = 256  # audio paths of a manifest, to see what they are relative to
+FIELDS = ("utterance_id", "audio_path")  # of a manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +47,35 @@ class Recording:
     stamp: str = ""  # of a file: another one, another file
 
 
-def find_recordings(sources: Sequence[str]) -> list[Recording]:
-    """All that the sources hold, in their order.
+def find_recordings(
+    sources: Sequence[str], audio_root: str = "", columns: Mapping[str, str] | None = None
+) -> list[Recording]:
+    """All that the sources hold, in their order; of manifests, the audio root and the columns are as for a build.
 
     Raises StreamtrainError where one holds nothing, or where two recordings would have one name.
     """
+    chosen = {name: column for name, column in (columns or {}).items() if name in FIELDS}
+    reading = Reading(columns=chosen, follow_links=True, audio_root=audio_root, fields=FIELDS)
+    if (audio_root or columns) and not any(map(MANIFEST.search, sources)):
+        raise StreamtrainError("no source is a transcripts file", "--audio-root and --columns tell how these are read")
     found: list[Recording] = []
     for source in sources:
-        here = list(_find(source))
+        here = list(_find(source, reading))
         if not here:
             raise StreamtrainError(f"no audio in {source}", f"looked for {', '.join(AUDIO_SUFFIXES)}, and zips of them")
         found += here
-    names = Counter(one.utterance_id for one in found)
+    names = Counter(same_name(one.utterance_id) for one in found)
     double = [name for name, count in names.items() if count > 1]
     if double:
         raise StreamtrainError(
             f"{len(double):,} names stand for several recordings, such as {double[0]!r}",
-            "give them in a transcripts file with an utterance_id of its own for each, or one source at a time",
+            "give the folder that holds them all, a transcripts file with an utterance_id of its own for each, or one "
+            "source at a time",
         )
     return found
 
 
-def _find(source: str) -> Iterator[Recording]:
+def _find(source: str, reading: Reading) -> Iterator[Recording]:
     path = Path(source)
     if "://" in source and (MANIFEST.search(source) or source.lower().endswith(".zip")):
         raise StreamtrainError(f"{source}: is not read from a bucket", "copy it here first")
@@ -85,7 +91,7 @@ def _find(source: str) -> Iterator[Recording]:
     elif not path.is_file():
         raise StreamtrainError(f"{source}: there is no such file or folder")
     elif MANIFEST.search(path.name):
-        yield from _in_manifest(path)
+        yield from _in_manifest(path, reading)
     elif path.suffix.lower() == ".zip":
         yield from _in_zip(path)
     else:
@@ -100,11 +106,11 @@ def _printable(path: str) -> str:
 def _in_folder(folder: Path) -> Iterator[Recording]:
     """Its audio files and those of its zips, links followed."""
     paths = {os.path.relpath(path, folder): Path(path) for path in walk_files(str(folder), follow_links=True)}
-    zips = sorted(name for name in paths if name.lower().endswith(".zip"))
-    for name, utterance_id in _choose_audio(str(folder), paths.keys() - set(zips)):
-        yield _file(paths[name], utterance_id)
-    for name in zips:
-        yield from _in_zip(paths[name])
+    zips = {name: AudioRoot(str(path), "") for name, path in paths.items() if name.lower().endswith(".zip")}
+    make = {name: partial(_file, path) for name, path in paths.items() if name not in zips}
+    for name, root in zips.items():
+        make |= {f"{name}/{member}": partial(_member, root, member) for member in list_files(root)}
+    return (make[name](utterance_id) for name, utterance_id in _choose_audio(str(folder), make))
 
 
 def _in_zip(path: Path) -> Iterator[Recording]:
@@ -129,7 +135,7 @@ def _choose_audio(where: str, names: Iterable[str]) -> list[tuple[str, str]]:
     paths = list(map(PurePosixPath, audio))
     ids = [path.stem for path in paths]
     for longer in ([str(path.with_suffix("")) for path in paths], audio):
-        ids = ids if len(set(ids)) == len(ids) else longer
+        ids = ids if len(set(map(same_name, ids))) == len(ids) else longer
     return list(zip(audio, ids, strict=True))
 
 
@@ -150,7 +156,7 @@ def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:
         with open_audio(root, name) as (file, size):
             return [Piece(file.read(size))]
 
-    return Recording(utterance_id, f"{root.path}/{name}", load)
+    return Recording(_printable(utterance_id), _printable(f"{root.path}/{name}"), load)
 
 
 def _in_store(store: Store) -> Iterator[Recording]:
@@ -159,22 +165,12 @@ def _in_store(store: Store) -> Iterator[Recording]:
     return (_object(store, name, utterance_id) for name, utterance_id in _choose_audio(store.url, store.names()))
 
 
-def _in_manifest(path: Path) -> Iterator[Recording]:
-    """Rows with an audio_path, and a utterance_id unless the file's name is to stand for it; no label is needed."""
-    lines = read_lines(path, ())
-    rows = []
-    for start, end, number in zip(lines.starts.tolist(), lines.ends.tolist(), lines.numbers.tolist(), strict=True):
-        where, row = f"{path}:{number}", read_row(lines.text[start:end], number, str(path))
-        audio_path = text_of(row.get("audio_path"), "audio_path", where)
-        utterance_id = text_of(name_of(row.get("utterance_id")), "utterance_id", where)
-        if not audio_path:
-            raise ManifestError(f"{where}: not a row with an audio_path", "a column of that name is needed")
-        rows.append((audio_path, utterance_id or Path(audio_path).stem))
-    if not rows:
-        return
-    chosen = np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int))
-    root = find_audio(path.parent, [rows[row][0] for row in chosen], follow_links=True)
-    yield from (_member(root, audio_path, utterance_id) for audio_path, utterance_id in rows)
+def _in_manifest(path: Path, reading: Reading) -> Iterator[Recording]:
+    """The rows of a transcripts file, as a build names and finds them; no label is needed."""
+    source = read_source(path, reading)
+    for row, number in enumerate(source.numbers.tolist()):
+        utterance_id, audio_path = source.layout.locate(source.line(row), number)
+        yield _member(source.layout.audio, audio_path, utterance_id)
 
 
 def _in_shards(store: Reader) -> Iterator[Recording]:

@@ -340,7 +340,7 @@ def test_no_path_escapes_the_audio_root(corpus: Path, tmp_path: Path) -> None:
     paths = {
         f"{root}/audio/good.flac": None,
         f"{root}/../root-beside/x.flac": "audio_path leads outside its folder",
-        f"{root}-beside/x.flac": "audio_path leads outside its folder: `build --audio-root DIR` takes",
+        f"{root}-beside/x.flac": "audio_path leads outside its folder: --audio-root DIR takes",
         f"{root}/link.flac": "audio file is a link that leads outside",
     }
     row = read_manifest(corpus)[0]
