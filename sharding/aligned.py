@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from sharding.audio import SAMPLE_RATE
 from sharding.document import Count, DocumentError, Number, Second, Share, parse, unpack_lines
 from sharding.errors import StreamtrainError
+from sharding.names import same_name
 from sharding.store import open_regular
 
 WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
@@ -62,11 +63,15 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Alignments:
-    """By utterance id, with a digest of all that they say."""
+    """By utterance id, in the form in which names are compared, with a digest of all that they say."""
 
     by_id: dict[str, Evidence]
     digest: str
     wrong_gaps: tuple[float, ...] = ()  # where a label had a word left out, as a trial
+
+    def of(self, utterance_id: str) -> Evidence | None:
+        """Return what was heard of a recording, if it was aligned."""
+        return self.by_id.get(same_name(utterance_id))
 
     def bound(self, wrong_share: float) -> float:
         """The gap above which a label is refused."""
@@ -136,7 +141,7 @@ def read_alignments(path: Path) -> Alignments:
                 digest.update(line)
                 try:
                     row = parse(line, _ROW)
-                    by_id[row["utterance_id"]] = _evidence(row)
+                    by_id[same_name(row["utterance_id"])] = _evidence(row)
                 except DocumentError as error:
                     raise StreamtrainError(
                         f"{path}:{number}: no row of an alignment, or one of an older version ({error})", hint

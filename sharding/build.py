@@ -344,7 +344,7 @@ def _cut(
 
 
 def _evidence_of(row: Row, where: Where, alignments: Alignments) -> Evidence | None:
-    return alignments.by_id.get(row.parse(where.layouts).utterance_id) if alignments.by_id else None
+    return alignments.of(row.parse(where.layouts).utterance_id) if alignments.by_id else None
 
 
 def _read_rows(examined: Examined, clips: npt.NDArray[np.integer]) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import Any
 from sharding.document import LARGE_BYTES, DocumentError, parse_json, read_document
 from sharding.errors import StreamtrainError
 from sharding.ipa import TRACKS, normalize_ipa
+from sharding.names import same_name
 from sharding.store import open_regular
 from streamtrain.metrics import EditCounts, count_edits, spoken_words
 
@@ -85,14 +86,15 @@ def _read(path: Path, label: str) -> dict[str, str]:
         where = f"{path}:{number}: not a row with utterance_id and {label}"
         try:
             row = parse_json(line)
-            name, text = row["utterance_id"], row[label]
-            if not isinstance(name, str) or not isinstance(text, str | None):
+            written, text = row["utterance_id"], row[label]
+            if not isinstance(written, str) or not isinstance(text, str | None):
                 raise TypeError("they are not text")
         except KeyError as error:
             raise ScoreError(f"{where}: it has {', '.join(row)}") from error
         except (ValueError, TypeError) as error:
             raise ScoreError(f"{where} ({error})", "one JSON object per line") from error
+        name = same_name(written)
         if name in texts:
-            raise ScoreError(f"{path}:{number}: utterance_id {name!r} comes twice")
+            raise ScoreError(f"{path}:{number}: utterance_id {written!r} comes twice")
         texts[name] = text or ""
     return texts

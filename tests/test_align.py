@@ -19,6 +19,7 @@ from test_model import SLOW, make_network, save, talkative
 
 import sharding.align
 from sharding.align import CERTAIN_NATS, AlignError, align, evidence_of
+from sharding.aligned import read_alignments
 from sharding.audio import CONV_LAYERS, SAMPLE_RATE
 from sharding.format import read_index, read_sample
 from sharding.ipa import normalize_ipa
@@ -126,6 +127,15 @@ def test_evidence_for_an_only_word_is_its_probability_over_that_of_silence(text:
     tensor = torch.from_numpy(log_probs).float()
     ((evidence,), _) = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
     assert evidence == pytest.approx(np.log(said / silence), abs=1e-3)
+
+
+def test_an_alignment_is_found_under_any_unicode_form_of_its_id(tmp_path: Path) -> None:
+    lists: dict[str, list[object]] = {name: [] for name in ("cuts", "pieces", "words", "without")}
+    row = {"utterance_id": "ana\u0303o", "text": "", "error": None} | lists
+    (tmp_path / "heard.jsonl.zst").write_bytes(zstandard.compress(json.dumps(row).encode() + b"\n"))
+    heard = read_alignments(tmp_path / "heard.jsonl.zst")
+    assert heard.of("an\u00e3o ") is heard.of("ana\u0303o") is not None
+    assert heard.of("anao") is None
 
 
 @pytest.mark.parametrize(("label", "unsaid"), [("b ab a", 1), ("b ab a ab", 1), ("b b ab a", 1), ("bb a", 0), ("", 0)])

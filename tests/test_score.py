@@ -56,6 +56,13 @@ def test_the_rate_is_jiwers_over_the_whole_corpus(write: Write) -> None:
     assert result["cer"] == pytest.approx(wanted, abs=1e-12)
 
 
+def test_ids_that_differ_by_their_unicode_form_or_outer_blanks_are_the_same(write: Write) -> None:
+    actual = write("actual.jsonl", {"an\u00e3o": "kæt"})
+    assert score_files(write("predicted.jsonl", {"ana\u0303o ": "kæt"}), actual)["edits"] == 0
+    with pytest.raises(ScoreError, match="comes twice"):
+        score_files(write("predicted.jsonl", {"ana\u0303o": "kæt", "an\u00e3o": "kæt"}), actual)
+
+
 def test_files_of_the_word_track_get_a_word_error_rate(tmp_path: Path) -> None:
     said = {"a": "The colour is grey.", "b": "twenty-one apples", "c": ""}
     heard = {"a": "the color is green", "b": "21 apples", "c": "oh"}
