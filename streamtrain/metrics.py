@@ -1,6 +1,6 @@
 """Edit counts between references and hypotheses, and what is said of them. Counts add up; the ratio is taken once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,16 +88,3 @@ class Resampling:
             return None
         low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
         return (float(low), float(high))
-
-
-def bootstrap_interval(
-    groups: Mapping[str, EditCounts], draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float] | None:
-    """Interval of the pooled rate under resampling of whole groups (children); None where there are fewer than two."""
-    if len(groups) < 2:
-        return None
-    drawn = Resampling(groups, draws, seed)
-    totals = [groups[name] for name in drawn.speakers]
-    edits = np.array([[counts.edits] for counts in totals], np.float64)
-    lengths = np.array([[counts.reference_length] for counts in totals], np.float64)
-    return drawn.interval(drawn.rates(edits, lengths)[:, 0], level)
