@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,16 +27,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _name_a_place(value: str) -> str:
+    if value.strip() in ("", "-"):
+        raise ValueError("the name of a folder, or a URL, is expected")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_name_a_place)]
 Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; beyond these it is no longer speech
 
 
 class DataConfig(Section):
-    shards: str = "data/shards"  # folder or URL of a shard set
+    shards: Place = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
     device_batch_seconds: PositiveFloat | None = None  # up to this size a rank's micro-batches of a step run merged
     window_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
     length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
-    cache_dir: str | None = None  # where shards of a bucket are kept; none: ranged reads
+    cache_dir: Place | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0
     workers: NonNegativeInt = 2  # threads per rank that read ahead, or processes where it has a GPU; 0: nothing ahead
     speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
@@ -57,7 +65,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    pretrained: str | None = None  # a hub name or a local folder
+    pretrained: Place | None = None  # a hub name or a local folder
     scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
     vocab: Literal["auto", "new"] = "auto"  # auto: a model that has a CTC head keeps it; new: it gets a new one
     dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
@@ -76,7 +84,7 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    run_dir: str = "runs/streamtrain"
+    run_dir: Place = "runs/streamtrain"
     epochs: PositiveInt = 20
     max_steps: PositiveInt | None = None  # stop earlier; the schedule then ends there
     micro_batches_per_step: PositiveInt = 8  # over all ranks: the number of ranks must divide it
@@ -93,7 +101,9 @@ class TrainConfig(Section):
     patience: PositiveInt | None = None  # stop after so many evaluations without a better score
     checkpoint_every: PositiveInt = 500  # steps; the best score makes one too
     keep_checkpoints: PositiveInt = 2  # the newest, beside that of the best score
-    mirror: str | None = None  # such as s3://bucket/run: each checkpoint is copied there, to resume on another machine
+    mirror: Place | None = (
+        None  # such as s3://bucket/run: each checkpoint is copied there, to resume on another machine
+    )
     probe: bool = True  # run the largest batches before the first step, to see that the memory holds them
     seed: int = Field(0, ge=0)
 

@@ -84,11 +84,14 @@ def _check_step(deepspeed: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"deepspeed.optimizer is {optimizer!r:.200}, not a section with params", "see configs/zero2.json"
         )
-    kind, rate = optimizer.get("type", "AdamW"), params.get("lr", 1e-3)
+    kind = optimizer.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(f"deepspeed.optimizer.type is {kind!r}", "Adam and AdamW are trained here")
-    if not _is_number(rate):
-        raise ConfigError(f"deepspeed.optimizer.params.lr is {rate!r:.200}", "the peak rate is expected")
+    wanted = {name: said for name, (fits, said) in PARAMS.items() if name in params and not fits(params[name])}
+    for name, said in wanted.items():
+        raise ConfigError(f"deepspeed.optimizer.params.{name} is {params[name]!r:.200}", f"{said} expected")
+    for name in params.keys() - PARAMS.keys():
+        raise ConfigError(f"deepspeed.optimizer.params.{name} is not supported", f"its keys are {', '.join(PARAMS)}")
     clipping = deepspeed.get("gradient_clipping", 0.0)
     if not _is_number(clipping):
         raise ConfigError(f"deepspeed.gradient_clipping is {clipping!r}", "the largest norm is expected, or 0 for none")
@@ -96,6 +99,26 @@ def _check_step(deepspeed: Mapping[str, Any]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _are_betas(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_number(beta) and beta < 1 for beta in value)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+PARAMS = {  # of the optimizer: what fits, and what is told otherwise
+    "lr": (_is_number, "the peak rate is"),
+    "betas": (_are_betas, "two numbers from 0 to below 1, such as [0.9,0.999], are"),
+    "eps": (_is_number, "a number of 0 or more is"),
+    "weight_decay": (_is_number, "a number of 0 or more is"),
+    "adam_w_mode": (_is_flag, "true or false is"),
+    "torch_adam": (_is_flag, "true or false is"),
+    "foreach": (_is_flag, "true or false is"),
+    "fused": (_is_flag, "true or false is"),
+}
 
 
 def _check_sums(deepspeed: Mapping[str, Any]) -> None:

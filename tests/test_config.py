@@ -146,6 +146,12 @@ def test_both_origins_of_a_model_or_none_are_refused(refusal: Callable[..., str]
         ("train.micro_batches_per_step=1.5", "train.micro_batches_per_step"),
         ("train=3", "train"),
         ("deepspeed=[]", "deepspeed"),
+        ("data.shards=", "data.shards"),
+        ("data.cache_dir= ", "data.cache_dir"),
+        ("model.pretrained=", "model.pretrained"),
+        ("train.run_dir=", "train.run_dir"),
+        ("train.run_dir=-", "train.run_dir"),
+        ("train.mirror=", "train.mirror"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_key(override: str, named: str, refusal: Callable[..., str]) -> None:
@@ -155,6 +161,9 @@ def test_a_value_out_of_range_is_named_with_its_key(override: str, named: str, r
 @pytest.mark.parametrize(("key", "value"), [
     ("optimizer", "1"), ("optimizer.params", "[]"), ("optimizer.params.lr", "1e999"),
     ("optimizer.params.lr", f"{10**400}"), ("optimizer.params.lr", "-1"), ("gradient_clipping", "1e999"),
+    ("optimizer.params.betas", "3"), ("optimizer.params.betas", "[0.9]"), ("optimizer.params.betas", "[0.9,1]"),
+    ("optimizer.params.eps", "tiny"), ("optimizer.params.weight_decay", "-1"), ("optimizer.params.momentum", "0.9"),
+    ("optimizer.params.adam_w_mode", "no"),
 ])  # fmt: skip
 def test_a_value_of_the_engine_that_no_optimizer_takes_is_named(
     key: str, value: str, refusal: Callable[..., str]
