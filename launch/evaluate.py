@@ -14,13 +14,15 @@ def main() -> None:
     import argparse
     from pathlib import Path
 
-    from sharding.command import announce, number
+    from sharding.command import announce, number, out_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
     parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
     parser.add_argument("--split", default="valid", choices=("valid", "train"), help="default: %(default)s")
-    parser.add_argument("--out", required=True, help="folder for scorecard.json, scorecard.html and hypotheses.jsonl")
+    parser.add_argument(
+        "--out", type=out_folder, required=True, help="folder for scorecard.json, scorecard.html and hypotheses.jsonl"
+    )
     parser.add_argument("--batch-seconds", type=number(1), default=40.0,
         help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",

@@ -12,7 +12,7 @@ from sharding import report
 from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
-from sharding.command import Commands, number, out_file
+from sharding.command import Commands, number, out_file, out_folder
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
 from sharding.foreign import VALID_TARS, index_tars
@@ -183,7 +183,7 @@ def _split(options: argparse.Namespace) -> int:
     name, heard = Path(options.audio).stem, listen(waveform)
     alignments = _read_alignments(options.alignments)
     gates = Gates(options.min_confidence, alignments.bound(options.wrong_share), options.min_evidence)
-    text, evidence = read_label(options.text, "phonetic"), alignments.by_id.get(name)
+    text, evidence = read_label(options.text, "phonetic"), alignments.of(name)
     sounds = learn([example_of(name, text, waveform)], "phonetic", options.wrong_share)
     segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, sounds, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
@@ -216,7 +216,12 @@ def _commands() -> Commands:
         help="a folder with its transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, "
              "a Common Voice folder, or the transcripts file itself "
              f"(default: every folder in {DEFAULT_SOURCES})")  # fmt: skip
-    add("--out", default=DEFAULT_OUT, help="folder or s3://bucket/prefix of the shard set (default: %(default)s)")
+    add(
+        "--out",
+        type=out_folder,
+        default=DEFAULT_OUT,
+        help="folder or s3://bucket/prefix of the shard set (default: %(default)s)",
+    )
     add("--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes; the result is the same for any number (default: the cores, %(default)s)")  # fmt: skip
     add("--executor", choices=("processes", "dask"), default="processes",
@@ -283,7 +288,7 @@ def _commands() -> Commands:
     add = parser_inspect.add_argument
     add("shards", help="folder or URL of the shard set")
     add("--json", action="store_true", help="print the tables as one JSON object, for programs")
-    add("--plots", metavar="DIR",
+    add("--plots", type=out_folder, metavar="DIR",
         help="write plots of durations, loudness, symbols per second and label symbols there, as PNG; "
              "this reads all the audio")  # fmt: skip
     add("--workers", type=number(1, 1024, int), default=available_cores(),
@@ -330,7 +335,7 @@ def _commands() -> Commands:
         "demo-corpus", _demo_corpus, "Make a small synthetic corpus, spoken by espeak-ng.",
         "making {minutes:g} minutes of speech by {children} children in {out}",
     )  # fmt: skip
-    parser_demo.add_argument("out", help="folder to make the two corpora in")
+    parser_demo.add_argument("out", type=out_folder, help="folder to make the two corpora in")
     parser_demo.add_argument(
         "--minutes", type=number(0.1, 100_000), default=30.0, help="speech to make, min (default: %(default)s)"
     )

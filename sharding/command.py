@@ -82,6 +82,13 @@ def out_file(text: str) -> Path:
     return STDOUT if text == "-" else Path(text)
 
 
+def out_folder(text: str) -> str:
+    """Parse the name of a folder to write."""
+    if text.strip() in ("", "-"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a folder is written, not a stream; its name is expected")
+    return text
+
+
 def number(low: float, high: float = math.inf, kind: type[float] = float) -> Callable[[str], float]:
     """A parser of numbers from `low` to `high` that says so when it is given something else."""
 

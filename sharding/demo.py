@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
-from sharding.writing import explaining, write
+from sharding.writing import cannot_write, explaining, write
 
 SAMPLE_RATE = 22_050  # espeak's own, so that the sharder has to resample
 CORPORA = ("hillside", "riverside")
@@ -113,7 +113,8 @@ def make_demo_corpus(out: Path, minutes: float = 30.0, children: int = 24, seed:
     short_sec = max(minutes * 60 - sum(target for _, target in long_plan), minutes * 30)
     rows: dict[str, list[Row]] = {corpus: [] for corpus in CORPORA}
     for corpus in CORPORA:
-        (out / corpus / "audio").mkdir(parents=True, exist_ok=True)
+        with explaining(out):
+            (out / corpus / "audio").mkdir(parents=True, exist_ok=True)
     with open_espeak() as espeak:
         for child in tqdm(plan_children(children, seed), desc="speaking", unit="child"):
             targets = [target for number, target in long_plan if number == child.number]
@@ -229,9 +230,14 @@ def open_espeak() -> Iterator[Espeak]:
         loader = importlib.import_module("espeakng_loader")
     except ImportError as error:
         raise DemoError("the demo corpus needs the package espeakng-loader", "pip install espeakng-loader") from error
-    with tempfile.TemporaryDirectory(prefix="espeak-") as folder:
-        library = Path(shutil.copy(loader.get_library_path(), folder))
-        (Path(folder) / "espeak-ng-data").symlink_to(loader.get_data_path())
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="espeak-"))
+            library = Path(shutil.copy(loader.get_library_path(), folder))
+            (Path(folder) / "espeak-ng-data").symlink_to(loader.get_data_path())
+        except OSError as error:
+            place = Path(tempfile.tempdir or os.environ.get("TMPDIR", "/tmp"))
+            raise cannot_write(place, error, hint="make room there, or have TMPDIR name another folder") from error
         espeak = Espeak(library, Path(folder))
         yield espeak
         espeak.library.espeak_Terminate()

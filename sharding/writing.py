@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from sharding.errors import StoreError
 
 STDOUT = Path("/dev/stdout")
+NAME_BYTES = 255  # of a name in a folder
 LINKS_FOLLOWED = 40  # as the kernel does
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a folder, on some FUSE and network file systems
 HINTS = {
@@ -72,12 +73,12 @@ def written(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` when it is whole. Raise StoreError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # another process may write the same name
+    partial = beside(path, f".{uuid.uuid4().hex}.part")  # another process may write the same name
     with explaining(path, needed):
         if not os.path.exists(path.parent):  # if it is a file, what is opened below says so
             path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            partial.lstat()  # a name that is too long is told now, not when all is written
+            path.lstat()  # a name that is too long is told now, not when all is written
         raw = _open_nameless(path.parent) or _File(partial, "x")
     with raw.told(path, needed):
         try:
@@ -93,6 +94,12 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
         finally:
             with suppress(OSError):
                 partial.unlink()
+
+
+def beside(path: Path, ending: str) -> Path:
+    """Return a hidden name beside a file, for what belongs to it; the name of the file is cut in there if need be."""
+    room = NAME_BYTES - len(ending) - 1
+    return path.with_name(f".{os.fsencode(path.name)[:room].decode(errors='ignore')}{ending}")
 
 
 def write(path: Path, data: bytes | str) -> None:

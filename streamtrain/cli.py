@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.command import Commands, number, out_file
+from sharding.command import Commands, number, out_file, out_folder
 from sharding.errors import StreamtrainError
 from sharding.writing import file_to_replace
 from streamtrain.rank import settle_torch
@@ -193,7 +193,7 @@ def _commands() -> Commands:
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
     transcribe.add_argument("--alternatives", type=number(1, kind=int), default=0, metavar="N",
         help=f"write the N most probable texts of each too (a beam of {BEAM} where none is given)")  # fmt: skip
-    transcribe.add_argument("--log-probs", metavar="DIR",
+    transcribe.add_argument("--log-probs", type=out_folder, metavar="DIR",
         help="write log-probabilities there, to average models': NumPy, float16, (frames, symbols)")  # fmt: skip
 
     align = commands.add(
@@ -243,5 +243,5 @@ def _commands() -> Commands:
         "copying {model} to {out}",
     )
     export.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
-    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument("--out", type=out_folder, required=True, help="folder to write")
     return commands

@@ -23,7 +23,7 @@ from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
 from sharding.split import split_recording
-from sharding.writing import explaining, file_to_replace, sync, write, written
+from sharding.writing import beside, explaining, file_to_replace, sync, write, written
 from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
 from streamtrain.finish import warn_unless_finished
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
@@ -125,7 +125,7 @@ class Progress:
         if place is None:  # a device or a pipe: what went there stays there, and a later run begins anew
             self._file = self._held.enter_context(written(out))
             return
-        self._partial, self._state = place.with_name(f".{place.name}.part"), place.with_name(f".{place.name}.part.json")
+        self._partial, self._state = beside(place, ".part"), beside(place, ".part.json")
         with explaining(out):
             if not place.parent.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Command, run_module
+from conftest import ROOT, Command, own_mounts, run_module
 from corpus import read_manifest
 from test_sharding_build import assert_balanced, read_all, read_ledger
 
@@ -83,3 +83,16 @@ def test_a_folder_that_cannot_be_written_is_named(run_sharding: Command, tmp_pat
     done = run_sharding("demo-corpus", tmp_path / "file")
     assert done.returncode == 1
     assert str(tmp_path / "file") in done.stderr
+
+
+def test_a_full_temporary_folder_is_told_with_what_to_do(tmp_path: Path) -> None:
+    """espeak-ng is copied there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    script = 'mount -t tmpfs -o size=4k tmpfs "$1" && exec "$2" -m sharding demo-corpus "$3"'
+    done = subprocess.run(
+        [*own_mounts(), "sh", "-c", script, "sh", folder, sys.executable, tmp_path / "out"],
+        cwd=ROOT, env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"StoreError: {folder}: No space left on device (0 are free)\nhint: make room there, or" in done.stderr

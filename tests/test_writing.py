@@ -26,7 +26,7 @@ from test_transcribe import sound
 from sharding.audio import encode
 from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
-from sharding.writing import append, is_stdout, replacing, write, written
+from sharding.writing import append, beside, is_stdout, replacing, write, written
 from streamtrain.checkpoint import RunState, save_checkpoint
 from streamtrain.cli import main
 from streamtrain.engine import Parts
@@ -141,6 +141,33 @@ def small_files(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["-", ""])
+def test_a_folder_to_write_is_no_stream(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    here = set(Path().iterdir())
+    for run, command in (
+        (main, ["export", "model", "--out", name]),
+        (main, ["transcribe", "model", "a.flac", "--out", "b", "--log-probs", name]),
+        (sharding_main, ["build", "--out", name]),
+        (sharding_main, ["inspect", "shards", "--plots", name]),
+        (sharding_main, ["demo-corpus", name]),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(command)
+        assert f"{name!r}: a folder is written, not a stream" in capsys.readouterr().err
+    assert set(Path().iterdir()) == here
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ɑ" * 127])
+def test_any_name_that_the_system_takes_is_written_and_a_longer_one_is_told(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, b"new")
+    write(tmp_path / name, b"newer")
+    assert (tmp_path / name).read_bytes() == b"newer"
+    assert beside(tmp_path / name, ".part").name.encode()
+    with pytest.raises(StoreError, match="File name too long\nhint: name a place"):
+        write(tmp_path / f"{name}ɑ", b"new")
+    assert names(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("size", [50, 5_000, 500_000])
