@@ -230,7 +230,8 @@ def _refuse_shared_audio(examined: Examined) -> Examined:
     """
     clips, sources = examined.clips, examined.sources
     roots = [source.layout.audio for source in sources]  # which several transcripts may share
-    files = np.column_stack([np.array([roots.index(root) for root in roots], np.uint64)[clips["source"]], clips["path"]])
+    firsts = np.array([roots.index(root) for root in roots], np.uint64)
+    files = np.column_stack([firsts[clips["source"]], clips["path"]])
     order = np.lexsort(files.T)
     same = (files[order[1:]] == files[order[:-1]]).all(axis=1)
     rows = defaultdict[tuple[AudioRoot, str], dict[int, Utterance]](dict)

@@ -97,6 +97,7 @@ class Layout:
         row, text, ignored = self._read(line, number)
         columns = dict(self.columns)
         group = row.get(self.group_by)
+        group = str(group) if isinstance(group, bool) else name_of(group)
         seconds, size = (
             _number(row.get(columns[name]), columns[name], where) for name in ("audio_duration_sec", "filesize_bytes")
         )
@@ -104,7 +105,7 @@ class Layout:
             utterance_id=text["utterance_id"],
             child_id=same_speaker(text["child_id"]),
             session_id=same_speaker(text["session_id"]),
-            group=same_speaker(text_of(str(group) if isinstance(group, bool) else name_of(group), self.group_by, where)),
+            group=same_speaker(text_of(group, self.group_by, where)),
             corpus=self.corpus,
             audio_path=text["audio_path"],
             duration_sec=seconds,

@@ -187,7 +187,7 @@ def test_one_key_with_two_sounds_or_two_labels_is_rejected(run_sharding: Command
 @pytest.mark.parametrize(
     ("documents", "told"),
     [
-        (['{"utterance_id": "take 1"}', '{"utterance_id": "take 1"}'], "the utterance_id 'take 1' is in x.tar and in x"),
+        (['{"utterance_id": "take 1"}'] * 2, "the utterance_id 'take 1' is in x.tar and in x"),
         ([], "x.tar: there is no sample in it"),
     ],
 )
