@@ -14,7 +14,7 @@ from typing import Literal
 from sharding import flac
 from sharding.errors import AudioError
 
-PROVED_ELSEWHERE = ("FLAC", "MP3", "HTK", "SDS")  # by their frames or their MD5; the last two by libsndfile
+PROVED_ELSEWHERE = ("FLAC", "MP3", "HTK")  # by their frames or their MD5; the last by libsndfile
 UNKNOWN_BYTES = 0x7F00_0000  # what writers to a pipe put for a length, or more: SoX has this in AIFF, others 2³² − 1
 SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -(?:i|s1) (\d{1,18})\b", re.MULTILINE)
 
@@ -48,7 +48,6 @@ HEADS = tuple(  # 48 bits and more, so that 10¹² bytes of compressed sound hol
         rb"\.snd\0\0\0",
         rb"dns\..\0\0\0",
         rb"NIST_1A\n",
-        rb"\xf0\x7e[\0-\x7f]\x01[\0-\x7f]{16}\xf7",  # SDS
     )
 )
 UNTOLD_LENGTH = "header without a length: taken to be whole"
@@ -143,14 +142,15 @@ def _walk(data: bytes, chunks: Chunks, position: int) -> Iterator[tuple[bytes, i
 
 
 def _is_odd(data: bytes, end: int) -> bool:
-    """Whether behind the samples stands anything but chunks, zeros or a tag, such as the rest of a recording.
+    """Whether behind the samples stands anything but other chunks, zeros or a tag, such as the rest of a recording.
 
     The header of a recorder that stopped for want of power may tell an earlier end.
     """
     chunks = CHUNKED.get(data[:4])
     if chunks:
         for name, _, end_of_chunk in _walk(data, chunks, end + -end % chunks.align):
-            if not name[:4].isascii() or not name[:4].decode().isprintable() or end_of_chunk > len(data):
+            is_name = name[:4].isascii() and name[:4].decode().isprintable() and not name.startswith(chunks.sound)
+            if not is_name or end_of_chunk > len(data):
                 break
             end = end_of_chunk
     tail = data[end:].strip(b"\0")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sharding.audio import SAMPLE_RATE, decode, decode_native, probe
 from sharding.errors import AudioError
 
-TAKEN = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "OGG", "FLAC", "MP3", "HTK", "SDS"}
+TAKEN = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "OGG", "FLAC", "MP3", "HTK"}
 LEFT_OUT = {"RAW", "SD2"}  # have no header, or need a second file
 UNREADABLE = {("AIFF", "DWVW_16"), ("AIFF", "DWVW_24")}  # libsndfile itself does not read what it has written
 ID3V2 = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
@@ -115,7 +115,7 @@ def test_no_length_of_a_file_is_wrong_without_a_word(container: str) -> None:
     assert whole[0] == pytest.approx(1, abs=0.01)
     assert not whole[1]
     assert outcome(data[: len(data) // 2]) is None
-    assert outcome(data[:-10]) in (None, whole)  # the last bytes of SDS are padding
+    assert outcome(data[:-10]) is None
     for between in (b"", ID3V1, ID3V2, ID3V1 + ID3V2, bytes(5_000)):
         assert outcome(data + between + data) is None
         assert outcome(data + between + other) is None
@@ -128,6 +128,8 @@ def test_sound_behind_the_end_that_a_header_tells_is_remarked_on_and_chunks_are_
     """A recorder without power leaves its file with the length that it wrote last."""
     data = make_audio(container)
     assert outcome(data + data[-10_000:]) == (1, (TAIL_LEFT_OUT,))
+    if (place := max(data.find(b"data"), data.find(b"SSND"))) > 0:  # of two such chunks libsndfile mostly will not hear
+        assert outcome(data + data[place:]) in (None, (1, (TAIL_LEFT_OUT,)))
     chunk = {
         "W64": b"levl" + bytes(12) + struct.pack("<q", 64) + bytes(range(200, 240)),
         "AIFF": b"ANNO" + struct.pack(">I", 40) + bytes(range(200, 240)),
