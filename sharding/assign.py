@@ -9,7 +9,7 @@ import numpy.typing as npt
 from sharding.audio import SAMPLE_RATE
 from sharding.buckets import bucket_of
 from sharding.examine import ClipTable, piece_order
-from sharding.format import SPLITS
+from sharding.schema import SPLITS
 from sharding.split import Segment
 
 FLAC_RATIO = 0.54  # of 16-bit PCM: what speech compresses to, for planning the size of shards

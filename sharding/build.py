@@ -54,7 +54,6 @@ from sharding.fill import (
 )
 from sharding.format import (
     INDEX_NAME,
-    SPLITS,
     ShardIndex,
     check_presence,
     join_samples,
@@ -70,6 +69,7 @@ from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
 from sharding.place import check_place
 from sharding.sample import escape_key, whole_key
+from sharding.schema import SPLITS
 from sharding.sounds import Sounds, learn, unpack_sounds
 from sharding.split import Gates
 from sharding.store import FolderStore, Store, open_store

@@ -16,20 +16,13 @@ from sharding.aligned import Evidence
 from sharding.archive import AudioRoot, open_audio
 from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant
 from sharding.errors import AudioError, MissingError, ShardError
-from sharding.format import (
-    FORMAT_VERSION,
-    SampleTable,
-    Shard,
-    ShardEntry,
-    read_shard_index,
-    remove_shard,
-    write_shard,
-)
+from sharding.format import FORMAT_VERSION, SampleTable, Shard, read_shard_index, remove_shard, write_shard
 from sharding.ipa import read_label
 from sharding.ledger import NO_LABEL, TOO_DENSE, LedgerPart, LedgerRow, ledger_row, rejected_row, write_ledger
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
 from sharding.sample import Sample, escape_key, piece_key
+from sharding.schema import ShardEntry
 from sharding.sounds import Example, Sounds, example_of
 from sharding.split import Gates, Segment, split_recording
 from sharding.store import Store, open_store

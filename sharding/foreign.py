@@ -18,7 +18,6 @@ from sharding.format import (
     INDEX_NAME,
     SAMPLE_DTYPE,
     Shard,
-    ShardEntry,
     ShardIndex,
     Who,
     join_samples,
@@ -40,6 +39,7 @@ from sharding.manifest import Utterance, printable
 from sharding.names import nfc, same_name
 from sharding.place import has_index
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
+from sharding.schema import ShardEntry
 from sharding.store import open_store
 from sharding.summary import Summary
 from sharding.workers import Workers

@@ -8,27 +8,24 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 import zstandard
-from pydantic import ConfigDict, FailFast, Field, TypeAdapter
-from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
-from sharding.document import LARGE_BYTES, Count, DocumentError, Hash, Number, Size, check, parse, parse_json, unpack
+from sharding.document import LARGE_BYTES, DocumentError, check, parse, parse_json, unpack
 from sharding.errors import MissingError, ShardError, UnreachableError
-from sharding.ipa import TRACKS
 from sharding.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
+from sharding.schema import INDEX, OUTLINE, SHARD, IndexDocument, ShardEntry, check_document
 from sharding.store import Reader, Store
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 FOREIGN = "written by others"  # marks the settings of such a set
-SPLITS = ("train", "valid", "unlabelled")
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 SAMPLE_DTYPE = np.dtype(
@@ -44,37 +41,12 @@ SAMPLE_DTYPE = np.dtype(
 SampleTable = npt.NDArray[np.void]  # (N,) of SAMPLE_DTYPE
 
 
-Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
-Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
-STRICT = ConfigDict(extra="forbid")
-
-
 class Who(NamedTuple):
     """Whose clip a sample is: what the tables of a shard set are grouped by, so that none of them needs the audio."""
 
     corpus: str
     age_bucket: str
     child_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
-    """One row of index.json: what a shard must turn out to be."""
-
-    __pydantic_config__ = STRICT
-
-    name: str  # train/b03-00017.tar
-    split: Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
-    bucket: Count
-    count: Count
-    bytes: Size
-    samples: Size  # audio samples at 16 kHz, all clips together
-    checksum: Checksum  # of the whole tar
-    idx_checksum: Checksum | Literal[""] = ""  # of its .idx.zst
-
-    @property
-    def seconds(self) -> float:
-        return self.samples / SAMPLE_RATE
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,98 +82,6 @@ class ShardIndex:
         """Return the seconds at which each bucket of a split ends: appended clips may be longer than the last edge."""
         longest = float(self.samples["samples"][self.split(split)].max(initial=0)) / SAMPLE_RATE
         return (*self.duration_bins[:-1], max(self.duration_bins[-1], longest))
-
-
-_SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-
-
-class _Validation(TypedDict, total=False):
-    disjoint_by_speaker: bool
-    stand_in: _SpeakerHash | None
-    spared: list[_SpeakerHash]
-    clips: Size
-    rejected: Size
-
-
-class _Notes(TypedDict, total=False):
-    clips: Size
-    rejected: Size
-    validation: _Validation
-
-
-class _Sounds(TypedDict):
-    alphabet: str
-    max_gap: Number
-    values: str
-
-
-class _SamplesDocument(TypedDict):
-    name: str
-    count: Size
-    checksum: Checksum
-
-
-class _Outline(TypedDict):
-    """What every version of an index has."""
-
-    version: int
-    digest: Digest
-
-
-@dataclass(frozen=True)
-class _IndexDocument:
-    """index.json as it is written."""
-
-    __pydantic_config__ = STRICT
-
-    version: int
-    sample_rate: Literal[16_000]
-    duration_bins: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], FailFast()]
-    settings: dict[str, bool | int | Number | str | list[str] | None]
-    settings_hash: Digest
-    sources_hash: str
-    notes: _Notes
-    samples: _SamplesDocument
-    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
-    digest: Digest
-    base: Digest = ""
-    sounds: _Sounds | None = None
-
-
-class _Columns(TypedDict):
-    """Those of SAMPLE_DTYPE without the shard's number."""
-
-    offset: Annotated[list[Size], FailFast()]
-    bytes: Annotated[list[Count], FailFast()]
-    samples: Annotated[list[Count], FailFast()]
-    label_length: Annotated[list[Count], FailFast()]
-    checksum: Annotated[list[Hash], FailFast()]
-
-
-class _WhoColumns(TypedDict):
-    """The fields of `Who`."""
-
-    corpus: Annotated[list[str], FailFast()]
-    age_bucket: Annotated[list[str], FailFast()]
-    child_id: Annotated[list[str], FailFast()]
-
-
-@dataclass(frozen=True)
-class _ShardDocument:
-    """`<shard>.idx.zst` as it is written."""
-
-    __pydantic_config__ = STRICT
-
-    shard: ShardEntry
-    made_of: str
-    refused: dict[str, str]
-    keys: Annotated[list[str], FailFast()]
-    who: _WhoColumns
-    columns: _Columns
-    remarks: dict[str, list[str]] = field(default_factory=dict)
-
-
-_OUTLINE, _INDEX, _SHARD = TypeAdapter(_Outline), TypeAdapter(_IndexDocument), TypeAdapter(_ShardDocument)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +156,7 @@ def read_shard_index(store: Reader, name: str) -> Shard:
     """Read `<shard>.idx.zst`. Raises ShardError where it is damaged, StoreError where it is missing."""
     data = store.read(_idx_name(name), LARGE_BYTES)
     try:
-        document = parse(unpack(data), _SHARD)
+        document = parse(unpack(data), SHARD)
         keys, columns, who = document.keys, dict[str, Any](document.columns), dict[str, Any](document.who)
         for column, values in (columns | who).items():
             if len(values) != len(keys):
@@ -455,7 +335,7 @@ def repair_samples(store: Store, name: str, samples: SampleTable) -> None:
     store.write(document.samples["name"], columns)
 
 
-def _read_document(store: Reader, name: str) -> _IndexDocument:
+def _read_document(store: Reader, name: str) -> IndexDocument:
     where, hint = f"{store.url}/{name}", INDEX_HINT if name == INDEX_NAME else OLD_INDEX_HINT
     try:
         text = store.read(name, LARGE_BYTES)
@@ -468,7 +348,7 @@ def _read_document(store: Reader, name: str) -> _IndexDocument:
         ) from error
     try:
         said = parse_json(text)
-        outline = check(said, _OUTLINE)
+        outline = check(said, OUTLINE)
         if outline["version"] != FORMAT_VERSION:
             seen = f"format version is {outline['version']}, this program reads {FORMAT_VERSION}"
             raise ShardError(f"{where}: {seen}", "build the shard set anew")
@@ -477,27 +357,11 @@ def _read_document(store: Reader, name: str) -> _IndexDocument:
             raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", hint)
         if name not in (INDEX_NAME, old_index_name(wanted)):
             raise ShardError(f"{where}: is the index {wanted[:16]}… under another's name", hint)
-        document = check(said, _INDEX)
-        _check_document(document)
+        document = check(said, INDEX)
+        check_document(document)
     except DocumentError as error:
         raise ShardError(f"{where}: damaged ({error})", hint) from error
     return document
-
-
-def _check_document(document: _IndexDocument) -> None:
-    """Raise DocumentError if what an index says in one place does not go with what it says in another."""
-    bins, shards, track = document.duration_bins, document.shards, document.settings.get("track", "phonetic")
-    if list(bins) != sorted(bins):
-        raise DocumentError(f"'duration_bins' are {list(bins)}, and do not rise")
-    if track not in TRACKS:
-        raise DocumentError(f"'settings.track' is {track!a:.50}, not one of {', '.join(TRACKS)}")
-    for number, shard in enumerate(shards):
-        if shard.bucket >= len(bins):
-            raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)}")
-    if len({shard.name for shard in shards}) != len(shards):
-        raise DocumentError("a shard is listed twice")
-    if sum(shard.count for shard in shards) != document.samples["count"]:
-        raise DocumentError(f"'samples.count' is {document.samples['count']}, the shards' own make another")
 
 
 def _check_table(shards: Sequence[ShardEntry], table: SampleTable) -> None:
@@ -529,7 +393,7 @@ LISTED_REMOTELY = 50_000  # shards: a request lists a thousand files, two of eac
 VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
 
 
-def _index_from(document: _IndexDocument, table: SampleTable) -> ShardIndex:
+def _index_from(document: IndexDocument, table: SampleTable) -> ShardIndex:
     same = {name: getattr(document, name) for name in _COPIED}
     return ShardIndex(**same, samples=table)
 

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.errors import AudioError, ShardError
-from sharding.format import SPLITS, ShardEntry, ShardIndex, read_listed
+from sharding.format import ShardIndex, read_listed
 from sharding.names import UNKNOWN, age_order
+from sharding.schema import SPLITS, ShardEntry
 from sharding.store import Reader, Store, open_store
 from sharding.verify import check_shard
 from sharding.workers import Workers, count_done

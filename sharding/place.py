@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharding.errors import MissingError, ShardError
-from sharding.format import INDEX_NAME, SPLITS, read_outline, read_shard_index
+from sharding.format import INDEX_NAME, read_outline, read_shard_index
 from sharding.lock import LOCK_NAME
+from sharding.schema import SPLITS
 from sharding.store import FolderStore, Store
 
 SHARD_INDEX = re.compile(rf"((?:{'|'.join(SPLITS)})/b\d\d-\d{{5}})\.idx\.zst")

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sharding.audio import SAMPLE_RATE, Waveform
-from sharding.format import SPLITS, ShardIndex
+from sharding.format import ShardIndex
 from sharding.ipa import alphabet_of
 from sharding.pauses import HOP, Listening, Pause
+from sharding.schema import SPLITS
 from sharding.split import Segment
 
 COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "unlabelled": "#909090"}

@@ -17,7 +17,6 @@ from sharding.examine import Examined, examine, hash_pair
 from sharding.fill import Where
 from sharding.format import (
     SampleTable,
-    ShardEntry,
     ShardIndex,
     join_samples,
     read_index,
@@ -29,6 +28,7 @@ from sharding.format import (
 from sharding.lock import sole_build
 from sharding.manifest import Reading, read_sources
 from sharding.sample import whole_key
+from sharding.schema import ShardEntry
 from sharding.sounds import Sounds, unpack_sounds
 from sharding.store import Store, open_store
 from sharding.verify import Faults, find_faults

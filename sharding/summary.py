@@ -10,9 +10,10 @@ from typing_extensions import TypedDict
 from sharding.archive import MISSING
 from sharding.audio import SAMPLE_RATE
 from sharding.document import Number, Share, Size, parse
-from sharding.format import SPLITS, ShardIndex
+from sharding.format import ShardIndex
 from sharding.ledger import DECLARED_OFF_SEC, FATES, LEDGER_NAME, SURE, WORST, Tally, longest
 from sharding.manifest import printable
+from sharding.schema import SPLITS
 
 ORPHANS_NAME = "report/orphans.txt"
 

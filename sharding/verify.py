@@ -17,13 +17,13 @@ from sharding.format import (
     VERIFY_HINT,
     SampleTable,
     Shard,
-    ShardEntry,
     ShardIndex,
     old_index_name,
     read_index,
     read_listed,
 )
 from sharding.sample import Sample, sample_from_bytes
+from sharding.schema import ShardEntry
 from sharding.store import Reader, open_store
 from sharding.workers import Workers, count_done
 

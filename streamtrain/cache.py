@@ -24,8 +24,9 @@ from sharding.bucket import BucketStore, Range
 from sharding.document import SMALL_BYTES, DocumentError, Number, parse
 from sharding.errors import ShardError, StoreError, UnreachableError
 from sharding.exclusive import NO_LOCKS
-from sharding.format import ShardEntry, ShardIndex, read_samples
+from sharding.format import ShardIndex, read_samples
 from sharding.sample import Sample, escape_key
+from sharding.schema import ShardEntry
 from sharding.store import Reader, open_regular
 from sharding.writing import cannot_write
 from streamtrain.plan import Uses

@@ -15,7 +15,8 @@ import torch
 
 from sharding.audio import SAMPLE_RATE
 from sharding.exclusive import HeldError, exclusive
-from sharding.format import SPLITS, ShardIndex, check_presence, old_index_name, read_index
+from sharding.format import ShardIndex, check_presence, old_index_name, read_index
+from sharding.schema import SPLITS
 from sharding.store import Store, open_store
 from sharding.writing import explaining, write
 from streamtrain.checkpoint import (

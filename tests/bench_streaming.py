@@ -29,7 +29,8 @@ import soundfile
 from sharding import libflac
 from sharding.audio import SAMPLE_RATE
 from sharding.buckets import bucket_of, fit_bins
-from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex, read_index
+from sharding.format import SAMPLE_DTYPE, ShardIndex, read_index
+from sharding.schema import ShardEntry
 from sharding.store import open_store
 from streamtrain.plan import EpochPlan, PlanSettings, plan_epoch
 from tests.bench_corpora import flac_corpus

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("sharding", "streamtrain", "launch")
 SEEN_BY_STREAMTRAIN = {
     "format",
+    "schema",
     "sample",
     "store",
     "bucket",

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from sharding.audio import SAMPLE_RATE, frame_count
 from sharding.buckets import bucket_of, fit_bins
-from sharding.format import SAMPLE_DTYPE, ShardEntry, ShardIndex, read_index, read_keys
+from sharding.format import SAMPLE_DTYPE, ShardIndex, read_index, read_keys
+from sharding.schema import ShardEntry
 from sharding.store import open_store
 from streamtrain.plan import (
     BLOCK_STEPS,
