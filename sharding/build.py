@@ -37,6 +37,7 @@ from sharding.audio import SAMPLE_RATE
 from sharding.bucket import BucketStore
 from sharding.buckets import fit_bins
 from sharding.cluster import ClusterWorkers
+from sharding.cuts import LIMIT_SEC
 from sharding.errors import ManifestError, ShardError
 from sharding.examine import Examined, examine, find_orphans, hash_pair, hash_sources
 from sharding.fill import (
@@ -85,7 +86,7 @@ LEARN_LONGEST_SEC = 600.0  # no longer recording is learned from
 class BuildSettings:
     """All that decides the bytes of a shard set, beside its sources."""
 
-    limit_sec: float = 25.0
+    limit_sec: float = LIMIT_SEC
     valid_fraction: float = 0.1
     num_buckets: int = 8
     shard_mb: float = 64.0

@@ -13,6 +13,7 @@ from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alig
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
 from sharding.command import Commands, number, out_file, out_folder
+from sharding.cuts import LIMIT_SEC, MIN_PIECE_SEC
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
 from sharding.foreign import VALID_TARS, index_tars
@@ -23,7 +24,7 @@ from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_c
 from sharding.pauses import find_pauses, listen
 from sharding.repair import repair
 from sharding.sounds import example_of, learn
-from sharding.split import MIN_PIECE_SEC, Gates, split_recording
+from sharding.split import Gates, split_recording
 from sharding.store import open_store
 from sharding.summary import render
 from sharding.verify import check_older_indexes, find_faults
@@ -230,7 +231,7 @@ def _commands() -> Commands:
              "under the same paths as this machine, or OUT is a bucket (default: %(default)s)")  # fmt: skip
     add("--scheduler", default="", metavar="ADDRESS",
         help="with --executor dask: where its scheduler listens, such as tcp://host:8786")  # fmt: skip
-    add("--limit-sec", type=number(*LIMITS_SEC), default=25.0,
+    add("--limit-sec", type=number(*LIMITS_SEC), default=LIMIT_SEC,
         help="longer clips are split at pauses, s; lower saves GPU memory (default: %(default)s)")  # fmt: skip
     add("--valid-fraction", type=number(0, 1), default=0.1,
         help="share of the children whose clips are kept for validation (default: %(default)s)")  # fmt: skip
@@ -304,7 +305,7 @@ def _commands() -> Commands:
         help="tars to validate on, by their names below that folder; each must fit one "
              f"(default: {' '.join(VALID_TARS)}, if there are such)")  # fmt: skip
     add("--track", choices=TRACKS, default="phonetic", help="what the labels are (default: %(default)s)")
-    add("--limit-sec", type=number(*LIMITS_SEC), default=25.0,
+    add("--limit-sec", type=number(*LIMITS_SEC), default=LIMIT_SEC,
         help="longer samples are rejected, s (default: %(default)s)")  # fmt: skip
     add("--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)")  # fmt: skip
@@ -328,7 +329,7 @@ def _commands() -> Commands:
         help="a picture of the sound, where speech is heard, the pauses, the cuts and the words",
     )
     parser_split.add_argument(
-        "--limit-sec", type=number(*LIMITS_SEC), default=25.0, help="longest piece, s (default: %(default)s)"
+        "--limit-sec", type=number(*LIMITS_SEC), default=LIMIT_SEC, help="longest piece, s (default: %(default)s)"
     )
 
     parser_demo = commands.add(

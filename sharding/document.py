@@ -4,23 +4,28 @@ A reader says as a type what it wants, and pydantic where a document differs fro
 proportion to the file, so that a small file cannot fill a machine.
 """
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
 import zstandard
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from sharding.store import open_regular
 
 SMALL_BYTES = 2**24  # of a document that does not grow with a shard set, such as a scorecard
 LARGE_BYTES = 2**32  # of one that does
+LINE_BYTES = 2**22  # of a row: the label of a recording of ten hours takes one
 MAX_UNPACKING = 100  # times its size: ours unpack to ten times theirs, a list of refusals to eighty times
 UNPACKED_FREELY = 2**20  # bytes, whatever the ratio
 BRACKETS_FREELY, BYTES_OF_BRACKET = 1_000, 16  # an empty list takes 3 bytes of a document, and 64 of memory
 PIECE_BYTES = 2**10  # of a frame at a time, which may unpack to 32 MB
 FAULTS_TOLD = 100
+
+STRICT = ConfigDict(extra="forbid")  # of files that are ours: a field that is not known may mean anything
 
 Count = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
 Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]  # bytes, samples or steps
@@ -39,20 +44,31 @@ class DocumentError(ValueError):
 def read_document(path: Path, limit: int = SMALL_BYTES) -> bytes:
     """Read a file whole. Raises OSError, and DocumentError if it is larger than any such document."""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        small = os.fstat(file.fileno()).st_size <= limit  # else it may be a hole of any size
+        data = file.read(limit + 1) if small else b""
+    if not small or len(data) > limit:
         raise DocumentError(f"it has more than {limit:,} bytes")
     return data
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse one JSON value without NaN or infinite literals. Raises DocumentError."""
+def parse_json(data: bytes, finite: bool = True) -> Any:
+    """Parse one JSON value, if `finite` without NaN or infinite literals. Raises DocumentError."""
     if data.count(b"[") + data.count(b"{") > BRACKETS_FREELY + len(data) // BYTES_OF_BRACKET:
         raise DocumentError("it consists of brackets")
     try:
-        return from_json(data, allow_inf_nan=False)
+        return from_json(data, allow_inf_nan=not finite)
     except ValueError as error:
         raise DocumentError(f"not JSON: {error}") from error
+
+
+def parse_row(data: bytes) -> dict[str, Any]:
+    """Parse one JSON object of another program: a number may be NaN, no key comes twice. Raises DocumentError."""
+    row = parse_json(data, finite=False)
+    if not isinstance(row, dict):
+        raise DocumentError(f"a JSON object is expected, found {type(row).__name__}")
+    if data.count(b":") > len(row):  # else it is flat, and each key is another
+        json.loads(data, object_pairs_hook=_refuse_twice)
+    return row
 
 
 def parse(data: bytes, wanted: TypeAdapter[Wanted]) -> Wanted:
@@ -99,6 +115,14 @@ def unpack_lines(file: BinaryIO) -> Iterator[bytes]:
 def most_of(packed: int, most_times: int = MAX_UNPACKING) -> int:
     """Return how many bytes some packed ones may unpack to."""
     return max(UNPACKED_FREELY, most_times * packed)
+
+
+def _refuse_twice(pairs: Sequence[tuple[str, Any]]) -> None:
+    seen = set[str]()
+    for key, _ in pairs:
+        if key in seen:
+            raise DocumentError(f"{key!a:.100} is there twice")
+        seen.add(key)
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,8 +1,7 @@
-"""Where to cut a long recording, and which words belong to which piece.
+"""Cut a long recording, and tell which words belong to which piece.
 
-The cuts are the cheapest set over the whole recording (dynamic programming): few, at good pauses, no tiny pieces,
-none over the limit. Words are given to pieces by what is heard: with the sounds of the corpus's own labels (pass 1) or,
-where a model has aligned the label, by that (pass 2). A piece whose label is not nearly certain is kept without it.
+Words are given to pieces by what is heard: with the sounds of the corpus's own labels (pass 1) or, where a model has
+aligned the label, by that (pass 2). A piece whose label is not nearly certain is kept without it.
 """
 
 from collections.abc import Sequence
@@ -13,24 +12,11 @@ import numpy as np
 
 from sharding.aligned import Evidence
 from sharding.audio import SAMPLE_RATE, Waveform, frame_count
+from sharding.cuts import LIMIT_SEC, Cut, find_cuts
 from sharding.ipa import ctc_frames_needed
-from sharding.pauses import (
-    LONGEST_STOP_SEC,
-    Listening,
-    Pause,
-    Stretch,
-    find_pauses,
-    find_stretches,
-    listen,
-    quietest_cut,
-)
+from sharding.pauses import LONGEST_STOP_SEC, Listening, Stretch, find_pauses, find_stretches, listen
 from sharding.sounds import Sounds
 
-MIN_PIECE_SEC = 1.5
-SHORT_PIECE_SEC = 5.0  # shorter pieces cost something
-CUT_COST = 0.5  # every cut is a risk for the label
-FORCED_COST = 20.0  # a cut where somebody may be speaking: only where there is no other way
-TINY_COST = 1000.0  # a piece under MIN_PIECE_SEC: only where nothing else is possible
 LEAST_BETWEEN = 0.01  # probability that a cut in a pause falls between words, below which a model is not believed
 RATE_FACTOR = 2.0  # a piece says at most so many times as many symbols a second as its recording, and at least 1 / that
 
@@ -81,18 +67,11 @@ class Given:
     refused: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    position: int  # sample
-    quality: float
-    forced: bool
-
-
 def split_recording(
     utterance_id: str,
     waveform: Waveform,
     text: str,
-    limit_sec: float = 25.0,
+    limit_sec: float = LIMIT_SEC,
     heard: Listening | None = None,
     evidence: Evidence | None = None,
     sounds: Sounds | None = None,
@@ -105,7 +84,7 @@ def split_recording(
     """
     heard = heard or listen(waveform)
     pauses = find_pauses(heard)
-    cuts = choose_cuts(len(waveform), candidates(heard, pauses, limit_sec), round(limit_sec * SAMPLE_RATE))
+    cuts = find_cuts(heard, pauses, len(waveform), limit_sec)
     ends = [0, *(cut.position for cut in cuts), len(waveform)]
     stretches = find_stretches(heard, pauses, len(waveform))
 
@@ -140,38 +119,6 @@ def _untold(text: str, heard: Listening, samples: int) -> Given:
     if frame_count(samples) < ctc_frames_needed(text):
         return Given("", 0.0, "the label does not fit into the recording")
     return Given("", 0.0, "too few labels to learn the sounds of words from, or too long a recording")
-
-
-def candidates(heard: Listening, pauses: Sequence[Pause], limit_sec: float) -> list[Cut]:
-    """Every place worth cutting at: the pauses, and, as a last resort, the quietest moment of each half second."""
-    cuts = {pause.cut: Cut(pause.cut, pause.quality, False) for pause in pauses}
-    grid = max(1, min(50, int(limit_sec * 100 / 4)))
-    for start in range(0, len(heard.level_db) - grid + 1, grid):
-        position = quietest_cut(heard, start, start + grid)
-        cuts.setdefault(position, Cut(position, 0.0, True))
-    return sorted(cuts.values(), key=lambda cut: cut.position)
-
-
-def choose_cuts(samples: int, cuts: Sequence[Cut], limit: int) -> list[Cut]:
-    """The cheapest set of cuts that leaves no piece over `limit` samples; O(candidates²) within the limit."""
-    positions = np.array([0, *(cut.position for cut in cuts), samples])
-    price = np.array([0.0, *(CUT_COST + 1 - cut.quality + FORCED_COST * cut.forced for cut in cuts), 0.0])
-    best = np.full(len(positions), np.inf)
-    best[0] = 0.0
-    previous = np.zeros(len(positions), np.int64)
-    for here in range(1, len(positions)):
-        reach = np.arange(np.searchsorted(positions, positions[here] - limit), here)
-        seconds = (positions[here] - positions[reach]) / SAMPLE_RATE
-        short = np.maximum(0, (SHORT_PIECE_SEC - seconds) / SHORT_PIECE_SEC) + TINY_COST * (seconds < MIN_PIECE_SEC)
-        total = best[reach] + short + price[here]
-        previous[here] = reach[total.argmin()]
-        best[here] = total.min()
-    chosen = []
-    here = int(previous[-1])
-    while here > 0:
-        chosen.append(cuts[here - 1])
-        here = int(previous[here])
-    return chosen[::-1]
 
 
 def words_by_evidence(

@@ -10,6 +10,7 @@ from sharding.audio import MIN_SAMPLES, decode_native
 from sharding.errors import AudioError
 from sharding.sample import Sample
 from streamtrain.augment import change_speed, length_at
+from streamtrain.hear import zero_mean_unit_variance
 from streamtrain.plan import Sounds
 from streamtrain.vocab import Vocab
 
@@ -92,12 +93,6 @@ def silence_crowded(batch: Batch, frames: torch.Tensor) -> Batch:
         return batch
     keys = tuple(key for key, one in zip(batch.keys, crowded.tolist(), strict=True) if one)
     return replace(batch, weights=batch.weights * ~crowded, crowded=keys)
-
-
-def zero_mean_unit_variance(waveform: np.ndarray) -> np.ndarray:
-    """As Transformers' Wav2Vec2FeatureExtractor does it, over the clip alone."""
-    normalized: np.ndarray = (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
-    return normalized.astype(np.float32)
 
 
 def _decode_into(waveform: np.ndarray, audio: bytes, speed: float, gain: float) -> bool:

@@ -7,7 +7,8 @@ import torch
 
 from sharding.audio import SAMPLE_RATE, Waveform
 from streamtrain.augment import keyed_random
-from streamtrain.collate import Batch, silence_crowded, zero_mean_unit_variance
+from streamtrain.collate import Batch, silence_crowded
+from streamtrain.hear import zero_mean_unit_variance
 from streamtrain.mask import Masking
 from streamtrain.network import count_frames
 

@@ -12,12 +12,16 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE, encode
+from sharding.document import LARGE_BYTES, DocumentError, parse, parse_row, read_document
 from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_sample
 from sharding.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
@@ -30,8 +34,14 @@ from streamtrain.score import score_files
 
 HERE = Path(__file__).parent
 CONTRACT = "Python 3.11, torch 2.9.1, transformers 4.57.6"
-RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors")  # what the challenge's machine has
+RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")  # of what its machine has
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
+TAKEN_ALONG = {  # what decodes, cuts and hears here does so there
+    "sharding": ("__init__.py", "audio.py", "containers.py", "cuts.py", "errors.py", "flac.py", "libflac.py",
+                 "pauses.py"),
+    "streamtrain": ("__init__.py", "network.py", "hear.py"),
+    "silero_vad": ("__init__.py", "model.py", "utils_vad.py", "data/__init__.py", "data/silero_vad.jit"),
+}  # fmt: skip
 NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model, the same zip
 
 CLIPS, SPEECH_SEC, LIMIT_SEC = 77_011, 38.4 * 3600, 2 * 3600  # of the hidden test set, and of its run
@@ -43,6 +53,15 @@ MADE_UP_SEC = (0.01, 0.025, 0.03, 0.3, 1.1, 1.1, 1.2, 2.0, 4.4, 6.5, 12.6, 24.9,
 
 class PackageError(StreamtrainError):
     """A submission that does not keep the challenge's contract; the message names the clause."""
+
+
+class _Settings(TypedDict):
+    """What is read of submission.json."""
+
+    field: Literal["phonetic_text", "orthographic_text"]
+
+
+_SETTINGS = TypeAdapter(_Settings)
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Rehearsal:
     log_lines: int
     rate: float | None  # CER or WER, where the labels are known
     unread: int
+    in_part: int  # clips that are not whole, of which the text is of what is left
 
     @property
     def projected_sec(self) -> float:
@@ -68,8 +88,8 @@ class Rehearsal:
 def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
     """Write `out`, a zip with main.py at its root and the model beside it. Returns the model's track.
 
-    `batch_seconds` are the padded seconds of a forward: 400 on a GPU and 30 elsewhere where None. Raises
-    StreamtrainError where the folder holds no whole model.
+    `batch_seconds` are the padded seconds of a forward, by the machine if None. Raises StreamtrainError where the
+    folder holds no whole model.
     """
     loaded = load_trained(model)
     warn_unless_finished(model)
@@ -77,10 +97,10 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
     settings = {"field": TRACKS[track], "normalize": loaded.normalize, "batch_seconds": batch_seconds}
     files = {
         "main.py": (HERE / "submission_main.py").read_bytes(),
-        "streamtrain/__init__.py": b"",
-        "streamtrain/network.py": (HERE / "network.py").read_bytes(),
         "submission.json": json.dumps(settings, indent=1).encode(),
     }
+    for name, parts in TAKEN_ALONG.items():
+        files |= {f"{name}/{part}": (_folder_of(name) / part).read_bytes() for part in parts}
     with written(out) as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in files.items():
             archive.writestr(_member(name), data, zipfile.ZIP_DEFLATED)
@@ -91,6 +111,14 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
             ):
                 shutil.copyfileobj(source, target)
     return track
+
+
+def _folder_of(name: str) -> Path:
+    """Return where a package lies, without importing it."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise PackageError(f"{name} is not installed, and its files are part of a submission")
+    return Path(spec.origin).parent
 
 
 def _member(name: str) -> zipfile.ZipInfo:
@@ -110,14 +138,14 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
         folder = Path(name)
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
-        field = json.loads((folder / "submission.json").read_text())["field"]
+        field = _field_of(folder / "submission.json")
         labels = _lay_out(folder / "data", data, field)
         started = time.monotonic()
         log, work_sec, speech_sec = _run(folder, python)
         total_sec = time.monotonic() - started
         rows = _check_rows(folder, field)
         ready = re.search(r"^ready: on (\w+) after ([\d.]+) s(?:, (.*))?$", log, re.MULTILINE)
-        unread = re.search(r"([\d,]+) clips unread", log)
+        unread = re.search(r"([\d,]+) clips unread, ([\d,]+) in part", log)
         if ready is None or unread is None:
             raise PackageError(f"main.py says neither when it was ready nor what it could not read:\n{log[-2000:]}")
         work_sec -= float(ready[2])
@@ -137,6 +165,7 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
             log_lines=len(lines),
             rate=rate,
             unread=int(unread[1].replace(",", "")),
+            in_part=int(unread[2].replace(",", "")),
         )
 
 
@@ -144,7 +173,8 @@ def render(done: Rehearsal, track: str) -> str:
     rate = "" if done.rate is None else f", {'WER' if track == 'word' else 'CER'} {done.rate:.4f}"
     within = "within" if done.projected_sec < LIMIT_SEC else "ABOVE"
     return (
-        f"rehearsed offline on {done.clips:,} clips ({done.speech_sec:,.0f} s of speech, {done.unread} unread){rate}\n"
+        f"rehearsed offline on {done.clips:,} clips ({done.speech_sec:,.0f} s of speech, {done.unread} unread, "
+        f"{done.in_part} in part){rate}\n"
         f"with {done.versions}; the challenge has {CONTRACT} (--python may name an interpreter that has them)\n"
         f"every id once and in order, symbols as allowed, {done.log_lines} lines of log\n"
         f"the test set ({CLIPS:,} clips, {SPEECH_SEC / 3600:g} h) would take {done.projected_sec / 60:,.0f} minutes on "
@@ -171,6 +201,14 @@ def _run(folder: Path, python: str) -> tuple[str, float, float]:
     return done.stdout, float(said[2]), float(said[1])
 
 
+def _field_of(settings: Path) -> str:
+    """Return the field that its rows have, besides the id."""
+    try:
+        return parse(read_document(settings), _SETTINGS)["field"]
+    except (OSError, DocumentError) as error:
+        raise PackageError(f"{settings.name}: {error}", "`package` writes the archive") from error
+
+
 def _check_rows(folder: Path, field: str) -> int:
     """The number of rows. Raises PackageError where they are not those of the format file."""
     out = folder / "submission" / "submission.jsonl"
@@ -178,7 +216,7 @@ def _check_rows(folder: Path, field: str) -> int:
         raise PackageError("main.py wrote no submission/submission.jsonl")
     wanted = [row["utterance_id"] for row in _rows(folder / "data" / "submission_format.jsonl")]
     rows = list(_rows(out))
-    given = [row.get("utterance_id") for row in rows]
+    given = [row["utterance_id"] for row in rows]
     if given != wanted:
         extra, lacking = Counter(given) - Counter(wanted), Counter(wanted) - Counter(given)
         raise PackageError(
@@ -196,8 +234,20 @@ def _check_rows(folder: Path, field: str) -> int:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+    try:
+        lines = read_document(path, LARGE_BYTES).split(b"\n")
+    except (OSError, DocumentError) as error:
+        raise PackageError(f"{path.name}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_row(line) if line.strip() else None
+        except DocumentError as error:
+            raise PackageError(f"{path.name}:{number}: {error}") from error
+        if row is None:
+            continue
+        if not isinstance(row.get("utterance_id"), str):
+            raise PackageError(f"{path.name}:{number}: it has no utterance_id that is text")
+        yield row
 
 
 # --- the data of a rehearsal ------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
-"""`main.py` of a submission: transcribes data/audio with the model beside it, offline. Nothing but torch, transformers,
-soundfile and numpy; `package` puts it into a zip together with network.py and a model.
+"""Transcribe data/audio with the model beside this file, offline: `main.py` of a submission.
+
+It says what `transcribe` says, because `package` puts the files that do it there into the zip as they are. Every clip
+gets a row: of one that `transcribe` refuses, with what is left of it, and its name and the reason in the log.
 """
 
+import io
 import json
 import os
 import platform
@@ -10,31 +13,37 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, pairwise
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import soundfile
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from sharding.audio import SAMPLE_RATE, Waveform, decode  # noqa: E402
+from sharding.cuts import pieces_of  # noqa: E402
+from sharding.errors import AudioError  # noqa: E402
+from streamtrain.hear import hear, usual_batch_seconds  # noqa: E402
 from streamtrain.network import CTCModel  # noqa: E402
 
-SAMPLE_RATE = 16_000
-HOP = SAMPLE_RATE // 100
-MIN_SAMPLES = 400  # one frame
-LIMIT_SEC = 25.0  # what is longer is cut at quiet moments
-BATCH_SEC = {"cuda": 400.0, "cpu": 30.0}  # padded seconds of a forward
 LINES = 50  # of progress: the challenge keeps 500
+NAMED = 50  # clips with a fault
+REASON_CHARACTERS = 150
 READERS = 4
 AHEAD = 64  # clips decoded ahead of their batch
-BLOCK = 2**20  # samples read at a time
+BLOCK = 2**12  # samples of a damaged clip that are kept or lost together
 
-Waveform = npt.NDArray[np.float32]
+
+class Clip(NamedTuple):
+    """A clip as it is to be heard."""
+
+    pieces: list[Waveform]  # none of one that cannot be read
+    fault: str | None = None  # why it is not whole
 
 
 def main() -> None:
@@ -47,9 +56,9 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {recogniser.version}"
     print(f"ready: on {recogniser.device.type} after {time.monotonic() - started:.2f} s, {versions}", flush=True)
     texts: dict[str, list[str]] = {name: [] for name in names}
-    broken: list[str] = []
+    faults: dict[str, Clip] = {}
     done = said = samples = 0
-    for batch in batches_of(decoded(paths, broken), recogniser.batch_seconds):
+    for batch in batches_of(decoded(paths, faults), recogniser.batch_seconds):
         for (name, _), text in zip(batch, recogniser.read([piece for _, piece in batch]), strict=True):
             texts[name].append(text)
         done += len(batch)
@@ -57,11 +66,14 @@ def main() -> None:
         if done * LINES >= (said + 1) * len(names):
             said = done * LINES // max(len(names), 1)
             print(f"{done:,} pieces of {len(names):,} clips, {time.monotonic() - started:.0f} s", flush=True)
-    for name in broken[:20]:
-        print(f"{name}: cannot be read, and gets an empty text", flush=True)
+    for name, clip in islice(faults.items(), NAMED):
+        said_of_it = "the text is of what is left" if clip.pieces else "the text is empty"
+        print(f"{name:.80}: {clip.fault:.{REASON_CHARACTERS}}: {said_of_it}", flush=True)
     write_rows(Path("submission") / "submission.jsonl", names, texts, settings["field"])
-    said_last = f"{len(names):,} rows, {len(broken):,} clips unread, {samples / SAMPLE_RATE:.1f} s of speech"
-    print(f"done: {said_last}, {time.monotonic() - started:.2f} s", flush=True)
+    unread = sum(not clip.pieces for clip in faults.values())
+    said_last = f"{len(names):,} rows, {unread:,} clips unread, {len(faults) - unread:,} in part"
+    seconds = time.monotonic() - started
+    print(f"done: {said_last}, {samples / SAMPLE_RATE:.1f} s of speech, {seconds:.2f} s", flush=True)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -83,49 +95,53 @@ def find_audio(data: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: found[name] for name in sorted(found, key=lambda name: (-sizes[name], name))}
 
 
-def decoded(paths: dict[str, Path], broken: list[str]) -> Iterator[tuple[str, Waveform]]:
-    """The pieces of every clip, in that order; the names of clips that cannot be read go to `broken`."""
+def decoded(paths: dict[str, Path], faults: dict[str, Clip]) -> Iterator[tuple[str, Waveform]]:
+    """The pieces of every clip, in that order; clips that are not whole go to `faults`."""
     with ThreadPoolExecutor(READERS) as pool:
         clips = iter(paths.items())
-        pending: deque[tuple[str, Future[list[Waveform]]]] = deque(
-            (name, pool.submit(decode, path)) for name, path in islice(clips, AHEAD)
+        pending: deque[tuple[str, Future[Clip]]] = deque(
+            (name, pool.submit(load, path)) for name, path in islice(clips, AHEAD)
         )
         while pending:
             name, future = pending.popleft()
-            pending.extend((name, pool.submit(decode, path)) for name, path in islice(clips, 1))
+            pending.extend((name, pool.submit(load, path)) for name, path in islice(clips, 1))
             try:
-                pieces = future.result()
-            except Exception:  # whatever is wrong with one clip, the others count
-                broken.append(name)
-                continue
-            yield from ((name, piece) for piece in pieces)
+                clip = future.result()
+            except Exception as error:  # whatever is wrong with one clip, the others count
+                clip = Clip([], str(getattr(error, "strerror", None) or error).split("\n")[0])
+            if clip.fault is not None:
+                faults[name] = clip
+            yield from ((name, piece) for piece in clip.pieces)
 
 
-def decode(path: Path) -> list[Waveform]:
-    """A clip at 16 kHz, cut at quiet moments where it is too long; none where it is shorter than a frame."""
-    with soundfile.SoundFile(path) as file:  # in blocks: what the header says of its length may be anything
-        file.seekable = lambda: False  # else soundfile relies on it
-        rate, blocks = file.samplerate, []
+def load(path: Path) -> Clip:
+    """A clip at 16 kHz, cut at pauses where it is too long. Raises AudioError or OSError if nothing of it is left."""
+    data, fault = path.read_bytes(), None
+    try:
+        waveform, _ = decode(data, prove=True)
+    except AudioError as error:
+        rescued, fault = rescue(data), error.message
+        if rescued is None:
+            raise
+        waveform = rescued
+    return Clip([piece for _, piece in pieces_of(waveform)], fault)
+
+
+def rescue(data: bytes) -> Waveform | None:
+    """What decodes of a clip that was refused, with silence for what is no number; None if that is too little."""
+    blocks: list[Waveform] = []
+    with suppress(soundfile.LibsndfileError, RuntimeError), soundfile.SoundFile(io.BytesIO(data)) as file:
+        file.seekable = lambda: False  # else soundfile relies on what the header says of its length
         while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-            blocks.append(np.nan_to_num(block.mean(axis=1)))
-    waveform: Waveform = np.concatenate([*blocks, np.zeros(0, np.float32)])
-    if rate != SAMPLE_RATE:  # the challenge's audio is not: enough to say something of it
-        places = np.arange(round(len(waveform) * SAMPLE_RATE / rate)) * (rate / SAMPLE_RATE)
-        waveform = np.interp(places, np.arange(len(waveform)), waveform).astype(np.float32)
-    ends = [0, *quiet_moments(waveform, round(LIMIT_SEC * SAMPLE_RATE)), len(waveform)]
-    return [waveform[start:end] for start, end in pairwise(ends) if end - start >= MIN_SAMPLES]
-
-
-def quiet_moments(waveform: Waveform, limit: int) -> list[int]:
-    """Where to cut, in samples: the quietest 0.1 s of the last two fifths before the limit, again and again."""
-    cuts, start = [], 0
-    while len(waveform) - start > limit:
-        window = np.square(waveform[start + 3 * limit // 5 : start + limit])
-        level = window[: len(window) // HOP * HOP].reshape(-1, HOP).mean(axis=1)
-        smooth = np.convolve(level, np.ones(10), "valid")
-        start += 3 * limit // 5 + (int(smooth.argmin()) + 5) * HOP
-        cuts.append(start)
-    return cuts
+            blocks.append(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0))
+    if not blocks:
+        return None
+    whole = io.BytesIO()
+    soundfile.write(whole, np.concatenate(blocks), file.samplerate, format="WAV", subtype="FLOAT")
+    try:
+        return decode(whole.getvalue())[0]
+    except AudioError:
+        return None
 
 
 def batches_of(pieces: Iterator[tuple[str, Waveform]], seconds: float) -> Iterator[list[tuple[str, Waveform]]]:
@@ -150,11 +166,10 @@ class Recogniser:
 
         self.version = __version__
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.batch_seconds = batch_seconds or BATCH_SEC[self.device.type]
-        torch.set_float32_matmul_precision("high")
         network = AutoModelForCTC.from_pretrained(folder)
         ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         self._model = CTCModel(network.float(), ids, normalize).to(self.device).eval()
+        self.batch_seconds = batch_seconds or usual_batch_seconds(self._model)
         said = {number: token.replace("|", " ") for token, number in ids.items()}
         self._symbols = [said[number] if said[number] not in ("[PAD]", "[UNK]") else "" for number in range(len(ids))]
         self._blank = int(network.config.pad_token_id)
@@ -162,28 +177,16 @@ class Recogniser:
     def read(self, pieces: Sequence[Waveform]) -> list[str]:
         """The best path of each piece, its repeats merged and its blanks dropped."""
         try:
-            return self._read(pieces)
+            log_probs, frames = hear(self._model, pieces)
         except torch.OutOfMemoryError:
             if len(pieces) == 1:
                 raise
+        else:
+            rows = zip(log_probs.max(dim=-1).indices.cpu(), frames.tolist(), strict=True)
+            return [self._spell(row[:length]) for row, length in rows]
         torch.cuda.empty_cache()
         half = len(pieces) // 2
         return self.read(pieces[:half]) + self.read(pieces[half:])
-
-    @torch.inference_mode()
-    def _read(self, pieces: Sequence[Waveform]) -> list[str]:
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        rows = [torch.from_numpy(self._normalized(piece)) for piece in pieces]
-        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-        ids = self._model(inputs, lengths).argmax(-1).cpu()  # (B, T)
-        frames = self._model.frame_counts(lengths).tolist()
-        return [self._spell(row[:length]) for row, length in zip(ids, frames, strict=True)]
-
-    def _normalized(self, piece: Waveform) -> Waveform:
-        if not self._model.normalize:
-            return np.ascontiguousarray(piece)
-        normalized: Waveform = (piece - piece.mean()) / np.sqrt(piece.var() + 1e-7)
-        return normalized
 
     def _spell(self, ids: torch.Tensor) -> str:
         merged = torch.unique_consecutive(ids).tolist()

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE, Waveform, decode
-from sharding.document import Size, parse, read_document
+from sharding.cuts import pieces_of
+from sharding.document import STRICT, Size, parse, read_document
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
-from sharding.split import split_recording
 from sharding.writing import beside, explaining, file_to_replace, sync, write, written
 from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
 from streamtrain.finish import warn_unless_finished
@@ -34,7 +34,6 @@ from streamtrain.recordings import Recording
 from streamtrain.stream import read_ahead
 from streamtrain.world import World
 
-LIMIT_SEC = 25.0  # longer recordings are decoded in pieces, cut at pauses
 READERS = 2
 
 LogProbs = npt.NDArray[np.float32]
@@ -105,6 +104,8 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
 
 
 class _State(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
     digest: str
     rows: Size
     bytes: Size
@@ -190,7 +191,7 @@ def load(recording: Recording) -> Sound:
         starts: list[float] = []
         for piece in loaded:
             waveform, _ = decode(piece.audio, prove=True)
-            for start, segment in _segments(waveform):
+            for start, segment in pieces_of(waveform):
                 pieces.append(segment)
                 starts.append(piece.start_sec + start / SAMPLE_RATE)
         return Sound(recording, loaded[0].utterance_id or recording.utterance_id, tuple(pieces), tuple(starts))
@@ -199,15 +200,6 @@ def load(recording: Recording) -> Sound:
     except OSError as error:
         said = str(error.strerror or error)
     return Sound(recording, recording.utterance_id, error=said)
-
-
-def _segments(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
-    if len(waveform) <= LIMIT_SEC * SAMPLE_RATE:
-        yield 0, waveform
-        return
-    for segment in split_recording("", waveform, "", LIMIT_SEC):
-        start = round(segment.start_sec * SAMPLE_RATE)
-        yield start, waveform[start : start + segment.samples]
 
 
 def _read_chunk(model: CTCModel, sounds: Sequence[Sound], reading: Reading) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ SEEN_BY_STREAMTRAIN = {
     "audio",
     "pauses",
     "align",
+    "cuts",
     "split",
     "errors",
     "exclusive",

@@ -22,10 +22,10 @@ from sharding.audio import MIN_SAMPLES, SAMPLE_RATE, frame_count
 from sharding.ipa import SYMBOLS
 from streamtrain.augment import keyed_random, span_mask
 from streamtrain.checksums import ChecksumError
-from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.config import ModelConfig
 from streamtrain.decode import greedy, join_pieces
 from streamtrain.export import ExportError, export_model, verify
+from streamtrain.hear import zero_mean_unit_variance
 from streamtrain.model import ModelError, load_model, load_trained, save_model
 from streamtrain.network import CTCModel, MaskedGroupNorm, convolve_blocks, convolve_frames, ctc_sum
 from streamtrain.vocab import vocab_of

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from sharding.aligned import Evidence, hash_label
+from sharding.cuts import Cut, choose_cuts
 from sharding.demo import open_espeak, plan_children, say_phrase
 from sharding.format import read_index, read_sample
 from sharding.ledger import Tally, ledger_row
@@ -33,12 +34,7 @@ from sharding.pauses import HOP, VAD_WINDOW, Stretch, find_pauses, find_stretche
 from sharding.plots import DPI
 from sharding.sample import Sample
 from sharding.sounds import example_of, learn
-from sharding.split import (
-    Cut,
-    choose_cuts,
-    split_recording,
-    words_by_evidence,
-)
+from sharding.split import split_recording, words_by_evidence
 from sharding.store import open_store
 
 LIMIT = 25 * SAMPLE_RATE

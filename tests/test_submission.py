@@ -22,7 +22,7 @@ from sharding.sample import escape_key
 from sharding.store import open_store
 from streamtrain.network import CTCModel
 from streamtrain.recordings import find_recordings
-from streamtrain.submission import PackageError, package, rehearse
+from streamtrain.submission import TAKEN_ALONG, PackageError, package, rehearse
 from streamtrain.transcribe import transcribe
 from streamtrain.vocab import save_vocab, vocab_of
 
@@ -71,7 +71,7 @@ def test_it_says_what_transcribe_says(family: str, data: Path, tmp_path: Path) -
     folder = save(talkative(family), tmp_path / "best")
     package(folder, tmp_path / "submission.zip")
     done = rehearse(tmp_path / "submission.zip", str(data))
-    assert (done.clips, done.unread) == (len(SECONDS) + 3, 2)
+    assert (done.clips, done.unread) == (len(SECONDS) + 3, 3)
     assert done.log_lines < 60
     assert done.rate is None
     rows = submission_of(tmp_path / "submission.zip", data, tmp_path / "there")
@@ -82,10 +82,7 @@ def test_it_says_what_transcribe_says(family: str, data: Path, tmp_path: Path) -
     ]
     for row in rows:
         name, text = row["utterance_id"], row["phonetic_text"]
-        if name == f"U_{len(SECONDS) - 1}":  # cut at other moments where it is too long: no voice detector is there
-            assert len(text) == pytest.approx(len(ours[name]), rel=0.05)
-        else:
-            assert text == ours.get(name, ""), name
+        assert text == ours.get(name, ""), name
     assert sum(bool(row["phonetic_text"]) for row in rows) >= len(SECONDS) - 1
 
 
@@ -110,7 +107,7 @@ def test_the_word_track_writes_words(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "words.zip: written" in done.stdout
     assert "word track" in done.stdout
-    assert "2 unread" in done.stdout
+    assert "3 unread, 0 in part" in done.stdout
 
 
 def test_the_command_rehearses_on_noise_or_on_a_shard_set(model: Path, small_shards: Path, tmp_path: Path) -> None:
@@ -128,8 +125,8 @@ def test_the_same_model_makes_the_same_zip_with_nothing_else_in_it(model: Path, 
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "one.zip") as packed:
         assert set(packed.namelist()) == {
-            "main.py", "streamtrain/__init__.py", "streamtrain/network.py", "submission.json",
-            "model/config.json", "model/model.safetensors", "model/vocab.json",
+            "main.py", "submission.json", "model/config.json", "model/model.safetensors", "model/vocab.json",
+            *(f"{folder}/{name}" for folder, names in TAKEN_ALONG.items() for name in names),
         }  # fmt: skip
 
 
@@ -141,7 +138,7 @@ print("ready: on cpu after 0.1 s")
 with open("submission/submission.jsonl", "w") as out:
     for row in rows:
         out.write(json.dumps(row) + "\\n")
-print("done: 0 clips unread, 3.0 s of speech, 0.2 s")
+print("done: 0 clips unread, 0 in part, 3.0 s of speech, 0.2 s")
 """
 
 
@@ -259,14 +256,65 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(model: 
     assert not list(tmp_path.glob("*.zip*"))
 
 
-def test_audio_of_another_rate_or_with_two_channels_is_heard(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "data" / "audio").mkdir(parents=True)
-    stereo = np.stack([sound(3, 1)] * 2, axis=1)
-    soundfile.write(tmp_path / "data" / "audio" / "a.flac", stereo, SAMPLE_RATE, subtype="PCM_16")
-    soundfile.write(tmp_path / "data" / "audio" / "b.flac", sound(3, 1)[::2], SAMPLE_RATE // 2, subtype="PCM_16")
-    write(tmp_path / "data" / "submission_format.jsonl", [{"utterance_id": name} for name in "ab"])
+def odd_clips(folder: Path) -> list[str]:
+    """Clips as people have them, and of each the name that a submission would give it."""
+    whole, other = sound(3, 1), sound(3, 2)
+    noisy = np.concatenate([sound(14, 3), np.zeros(8_000, np.float32), sound(16, 4)])
+    clips: dict[str, tuple[np.ndarray, int, str]] = {
+        "mono.flac": (whole, SAMPLE_RATE, "PCM_16"),
+        "stereo.flac": (np.stack([whole, other], 1), SAMPLE_RATE, "PCM_16"),
+        "antiphase.flac": (np.stack([whole, -whole], 1), SAMPLE_RATE, "PCM_16"),
+        "integers.wav": (whole * 2**15, SAMPLE_RATE, "FLOAT"),
+        "deep.flac": (whole, SAMPLE_RATE, "PCM_24"),
+        "slow.flac": (whole, 8_000, "PCM_16"),
+        "quick.flac": (whole, 44_100, "PCM_16"),
+        "long.flac": (noisy, SAMPLE_RATE, "PCM_16"),
+    }
+    for name, (samples, rate, subtype) in clips.items():
+        soundfile.write(folder / name, samples, rate, subtype=subtype)
+    return list(clips)
+
+
+def test_odd_clips_get_the_text_that_transcribe_gives_them(model: Path, tmp_path: Path) -> None:
+    """Two channels, opposite ones, floats in the range of integers, other rates, and what has to be cut."""
+    audio = tmp_path / "data" / "audio"
+    audio.mkdir(parents=True)
+    names = odd_clips(audio)
+    write(tmp_path / "data" / "submission_format.jsonl", [{"utterance_id": Path(name).stem} for name in names])
+    write(
+        tmp_path / "data" / "utterance_metadata.jsonl",
+        [{"utterance_id": Path(name).stem, "audio_path": f"audio/{name}"} for name in names],
+    )
     package(model, tmp_path / "submission.zip")
+    assert rehearse(tmp_path / "submission.zip", str(tmp_path / "data")).unread == 0  # nothing else need be installed
     rows = submission_of(tmp_path / "submission.zip", tmp_path / "data", tmp_path / "there")
-    transcribe(model, find_recordings([str(tmp_path / "data" / "audio" / "a.flac")]), tmp_path / "ours.jsonl")
-    assert rows[0]["phonetic_text"] == read(tmp_path / "ours.jsonl")[0]["phonetic_text"]
-    assert rows[1]["phonetic_text"]
+    transcribe(model, find_recordings([str(audio)]), tmp_path / "ours.jsonl")
+    ours = {row["utterance_id"]: row["phonetic_text"] for row in read(tmp_path / "ours.jsonl")}
+    assert {row["utterance_id"]: row["phonetic_text"] for row in rows} == ours
+    assert all(ours.values())
+    assert ours["mono"] == ours["antiphase"] == ours["integers"] != ours["slow"]
+
+
+def test_a_clip_that_is_not_whole_keeps_what_is_left_and_is_named(model: Path, tmp_path: Path) -> None:
+    audio, whole = tmp_path / "data" / "audio", sound(3, 1)
+    audio.mkdir(parents=True)
+    holes = whole.copy()
+    holes[20_000:20_010] = np.nan, np.inf, -np.inf, *[np.nan] * 7
+    soundfile.write(audio / "holes.wav", holes, SAMPLE_RATE, subtype="FLOAT")
+    flac = encode(whole)
+    (audio / "cut.flac").write_bytes(flac[: len(flac) * 2 // 3])
+    soundfile.write(audio / "half.wav", whole, SAMPLE_RATE, subtype="PCM_16")
+    half = (audio / "half.wav").read_bytes()
+    (audio / "half.wav").write_bytes(half[: len(half) // 2])
+    rows = [{"utterance_id": path.stem, "audio_path": f"audio/{path.name}"} for path in sorted(audio.iterdir())]
+    write(tmp_path / "data" / "submission_format.jsonl", [{"utterance_id": row["utterance_id"]} for row in rows])
+    write(tmp_path / "data" / "utterance_metadata.jsonl", rows)
+    package(model, tmp_path / "submission.zip")
+    done = rehearse(tmp_path / "submission.zip", str(tmp_path / "data"))
+    assert (done.unread, done.in_part) == (0, 3)
+    unpacked(tmp_path / "submission.zip", tmp_path / "there", tmp_path / "data")
+    command = [sys.executable, "-I", "main.py"]
+    log = subprocess.run(command, cwd=tmp_path / "there", check=True, capture_output=True, text=True).stdout
+    for name, reason in ("cut", "cut off"), ("half", "cut off: 48000 bytes are missing"), ("holes", "NaN or infinite"):
+        assert f"\n{name}: {reason}" in log
+    assert all(row["phonetic_text"] for row in read(tmp_path / "there" / "submission" / "submission.jsonl"))

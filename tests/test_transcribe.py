@@ -21,17 +21,18 @@ from test_model import SLOW, decode, save, talkative
 
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.audio import decode as decode_audio
+from sharding.cuts import LIMIT_SEC
 from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_keys
 from sharding.sample import whole_key
 from sharding.split import split_recording
 from sharding.store import open_store
-from streamtrain.collate import zero_mean_unit_variance
 from streamtrain.decode import join_pieces
+from streamtrain.hear import zero_mean_unit_variance
 from streamtrain.model import load_trained
 from streamtrain.network import CTCModel
 from streamtrain.recordings import find_recordings
-from streamtrain.transcribe import LIMIT_SEC, Progress, Reading, transcribe
+from streamtrain.transcribe import Progress, Reading, transcribe
 
 Row = dict[str, Any]
 
