@@ -32,6 +32,7 @@ LINKED_NOWHERE = "audio file is a link that leads nowhere"
 
 # A zip bomb is a member that unpacks to far more than sound could shrink to.
 MAX_MEMBER_BYTES = 2**31
+MAX_FILE_BYTES = 2**32  # more than the longest sound that is taken has
 MAX_UNPACKING = 100
 UTF8_NAME = 0x800  # flag of a zip member; without it, zipfile takes the name for code page 437
 SMALL_BYTES = 2**26  # harmless whatever the ratio: digital silence shrinks a thousandfold
@@ -226,6 +227,8 @@ def _open_file(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise AudioError("audio_path is not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise AudioError(f"audio file of {status.st_size} bytes")
         return os.fdopen(descriptor, "rb", buffering=0), status.st_size
     except AudioError:
         os.close(descriptor)

@@ -4,6 +4,7 @@ A reader says as a type what it wants, and pydantic where a document differs fro
 proportion to the file, so that a small file cannot fill a machine.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,7 @@ def parse_json(data: bytes, finite: bool = True) -> Any:
 
 def parse_row(data: bytes) -> dict[str, Any]:
     """Parse one JSON object of another program: a number may be NaN, no key comes twice. Raises DocumentError."""
+    data = data.removeprefix(codecs.BOM_UTF8)  # with which Windows tools begin a file
     row = parse_json(data, finite=False)
     if not isinstance(row, dict):
         raise DocumentError(f"a JSON object is expected, found {type(row).__name__}")

@@ -44,6 +44,7 @@ from sharding.store import open_store
 from sharding.summary import Summary
 from sharding.workers import Workers
 
+MAX_TAR_BYTES = 2**34  # it is held in memory
 VALID_TARS = ("*val*", "*dev*")  # validate, unless the user names others
 
 
@@ -139,7 +140,7 @@ def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None
 def index_tar(job: TarJob) -> TarResult:
     """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
     store = open_store(job.url)
-    data = store.read(job.name)
+    data = store.read(job.name, MAX_TAR_BYTES)
     rows, keys, ids, who, ledger, symbols = [], [], [], [], [], SymbolCounts()
     for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
         raw = data[start:end]

@@ -4,10 +4,8 @@ A corpus may have a hundred million rows, so they stay what they are on disk, li
 few hundred at a time, where they are needed.
 """
 
-import codecs
 import difflib
 import functools
-import json
 import operator
 import os
 import re
@@ -20,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio
+from sharding.document import DocumentError, parse_row
 from sharding.errors import ManifestError
 from sharding.ipa import TRACKS
 from sharding.names import name_of, same_name, same_speaker
@@ -310,14 +309,11 @@ def _find_transcripts(folder: Path, track: str) -> Path:
 
 def read_row(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
     """Read one line of a transcripts file. Raises ManifestError with its place."""
-    where = f"{transcripts}:{number}"
     try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())  # which Windows tools begin a file with
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not JSON: {error}", "one JSON object per line is expected, in UTF-8") from error
-    if not isinstance(row, dict):
-        raise ManifestError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    return row
+        return parse_row(line)
+    except DocumentError as error:
+        hint = "one JSON object per line is expected, in UTF-8"
+        raise ManifestError(f"{transcripts}:{number}: {error}", hint) from error
 
 
 def text_of(value: Any, column: str, where: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sharding.archive import AUDIO_SUFFIXES
+from sharding.document import parse_row
 from sharding.errors import ShardError
 from sharding.ipa import TRACKS, read_label
 from sharding.names import name_of, nfc, same_name, same_speaker
@@ -91,9 +92,7 @@ def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
     """
     try:
         key, bodies = _bodies(raw)
-        document = json.loads(bodies.get("json", b"{}"))
-        if not isinstance(document, dict):
-            raise TypeError(f"{key}.json: an object is expected")
+        document = parse_row(bodies.get("json", b"{}"))
         if "label_status" in document:
             _check_strings(document, [name for name in _META if name in document and name not in _NUMBERS])
             _check_numbers(document)

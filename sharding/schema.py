@@ -3,17 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, FailFast, Field, TypeAdapter
+from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
-from sharding.document import Count, DocumentError, Hash, Number, Size
+from sharding.document import STRICT, Count, DocumentError, Hash, Number, Size
 from sharding.ipa import TRACKS
 
 SPLITS = ("train", "valid", "unlabelled")
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
 Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ import csv
 import gzip
 import io
 import json
-import sys
+import os
+import string
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -18,10 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from sharding.document import LINE_BYTES, PIECE_BYTES, DocumentError, most_of
 from sharding.errors import ManifestError
+from sharding.store import open_regular
 
 READ_BYTES = 2**20
-SEARCH_BYTES = 2**26
+ROW_BYTES = 16  # of a line that is a row, at least
+TABLE_TIMES = 30  # a table's size: the most that rows of empty cells take, which repeat their columns' names
+FREELY = 2**25  # bytes to unpack to, whatever the ratio: tables of a few words shrink a thousandfold
+SEARCH_BYTES = 2**22  # looked at together: of bare line ends, numbers take eight times as much
+BLANK = np.isin(np.arange(256), np.frombuffer(string.whitespace.encode(), np.uint8))  # by byte
 NOT_A_TABLE = "a header is expected, then rows of as many cells, every quote closed, in UTF-8"
 
 
@@ -41,29 +48,52 @@ def is_table(path: Path) -> bool:
 def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
     """The rows of a transcripts file; of a table, `number_columns` become numbers. Raises ManifestError."""
     try:
-        with open(path, "rb") as file:
-            data = b"".join(_unpack(file, path.suffix.lower()))
+        with open_regular(path) as file:
+            data = _read_whole(_unpack(file, path.suffix.lower()), os.fstat(file.fileno()).st_size)
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise ManifestError(f"{path}: damaged ({error})", "it may not have been copied whole") from error
+    except DocumentError as error:
+        raise ManifestError(f"{path}: {error}", "is it a transcripts file?") from error
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror or error}") from error
-    if not is_table(path):
-        return _find_lines(data)
-    text, numbers = _read_table(path, data, number_columns)
-    return _find_lines(text)._replace(numbers=numbers)
+    if is_table(path):
+        text, numbers = _read_table(path, data, number_columns)
+        lines = _find_lines(text)._replace(numbers=numbers)
+    else:
+        lines = _find_lines(data)
+    for row in np.flatnonzero(lines.ends - lines.starts > LINE_BYTES)[:1]:
+        raise ManifestError(f"{path}:{lines.numbers[row]}: a row of more than {LINE_BYTES:,} bytes")
+    return lines
+
+
+def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
+    """Join what a file of so many bytes unpacks to. Raises DocumentError for a bomb, and for a line without an end."""
+    whole, line = io.BytesIO(), 0  # where the last line begins; what a BytesIO holds is not copied when it is taken
+    for part in parts:
+        size = whole.tell() + len(part)
+        if size > max(FREELY, most_of(packed)):
+            raise DocumentError(f"its {packed:,} bytes unpack to more than {whole.tell():,}")
+        end = max(part.rfind(b"\n"), part.rfind(b"\r"))
+        line = line if end < 0 else whole.tell() + end
+        if size - line > LINE_BYTES + READ_BYTES:
+            raise DocumentError(f"it has a line of more than {LINE_BYTES:,} bytes")
+        whole.write(part)
+    return whole.getvalue()
 
 
 def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
     if suffix == ".zst":
         yield from _unpack_zstd(file)
         return
-    yield (gzip.GzipFile(fileobj=file) if suffix == ".gz" else file).read()  # in one piece, which nobody copies
+    unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+    while part := unpacked.read(READ_BYTES):
+        yield part
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
     """Frame after frame; zstandard's own stream reader ends without a word where a frame is cut short."""
     frame, whole = zstandard.ZstdDecompressor().decompressobj(), True
-    while data := file.read(READ_BYTES):
+    while data := file.read(PIECE_BYTES):
         while data:
             yield frame.decompress(data)
             whole, data = frame.eof, frame.unused_data
@@ -80,7 +110,7 @@ def _bare_suffix(path: Path) -> str:
 
 def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
     """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows and their lines."""
-    csv.field_size_limit(sys.maxsize)  # the label of a recording of hours is long
+    csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
     file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
     tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     quotes = tabs if _bare_suffix(path) == ".tsv" else {"strict": True, "skipinitialspace": True}
@@ -100,6 +130,8 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
                        for name, cell in zip(names, cells, strict=True)}  # fmt: skip
                 text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 numbers.append(start)
+                if text.tell() > max(FREELY, most_of(len(data), TABLE_TIMES)):
+                    raise csv.Error(f"its {len(names):,} columns repeat {len(numbers):,} times")
             start = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_A_TABLE) from error
@@ -125,14 +157,20 @@ def _undecodable_line(data: bytes) -> int:
 
 def _find_lines(text: bytes) -> Lines:
     """Start, end and number of every line that is not blank."""
-    symbols = np.frombuffer(text, np.uint8)  # looked at in parts, as the comparison takes as much memory again
-    parts = (slice(start, start + SEARCH_BYTES) for start in range(0, len(text), SEARCH_BYTES))
-    found = [np.flatnonzero(symbols[part] == ord("\n")) + part.start for part in parts]
-    ends = np.concatenate([np.zeros(0, np.int64), *found])
-    if not text.endswith(b"\n"):
-        ends = np.append(ends, len(text))
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
-    filled = ends - starts > 0
-    for row in np.flatnonzero(filled & (ends - starts < 16)):  # a row is longer
-        filled[row] = bool(text[starts[row] : ends[row]].strip())
-    return Lines(text, starts[filled], ends[filled], np.flatnonzero(filled) + 1)
+    found = [np.zeros((3, 0), np.int64)]
+    position, before = 0, 0
+    while position < len(text):
+        stop = text.find(b"\n", min(position + SEARCH_BYTES, len(text)) - 1) + 1 or len(text)
+        part = np.frombuffer(text, np.uint8, stop - position, position)
+        ends = np.flatnonzero(part == ord("\n"))
+        if part[-1] != ord("\n"):
+            ends = np.append(ends, len(part))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        lengths = ends - starts
+        filled = lengths > 0
+        if (lengths[filled] < ROW_BYTES).any():
+            filled &= np.logical_or.reduceat(~BLANK[part], starts) | (lengths >= ROW_BYTES)
+        rows = np.flatnonzero(filled)
+        found.append(np.stack([starts[rows] + position, ends[rows] + position, rows + before + 1]))
+        position, before = stop, before + len(ends)
+    return Lines(text, *np.concatenate(found, axis=1))

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.bucket import BucketStore, Range
-from sharding.document import SMALL_BYTES, DocumentError, Number, parse
+from sharding.document import SMALL_BYTES, STRICT, DocumentError, Number, parse
 from sharding.errors import ShardError, StoreError, UnreachableError
 from sharding.exclusive import NO_LOCKS
 from sharding.format import ShardIndex, read_samples
@@ -52,6 +52,8 @@ class FetchError(ShardError):
 
 class _GivenUp(TypedDict):
     """What a lock file says of the fetch that its last holder gave up."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     at: Number  # by `time.monotonic()`, which all processes of a machine share
     message: str
@@ -206,7 +208,7 @@ class ShardCache:
         try:
             return self._fetch(shard, path, ahead, asked)
         except UnreachableError as error:
-            given_up = _GivenUp(at=time.monotonic(), message=error.message, hint=error.hint)
+            given_up = {"at": time.monotonic(), "message": error.message, "hint": error.hint}
             with suppress(OSError):  # of a full disk: those who wait try it themselves
                 lock.write(json.dumps(given_up).encode())
             raise

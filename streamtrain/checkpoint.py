@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typing_extensions import TypedDict
 
-from sharding.document import Count, Number, Size, check, parse_json, read_document
+from sharding.document import STRICT, Count, Number, Size, check, parse_json, read_document
 from sharding.errors import StreamtrainError
 from streamtrain.config import Config
 from streamtrain.engine import Parts
@@ -63,7 +63,7 @@ class CheckpointError(StreamtrainError):
 class RunState:
     """Where a run stands, beside its tensors. Nothing random needs to be kept: all is drawn by seed, epoch and step."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     config: dict[str, Any]  # its decisive part
     index_digest: str
@@ -83,7 +83,7 @@ class RunState:
 FileName = Literal["model.safetensors", "optimizer.safetensors", "average.safetensors"]
 
 
-class _Numbers(TypedDict, total=False):
+class _Numbers(TypedDict):
     optimizer_steps: Annotated[Number, Field(ge=0)]
     loss_scaler: dict[str, bool | int | Number]
 
@@ -95,6 +95,8 @@ class _File(TypedDict):
 
 class _Document(TypedDict):
     """state.json as it is written."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     state: RunState
     numbers: _Numbers

@@ -6,11 +6,14 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
+from sharding.document import DocumentError, Number, Size, parse, read_document
 from sharding.errors import StreamtrainError
 from streamtrain.finish import warn_unless_finished
 from streamtrain.folders import new_folder
@@ -28,6 +31,50 @@ RECIPE = frozenset(  # the settings that a model card shows, where they are set
      "speed_factors", "gain_db", "micro_batches_per_step", "epochs", "max_steps", "schedule", "warmup_steps", "head_lr",
      "layer_decay", "freeze_encoder_steps", "ema_decay", "patience", "seed"]
 )  # fmt: skip
+
+
+class _Group(TypedDict):
+    name: str
+    cer: Number
+    clips: Size
+    interval_95: NotRequired[tuple[Number, Number] | None]  # earlier scorecards had none
+
+
+class _Card(TypedDict):
+    """What a model card tells of a scorecard."""
+
+    cer: Number
+    cer_interval_95: tuple[Number, Number] | None
+    wer: NotRequired[Number]
+    children: Size
+    clips: Size
+    split: str
+    shards: str
+    undecodable: list[Any]
+    validation: dict[str, Any]
+    groups: dict[str, list[_Group]]
+
+
+class _Data(TypedDict):
+    """trained_on.json as it is written."""
+
+    shards: str
+    index: str
+    clips: Size
+    hours: Number
+    rejected: Size
+
+
+class _Training(TypedDict):
+    """The sections of a run's configuration."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+    data: dict[str, Any]
+    deepspeed: dict[str, Any]
+
+
+_CARD, _DATA, _TRAINING = TypeAdapter(_Card), TypeAdapter(_Data), TypeAdapter(_Training)
 
 
 class ExportError(StreamtrainError):
@@ -91,9 +138,8 @@ def verify(model: CTCModel, folder: Path) -> float:
 
 def _model_card(folder: Path, name: str, track: str) -> str:
     """In the form of the Hugging Face hub; what is known of the model lies in `folder`."""
-    card, config, data = (_read(folder / each) for each in ("scorecard.json", "training.json", "trained_on.json"))
-    if not {"cer", "groups", "clips", "split", "shards", "model"} <= card.keys():
-        card = {}
+    card, config = _read(folder / "scorecard.json", _CARD), _read(folder / "training.json", _TRAINING)
+    data = _read(folder / "trained_on.json", _DATA)
     speech = "phones (IPA)" if track == "phonetic" else "words, in letters"
     head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
     about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. It hears 16 kHz, one channel.\n"
@@ -106,12 +152,10 @@ def _model_card(folder: Path, name: str, track: str) -> str:
     return "\n".join([head + about, *(f"## {title}\n\n{text}" for title, text in parts if text), curves])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, wanted: TypeAdapter[Any]) -> dict[str, Any]:
     """What a run has left there; nothing where it is not there, or something else of that name."""
-    with suppress(OSError, ValueError):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(document, dict):
-            return document
+    with suppress(OSError, DocumentError):
+        return {**parse(read_document(path), wanted)}
     return {}
 
 
@@ -143,7 +187,7 @@ def _scores(card: dict[str, Any]) -> str:
     lines = [f"| {'':20} | CER | 95 % interval | clips |", "|---|---:|---:|---:|"]
     for title, rows in card["groups"].items():
         for row in rows:
-            low_high = row.get("interval_95")  # earlier scorecards had none
+            low_high = row.get("interval_95")
             interval = f"{low_high[0]:.4f} – {low_high[1]:.4f}" if low_high else ""
             lines.append(
                 f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
@@ -154,7 +198,7 @@ def _scores(card: dict[str, Any]) -> str:
 
 def _recipe(config: dict[str, Any]) -> str:
     """The settings that decide what is learnt; the whole configuration lies in training.json."""
-    if not {"model", "train", "data", "deepspeed"} <= config.keys():
+    if not config:
         return ""
     chosen = {
         f"{section}.{key}": value

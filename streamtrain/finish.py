@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from sharding.document import DocumentError, Number, Size, parse, read_document
+from sharding.document import STRICT, DocumentError, Number, Size, parse, read_document
 from sharding.errors import StreamtrainError
 from sharding.writing import explaining, write
 from streamtrain.folders import aside_of, put_aside, put_back
@@ -24,6 +24,8 @@ log = logging.getLogger("streamtrain")
 @dataclass(frozen=True)
 class Finish:
     """How a run ended. One that was killed has none, whatever the exit status of its launcher."""
+
+    __pydantic_config__ = STRICT
 
     step: Size
     limit: str  # the setting that ended it, such as "train.max_steps=40"
@@ -40,6 +42,9 @@ class Finish:
         return f"finished at step {self.step:,}, by {self.limit}; {best}{lacking}"
 
 
+_FINISH = TypeAdapter(Finish)
+
+
 def write_finish(run: Path, finish: Finish) -> None:
     """Write how a run ended, whole or not at all."""
     write(run / FINISH_NAME, json.dumps(asdict(finish)))
@@ -49,7 +54,7 @@ def read_finish(run: Path) -> Finish:
     """Return how a run ended. Raise StreamtrainError if it has not."""
     path = run / FINISH_NAME
     try:
-        return parse(read_document(path), TypeAdapter(Finish))
+        return parse(read_document(path), _FINISH)
     except FileNotFoundError:
         raise StreamtrainError(f"{run}: this run has not finished (it has no {FINISH_NAME})", GO_ON) from None
     except DocumentError as error:

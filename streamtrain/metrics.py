@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict
 from rapidfuzz.distance import Levenshtein
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from sharding.document import Size
+from sharding.document import STRICT, Size
 
 Floats = npt.NDArray[np.float64]
 
@@ -18,7 +17,7 @@ _words_alike = EnglishTextNormalizer()
 
 @dataclass(frozen=True, slots=True)
 class EditCounts:
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     substitutions: Size = 0
     deletions: Size = 0

@@ -20,7 +20,7 @@ import xxhash
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from sharding.document import SMALL_BYTES, parse
+from sharding.document import SMALL_BYTES, STRICT, parse
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
 from sharding.writing import explaining, sync
@@ -51,6 +51,8 @@ FOLDERS = ("best",)
 
 class _Pointer(TypedDict):
     """newest.json as it is written."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     checkpoint: Annotated[str, Field(pattern=r"^step-\d+$")]
     files: dict[str, list[str]]  # the pieces of each

@@ -2,8 +2,8 @@
 
 import copy
 import difflib
-import json
 import logging
+import math
 import os
 import zipfile
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
+from sharding.document import DocumentError, parse, parse_json, read_document
 from sharding.errors import StreamtrainError
 from streamtrain.checksums import check_sums, write_sums
 from streamtrain.config import ModelConfig
@@ -25,7 +27,9 @@ FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are
 NOT_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden_states", "output_attentions")
 MASKED_ATTENTION = "sdpa_always_masked"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MOST_LAYERS = 1_000
 EXTRACTOR = ("processor_config.json", "preprocessor_config.json")  # today's name, and that of earlier models
+DOCUMENTS = ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", *EXTRACTOR)
 ENCODER = ("feature_extractor.", "feature_projection.", "encoder.")
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
 
@@ -177,7 +181,7 @@ def _vocab_of_pretrained(name: str) -> tuple[list[str], Vocab | None]:
 
     try:
         path = Path(cached_file(name, "vocab.json"))
-        tokens = list(json.loads(path.read_text(encoding="utf-8")))
+        tokens = list(parse(read_document(path), TypeAdapter(dict[str, Any])))
         blank = AutoConfig.from_pretrained(name, trust_remote_code=False).pad_token_id
     except (OSError, ValueError, TypeError):
         return [], None
@@ -219,6 +223,7 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise ModelError(f"model {name!r}: there is no such folder", "model.pretrained names a model, or a folder")
     try:
+        _check_documents(Path(name))
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             raise ValueError(f"its type is {config.model_type!r}, not one of {', '.join(FAMILIES)}")
@@ -226,6 +231,7 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str
             raise ValueError(f"{config.model_type} with a convolutional adapter is not supported")
         if getattr(config, "conv_pos_batch_norm", False):
             raise ValueError("its batch norm over positions counts padding, and other ranks' clips not at all")
+        _check_size(config, settings.get("vocab_size", config.vocab_size), Path(name))
         _check_files(Path(name))
         network, seen = AutoModelForCTC.from_pretrained(
             name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False,
@@ -281,6 +287,32 @@ def _check_unused(name: str, network: Any, unused: Sequence[str]) -> None:
             f"{', '.join(left[:3])}{', …' if len(left) > 3 else ''}",
             "config.json must be that of these weights: num_hidden_layers, conv_dim, …",
         )
+
+
+def _check_documents(folder: Path) -> None:
+    """Raise ValueError if a document of a model's folder is not JSON, or too large or deep for Transformers to read."""
+    for path in (folder / name for name in DOCUMENTS):
+        if path.exists():
+            try:
+                parse_json(read_document(path), finite=False)
+            except DocumentError as error:
+                raise ValueError(f"{path.name}: {error}") from error
+
+
+def _check_size(config: Any, symbols: int, folder: Path) -> None:
+    """Raise ValueError if a configuration names more weights than a folder's files can hold, a byte for each.
+
+    Memory for what is missing would be taken, before it is told.
+    """
+    width, layers, channels = config.hidden_size, config.num_hidden_layers, config.conv_dim
+    if layers > MOST_LAYERS:
+        raise ValueError(f"config.json names {layers:,} layers, at most {MOST_LAYERS:,} are run")
+    weights = layers * width * (4 * width + 2 * config.intermediate_size) + width * (channels[-1] + symbols)
+    weights += width * width // config.num_conv_pos_embedding_groups * config.num_conv_pos_embeddings
+    weights += sum(map(math.prod, zip((1, *channels), channels, config.conv_kernel)))  # noqa: B905  # first of all: 1
+    stored = sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+    if stored and weights > stored:
+        raise ValueError(f"config.json names {weights:,} weights, its files hold {stored:,} bytes")
 
 
 def _check_files(folder: Path) -> None:

@@ -15,7 +15,8 @@ from urllib.parse import unquote
 import numpy as np
 
 from sharding.archive import AUDIO_SUFFIXES, AudioRoot, is_audio, list_files, open_audio, walk_files
-from sharding.errors import StreamtrainError
+from sharding.document import LARGE_BYTES, DocumentError, read_document
+from sharding.errors import AudioError, StreamtrainError
 from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
 from sharding.manifest import Reading, read_source
 from sharding.names import same_name
@@ -144,11 +145,18 @@ def _file(path: Path, utterance_id: str) -> Recording:
     with suppress(OSError):  # such as a link that leads nowhere, which is told in its row
         status = path.stat()
         stamp = f"{status.st_size} {status.st_mtime_ns}"
-    return Recording(_printable(utterance_id), _printable(str(path)), lambda: [Piece(path.read_bytes())], stamp)
+    return Recording(_printable(utterance_id), _printable(str(path)), partial(_read_file, path), stamp)
+
+
+def _read_file(path: Path) -> list[Piece]:
+    try:
+        return [Piece(read_document(path, LARGE_BYTES))]
+    except DocumentError as error:
+        raise AudioError(f"not audio that can be read: {error}") from error
 
 
 def _object(store: Reader, name: str, utterance_id: str) -> Recording:
-    return Recording(utterance_id, f"{store.url}/{name}", lambda: [Piece(store.read(name))])
+    return Recording(utterance_id, f"{store.url}/{name}", lambda: [Piece(store.read(name, LARGE_BYTES))])
 
 
 def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 from rapidfuzz.distance import Levenshtein
 from typing_extensions import TypedDict
 
-from sharding.document import LARGE_BYTES, Number, Second, Size, check, parse, parse_json, read_document
+from sharding.document import LARGE_BYTES, STRICT, Number, Second, Size, check, parse, parse_json, read_document
 from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 from sharding.ipa import normalize
@@ -37,7 +37,7 @@ Groups = dict[str, list["ClipScore"]]
 class ClipScore:
     """One recording, scored once."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     utterance_id: str
     child_id: str

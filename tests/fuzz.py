@@ -1,46 +1,63 @@
-"""Documents that are nearly right, for each reader of them: `python tests/fuzz.py N` tries N for each.
+"""Documents that are nearly right, for each reader of them: `python tests/fuzz.py N [KIND …]` tries N for each.
 
 A reader returns, or raises an error of ours, within 2 s of CPU time and 200 MB; whatever else it does is a fault.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import random
 import resource
+import shutil
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import xxhash
 import zstandard
-from corpus import make_corpus
+from corpus import MANIFEST, make_corpus
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
+from sharding import archive as archives
 from sharding import report
 from sharding.aligned import read_alignments
 from sharding.build import BuildSettings, HowToRun, build
-from sharding.errors import StreamtrainError
+from sharding.errors import AudioError, StreamtrainError
 from sharding.exclusive import parse_holder, this_process
+from sharding.foreign import TarJob, index_tar
 from sharding.format import read_index, read_listed, read_outlines, read_shard_index
+from sharding.manifest import Reading, read_source
 from sharding.sample import sample_from_bytes
 from sharding.store import FolderStore
 from sharding.summary import render
 from sharding.verify import check_shard
 from streamtrain.checkpoint import RunState, read_checkpoint
 from streamtrain.checkpoint import _digest as digest_state
+from streamtrain.checksums import check_sums
 from streamtrain.compare import compare_folders
-from streamtrain.config import load_config
+from streamtrain.config import ModelConfig, load_config
+from streamtrain.export import _model_card
+from streamtrain.finish import FINISH_NAME, Finish, read_finish, write_finish
 from streamtrain.mirror import _read_pointer
+from streamtrain.model import load_model, load_trained, save_model
+from streamtrain.monitor import StepRow, read_log
+from streamtrain.recordings import Recording, find_recordings
 from streamtrain.score import score_files
+from streamtrain.submission import _check_rows, _field_of
+from streamtrain.transcribe import Progress, load
 from streamtrain.vocab import load_vocab, vocab_of
 
 LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
@@ -229,7 +246,129 @@ def make_documents(folder: Path) -> dict[str, Document]:
         "vocab.json": Document(vocab / "vocab.json", partial(load_vocab, vocab)),
         "newest.json": Document(files["newest.json"], partial(_read_pointer, FolderStore(folder))),
         "lock": Document(files["holder"], lambda: parse_holder(files["holder"].read_bytes())),
+        **documents_of_others(folder / "others", tar), **documents_of_a_model(folder / "run"),
+        **documents_of_a_submission(folder / "submission"),
     }  # fmt: skip
+
+
+def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
+    """Transcripts in each form, tars, zips and audio: what nobody here has written."""
+    corpus = make_corpus(folder / "corpus", clips=4)
+    manifest, found = corpus / MANIFEST, {}
+
+    def read_rows(path: Path) -> None:
+        source = read_source(path, Reading("phonetic"))
+        for row in range(len(source)):
+            source.layout.parse(source.line(row), int(source.numbers[row]))
+        find_recordings([str(path)])
+
+    rows = list(map(json.loads, manifest.read_bytes().splitlines()))
+    table = "\n".join(",".join(json.dumps(cell) if isinstance(cell, str) else str(cell) for cell in line)
+                      for line in [list(rows[0]), *(list(row.values()) for row in rows)])  # fmt: skip
+    texts = {
+        "jsonl": manifest.read_bytes(),
+        "csv": table.encode(),
+        "tsv": table.replace(",", "\t").replace('"', "").encode(),
+    }
+    for kind, suffix, unpack, pack in (
+        ("jsonl", "", bytes, bytes), ("csv", "", bytes, bytes), ("tsv", "", bytes, bytes),
+        ("jsonl", ".gz", gzip.decompress, gzip.compress), ("csv", ".zst", zstandard.decompress, zstandard.compress),
+    ):  # fmt: skip
+        path = corpus / f"rows.{kind}{suffix}"
+        path.write_bytes(pack(texts[kind]))
+        found[f"transcripts.{kind}{suffix}"] = Document(path, partial(read_rows, path), unpack, pack)
+    manifest.unlink()
+    sound = next((corpus / "audio").iterdir())
+    with tarfile.open(folder / "theirs.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(3):
+            document = json.dumps({"text": "kæt", "child_id": 7, "snr": float("nan"), "more": {"a": [1]}}).encode()
+            for name, data in ((f"ä{number}.flac", sound.read_bytes()), (f"ä{number}.json", document)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    job = TarJob(str(folder), "theirs.tar", "valid", "phonetic", 25.0)
+    found["tar"] = Document(folder / "theirs.tar", partial(index_tar, job))
+    with zipfile.ZipFile(folder / "audio.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(sound, "audio/one.flac")
+        archive.writestr("audio/two.flac", sound.read_bytes() * 2)
+
+    def hear(recording: Recording) -> None:
+        if error := load(recording).error:
+            raise AudioError(error)
+
+    def read_zip() -> None:
+        for cache in (archives._is_archive, archives._open_archive, archives._read_members, archives._decomposed):
+            cache.cache_clear()
+        for recording in find_recordings([str(folder / "audio.zip")]):
+            hear(recording)
+
+    found["zip"] = Document(folder / "audio.zip", read_zip)
+    waveform, rate = soundfile.read(sound, dtype="float32")
+    for suffix in ("flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf"):
+        path = folder / f"sound.{suffix}"
+        soundfile.write(path, waveform, rate)
+        recording = find_recordings([str(path)])[0]
+        found[suffix] = Document(path, partial(hear, recording))
+    return found
+
+
+def documents_of_a_model(run: Path) -> dict[str, Document]:
+    """A trained model's folder, and what a run leaves beside it."""
+    folder, found = run / "best", {}
+    scratch = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+               "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}  # fmt: skip
+    save_model(load_model(ModelConfig(scratch=scratch)).eval(), folder)
+    sums = Document(folder / "SHA256SUMS", partial(check_sums, shutil.copytree(folder, run / "summed")))
+    found["SHA256SUMS"] = replace(sums, path=run / "summed" / "SHA256SUMS")
+    (folder / "SHA256SUMS").unlink()
+    for name in ("config.json", "model.safetensors", "processor_config.json"):
+        found[name] = Document(folder / name, partial(load_trained, folder))
+    pretrained = shutil.copytree(folder, run / "pretrained")
+    found["vocab.json of others"] = Document(
+        pretrained / "vocab.json", partial(load_model, ModelConfig(pretrained=str(pretrained)))
+    )
+    group = {"name": "a", "cer": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
+    beside = {
+        "scorecard.json": {"cer": 0.5, "wer": 0.5, "cer_interval_95": [0.1, 0.9], "children": 2, "clips": 2,
+                           "split": "valid", "shards": "data", "undecodable": [], "groups": {"corpus": [group]},
+                           "validation": {"rejected": 1, "disjoint_by_speaker": False}},
+        "training.json": {"model": {"dropout": 0.1}, "train": {"epochs": 2}, "data": {}, "deepspeed": {}},
+        "trained_on.json": {"shards": "data", "index": "0", "clips": 2, "hours": 1.5, "rejected": 1},
+    }  # fmt: skip
+    for name, document in beside.items():
+        (run / name).write_text(json.dumps(document))
+        found[f"card's {name}"] = Document(run / name, partial(_model_card, run, "name", "word"))
+    write_finish(run, Finish(3, "train.max_steps=3", 0.5, 2))
+    found["finished.json"] = Document(run / FINISH_NAME, partial(read_finish, run))
+    names = [field.name for field in fields(StepRow)]
+    (run / "log.csv").write_text("\n".join([",".join(names), *[",".join("1" * len(names))] * 3, ""]))
+    found["log.csv"] = Document(run / "log.csv", partial(read_log, run / "log.csv"))
+    return found
+
+
+def documents_of_a_submission(folder: Path) -> dict[str, Document]:
+    """What a rehearsal reads, and what an interrupted `transcribe` leaves."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "submission").mkdir()
+    (folder / "submission.json").write_text(json.dumps({"field": "phonetic_text", "normalize": True}))
+    rows = "".join(json.dumps({"utterance_id": str(number), "phonetic_text": "kæt"}) + "\n" for number in range(9))
+    form, out = folder / "data" / "submission_format.jsonl", folder / "submission" / "submission.jsonl"
+    for path in (form, out):
+        path.write_text(rows)
+    state, partly = folder / ".out.jsonl.part.json", folder / ".out.jsonl.part"
+    state.write_text(json.dumps({"digest": "0", "rows": 2, "bytes": 4, "failed": 1}))
+
+    def go_on() -> None:
+        partly.write_bytes(b"{}\n{}\n")
+        with redirect_stdout(None):
+            Progress(folder / "out.jsonl", "0").close()
+
+    return {
+        "submission.json": Document(folder / "submission.json", partial(_field_of, folder / "submission.json")),
+        "submission_format.jsonl": Document(form, partial(_check_rows, folder, "phonetic_text")),
+        "submission.jsonl": Document(out, partial(_check_rows, folder, "phonetic_text")),
+        "transcribe's state": Document(state, go_on),
+    }
 
 
 def index_columns(shards: Path) -> str:
@@ -256,6 +395,7 @@ def with_state_digest(data: bytes) -> bytes:
 
 def try_all(document: Document, examples: int, derandomize: bool) -> Counter[str]:
     """Try so many spoilt documents on a reader; returns how many were read, and how many refused."""
+    document.read()  # what is right is read, and brings along the libraries that it needs
     outcomes: Counter[str] = Counter()
 
     phases = [Phase.explicit, Phase.generate, Phase.shrink]
@@ -278,7 +418,8 @@ def main() -> None:
     np.seterr(all="ignore")
     failed = False
     with tempfile.TemporaryDirectory() as name:
-        for kind, document in make_documents(Path(name)).items():
+        documents = make_documents(Path(name))
+        for kind, document in {kind: documents[kind] for kind in sys.argv[2:] or documents}.items():
             try:
                 outcomes = try_all(document, int(sys.argv[1]), derandomize=False)
                 print(f"{kind:>18}: {outcomes.total():,} tried, {dict(outcomes)}", flush=True)

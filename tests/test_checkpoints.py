@@ -216,7 +216,10 @@ def state(step: int, **values: object) -> RunState:
 
 def parts(step: int) -> Parts:
     return Parts(
-        {"weight": torch.full((5,), float(step))}, {"exp_avg.weight": torch.zeros(5)}, {}, {"optimizer_steps": step}
+        {"weight": torch.full((5,), float(step))},
+        {"exp_avg.weight": torch.zeros(5)},
+        {},
+        {"optimizer_steps": step, "loss_scaler": {}},
     )
 
 
@@ -272,7 +275,7 @@ def test_the_last_checkpoints_are_kept_and_that_of_the_best_score(tmp_path: Path
     assert steps_saved_in(tmp_path) == [3, 6, 7]
     assert (tmp_path / "newest").resolve() == tmp_path / "step-0000007"
     assert open_checkpoint(tmp_path / "best").state.step == 3
-    assert open_checkpoint(tmp_path / "best").numbers == {"optimizer_steps": 3}
+    assert open_checkpoint(tmp_path / "best").numbers == {"optimizer_steps": 3, "loss_scaler": {}}
 
 
 def steps_saved_in(folder: Path) -> list[int]:

@@ -1,10 +1,15 @@
 """What somebody else made may be meant to harm: a name, a link or a file in a shard set never reaches beyond it."""
 
+import gzip
 import hashlib
+import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,15 @@ from typing import Any
 import pytest
 import xxhash
 import zstandard
-from fuzz import Document, make_documents, try_all
+from fuzz import LONGEST_SEC, MOST_BYTES, Document, make_documents, try_all
+from pydantic import TypeAdapter
+from test_architecture import MODULES, ROOT
+from tiny_model import make_tiny_model
 
+from sharding.archive import AudioRoot, open_audio
 from sharding.bucket import BucketStore
-from sharding.errors import ShardError, StoreError, StreamtrainError
+from sharding.errors import AudioError, ManifestError, ShardError, StoreError, StreamtrainError
+from sharding.foreign import TarJob, index_tar
 from sharding.format import (
     join_samples,
     pack_index,
@@ -26,16 +36,32 @@ from sharding.format import (
     write_index,
     write_listed,
 )
-from sharding.manifest import Reading
+from sharding.manifest import Reading, read_row
 from sharding.repair import repair
 from sharding.report import check_report
 from sharding.store import FolderStore, Store
 from sharding.verify import check_shard, find_faults
+from streamtrain.config import ModelConfig
+from streamtrain.model import ModelError, load_model
+from streamtrain.recordings import find_recordings
+from streamtrain.transcribe import load
 
 KINDS = (
     "index.json", "samples.bin.zst", ".idx.zst", "sample", "summary.json", "ledger", "alignments", "predicted",
     "scorecard.json", "hypotheses.jsonl", "--config", "--set", "state.json", "vocab.json", "newest.json", "lock",
+    "transcripts.jsonl", "transcripts.csv", "transcripts.tsv", "transcripts.jsonl.gz", "transcripts.csv.zst", "tar",
+    "zip", "flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf", "SHA256SUMS", "config.json", "model.safetensors",
+    "processor_config.json", "vocab.json of others", "card's scorecard.json", "card's training.json",
+    "card's trained_on.json", "finished.json", "log.csv", "submission.json", "submission_format.jsonl",
+    "submission.jsonl", "transcribe's state",
 )  # fmt: skip
+READ_IN_PART = {  # whatever else is in them
+    "_Outline": "an index of any version", "_Holder": "a lock file, which may be another program's",
+    "sharding.ledger": "its rows are kept as they are", "sharding.summary": "of any version",
+    "sharding.aligned": "rows of `align`, which say more to people",
+    "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
+    "_Group": "likewise", "_Data": "for a model card", "_Training": "likewise", "_Settings": "one setting of main.py's",
+}  # fmt: skip
 OUTSIDE = ("../VICTIM.bin", "train/../../VICTIM.bin", "/etc/passwd", "/dev/zero", "..", ".", "", "a\0b")
 
 
@@ -81,6 +107,153 @@ def test_a_document_that_is_nearly_right_is_read_or_refused_in_words(kind: str, 
 
 def test_every_kind_of_document_is_tried(documents: dict[str, Document]) -> None:
     assert documents.keys() == set(KINDS)
+
+
+def schemas_in(node: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a pydantic schema that have fields by name."""
+    if isinstance(node, dict):
+        if node.get("type") in ("typed-dict", "dataclass"):
+            yield node
+        node = [value for key, value in node.items() if key not in ("metadata", "config", "cls")]
+    if isinstance(node, list | tuple):
+        for one in node:
+            yield from schemas_in(one)
+
+
+def test_a_file_of_ours_with_an_unknown_field_is_refused() -> None:
+    """The field may mean anything; what is read in part says so."""
+    found = set()
+    for name in MODULES:
+        if not name.startswith("launch") and "TypeAdapter(" in MODULES[name].read_text("utf-8"):
+            for adapter in vars(importlib.import_module(name)).values():
+                for schema in schemas_in(adapter.core_schema) if isinstance(adapter, TypeAdapter) else ():
+                    found.add(schema["cls"].__name__)
+                    behaviour = schema.get("extra_behavior") or schema.get("config", {}).get("extra_fields_behavior")
+                    own = {schema["cls"].__name__, name}
+                    assert behaviour == "forbid" or own & READ_IN_PART.keys(), f"{name}: {schema['cls'].__name__}"
+    assert {"_Document", "_Numbers", "_File", "_Pointer", "_State", "Finish", "_IndexDocument", "ClipScore"} <= found
+
+
+BOMB = zstandard.ZstdCompressor(level=3).compress(bytes(2**29))  # half a gigabyte in a few kilobytes
+
+
+# --- bombs ------------------------------------------------------------------------------------------------------
+
+
+def write_zeros(path: Path) -> None:
+    """A hole of a terabyte, which takes no room on the disk."""
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+BOMBS: dict[str, Callable[[Path], object]] = {
+    "zeros.jsonl.zst": lambda path: path.write_bytes(BOMB),
+    "lines.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(b"\n" * 2**28)),
+    "frames.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(b"{}\n" * 2**22) * 50),
+    "zeros.jsonl.gz": lambda path: path.write_bytes(gzip.compress(bytes(2**28), 1)),
+    "line.jsonl": write_zeros,
+    "table.csv": write_zeros,
+    "quote.csv": lambda path: path.write_text('a\n"' + "b\n" * 2**22),
+    "long.jsonl": lambda path: path.write_bytes(b'{"a": 1}\n{"a": "' + b"b" * 2**23 + b'"}\n'),
+    "deep.jsonl": lambda path: path.write_bytes(b"[" * 10**6 + b"\n"),
+    "columns.csv": lambda path: path.write_bytes(
+        b"".join([*(b"%02000d," % column for column in range(1_000)), b"z\n", (b"," * 1_000 + b"\n") * 1_000])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_path: Path) -> None:
+    BOMBS[name](tmp_path / name)
+    script = (
+        "import re, sys, time\nfrom pathlib import Path\nfrom sharding.errors import ManifestError\n"
+        "from sharding.manifest import Reading, read_source\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "start, before = time.process_time(), peak()\n"
+        "try:\n    read_source(Path(sys.argv[1]), Reading())\nexcept ManifestError as error:\n    print(error)\n"
+        "print(peak() - before, time.process_time() - start)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / name], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *words, figures = done.stdout.splitlines()
+    kilobytes, seconds = map(float, figures.split())
+    assert str(tmp_path / name) in words[0]
+    assert kilobytes * 1024 < MOST_BYTES
+    assert seconds < LONGEST_SEC
+
+
+@pytest.mark.parametrize("line", [
+    b'{"utterance_id": "a", "audio_path": "a.wav", "phonetic_text": "k", "phonetic_text": "t"}',
+    b'{"utterance_id": "a", "audio_path": "a.wav", "phonetic_text": "k", "more": {"a": 1, "a": 2}}',
+])  # fmt: skip
+def test_a_row_that_says_a_thing_twice_is_refused(line: bytes) -> None:
+    with pytest.raises(ManifestError, match=r"'(phonetic_text|a)' is there twice"):
+        read_row(line, 1, "rows.jsonl")
+
+
+def test_a_row_of_another_program_may_hold_what_is_no_number() -> None:
+    """As pandas writes what is missing; a column that is read says so."""
+    assert list(read_row(b'{"text": "a:b", "snr": NaN, "gain": -Infinity}', 1, "rows.jsonl")) == ["text", "snr", "gain"]
+
+
+CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "layers": lambda config: config.update(num_hidden_layers=10**9, hidden_size=1),
+    "width": lambda config: config.update(hidden_size=2**20),
+    "positions": lambda config: config.update(num_conv_pos_embeddings=2**30),
+    "channels": lambda config: config.update(conv_dim=[2**20] * 7),
+}
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, "deep", "large", "brackets"])
+def test_a_configuration_that_fills_a_machine_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_bytes())
+    if kind in CONFIGS:
+        CONFIGS[kind](config)
+        path.write_text(json.dumps(config))
+    else:
+        {"deep": lambda: path.write_text('{"a":' * 10**5), "large": lambda: write_zeros(path),
+         "brackets": lambda: path.write_text("[" + "[]," * 10**5 + "[]]")}[kind]()  # fmt: skip
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*config.json"):
+        load_model(ModelConfig(pretrained=str(tmp_path)))
+
+
+def test_what_is_no_sound_gets_a_row_and_is_not_waited_for(tmp_path: Path) -> None:
+    write_zeros(tmp_path / "hole.wav")
+    (tmp_path / "device.wav").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.wav")
+    errors = {one.utterance_id: load(one).error or "" for one in find_recordings([str(tmp_path)])}
+    assert "bytes" in errors.pop("hole")
+    assert errors == {"device": "is a device, not a file", "pipe": "is a pipe, not a file"}
+    with pytest.raises(AudioError, match="1099511627776 bytes"), open_audio(AudioRoot(str(tmp_path)), "hole.wav"):
+        pass
+
+
+def header_of(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, **more: str) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.pax_headers = size, kind, more
+    return info.tobuf(tarfile.PAX_FORMAT if more else tarfile.GNU_FORMAT)
+
+
+TARS = {
+    "a huge member": header_of("a.flac", 2**43),
+    "a member with a hole": header_of("a.flac", **{"GNU.sparse.size": str(2**43), "GNU.sparse.map": f"{2**43},0"}),
+    "a size below zero": header_of("a.flac", size="-512"),
+    "names of names": header_of("././@LongLink", 0, tarfile.GNUTYPE_LONGNAME) * 10_000,
+    "a hole": b"",
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_tar_that_says_more_than_it_holds_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(TARS[kind] + bytes(1024))
+    if kind == "a hole":
+        write_zeros(path)
+    with pytest.raises(StreamtrainError, match=r"a\.tar: (not a whole tar|has 1,099,511,627,776 bytes)"):
+        index_tar(TarJob(str(tmp_path), "a.tar", "train", "phonetic", 25.0))
 
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -250,9 +423,6 @@ def test_an_index_that_is_made_otherwise_is_told_by_its_field(
 
 def pack(document: Any) -> bytes:
     return zstandard.compress(json.dumps(document).encode())
-
-
-BOMB = zstandard.ZstdCompressor(level=3).compress(bytes(2**29))  # half a gigabyte in a few kilobytes
 
 
 @pytest.mark.parametrize(("data", "words"), [

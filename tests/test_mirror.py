@@ -51,7 +51,8 @@ def save(run: Path, step: int, seed: int) -> Path:
     (run / "best" / "model.safetensors").unlink(missing_ok=True)  # a new file, as each best model is
     (run / "best" / "model.safetensors").write_bytes(weights["weight"].numpy().tobytes())
     (run / "log.csv").write_text(f"step,loss\n{step},{seed}\n")
-    return save_checkpoint(Parts(weights, moments, {}, {"steps": step}), state, run / "checkpoints", keep=9)
+    numbers = {"optimizer_steps": step, "loss_scaler": {}}
+    return save_checkpoint(Parts(weights, moments, {}, numbers), state, run / "checkpoints", keep=9)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

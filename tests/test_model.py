@@ -644,8 +644,8 @@ def without_an_extractor(folder: Path) -> None:
     [
         (fewer_layers, r"16 weights of its file are in no layer that config.json names: wav2vec2.encoder.layers.1"),
         (two_files, r"model.safetensors and pytorch_model.bin hold other weights \(\S+\): move away the one"),
-        (half_of("processor_config.json"), "its feature extractor cannot be read: .* is not a valid JSON"),
-        (half_of("preprocessor_config.json"), "its feature extractor cannot be read: .* is not a valid JSON"),
+        (half_of("processor_config.json"), r"cannot be loaded: (pre)?processor_config.json: not JSON"),
+        (half_of("preprocessor_config.json"), r"cannot be loaded: (pre)?processor_config.json: not JSON"),
         (without_an_extractor, "has no processor_config.json: whether its inputs are normalised is not known"),
     ],
 )

@@ -315,6 +315,6 @@ def test_a_clip_that_is_not_whole_keeps_what_is_left_and_is_named(model: Path, t
     unpacked(tmp_path / "submission.zip", tmp_path / "there", tmp_path / "data")
     command = [sys.executable, "-I", "main.py"]
     log = subprocess.run(command, cwd=tmp_path / "there", check=True, capture_output=True, text=True).stdout
-    for name, reason in ("cut", "cut off"), ("half", "cut off: 48000 bytes are missing"), ("holes", "NaN or infinite"):
+    for name, reason in ("cut", "cut off"), ("half", "cut off: 48022 bytes are missing"), ("holes", "NaN or infinite"):
         assert f"\n{name}: {reason}" in log
     assert all(row["phonetic_text"] for row in read(tmp_path / "there" / "submission" / "submission.jsonl"))
