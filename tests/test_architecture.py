@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from streamtrain.submission import TAKEN_ALONG
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sharding", "streamtrain", "launch")
 SEEN_BY_STREAMTRAIN = {
@@ -138,3 +140,10 @@ def test_the_network_needs_torch_alone() -> None:
 def test_files_are_written_in_one_way() -> None:
     found = {name for name, path in MODULES.items() if WRITES.search(path.read_text(encoding="utf-8"))}
     assert found == WRITE_OTHERWISE.keys(), "sharding.writing has write, written, replacing and append"
+
+
+def test_what_a_submission_takes_along_needs_nothing_else_of_this() -> None:
+    taken = {f"{folder}.{name.removesuffix('.py')}" for folder, names in TAKEN_ALONG.items() for name in names}
+    for name in [*sorted(taken & MODULES.keys()), "streamtrain.submission_main"]:
+        brought = imports_of(MODULES[name], True) & MODULES.keys() - {"sharding", "streamtrain"}
+        assert brought <= taken, name
