@@ -56,7 +56,7 @@ KINDS = (
     "submission.jsonl", "transcribe's state",
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
-    "_Outline": "an index of any version", "_Holder": "a lock file, which may be another program's",
+    "Outline": "an index of any version", "_Holder": "a lock file, which may be another program's",
     "sharding.ledger": "its rows are kept as they are", "sharding.summary": "of any version",
     "sharding.aligned": "rows of `align`, which say more to people",
     "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
@@ -131,7 +131,7 @@ def test_a_file_of_ours_with_an_unknown_field_is_refused() -> None:
                     behaviour = schema.get("extra_behavior") or schema.get("config", {}).get("extra_fields_behavior")
                     own = {schema["cls"].__name__, name}
                     assert behaviour == "forbid" or own & READ_IN_PART.keys(), f"{name}: {schema['cls'].__name__}"
-    assert {"_Document", "_Numbers", "_File", "_Pointer", "_State", "Finish", "_IndexDocument", "ClipScore"} <= found
+    assert {"_Document", "_Numbers", "_File", "_Pointer", "_State", "Finish", "ClipScore"} <= found
 
 
 BOMB = zstandard.ZstdCompressor(level=3).compress(bytes(2**29))  # half a gigabyte in a few kilobytes
