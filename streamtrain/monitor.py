@@ -265,7 +265,7 @@ def render_run(run_dir: Path) -> str:
   Next, with a corpus of your own (after `source .venv/bin/activate`)
     python -m streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
     python -m sharding build data/raw/* --out data/shards
-    deepspeed launch/train.py --config configs/zero2.json
+    deepspeed --quiet launch/train.py --config configs/zero2.json
 """
 
 
@@ -278,5 +278,5 @@ def _render_unscored(run_dir: Path) -> str:
   Model        {run_dir / "best"}
 
   Next, on a shard set of other speakers, built with --valid-fraction 1
-    deepspeed launch/evaluate.py --model {run_dir / "best"} --shards SHARDS --out {run_dir}
+    deepspeed --quiet launch/evaluate.py --model {run_dir / "best"} --shards SHARDS --out {run_dir}
 """

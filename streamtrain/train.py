@@ -144,7 +144,9 @@ class Trainer:
             self._close(MIRROR_GRACE_SEC)
             self.world.barrier()  # rank 0 holds the store at which the others wait
             said = f"stopped at step {self.state.step}; the same command goes on from there"
-            raise PreemptedError(said) from error
+            stopped = PreemptedError(said)
+            stopped.exit_code = self._preemption.exit_code
+            raise stopped from error
         unmirrored = self._close(None)
         with self.world.main_alone("end the run whole") as mine:
             if mine:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed
 
 from sharding.errors import StreamtrainError
+from sharding.interrupt import INTERRUPTED
 from sharding.workers import die_with_parent
 from streamtrain.metrics import EditCounts
 from streamtrain.rank import errors_told, number_of, tell
@@ -55,25 +56,39 @@ LET_OTHERS_READ_SEC = 1.0
 class PreemptedError(StreamtrainError):
     """Raised on all ranks at the same step, where one of them was asked to stop."""
 
+    exit_code = TAKEN_AWAY
+
 
 class LostStepError(StreamtrainError):
     """Raised on one rank that was asked to stop while its data hang: others wait in this step, so nothing is saved."""
 
 
 class Preemption:
-    """From now on SIGTERM, once or often, only sets `asked`, and so does the end of the `deepspeed` command.
+    """From now on SIGTERM, once or often, only sets `asked`, and so do Ctrl-C and the end of the `deepspeed` command.
 
-    That command dies of a SIGTERM without a word to the launcher that it has started, which would train on.
+    That command dies of a SIGTERM without a word to the launcher that it has started, which would train on. A second
+    Ctrl-C is answered as before.
     """
 
     def __init__(self) -> None:
         self._asked = False
+        self.exit_code = TAKEN_AWAY
         self._launcher = psutil.Process(os.getppid())
         self._command = _command_of(self._launcher)
         signal.signal(signal.SIGTERM, self._ask)
+        self._interrupted = signal.getsignal(signal.SIGINT)
+        if self._interrupted is not signal.SIG_IGN:  # as a script's background job has it
+            signal.signal(signal.SIGINT, self._ask_once)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
+
+    def _ask_once(self, *_: object) -> None:
+        self._asked, self.exit_code = True, INTERRUPTED
+        signal.signal(signal.SIGINT, self._interrupted)
+        if number_of("RANK") == 0:
+            with suppress(OSError):
+                os.write(2, b"\nstopping: this step is saved first; Ctrl-C again ends at once\n")
 
     @property
     def asked(self) -> bool:
@@ -274,7 +289,7 @@ def running() -> Iterator[World]:
         if world.main:
             print(stopped, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(TAKEN_AWAY)
+        os._exit(stopped.exit_code)
     except LostStepError as lost:
         print(lost, file=sys.stderr, flush=True)
         os._exit(TAKEN_AWAY)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import run_module
 from test_model import make_network
-from training_runs import ROOT, environment, read_rows, run, start, training, wait_until
+from training_runs import ROOT, environment, read_rows, run, start, steps_saved, training, wait_until
 
 from sharding.errors import StreamtrainError
 from streamtrain import hub
@@ -125,7 +125,7 @@ def test_the_hub_is_asked_for_names_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Ctrl-C ends with 130, and the launcher of a run that was killed may return 0: the run's folder tells."""
+    """Ctrl-C saves the step and ends with 130, and the launcher of a run that was killed may return 0: the run's folder tells."""
     folder = work / "ended"
     done = run(training(work, "ended", "train.max_steps=2", "data.workers=0", ranks=1), PYTHONPROFILEIMPORTTIME="1")
     assert "deepspeed.runtime.engine" in done.stderr
@@ -138,6 +138,11 @@ def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog:
     wait_until(lambda: len(read_rows(folder)) > 4, process, folder.with_suffix(".out"))
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
+    stopped_at = len(read_rows(folder))
+    assert steps_saved(folder)[-1] == stopped_at > 4
+    told = folder.with_suffix(".out").read_text()
+    assert "stopping: this step is saved first; Ctrl-C again ends at once" in told
+    assert f"stopped at step {stopped_at}; the same command goes on from there" in told
     assert samples.startswith("--- step 0, CER")
     assert (folder / "samples.txt").read_text().startswith(samples)
     done = run_module("streamtrain", "summary", folder)
