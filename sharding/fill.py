@@ -17,7 +17,7 @@ from sharding.archive import AudioRoot, open_audio
 from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, is_constant
 from sharding.errors import AudioError, MissingError, ShardError
 from sharding.format import FORMAT_VERSION, SampleTable, Shard, read_shard_index, remove_shard, write_shard
-from sharding.ipa import read_label
+from sharding.ipa import label_remarks, read_label
 from sharding.ledger import NO_LABEL, TOO_DENSE, LedgerPart, LedgerRow, ledger_row, rejected_row, write_ledger
 from sharding.lock import check_token
 from sharding.manifest import Layout, Utterance
@@ -154,7 +154,8 @@ def cut(job: CutJob) -> CutResult:
         row = {"key": sample.key} | asdict(segment) | {"text": sample.text, "label_status": sample.label_status}
         del row["utterance_id"]
         rows.append(row)
-    row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=decoded.remarks)
+    remarks = (*decoded.remarks, *label_remarks(utterance.text, job.where.track))
+    row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=remarks)
     return CutResult(segments, write_ledger([row]))
 
 
@@ -180,7 +181,7 @@ def make_shard(job: ShardJob) -> ShardResult:
         count_done(len(job.members))
     made = (shard.entry, shard.samples) if shard else None
     lengths = dict(zip(shard.keys, shard.samples["samples"].tolist(), strict=True)) if shard else {}
-    rows = [_ledger_row(job, utterance, template, lengths, refused) | {"remarks": list(remarks.get(template.key, ()))}
+    rows = [_ledger_row(job, utterance, template, lengths, refused, remarks.get(template.key, ()))
             for member, utterance, template in zip(job.members, utterances, templates, strict=True)
             if member.piece is None]  # fmt: skip
     return ShardResult(made, write_ledger(rows))
@@ -217,13 +218,20 @@ def _fill_all(
 
 
 def _ledger_row(
-    job: ShardJob, utterance: Utterance, template: Sample, lengths: dict[str, int], refused: dict[str, str]
+    job: ShardJob,
+    utterance: Utterance,
+    template: Sample,
+    lengths: dict[str, int],
+    refused: dict[str, str],
+    remarks: Sequence[str],
 ) -> LedgerRow:
+    """Return the row of a clip with all `remarks`: those given, on its sound, and those on its label."""
     split = "valid" if job.split == "valid" else "train"
     if template.key in refused:
         return rejected_row(utterance, split, refused[template.key])
     why = (TOO_DENSE if template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
-    return ledger_row(utterance, split, "written", lengths[template.key] / SAMPLE_RATE, reason=why, key=template.key)
+    seconds, remarks = lengths[template.key] / SAMPLE_RATE, (*remarks, *label_remarks(utterance.text, job.where.track))
+    return ledger_row(utterance, split, "written", seconds, reason=why, key=template.key, remarks=remarks)
 
 
 def _finished(

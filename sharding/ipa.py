@@ -18,6 +18,7 @@ _REWRITE = str.maketrans(
 )
 TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
+_PUNCTUATION = frozenset(string.punctuation)
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
 MAX_FOREIGN = 0.05  # of the symbols of many labels: above, they are spelt in another alphabet
 _SHOWN = 20  # symbols in a message
@@ -65,6 +66,14 @@ def normalize(text: str, track: str) -> str:
 def read_label(text: str, track: str) -> str:
     """The normal form of a label as somebody wrote it: its phones in the letters of the alphabet."""
     return normalize(text.translate(_SAME_PHONE) if track == "phonetic" else text, track)
+
+
+def label_remarks(text: str, track: str) -> tuple[str, ...]:
+    """Tell which punctuation the normal form of a phonetic label lacks: in SAMPA and others some of it is phones."""
+    dropped = sorted(_PUNCTUATION.intersection(text)) if track == "phonetic" else []
+    meant = {":": "; length is 'ː' U+02D0"}
+    return tuple(f"{symbol!r} is left out of the label, as by the official scorer{meant.get(symbol, '')}"
+                 for symbol in dropped)  # fmt: skip
 
 
 def alphabet_of(track: str) -> frozenset[str]:
@@ -121,7 +130,8 @@ def check_alphabet(counts: SymbolCounts, side: str, track: str) -> None:
         f"{place}: {text[:_SHOWN_LABEL]!r} has symbols outside the alphabet of the {track} track: "
         f"{name_symbols(foreign_symbols(text, alphabet), alphabet)}; {counts.foreign / counts.symbols:.1%} of all "
         f"symbols in the labels for {side} are foreign, {MAX_FOREIGN:.0%} are the most",
-        f"--track {other} if the labels are {kind}; otherwise spell them in {''.join(sorted(alphabet)).strip()}",
+        f"--track {other} if the labels are {kind}; otherwise they must be spelt in "
+        f"{''.join(sorted(alphabet)).strip()}: other alphabets are not supported yet",
     )
 
 

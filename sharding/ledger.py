@@ -78,7 +78,7 @@ def ledger_row(
         "declared_sec": utterance.duration_sec,
         "key": key,
         "pieces": list(pieces),
-        "remarks": list(remarks),  # on its sound
+        "remarks": list(remarks),  # on its sound and its label
     }
 
 
@@ -95,7 +95,7 @@ class Tally:
     corpora: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
-    remarks: Counter[str] = field(default_factory=Counter)  # clips, by what is said of their sound
+    remarks: Counter[str] = field(default_factory=Counter)  # clips, by what is said of their sound or label
     unlabelled_pieces: Counter[str] = field(default_factory=Counter)  # of long recordings, by the kind of reason
     labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
     guessed: Counter[int] = field(default_factory=Counter)  # pieces labelled by a model, by how sure pass 1 was (SURE)

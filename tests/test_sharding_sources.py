@@ -728,7 +728,9 @@ def test_audio_of_any_kind_becomes_16_khz_mono(run_sharding: Command, tmp_path: 
         assert info.frames == round(frames * 16_000 / rate)
 
 
-def test_what_was_done_to_a_sound_is_in_the_ledger_and_the_summary(run_sharding: Command, tmp_path: Path) -> None:
+def test_what_was_done_to_a_sound_or_a_label_is_in_the_ledger_and_the_summary(
+    run_sharding: Command, tmp_path: Path
+) -> None:
     """Also of a recording that was cut, and if a killed build is run again. Silence is what is silent in 16 bit."""
     folder, sound = tmp_path / "microphones", say(TEXT)
     (folder / "audio").mkdir(parents=True)
@@ -741,8 +743,12 @@ def test_what_was_done_to_a_sound_is_in_the_ledger_and_the_summary(run_sharding:
         ("usual", sound, "PCM_16"),
     ):
         soundfile.write(folder / f"audio/{name}.wav", samples, 16_000, subtype=subtype)
-    write_manifest(folder, [describe(folder, f"audio/{path.name}", TEXT) for path in (folder / "audio").iterdir()])
+    texts = {"long": f"{TEXT}:", "usual": f"@{TEXT}:@"}  # which SAMPA means as phones
+    write_manifest(folder, [describe(folder, f"audio/{path.name}", texts.get(path.stem, TEXT))
+                            for path in (folder / "audio").iterdir()])  # fmt: skip
     command = ("build", folder, "--out", tmp_path / "out", "--workers", 1, "--valid-fraction", 0, "--max-rejected", 1)
+    at = "'@' is left out of the label, as by the official scorer"
+    colon = "':' is left out of the label, as by the official scorer; length is 'ː' U+02D0"
     cancelled = "channels that cancel out: the loudest alone is used"
     integers = "float samples in the range of integers: divided by 32768"
     for _ in range(2):
@@ -751,11 +757,13 @@ def test_what_was_done_to_a_sound_is_in_the_ledger_and_the_summary(run_sharding:
         assert done.returncode == 0, done.stderr
         rows = {row["utterance_id"]: row for row in read_ledger(tmp_path / "out")}
         assert {name: row["remarks"] for name, row in rows.items()} == {
-            "turned": [cancelled], "long": [cancelled], "integers": [integers], "hushed": [], "usual": []
+            "turned": [cancelled], "long": [cancelled, colon], "integers": [integers], "hushed": [],
+            "usual": [colon, at],
         }  # fmt: skip
         assert rows["hushed"]["reason"] == "constant signal with a label"
-        assert read_summary(tmp_path / "out")["remarks"] == {cancelled: 2, integers: 1}
+        assert read_summary(tmp_path / "out")["remarks"] == {cancelled: 2, colon: 2, at: 1, integers: 1}
         assert f"2 noted: {cancelled}" in done.stdout
+        assert f"2 noted: {colon}" in done.stdout
     sounds = {key: soundfile.read(io.BytesIO(one.audio))[0] for key, (_, one) in read_all(tmp_path / "out").items()}
     for name in ("turned", "integers"):
         np.testing.assert_allclose(sounds[name], sounds["usual"], atol=1e-4)  # three 16-bit steps

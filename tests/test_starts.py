@@ -125,7 +125,7 @@ def test_the_hub_is_asked_for_names_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Ctrl-C saves the step and ends with 130, and the launcher of a run that was killed may return 0: the run's folder tells."""
+    """Ctrl-C saves and ends with 130, and the launcher of a run that was killed may return 0: its folder tells."""
     folder = work / "ended"
     done = run(training(work, "ended", "train.max_steps=2", "data.workers=0", ranks=1), PYTHONPROFILEIMPORTTIME="1")
     assert "deepspeed.runtime.engine" in done.stderr
