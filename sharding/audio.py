@@ -12,7 +12,16 @@ import soundfile
 import soxr
 
 from sharding import flac
-from sharding.containers import READ_TO_THE_END, UNTOLD_LENGTH, check_mp3_length, check_whole, cut_tail, skip_tags
+from sharding.containers import (
+    READ_TO_THE_END,
+    SIZED,
+    UNTOLD_LENGTH,
+    check_mp3_length,
+    check_sizes,
+    check_whole,
+    cut_tail,
+    skip_tags,
+)
 from sharding.errors import AudioError
 from sharding.libflac import decode_plain
 
@@ -78,6 +87,9 @@ def probe(file: IO[bytes]) -> AudioInfo:
     try:
         info = soundfile.info(file)
     except (soundfile.LibsndfileError, RuntimeError) as error:
+        if head.startswith(SIZED):
+            file.seek(0)
+            check_sizes(file.read())
         raise AudioError(_not_audio(error)) from error
     if not 0 < info.frames < UNKNOWN_FRAMES:
         file.seek(0)
@@ -112,6 +124,7 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
     try:
         file = soundfile.SoundFile(io.BytesIO(cut_tail(data)))
     except (soundfile.LibsndfileError, RuntimeError) as error:
+        check_sizes(data)
         raise AudioError(_not_audio(error)) from error
     with file:
         remarks = list(check_whole(data, file.format))

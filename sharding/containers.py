@@ -61,6 +61,7 @@ CHUNKED = {  # by how a file begins
     b"FORM": Chunks(12, b"SSND", "big"),  # AIFF, AIFF-C
     b"caff": Chunks(8, b"data", "big", size_bytes=8, align=1),
 }
+SIZED = (*CHUNKED, b".snd", b"dns.", b"NIST")
 
 
 def check_whole(data: bytes, container: str) -> tuple[str, ...]:
@@ -88,6 +89,12 @@ def check_whole(data: bytes, container: str) -> tuple[str, ...]:
     if joined := [found.start() for head in HEADS if (found := head.search(data, end))]:
         raise AudioError(f"several recordings in one file: another begins at byte {min(joined)}; split it")
     return remarks
+
+
+def check_sizes(data: bytes) -> None:
+    """Raise AudioError if the sizes in a header tell what is wrong with a file; libsndfile may say less."""
+    if _end_of_sound(data) is not None:
+        check_whole(data, "")
 
 
 def cut_tail(data: bytes) -> bytes:

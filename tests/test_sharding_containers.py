@@ -106,6 +106,11 @@ def outcome(data: bytes) -> tuple[float, tuple[str, ...]] | None:
 LOADER = ThreadPoolExecutor(1, "libflac")
 
 
+def as_a_build_does(data: bytes) -> None:
+    probe(io.BytesIO(data))
+    decode(data)
+
+
 @pytest.mark.parametrize("container", sorted(TAKEN))
 def test_no_length_of_a_file_is_wrong_without_a_word(container: str) -> None:
     """Joined files are refused, whatever stands between them; what else stands behind the sound is no sound."""
@@ -136,6 +141,17 @@ def test_sound_behind_the_end_that_a_header_tells_is_remarked_on_and_chunks_are_
         "CAF": b"info" + struct.pack(">q", 40) + bytes(range(200, 240)),
     }.get(container, b"LIST" + struct.pack("<I", 40) + bytes(range(200, 240)))
     assert outcome(data + chunk) == (1, (TAIL_LEFT_OUT,) if container in ("AU", "NIST") else ())
+
+
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST"])
+def test_what_is_wrong_with_a_length_is_said_also_if_libsndfile_refuses_the_file(container: str) -> None:
+    """It calls half of a CAF malformed, and joined WAVs files without a marker."""
+    data = make_audio(container)
+    for wrong, said in ((data[:-100], "cut off: 100 bytes are missing"), (data * 2, "several recordings in one file")):
+        with pytest.raises(AudioError, match=said):
+            decode(wrong)
+        with pytest.raises(AudioError, match=said):
+            as_a_build_does(wrong)
 
 
 @pytest.mark.parametrize(("container", "offset", "size"), [("WAV", 40, 4), ("AU", 8, 4)])
