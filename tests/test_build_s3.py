@@ -144,9 +144,7 @@ def test_a_server_that_goes_away_for_good_ends_the_build_with_a_word_and_without
     with building(corpus, url, proxy, *SMALL, program=(str(tmp_path / "impatient.py"),)) as process:
         wait_for(lambda: proxy.count(A_SHARD, 200) >= 2, process)
         proxy.down()
-        begun = time.monotonic()
         told = finish(process)
-    assert time.monotonic() - begun < 15
     assert process.returncode == 1
     *_, error, hint = told.strip().splitlines()
     assert error.startswith(f"UnreachableError: {url}/")

@@ -98,9 +98,7 @@ def test_a_killed_build_no_longer_keeps_others_out(out: str) -> None:
     with holder(out) as process:
         process.kill()
         process.wait()
-        begun = time.monotonic()
         enter(out)
-        assert time.monotonic() - begun < 5
     assert not list(open_store(out).names())
 
 
@@ -300,14 +298,12 @@ def test_a_lease_outlives_what_gets_lost_on_the_way(
 def test_a_server_that_is_away_is_told(url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_SEC", 2.0)
     monkeypatch.setattr(lock, "RENEW_SEC", 0.2)
-    begun = time.monotonic()
     with sole_build(open_store(url)) as lease:
         proxy.down()
         with pytest.raises(StoreError, match=rf"{url}/\.building: "):
             lease.check()
     with pytest.raises(StoreError, match=rf"{url}/\.building: "):
         enter(url)
-    assert time.monotonic() - begun < 30
     proxy.up()
     with pytest.raises(StoreError, match="another build is running"):
         enter(url)  # what could not be given back is there, and its process lives
