@@ -76,6 +76,7 @@ from sharding.split import Gates
 from sharding.store import FolderStore, Store, open_store
 from sharding.summary import Summary
 from sharding.workers import Workers, available_cores
+from sharding.writing import remove
 
 LEARN_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned …
 LEARN_LEAST_SEC = 120.0  # … and so many at least: less would know its own mistakes by heart
@@ -506,7 +507,7 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
             yield folder
         return
     pieces = store.folder / PIECES
-    shutil.rmtree(pieces, ignore_errors=True)  # a killed build's
+    remove(pieces)  # a killed build's, or a link that leads elsewhere
     try:
         yield _absolute(str(pieces))
     finally:

@@ -16,7 +16,8 @@ from typing import IO, Any
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
-from sharding.document import DocumentError, parse
+from sharding.document import SMALL_BYTES, DocumentError, parse
+from sharding.writing import own_file
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre mounted without flock, some FUSE and NFS
 SUFFIX = ".held"
@@ -75,7 +76,7 @@ def exclusive(file: IO[Any], wait_sec: float = 0.0) -> Iterator[None]:
     finally:
         if lock_file is not None:
             with suppress(FileNotFoundError):
-                if parse_holder(lock_file.read_bytes()).get("pid") == os.getpid():  # else somebody deleted ours
+                if parse_holder(read_lock_file(lock_file)).get("pid") == os.getpid():  # else somebody deleted ours
                     lock_file.unlink()
 
 
@@ -105,7 +106,7 @@ def _hold(file: IO[Any]) -> Path | None:
 def _remove_abandoned(lock_file: Path) -> None:
     """Remove a lock file if its process has died on this machine; raises HeldError if it may still live."""
     try:
-        data = lock_file.read_bytes()
+        data = read_lock_file(lock_file)
     except FileNotFoundError:
         return
     holder = parse_holder(data)
@@ -121,7 +122,7 @@ def _remove_abandoned(lock_file: Path) -> None:
             time.sleep(0.01)
             return
         with suppress(FileNotFoundError):
-            if lock_file.read_bytes() == data:
+            if read_lock_file(lock_file) == data:
                 lock_file.unlink()
 
 
@@ -147,6 +148,12 @@ def started(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 0 if state in "ZX" else int(fields[18])
+
+
+def read_lock_file(path: Path) -> bytes:
+    """Return what a lock file says. Raises OSError, which says what it is instead, if it is a link or no file."""
+    with open(path, "rb", opener=own_file) as file:
+        return file.read(SMALL_BYTES)
 
 
 def parse_holder(data: bytes) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sharding.bucket import BucketStore, Found, Tag
+from sharding.document import SMALL_BYTES
 from sharding.errors import MissingError, StoreError
-from sharding.exclusive import HeldError, exclusive, name_holder, parse_holder, started, this_process
+from sharding.exclusive import HeldError, exclusive, name_holder, parse_holder, read_lock_file, started, this_process
 from sharding.store import FolderStore, Store
-from sharding.writing import explaining
+from sharding.writing import explaining, own_file
 
 LOCK_NAME = ".building"
 RENEW_SEC = 15.0
@@ -43,7 +44,7 @@ def sole_build(store: Store) -> AbstractContextManager[Lease]:
 def check_token(store: Store, token: str) -> None:
     """Raise StoreError where the build of that token does not hold OUT, as seen from here: another machine."""
     try:
-        holder = parse_holder(store.read(LOCK_NAME))
+        holder = parse_holder(store.read(LOCK_NAME, SMALL_BYTES))
     except MissingError as error:
         raise StoreError(
             f"{store.url}: {socket.gethostname()} does not see the build that it works for",
@@ -67,7 +68,7 @@ class _FolderLock(Lease):
 
     def is_in_place(self) -> bool:
         try:
-            return bool(parse_holder(self.path.read_bytes()).get("token") == self.token)
+            return bool(parse_holder(read_lock_file(self.path)).get("token") == self.token)
         except FileNotFoundError:
             return False
 
@@ -76,6 +77,8 @@ class _FolderLock(Lease):
 def _folder_lock(folder: Path) -> Iterator[Lease]:
     with ExitStack() as held:
         with explaining(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with explaining(folder / LOCK_NAME):
             lock = _locked(folder, held)
         try:
             yield lock
@@ -85,16 +88,15 @@ def _folder_lock(folder: Path) -> Iterator[Lease]:
 
 
 def _locked(folder: Path, held: ExitStack) -> _FolderLock:
-    folder.mkdir(parents=True, exist_ok=True)
     lock = _FolderLock(folder / LOCK_NAME)
     while not lock.is_in_place():  # more than once if the build before removes it while it is being taken
         held.close()
-        file = held.enter_context(open(lock.path, "a+b", buffering=0))  # noqa: SIM115
+        file = held.enter_context(open(lock.path, "a+b", buffering=0, opener=own_file))  # noqa: SIM115
         try:
             held.enter_context(exclusive(file))
         except HeldError as error:
             file.seek(0)
-            raise _refusal(folder, error.holder or parse_holder(file.read()), HINT + error.remedy) from error
+            raise _refusal(folder, error.holder or parse_holder(file.read(SMALL_BYTES)), HINT + error.remedy) from error
         try:
             file.truncate(0)
             file.write(json.dumps(this_process() | {"token": lock.token}).encode())

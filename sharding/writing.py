@@ -18,6 +18,7 @@ from sharding.errors import StoreError
 STDOUT = Path("/dev/stdout")
 NAME_BYTES = 255  # of a name in a folder
 LINKS_FOLLOWED = 40  # as the kernel does
+NOT_ITS_OWN = errno.EMLINK  # of a file that is elsewhere, too or only
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a folder, on some FUSE and network file systems
 HINTS = {
     errno.ENOSPC: "make room there, and give the same command again",
@@ -26,6 +27,7 @@ HINTS = {
     errno.EROFS: "it is mounted read-only: name another place",
     errno.EACCES: "name a place where you may write",
     errno.EPERM: "name a place where you may write",
+    NOT_ITS_OWN: "remove what has that name; where this folder came from, somebody may mean harm",
 }
 
 
@@ -110,10 +112,48 @@ def write(path: Path, data: bytes | str) -> None:
         file.write(content)
 
 
+def write_inside(path: Path, data: bytes | str) -> None:
+    """Write a whole file of a folder that others may have filled: it takes the place of a link of its name."""
+    content = data.encode() if isinstance(data, str) else data
+    with replacing(path, len(content)) as file:
+        file.write(content)
+
+
 def append(path: Path, text: str) -> None:
-    """Add to the end of a file. Raise StoreError if it cannot be written."""
-    with explaining(path, len(text)), open(path, "a", encoding="utf-8", newline="") as file:
+    """Add to the end of such a file. Raise StoreError if it cannot be written, or leads elsewhere."""
+    with explaining(path, len(text)), open(path, "a", encoding="utf-8", newline="", opener=own_file) as file:
         file.write(text)
+
+
+def own_file(name: str, flags: int) -> int:
+    """Open a file that is changed where it lies, for `open(…, opener=own_file)`; it waits for no pipe.
+
+    Raises OSError if the name is a link, another name of some file, or no file: whoever made the folder decided that.
+    """
+    try:
+        descriptor = os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        said = "is a link that leads elsewhere" if error.errno == errno.ELOOP else "is a pipe or a socket, not a file"
+        raise OSError(NOT_ITS_OWN, said, name) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        said = "is also the file of another name" if stat.S_ISREG(status.st_mode) else "is not a file"
+        raise OSError(NOT_ITS_OWN, said, name)
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link alone; nothing if there is none."""
+    with explaining(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def file_to_replace(path: Path) -> Path | None:

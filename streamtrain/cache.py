@@ -1,10 +1,12 @@
 """Shards of a bucket on their way to the ranks of a node: fetched once, verified, kept within a size."""
 
+import errno
 import fcntl
 import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +30,7 @@ from sharding.format import ShardIndex, read_samples
 from sharding.sample import Sample, escape_key
 from sharding.schema import ShardEntry
 from sharding.store import Reader, open_regular
-from sharding.writing import cannot_write
+from sharding.writing import cannot_write, own_file
 from streamtrain.plan import Uses
 
 log = logging.getLogger("streamtrain")
@@ -40,8 +42,10 @@ STEPS_AHEAD = 32  # shards of these steps are fetched before they are needed
 STEPS_BEHIND = 16  # shards of these steps are kept if there is room: a slower thread or rank may still read from them
 FETCH_TRIES = 3
 READS = 3  # of a clip that comes wrong over a network, which may happen twice
+DIGITS = 16  # of a set's digest, which name its folder
 HELD_SEC = 1.0  # longer than a lock is held for anything but a fetch
 EVICT_LOCK = "evict.lock"
+SET_FOLDER = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 WAIT_FOR_ROOM_SEC = 0.05  # between looks whether another thread has finished writing, so that something can go
 IDLE_SEC = 600.0  # a shard that is not in the plan, and that nobody asked for so long, is no longer needed
 
@@ -89,7 +93,7 @@ class ShardCache:
         self._store = store
         self._entries = {shard.name: shard for shard in index.shards}
         self._root = folder
-        self._folder = folder / index.digest[:16]  # two shard sets never collide
+        self._folder = folder / index.digest[:DIGITS]  # two shard sets never collide
         self._limit = limit_bytes
         self._shards = ThreadPoolExecutor(SHARDS_AT_ONCE, "fetch")
         self._ranges = {ahead: ThreadPoolExecutor(RANGES_AT_ONCE, "range") for ahead in (True, False)}
@@ -106,6 +110,8 @@ class ShardCache:
             )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._folder.is_symlink():  # those of other sets are left alone
+                raise OSError(errno.ELOOP, f"{self._folder.name} is a link that leads elsewhere")
             with _locked(folder / EVICT_LOCK):
                 pass
         except OSError as error:
@@ -218,12 +224,12 @@ class ShardCache:
         partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
         try:
             self._reserve(partial, shard.bytes)
-            with open(partial, "r+b") as file:
+            with open(partial, "r+b", opener=own_file) as file:
                 for _ in range(FETCH_TRIES):
                     self._fill(shard, file, self._ranges[ahead], asked)
                     seen = _checksum(file)
                     if seen == shard.checksum:
-                        kept = open(partial, "rb")  # noqa: SIM115
+                        kept = open(partial, "rb", opener=own_file)  # noqa: SIM115
                         os.replace(partial, path)
                         return kept
                     self._count(retries=1)
@@ -260,16 +266,22 @@ class ShardCache:
         while True:
             with _locked(self._root / EVICT_LOCK):
                 # Parts first: one that is renamed meanwhile stands among the shards then, and is counted once
-                others = (part for part in self._root.glob("*/*.part") if part != partial and not _abandoned(part))
+                others = (part for part in self._files(".part") if part != partial and not _abandoned(part))
                 parts = {part.with_suffix(".tar"): _size(part) for part in others}
-                shards = {path: path.stat() for path in self._root.glob("*/*.tar") if path.is_file()}
+                shards = {path: path.stat() for path in self._files(".tar")}
                 writing = sum(size for path, size in parts.items() if path not in shards)
                 if writing + needed <= self._limit:
                     self._evict(shards, self._limit - writing - needed)
-                    with open(partial, "wb") as file:
+                    with open(partial, "wb", opener=own_file) as file:
                         file.truncate(needed)
                     return
             time.sleep(WAIT_FOR_ROOM_SEC)
+
+    def _files(self, suffix: str) -> Iterator[Path]:
+        """Yield the files of all sets that are cached here; other folders, and where links lead, are not ours."""
+        for folder in self._root.iterdir():
+            if SET_FOLDER.fullmatch(folder.name) and not folder.is_symlink():
+                yield from (path for path in folder.glob(f"*{suffix}") if path.is_file())
 
     def _evict(self, shards: dict[Path, os.stat_result], room: int) -> None:
         """Remove shards, of whatever set, until the others fit in `room`: those first that are needed last."""
@@ -342,7 +354,7 @@ def _size(path: Path) -> int:
 
 def _abandoned(part: Path) -> bool:
     """Whether a part was left behind by a process that is no more; then it is removed."""
-    with open(part.with_suffix(".lock"), "a") as file:
+    with open(part.with_suffix(".lock"), "a", opener=own_file) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -354,6 +366,6 @@ def _abandoned(part: Path) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """Hold, and yield, a file whose advisory lock the kernel releases when its holder dies."""
-    with open(path, "a+b", buffering=0) as file:
+    with open(path, "a+b", buffering=0, opener=own_file) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield cast(BinaryIO, file)

@@ -7,7 +7,7 @@ from pathlib import Path
 from sharding.document import DocumentError, read_document
 from sharding.errors import StreamtrainError
 from sharding.store import open_regular
-from sharding.writing import write
+from sharding.writing import write_inside
 
 SUMS_NAME = "SHA256SUMS"
 HEX_DIGITS = 64  # before two blanks and the name
@@ -23,7 +23,7 @@ class ChecksumError(StreamtrainError):
 def write_sums(folder: Path) -> None:
     """Write the sums of all files that lie in the folder."""
     lines = [_line(path) for path in sorted(folder.iterdir())]
-    write(folder / SUMS_NAME, "\n".join([*lines, ""]))
+    write_inside(folder / SUMS_NAME, "\n".join([*lines, ""]))
 
 
 def check_sums(folder: Path, must_have: bool = False) -> None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from sharding.document import STRICT, DocumentError, Number, Size, parse, read_document
 from sharding.errors import StreamtrainError
-from sharding.writing import explaining, write
+from sharding.writing import explaining, write_inside
 from streamtrain.folders import aside_of, put_aside, put_back
 
 FINISH_NAME = "finished.json"
@@ -47,7 +47,7 @@ _FINISH = TypeAdapter(Finish)
 
 def write_finish(run: Path, finish: Finish) -> None:
     """Write how a run ended, whole or not at all."""
-    write(run / FINISH_NAME, json.dumps(asdict(finish)))
+    write_inside(run / FINISH_NAME, json.dumps(asdict(finish)))
 
 
 def read_finish(run: Path) -> Finish:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sharding.writing import cannot_write, sync
+from sharding.writing import cannot_write, remove, sync
 
 ASIDE = ".old"
 
@@ -23,7 +23,7 @@ def new_folder(final: Path, needed: int | None = None, hint: str | None = None) 
     partial = final.with_name(f".{final.name}.part")
     try:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir(parents=True)
             yield partial
             for path in (*partial.iterdir(), partial):
@@ -38,7 +38,7 @@ def new_folder(final: Path, needed: int | None = None, hint: str | None = None) 
 def put_in_place(partial: Path, final: Path) -> None:
     """Give a finished folder its name; what had that name before stays at hand until then."""
     aside = aside_of(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     if final.exists():
         os.replace(final, aside)
     os.replace(partial, final)

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from sharding.document import SMALL_BYTES, STRICT, parse
 from sharding.errors import MissingError, StoreError
 from sharding.store import Store
-from sharding.writing import explaining, sync
+from sharding.writing import explaining, own_file, remove, sync
 from streamtrain.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints, open_checkpoint
 
 log = logging.getLogger("streamtrain")
@@ -67,7 +67,7 @@ class Mirror:
     def __init__(self, store: Store, run: Path) -> None:
         self._store, self._run = store, run
         self._staging = run / STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)
+        remove(self._staging)
         self._waiting: Path | None = None
         self._changed = threading.Condition()
         self._busy = self._closing = False
@@ -116,6 +116,8 @@ class Mirror:
             return
         part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
         log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
+        if part.is_symlink():  # what it leads to is none of ours
+            remove(part)
         for path in [path for path in part.rglob("*") if path.is_file()]:
             if path.relative_to(part).as_posix() not in pointer["files"]:
                 path.unlink()  # an earlier attempt fetched it, of an older copy
@@ -141,7 +143,7 @@ class Mirror:
                     raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
                 pieces = pointer["files"][name]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "ab") as file:
+                with open(path, "ab", opener=own_file) as file:
                     file.truncate(min(file.tell(), len(pieces) * PIECE_BYTES))
                 places += [(path, number, pieces) for number in range(len(pieces))]
             with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
@@ -155,7 +157,7 @@ class Mirror:
 
     def _fetch_piece(self, path: Path, number: int, pieces: list[str]) -> None:
         """Put one piece of a file in its place, unless it is there."""
-        with open(path, "r+b") as file:
+        with open(path, "r+b", opener=own_file) as file:
             file.seek(number * PIECE_BYTES)
             if _name(file.read(PIECE_BYTES)) == pieces[number]:
                 return

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
-from sharding.writing import append, explaining, write
+from sharding.writing import append, explaining, write_inside
 from streamtrain.finish import FINISH_NAME, read_finish
 from streamtrain.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
 
@@ -73,7 +73,7 @@ class Monitor:
         self._ranks = run_dir / "ranks.csv"
         lines = _read_lines(self._ranks).splitlines(keepends=True)[1:]
         kept = [line for line in lines if _step_of(line, self._ranks) <= done_steps]
-        write(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
+        write_inside(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
         self._events = run_dir / "tensorboard"
         with explaining(self._events):
             self._board = SummaryWriter(str(self._events), purge_step=done_steps + 1)
@@ -150,11 +150,11 @@ class Monitor:
         path = self._folder / "samples.txt"
         told = _read_lines(path).split("--- step ")[1:]
         kept = [one for one in told if _step_of(one, path) < step]
-        write(path, "".join(f"--- step {one}" for one in kept))
+        write_inside(path, "".join(f"--- step {one}" for one in kept))
 
     def _rewrite(self) -> None:
         names: list[object] = [field.name for field in fields(StepRow)]
-        write(self._log, _csv([names, *map(_cells, self.rows)]))
+        write_inside(self._log, _csv([names, *map(_cells, self.rows)]))
 
 
 def read_log(path: Path) -> list[StepRow]:
@@ -224,7 +224,7 @@ def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
         axes.grid(alpha=0.25)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    write(path, picture.getvalue())
+    write_inside(path, picture.getvalue())
 
 
 def _csv(rows: Iterable[Sequence[object]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sharding.writing import write
+from sharding.writing import write_inside
 from streamtrain.compare import Comparison
 from streamtrain.scorecard import ClipScore, count_confusions, render_interval, warnings
 
@@ -52,7 +52,7 @@ def write_page(
     """Write the page. `sounds` are the FLAC pieces of the worst clips, by their id, as far as they could be read."""
     confusions = count_confusions(clips, card["track"])
     changed = _comparison(comparison) if comparison else ""
-    write(
+    write_inside(
         path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Scorecard of {escape(str(card["model"]))}</title>

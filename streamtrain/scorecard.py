@@ -19,7 +19,7 @@ from sharding.errors import StreamtrainError
 from sharding.format import ShardIndex
 from sharding.ipa import normalize
 from sharding.names import UNKNOWN, age_order
-from sharding.writing import write
+from sharding.writing import write_inside
 from streamtrain.metrics import EditCounts, Floats, Resampling
 
 DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, of the groups
@@ -129,8 +129,8 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
     """`scorecard.json`, and every clip's reference and hypothesis in `hypotheses.jsonl`."""
-    write(folder / SCORECARD, json.dumps(card, ensure_ascii=False, indent=1))
-    write(folder / HYPOTHESES, "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips))
+    write_inside(folder / SCORECARD, json.dumps(card, ensure_ascii=False, indent=1))
+    write_inside(folder / HYPOTHESES, "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips))
 
 
 def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:

@@ -18,7 +18,7 @@ from sharding.exclusive import HeldError, exclusive
 from sharding.format import ShardIndex, check_presence, old_index_name, read_index
 from sharding.schema import SPLITS
 from sharding.store import Store, open_store
-from sharding.writing import explaining, write
+from sharding.writing import explaining, own_file, remove, write_inside
 from streamtrain.checkpoint import (
     NAMES,
     Checkpoint,
@@ -57,7 +57,8 @@ TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
-LEFT_BY_RUNS = (".lock", "checkpoints", "best", "log.csv")  # one at least, in a run's folder
+LOCK_NAME = ".lock"
+LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv")  # one at least, in a run's folder
 LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to go
 
 
@@ -128,7 +129,7 @@ def _prepare(
     """Leave in the run folder, and in its mirror, what the run goes on from, and what it was asked for."""
     forget_finish(run)
     if resume == "none":
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        remove(run / "checkpoints")
         if mirror is not None:
             mirror.forget()
     elif found is not None and found.resolve().parent == (run / "checkpoints").resolve():
@@ -136,8 +137,8 @@ def _prepare(
         drop_later(chosen)
         if mirror is not None:
             mirror.offer(chosen)  # else a later one would come back
-    write(run / "config.json", json.dumps(config.model_dump(), indent=1))
-    write(run / "trained_on.json", json.dumps(_describe(index, config.data.shards), indent=1))
+    write_inside(run / "config.json", json.dumps(config.model_dump(), indent=1))
+    write_inside(run / "trained_on.json", json.dumps(_describe(index, config.data.shards), indent=1))
 
 
 def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[float]) -> None:
@@ -338,13 +339,20 @@ def _only_run_in(run: Path, world: World) -> Iterator[None]:
                 raise TrainError(f"{run}: holds {path.relative_to(run)}, and no run", "name another train.run_dir")
     with explaining(run):
         run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "a")  # noqa: SIM115 (closed below)
+    for name in ("checkpoints", "tensorboard"):
+        if not (run / name).resolve().is_relative_to(run.resolve()):
+            raise TrainError(
+                f"{run / name}: is a link that leads outside of the run folder: nothing is written there",
+                "remove the link; for more room, name another train.run_dir",
+            )
+    with explaining(run / LOCK_NAME):
+        file = open(run / LOCK_NAME, "a", opener=own_file)  # noqa: SIM115 (closed below)
     try:
         with file, exclusive(file, LOCK_WAIT_SEC), reopened(run):
             try:
                 yield
             except BaseException:
-                if new and all(path.name.startswith(".lock") for path in run.iterdir()):
+                if new and all(path.name.startswith(LOCK_NAME) for path in run.iterdir()):
                     shutil.rmtree(run)
                 raise
     except HeldError as error:

@@ -17,7 +17,7 @@ import xxhash
 from sharding.audio import SAMPLE_RATE
 from sharding.errors import StoreError, StreamtrainError
 from sharding.format import ShardIndex
-from sharding.writing import write
+from sharding.writing import write_inside
 from streamtrain.augment import keyed_random
 from streamtrain.checkpoint import RunState, save_checkpoint
 from streamtrain.checksums import check_sums
@@ -382,7 +382,7 @@ class Trainer:
 
     def _first_cer(self, cer: float) -> None:
         if self.world.main:
-            write(self.run_dir / "before.json", json.dumps({"cer": cer}))
+            write_inside(self.run_dir / "before.json", json.dumps({"cer": cer}))
 
     def _write_scorecard(self, evaluation: Evaluation) -> None:
         card = scorecard(

@@ -23,7 +23,7 @@ from sharding.errors import AudioError, MissingError, ShardError, StreamtrainErr
 from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
-from sharding.writing import beside, explaining, file_to_replace, sync, write, written
+from sharding.writing import beside, explaining, file_to_replace, own_file, sync, write_inside, written
 from streamtrain.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
 from streamtrain.finish import warn_unless_finished
 from streamtrain.hear import chunks_of, hear, usual_batch_seconds
@@ -87,7 +87,7 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
     if reading.log_probs:
-        write(reading.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
+        write_inside(reading.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
     with closing(Progress(out, _digest(model_folder, model.normalize, recordings, reading))) as progress:
         left = recordings[progress.rows :]
         failed = progress.failed
@@ -130,7 +130,7 @@ class Progress:
         with explaining(out):
             if not place.parent.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._held.enter_context(open(self._partial, "ab"))  # noqa: SIM115
+            self._file = self._held.enter_context(open(self._partial, "ab", opener=own_file))  # noqa: SIM115
         try:
             self._held.enter_context(exclusive(self._file))
         except HeldError as error:
@@ -161,7 +161,7 @@ class Progress:
                 os.fsync(self._file.fileno())
                 state = {"digest": self._digest, "rows": self.rows + len(rows), "bytes": self._file.tell(),
                          "failed": failed}  # fmt: skip
-                write(self._state, json.dumps(state))
+                write_inside(self._state, json.dumps(state))
         self.rows += len(rows)
 
     def finish(self) -> None:
@@ -247,7 +247,7 @@ def _row(sound: Sound, heard: Sequence[Heard], model: CTCModel, reading: Reading
         kept = np.concatenate([piece.log_probs for piece in heard if piece.log_probs is not None])
         array = io.BytesIO()
         np.save(array, kept.astype(np.float16))
-        write(reading.log_probs / f"{escape_key(sound.utterance_id)}.npy", array.getvalue())
+        write_inside(reading.log_probs / f"{escape_key(sound.utterance_id)}.npy", array.getvalue())
     return row
 
 

@@ -1,0 +1,189 @@
+"""What others have put into a folder that a person names is no way out of it: nothing beyond is written or removed."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from stream_sets import cached
+from test_model import save, talkative
+from test_transcribe import sound
+
+from sharding.audio import encode
+from sharding.bucket import BucketStore
+from sharding.errors import StoreError, StreamtrainError
+from sharding.format import read_index
+from sharding.lock import LOCK_NAME, sole_build
+from sharding.store import FolderStore, open_store
+from sharding.writing import append, write_inside
+from streamtrain.config import load_config
+from streamtrain.folders import new_folder
+from streamtrain.monitor import Monitor
+from streamtrain.recordings import find_recordings
+from streamtrain.start import train
+from streamtrain.transcribe import Reading, transcribe
+from streamtrain.world import World
+
+PRECIOUS = b"a thesis\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits() -> Iterator[None]:
+    """To open a pipe that nobody writes to waits for ever."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A file and a folder that must be at the end what they are now."""
+    folder = tmp_path / "victim"
+    folder.mkdir()
+    thesis = folder / "thesis.txt"
+    thesis.write_bytes(PRECIOUS)
+    yield thesis
+    assert thesis.read_bytes() == PRECIOUS
+    assert os.listdir(folder) == [thesis.name]
+
+
+PUT = {
+    "link": lambda path, victim: path.symlink_to(victim),
+    "hard link": lambda path, victim: path.hardlink_to(victim),
+    "pipe": lambda path, victim: os.mkfifo(path),
+    "device": lambda path, victim: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", PUT)
+def test_a_lock_is_a_file_of_its_folder_or_refused(kind: str, victim: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    out.mkdir()
+    PUT[kind](out / LOCK_NAME, victim)
+    with (
+        pytest.raises(StoreError, match=rf"{LOCK_NAME}: is (a|also|not) (?s:.*)hint: remove"),
+        sole_build(open_store(out)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", PUT)
+def test_a_file_that_grows_in_a_folder_is_its_own_or_refused(kind: str, victim: Path, tmp_path: Path) -> None:
+    PUT[kind](tmp_path / "log.csv", victim)
+    with pytest.raises(StoreError, match=r"log.csv: is (a|also|not) (?s:.*)hint: remove"):
+        append(tmp_path / "log.csv", "1,2\n")
+
+
+@pytest.mark.parametrize("kind", PUT)
+def test_a_file_written_into_a_folder_takes_the_place_of_what_had_its_name(
+    kind: str, victim: Path, tmp_path: Path
+) -> None:
+    PUT[kind](tmp_path / "config.json", victim)
+    write_inside(tmp_path / "config.json", b"{}")
+    assert (tmp_path / "config.json").read_bytes() == b"{}"
+    assert not (tmp_path / "config.json").is_symlink()
+
+
+def test_pieces_are_not_written_where_a_link_leads(
+    small_corpus: Path, small_shards: Path, victim: Path, tmp_path: Path, run_sharding: Callable[..., object]
+) -> None:
+    out = Path(shutil.copytree(small_shards, tmp_path / "set"))
+    (out / "index.json").unlink()
+    (out / ".pieces").symlink_to(victim.parent)
+    done = run_sharding("build", small_corpus, "--out", out, "--num-buckets", 2, "--shard-mb", 0.1)
+    assert done.returncode == 0, done.stderr
+    assert read_index(FolderStore(out)).digest == read_index(FolderStore(small_shards)).digest
+    assert not os.path.lexists(out / ".pieces")
+
+
+@pytest.mark.parametrize("name", [".model.part", ".model.old"])
+def test_a_folder_is_not_made_where_a_link_leads(name: str, victim: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / name).symlink_to(victim.parent)
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "vocab.json").write_bytes(b"{}")
+    assert (tmp_path / "model/vocab.json").read_bytes() == b"{}"
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "of"), [("checkpoints", "folder"), ("tensorboard", "folder"), (".lock", "file")])
+def test_a_run_does_not_begin_where_its_files_would_lie_elsewhere(
+    name: str, of: str, small_shards: Path, victim: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(victim if of == "file" else victim.parent)
+    chosen = [f"data.shards={small_shards}", f"train.run_dir={run}"]
+    with pytest.raises(StreamtrainError, match=rf"{name}: is a link that leads (?s:.*)hint: remove"):
+        train(load_config(ROOT / "configs/zero2.json", chosen), World())
+
+
+@pytest.mark.parametrize("name", ["log.csv", "ranks.csv", "samples.txt"])
+def test_a_log_does_not_go_on_in_a_file_elsewhere(name: str, victim: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to("../victim/none")
+    Monitor(run, 10, 0).close()
+    assert not (run / name).is_symlink()
+
+
+# --- a cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_does_not_lock_or_fetch_where_a_link_leads(bucket: BucketStore, victim: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "evict.lock").symlink_to(victim)
+    with pytest.raises(StoreError, match="leads elsewhere"):
+        cached(bucket, cache)
+    (cache / "evict.lock").unlink()
+    (cache / read_index(bucket).digest[:16]).rmdir()
+    (cache / read_index(bucket).digest[:16]).symlink_to(victim.parent)
+    with pytest.raises(StoreError, match="leads elsewhere"):
+        cached(bucket, cache)
+
+
+def test_a_cache_removes_no_shards_but_those_it_has_fetched(bucket: BucketStore, tmp_path: Path) -> None:
+    """Though they lie beside it, or behind a link."""
+    index, cache = read_index(bucket), tmp_path / "cache"
+    largest = max(shard.bytes for shard in index.shards)
+    for place in (cache / "corpus", tmp_path / "elsewhere"):
+        place.mkdir(parents=True)
+        (place / "audio.tar").write_bytes(bytes(3 * largest))
+        os.utime(place / "audio.tar", (0, 0))
+    (cache / ("0" * 16)).symlink_to(tmp_path / "elsewhere")
+    cached(bucket, cache, 2 * largest).read_ranges(index.shards[0].name, [(0, 1)])
+    assert (cache / "corpus/audio.tar").exists()
+    assert (tmp_path / "elsewhere/audio.tar").exists()
+
+
+# --- transcription --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(talkative("wav2vec2, group norm"), tmp_path_factory.mktemp("run") / "best")
+
+
+def test_rows_are_not_written_where_a_link_leads(model: Path, victim: Path, tmp_path: Path) -> None:
+    clip, out = tmp_path / "clip.flac", tmp_path / "out.jsonl"
+    clip.write_bytes(encode(sound(1, 0)))
+    (tmp_path / ".out.jsonl.part").symlink_to(victim)
+    with pytest.raises(StoreError, match=r"\.out\.jsonl\.part: is a link that leads elsewhere|out.jsonl: is a link"):
+        transcribe(model, find_recordings([str(clip)]), out, Reading(30.0))
+    (tmp_path / ".out.jsonl.part").unlink()
+    (tmp_path / ".out.jsonl.part.json").symlink_to(victim)
+    assert transcribe(model, find_recordings([str(clip)]), out, Reading(30.0)) == 0
+    assert json.loads(out.read_text())["error"] is None
