@@ -12,12 +12,13 @@ import numpy as np
 
 from sharding.writing import write_inside
 from streamtrain.compare import Comparison
+from streamtrain.metrics import Floats
 from streamtrain.scorecard import ClipScore, count_confusions, render_interval, warnings
 
 INK, BLUE, RED, GRID = "#22303c", "#33658a", "#c8553d", "#d9dee3"
 SHOWN_SYMBOLS = 45  # of the confusion matrix, the most frequent
 SHOWN_CHILDREN = 60
-NOTHING = "∅"
+NOTHING, OTHERS = "∅", "others"
 TITLES = {"corpus": "Corpus", "age_bucket": "Age", "duration": "Duration", "label_length": "Symbols of the label"}
 
 STYLE = """
@@ -50,7 +51,7 @@ def write_page(
     comparison: Comparison | None = None,
 ) -> None:
     """Write the page. `sounds` are the FLAC pieces of the worst clips, by their id, as far as they could be read."""
-    confusions = count_confusions(clips, card["track"])
+    said, heard, counts = tabulate_confusions(count_confusions(clips, card["track"]))
     changed = _comparison(comparison) if comparison else ""
     write_inside(
         path,
@@ -66,8 +67,8 @@ def write_page(
 {_children(card)}
 <h2>Which symbols are taken for which</h2>
 <div class="note">Of each symbol that was said (a row), how often each was heard (a column), on a logarithmic scale;
-{NOTHING}: not heard, or heard where nothing was said. The {SHOWN_SYMBOLS} most frequent symbols.</div>
-<img alt="confusion matrix" src="{_png(lambda figure: draw_confusions(figure, confusions), (9.6, 9.0))}">
+{NOTHING}: not heard, or heard where nothing was said. {_tell_shown([*said, *heard])}</div>
+<img alt="confusion matrix" src="{_png(lambda figure: draw_confusions(figure, said, heard, counts), (9.6, 9.0))}">
 <div class="columns"><div>{_most_confused(card)}</div><div>{_calibration(card)}</div></div>
 <h2>The {len(card["worst"])} worst clips</h2>
 <div class="note">Those with most edits: listen before you blame the model.</div>
@@ -219,30 +220,50 @@ def _png(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 
-def draw_confusions(figure: Any, confusions: Counter[tuple[str, str]]) -> None:
-    """The matrix of the most frequent symbols, each row a share of how often its symbol was said."""
+def tabulate_confusions(confusions: Counter[tuple[str, str]]) -> tuple[list[str], list[str], Floats]:
+    """Return the symbols that were said, those that were heard, and how often each was for each, (said, heard).
+
+    The most frequent have a row and a column, if they have anything in it, and so have all `OTHERS` together.
+    """
+    seen: Counter[str] = Counter()
+    for pair, count in confusions.items():
+        seen.update(dict.fromkeys(filter(None, pair), count))
+    names = [symbol for symbol, _ in seen.most_common(SHOWN_SYMBOLS)] + [OTHERS, ""]
+    place = {symbol: number for number, symbol in enumerate(names)}
+    matrix = np.zeros((len(names), len(names)))
+    for (reference, heard), count in confusions.items():
+        matrix[place.get(reference, place[OTHERS]), place.get(heard, place[OTHERS])] += count
+    rows, columns = np.flatnonzero(matrix.any(axis=1)), np.flatnonzero(matrix.any(axis=0))
+    return [names[row] for row in rows], [names[column] for column in columns], matrix[np.ix_(rows, columns)]
+
+
+def draw_confusions(figure: Any, said: Sequence[str], heard: Sequence[str], counts: Floats) -> None:
+    """The matrix, each row a share of how often its symbol was said; of what was made up, a share of all."""
     from matplotlib.colors import LogNorm
 
-    said: Counter[str] = Counter()
-    for (reference, _), count in confusions.items():
-        if reference:
-            said[reference] += count
-    symbols = [symbol for symbol, _ in said.most_common(SHOWN_SYMBOLS)]
-    place = {symbol: number for number, symbol in enumerate([*symbols, ""])}
-    matrix = np.zeros((len(place), len(place)))
-    for (reference, heard), count in confusions.items():
-        if reference in place and heard in place:
-            matrix[place[reference], place[heard]] += count
-    shares = matrix / np.maximum([*(said[symbol] for symbol in symbols), max(sum(said.values()), 1)], 1)[:, None]
+    of_each = counts.sum(axis=1)
+    every = sum(of_each[row] for row, symbol in enumerate(said) if symbol)
+    times = np.array([of_each[row] if symbol else every for row, symbol in enumerate(said)])
+    shares = counts / np.maximum(times, 1)[:, None]
     axes = figure.subplots()
     picture = axes.imshow(np.where(shares > 0, shares, np.nan), norm=LogNorm(1e-3, 1), cmap="Blues")
-    names = [{" ": "␣", "": NOTHING}.get(symbol, symbol) for symbol in place]
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(heard)), map(_name_symbol, heard))
+    axes.set_yticks(range(len(said)), map(_name_symbol, said))
     axes.tick_params(length=0, labelsize=8, labeltop=True)
     axes.set(xlabel="heard", ylabel="said")
-    axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axes.set_xticks(np.arange(len(heard) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(said) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color=GRID, linewidth=0.4)
     axes.tick_params(which="minor", length=0)
     figure.colorbar(picture, ax=axes, shrink=0.6, label="share of the times it was said")
+
+
+def _name_symbol(symbol: str) -> str:
+    return {" ": "␣", "": NOTHING}.get(symbol, symbol)
+
+
+def _tell_shown(symbols: Iterable[str]) -> str:
+    """Say how many symbols the matrix has, and whether these are all."""
+    own = set(symbols) - {"", OTHERS}
+    frequent = f"The {len(own)} most frequent symbols, and all others together."
+    return frequent if OTHERS in symbols else f"All {len(own)} symbols."

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from sharding.errors import StreamtrainError
 from sharding.format import read_index, read_sample
 from sharding.ipa import SYMBOLS, normalize_ipa
 from sharding.store import open_store
+from streamtrain import page
 from streamtrain.compare import compare
 from streamtrain.config import ModelConfig
 from streamtrain.evaluate import evaluate_model
@@ -239,3 +241,22 @@ def test_confusions_add_up_to_what_was_said_and_what_was_edited(texts: list[tupl
     assert sum(count for (said, heard), count in confusions.items() if said != heard) == total.edits
     assert sum(count for (said, _), count in confusions.items() if not said) == total.insertions
     assert ("", "") not in confusions
+
+
+@pytest.mark.parametrize("shown", [2, 45])
+def test_the_matrix_of_confusions_has_all_that_was_said_and_heard(shown: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a symbol that no label has: heard for another, or where nothing was said."""
+    monkeypatch.setattr(page, "SHOWN_SYMBOLS", shown)
+    confusions = Counter({("a", "a"): 5, ("a", "x"): 2, ("", "x"): 3, ("b", ""): 1, ("b", "b"): 4})
+    said, heard, counts = page.tabulate_confusions(confusions)
+    assert counts.sum() == confusions.total()
+    rows = dict(zip(said, counts.sum(axis=1), strict=True))
+    assert (rows["a"], rows[""]) == (7, 3)
+    if shown == 45:
+        assert rows["b"] == 5
+        assert counts[said.index("a"), heard.index("x")] == 2
+        assert counts[said.index(""), heard.index("x")] == 3
+        assert page._tell_shown(said + heard) == "All 3 symbols."
+    else:
+        assert rows["others"] == 5
+        assert page._tell_shown(said + heard) == "The 2 most frequent symbols, and all others together."
