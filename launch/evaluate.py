@@ -15,6 +15,7 @@ def main() -> None:
     from pathlib import Path
 
     from sharding.command import announce, number, out_folder
+    from sharding.names import expand_home
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--beside", metavar="DIR",
         help="folder with another model's scorecard on the same clips, to compare this one with")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
-    options = parser.parse_args()
+    options = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
     from streamtrain.rank import errors_told, number_of, settle_torch
 

@@ -14,6 +14,7 @@ def main() -> None:
     import argparse
 
     from sharding.command import announce
+    from sharding.names import expand_home
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with data, model, train, eval and deepspeed")
@@ -31,7 +32,7 @@ def main() -> None:
         help="only search for the largest data.batch_seconds that this model and these machines hold, and print it",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
-    options = parser.parse_args()
+    options = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
     from streamtrain.rank import errors_told, number_of, settle_torch
 

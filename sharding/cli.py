@@ -12,7 +12,7 @@ from sharding import report
 from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
-from sharding.command import Commands, number, out_file, out_folder
+from sharding.command import PNG, Commands, number, out_file, out_folder
 from sharding.cuts import LIMIT_SEC, MIN_PIECE_SEC
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
@@ -324,7 +324,7 @@ def _commands() -> Commands:
     _add_gates(parser_split, "what `python -m streamtrain align` has written of it, and of others like it")
     parser_split.add_argument(
         "--plot",
-        type=out_file,
+        type=out_file(PNG),
         metavar="PNG",
         help="a picture of the sound, where speech is heard, the pauses, the cuts and the words",
     )

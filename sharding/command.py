@@ -12,8 +12,10 @@ from pathlib import Path
 
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
-from sharding.writing import STDOUT, is_stdout
+from sharding.names import expand_home
+from sharding.writing import STDOUT, file_to_replace, is_stdout
 
+PNG, JSONL, ZSTANDARD, ZIP = b"\x89PNG", b"{", b"\x28\xb5\x2f\xfd", b"PK"  # how files begin
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NAMED = 3  # sources, in the first line of a command
 Run = Callable[[argparse.Namespace], int]  # a command; returns its exit code
@@ -36,7 +38,7 @@ class Commands:
         """Run what is asked for; returns the exit code."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
-        options = self._parser.parse_args(arguments)
+        options = self._parser.parse_args(list(map(expand_home, sys.argv[1:] if arguments is None else arguments)))
         shared = any(isinstance(value, Path) and is_stdout(value) for value in vars(options).values())
         announce(options.opening, options)
         try:
@@ -77,9 +79,22 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def out_file(text: str) -> Path:
-    """Parse the name of a file to write: `-` is the standard output, and then messages go elsewhere."""
-    return STDOUT if text == "-" else Path(text)
+def out_file(beginning: bytes) -> Callable[[str], Path]:
+    """Return a parser of names of files to write: `-` is the standard output, and then messages go elsewhere.
+
+    It refuses a file that is there and begins otherwise than those that the command writes.
+    """
+
+    def parse(text: str) -> Path:
+        path = STDOUT if text == "-" else Path(text)
+        place = file_to_replace(path)
+        if place is not None and place.is_file():
+            with open(place, "rb") as file:
+                if file.read(len(beginning)) not in (b"", beginning):
+                    raise argparse.ArgumentTypeError(f"{text} is there already, and is no such file: name another one")
+        return path
+
+    return parse
 
 
 def out_folder(text: str) -> str:

@@ -1,6 +1,7 @@
 """Names as people write them: which are the same name, which are a place to read or write, which age comes first."""
 
 import math
+import os
 import re
 import unicodedata
 from pathlib import PurePosixPath
@@ -39,6 +40,12 @@ def age_order(age: str) -> tuple[bool, tuple[float, ...], str]:
     """Return a key that sorts ages by their numbers, 3-4 before 5-7 before 12+; the unknown come last."""
     numbers = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", age))) or (DECADES.get(age.lower(), math.inf),)
     return age == UNKNOWN, numbers, age
+
+
+def expand_home(text: str) -> str:
+    """Return `~/x`, also as the value in `--option=~/x`, with the user's home: shells leave it there as it is."""
+    option, path = re.fullmatch(r"(--[a-z-]+=)?(.*)", text, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return option + os.path.expanduser(path) if path == "~" or path.startswith("~/") else text
 
 
 def check_name(url: str, name: str) -> None:

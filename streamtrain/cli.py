@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.command import Commands, number, out_file, out_folder
+from sharding.command import JSONL, PNG, ZIP, ZSTANDARD, Commands, number, out_file, out_folder
 from sharding.errors import StreamtrainError
 from sharding.writing import file_to_replace
 from streamtrain.rank import settle_torch
@@ -148,11 +148,11 @@ def _commands() -> Commands:
              "(default: %(default)s)")  # fmt: skip
     plan.add_argument("--epoch", type=int, default=0, help="which epoch to plan (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--plot", type=out_file, metavar="FILE",
+    plan.add_argument("--plot", type=out_file(PNG), metavar="FILE",
         help="draw how even the steps are, what a cache must hold, and when which shard is needed, as PNG")  # fmt: skip
-    plan.add_argument("--keys", type=out_file, metavar="FILE",
+    plan.add_argument("--keys", type=out_file(JSONL), metavar="FILE",
         help="write JSONL: step, micro_batch, rank and keys of each micro-batch")  # fmt: skip
-    plan.add_argument("--fetches", type=out_file, metavar="FILE",
+    plan.add_argument("--fetches", type=out_file(JSONL), metavar="FILE",
         help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
 
     summary = commands.add(
@@ -176,7 +176,7 @@ def _commands() -> Commands:
         help="audio files, folders or zips of them, transcripts files with an audio_path, shard sets, s3://… of either",
     )
     transcribe.add_argument(
-        "--out", type=out_file, required=True,
+        "--out", type=out_file(JSONL), required=True,
         help="JSONL file to write, `-` for the standard output; the same command goes on where it was killed",
     )  # fmt: skip
     transcribe.add_argument("--columns", default="", metavar="FIELD=COLUMN,…",
@@ -202,7 +202,9 @@ def _commands() -> Commands:
     )  # fmt: skip
     align.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
     align.add_argument("shards", help="folder or URL of a shard set")
-    align.add_argument("--out", type=out_file, required=True, help="file to write, such as alignments.jsonl.zst")
+    align.add_argument(
+        "--out", type=out_file(ZSTANDARD), required=True, help="file to write, such as alignments.jsonl.zst"
+    )
     align.add_argument("--batch-seconds", type=number(1),
         help="padded seconds per forward (default: 400 on a GPU; on CPU by the model, at most 30)")  # fmt: skip
 
@@ -226,7 +228,7 @@ def _commands() -> Commands:
     )
     package.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
     package.add_argument(
-        "--out", type=out_file, required=True, metavar="ZIP", help="file to write, such as submission.zip"
+        "--out", type=out_file(ZIP), required=True, metavar="ZIP", help="file to write, such as submission.zip"
     )
     package.add_argument("--batch-seconds", type=number(1),
         help="padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere)")  # fmt: skip

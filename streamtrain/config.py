@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from sharding.document import parse_json, read_document
+from sharding.names import expand_home
 from streamtrain.plan import PlanSettings
 from streamtrain.precision import ConfigError, check_precision
 
@@ -30,7 +31,7 @@ class Section(BaseModel):
 def _name_a_place(value: str) -> str:
     if value.strip() in ("", "-"):
         raise ValueError("the name of a folder, or a URL, is expected")
-    return value
+    return expand_home(value)
 
 
 Place = Annotated[str, AfterValidator(_name_a_place)]
@@ -102,7 +103,7 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = 500  # steps; the best score makes one too
     keep_checkpoints: PositiveInt = 2  # the newest, beside that of the best score
     mirror: Place | None = (
-        None  # such as s3://bucket/run: each checkpoint is copied there, to resume on another machine
+        None  # such as s3://bucket/run: checkpoints are copied there, to resume on another machine
     )
     probe: bool = True  # run the largest batches before the first step, to see that the memory holds them
     seed: int = Field(0, ge=0)

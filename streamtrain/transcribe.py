@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE, Waveform, decode
 from sharding.cuts import pieces_of
-from sharding.document import STRICT, Size, parse, read_document
+from sharding.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
 from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
@@ -84,6 +84,7 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
     same is asked for; the file is then the same as if nothing had been.
     """
     reading = reading or Reading()
+    _check_free(out, recordings)
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
     if reading.log_probs:
@@ -101,6 +102,20 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
     done = f"{out}: {len(recordings) - failed:,} recordings transcribed"
     print(done + (f", {failed:,} failed" if failed else ""))
     return failed
+
+
+def _check_free(out: Path, recordings: Sequence[Recording]) -> None:
+    """Raise StreamtrainError if the file is there: it does not tell by which model, so it is not written over."""
+    place = file_to_replace(out)
+    if place is None or not place.is_file() or not place.stat().st_size:
+        return
+    try:
+        rows = [parse_json(line) for line in read_document(place, LARGE_BYTES).splitlines()]
+        same = [row["audio_path"] for row in rows] == [recording.audio_path for recording in recordings]
+    except (ValueError, TypeError, KeyError):
+        same = False
+    said = f"holds all these {len(recordings):,} recordings: it is done already" if same else "holds something else"
+    raise StreamtrainError(f"{out}: {said}", "name another file; or delete it, to transcribe them (anew)")
 
 
 class _State(TypedDict):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sharding.names import expand_home
 from streamtrain.config import Config, ConfigError, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
@@ -261,3 +262,14 @@ def test_a_mirror_has_a_place_of_its_own(mirror: str, key: str | None) -> None:
         ConfigError, match=f"train.mirror, '{mirror}', lies in {key}, '.*': it needs a place of its own"
     ):
         load_config("configs/zero2.json", settings)
+
+
+def test_a_home_that_the_shell_has_left_is_expanded_in_options_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert expand_home("--out=~/shards") == "--out=/home/somebody/shards"
+    assert expand_home("~") == "/home/somebody"
+    for other in ("--text=a ~/b", "s3://bucket/~/x", "~x", "data.shards=~/x"):
+        assert expand_home(other) == other
+    config = load_config(CONFIGS[0], ["data.shards=~/x", "model.pretrained=~/y", "train.run_dir=~/z"])
+    places = (config.data.shards, config.model.pretrained, config.train.run_dir)
+    assert places == ("/home/somebody/x", "/home/somebody/y", "/home/somebody/z")

@@ -274,6 +274,11 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(folder: Path, tmp_path: 
     assert "1,099 recordings transcribed, 1 failed" in done.stdout
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob(".*"))
+    for sources, said in (([many], "holds all these 1,100 recordings: it is done already"),
+                          ([tmp_path / "0.flac"], "holds something else")):  # fmt: skip
+        with pytest.raises(StreamtrainError, match=said):
+            rows_of(folder, sources, out)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_two_runs_do_not_write_one_file(folder: Path, clips: Path, tmp_path: Path) -> None:
