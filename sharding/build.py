@@ -246,10 +246,10 @@ class Plan:
         name, bucket, rows = shard
         members = self.members[rows]
         lines = _read_rows(self.task.examined, members["clip"])
-        sizes = self.task.examined.clips["bytes"][members["clip"]].tolist()
+        clips = self.task.examined.clips[members["clip"]]
         pieces = [None if whole else self._piece(clip, piece)
                   for whole, clip, piece in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
-        chosen = tuple(map(Member, lines, sizes, pieces))
+        chosen = tuple(map(Member, lines, clips["bytes"].tolist(), clips["samples"].tolist(), pieces))
         return ShardJob(self.where, name, bucket, name.split("/")[0], chosen)
 
     def _piece(self, clip: int, number: int) -> Piece:
@@ -295,7 +295,8 @@ def _refuse(task: Task) -> tuple[Mask, LedgerPart]:
     for row, refusal in task.examined.refusals.items():
         if not (refusal.in_training and valid[row]):
             usable[row] = False
-            rows.append(rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason))
+            seconds = int(task.examined.clips["samples"][row]) / SAMPLE_RATE
+            rows.append(rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason, seconds))
     return usable, write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
@@ -324,7 +325,11 @@ def _cut(
     """Split the long recordings, longest first."""
     clips, settings, alignments, rows = task.examined.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    lines, sizes = _read_rows(task.examined, rows), clips["bytes"][rows].tolist()
+    lines, sizes, lengths = (
+        _read_rows(task.examined, rows),
+        clips["bytes"][rows].tolist(),
+        clips["samples"][rows].tolist(),
+    )
     splits = np.where(task.valid[rows], "valid", "train").tolist()
     gates = Gates(settings.min_confidence, alignments.bound(settings.wrong_share), settings.min_evidence)
     jobs = (
@@ -332,13 +337,14 @@ def _cut(
             where,
             line,
             size,
+            samples,
             split,
             settings.limit_sec,
             _evidence_of(line, where, alignments),
             None if split == "valid" else sounds,
             gates,
         )  # validation keeps the label of the whole
-        for line, size, split in zip(lines, sizes, splits, strict=True)
+        for line, size, samples, split in zip(lines, sizes, lengths, splits, strict=True)
     )
     results = pool.map(cut, jobs, [1] * len(rows), "splitting")
     segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}

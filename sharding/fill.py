@@ -72,6 +72,7 @@ class Member:
 
     row: Row
     bytes: int  # of the clip's audio file
+    samples: int  # of the clip at 16 kHz, by its header
     piece: Piece | None
 
 
@@ -102,6 +103,7 @@ class CutJob:
     where: Where
     row: Row
     bytes: int  # of the recording's audio file
+    samples: int  # at 16 kHz, by its header
     split: str
     limit_sec: float
     evidence: Evidence | None
@@ -136,7 +138,9 @@ def cut(job: CutJob) -> CutResult:
         data = _read(utterance, job.where.layouts[job.row.source].audio, job.bytes)
         decoded = decode_native(data, prove=not utterance.md5_hash)
     except AudioError as error:
-        return CutResult((), write_ledger([rejected_row(utterance, job.split, error.message)]))
+        return CutResult(
+            (), write_ledger([rejected_row(utterance, job.split, error.message, job.samples / SAMPLE_RATE)])
+        )
     finally:
         count_done()
     waveform = decoded.waveform
@@ -180,7 +184,9 @@ def make_shard(job: ShardJob) -> ShardResult:
         refused, remarks = dict(shard.refused), dict(shard.remarks)
         count_done(len(job.members))
     made = (shard.entry, shard.samples) if shard else None
-    lengths = dict(zip(shard.keys, shard.samples["samples"].tolist(), strict=True)) if shard else {}
+    lengths = {template.key: member.samples for template, member in zip(templates, job.members, strict=True)}
+    if shard:
+        lengths |= zip(shard.keys, shard.samples["samples"].tolist(), strict=True)
     rows = [_ledger_row(job, utterance, template, lengths, refused, remarks.get(template.key, ()))
             for member, utterance, template in zip(job.members, utterances, templates, strict=True)
             if member.piece is None]  # fmt: skip
@@ -228,7 +234,7 @@ def _ledger_row(
     """Return the row of a clip with all `remarks`: those given, on its sound, and those on its label."""
     split = "valid" if job.split == "valid" else "train"
     if template.key in refused:
-        return rejected_row(utterance, split, refused[template.key])
+        return rejected_row(utterance, split, refused[template.key], lengths[template.key] / SAMPLE_RATE)
     why = (TOO_DENSE if template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
     seconds, remarks = lengths[template.key] / SAMPLE_RATE, (*remarks, *label_remarks(utterance.text, job.where.track))
     return ledger_row(utterance, split, "written", seconds, reason=why, key=template.key, remarks=remarks)

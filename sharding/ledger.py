@@ -82,8 +82,9 @@ def ledger_row(
     }
 
 
-def rejected_row(utterance: Utterance, split: str, reason: str) -> LedgerRow:
-    return ledger_row(utterance, split, "rejected", utterance.duration_sec or 0.0, reason)
+def rejected_row(utterance: Utterance, split: str, reason: str, seconds: float) -> LedgerRow:
+    """What is told of a clip that lasts so long by its header; else, as if that is 0, as its row declares."""
+    return ledger_row(utterance, split, "rejected", seconds or utterance.duration_sec or 0.0, reason)
 
 
 @dataclass

@@ -212,8 +212,14 @@ def _name_worst(summary: Summary, dry: bool) -> list[str]:
     more = f", the {len(summary['worst'])} longest" if count > len(summary["worst"]) else ""
     where = "" if dry else f" ({LEDGER_NAME} has all)"
     return [f"rejected files{more}{where}:"] + [
-        f"{row['seconds']:8.2f} s  {row['source']}/{row['audio_path']}: {row['reason']}" for row in summary["worst"]
+        f"{_tell_seconds(row['seconds'])}  {row['source']}/{row['audio_path']}: {row['reason']}"
+        for row in summary["worst"]
+        for row in summary["worst"]
     ]
+
+
+def _tell_seconds(seconds: float) -> str:
+    return f"{seconds:8.2f} s" if seconds else f"{'–':>10}"  # of what tells no length
 
 
 def _split_row(index: ShardIndex, split: str) -> dict[str, Any]:

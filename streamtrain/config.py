@@ -102,9 +102,7 @@ class TrainConfig(Section):
     patience: PositiveInt | None = None  # stop after so many evaluations without a better score
     checkpoint_every: PositiveInt = 500  # steps; the best score makes one too
     keep_checkpoints: PositiveInt = 2  # the newest, beside that of the best score
-    mirror: Place | None = (
-        None  # such as s3://bucket/run: checkpoints are copied there, to resume on another machine
-    )
+    mirror: Place | None = None  # such as s3://bucket/run: checkpoints are copied there, to resume on another machine
     probe: bool = True  # run the largest batches before the first step, to see that the memory holds them
     seed: int = Field(0, ge=0)
 

@@ -285,6 +285,27 @@ def test_other_formats_are_converted_and_their_duration_measured(tmp_path: Path,
         assert ledger[sample.utterance_id]["seconds"] == pytest.approx(info.duration, abs=0.0001)
 
 
+def test_clips_that_are_refused_for_their_labels_count_with_their_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their rows declare none."""
+    folder = make_corpus(tmp_path / "corpus", clips=40, seconds=(1, 2))
+    rows = [row | {"audio_duration_sec": None} for row in read_manifest(folder)]
+    for row in rows[:2]:
+        row["phonetic_text"] = "k9"
+    (folder / rows[3]["audio_path"]).write_bytes(b"")
+    rows[3] |= {"filesize_bytes": None, "md5_hash": None}
+    write_manifest(folder, rows)
+    main(["build", str(folder), "--out", str(tmp_path / "out"), "--workers", "1", "--valid-fraction", "0"])
+    said = capsys.readouterr().out
+    ledger = {row["utterance_id"]: row["seconds"] for row in read_ledger(tmp_path / "out")}
+    for row in rows[:3]:
+        seconds = soundfile.info(folder / row["audio_path"]).duration
+        assert ledger[row["utterance_id"]] == pytest.approx(seconds, abs=1e-3)
+    assert " 0.00 s " not in said
+    assert f"–  corpus/{rows[3]['audio_path']}" in said
+
+
 def test_a_label_that_ctc_cannot_emit_is_kept_beside_its_audio(tmp_path: Path, run_sharding: Command) -> None:
     """400 + 320 n samples have n + 1 frames; "kkk" needs five: three symbols, two blanks."""
     folder = tmp_path / "corpus"
