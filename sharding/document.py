@@ -100,17 +100,21 @@ def unpack(data: bytes, most_times: int = MAX_UNPACKING) -> bytes:
 
 def unpack_lines(file: BinaryIO) -> Iterator[bytes]:
     """Yield the lines of a zstandard frame while it is unpacked. Raises DocumentError, also if it is cut short."""
-    unpacker, left, packed, unpacked = zstandard.ZstdDecompressor().decompressobj(), b"", 0, 0
+    unpacker, begun, packed, unpacked = zstandard.ZstdDecompressor().decompressobj(), list[bytes](), 0, 0
     try:
         while piece := file.read(PIECE_BYTES):
-            *lines, left = (left + unpacker.decompress(piece)).split(b"\n")
-            packed, unpacked = packed + len(piece), unpacked + sum(map(len, lines))
-            if unpacked + len(left) > most_of(packed):
+            fresh = unpacker.decompress(piece)
+            packed, unpacked = packed + len(piece), unpacked + len(fresh)
+            if unpacked > most_of(packed):
                 raise DocumentError(f"its first {packed:,} bytes unpack to more than {most_of(packed):,}")
-            yield from lines
+            begun.append(fresh)
+            if b"\n" in fresh:  # joined once a line: a long one takes time in proportion to its length
+                *lines, left = b"".join(begun).split(b"\n")
+                begun = [left]
+                yield from lines
     except zstandard.ZstdError as error:
         raise DocumentError(str(error)) from error
-    if left or not unpacker.eof:
+    if any(begun) or not unpacker.eof:
         raise DocumentError("it ends in the middle")
 
 
