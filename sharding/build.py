@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -78,6 +79,7 @@ from sharding.summary import Summary
 from sharding.workers import Workers, available_cores
 from sharding.writing import remove
 
+LABELS_LOOKED_AT, WORDS_TOLD, ONE_SYMBOL_SHARE = 100, 50, 0.9  # of labels whose phones blanks part
 LEARN_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned …
 LEARN_LEAST_SEC = 120.0  # … and so many at least: less would know its own mistakes by heart
 LEARN_LONGEST_SEC = 600.0  # no longer recording is learned from
@@ -159,6 +161,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
     check_place(open_store(out), locations)
     with ClusterWorkers(how.scheduler) if how.scheduler else Workers(how.workers) as pool:
         examined = examine(sources, settings.track, pool)
+        _warn_of_parted_phones(examined, settings.track)
         orphans = find_orphans(examined, pool)
         base = _read_base(store, settings)
         if base:
@@ -209,6 +212,16 @@ def _check_labels(task: Task) -> None:
             place, utterance = task.examined.find(int(np.argmax(np.where(mine, clips["foreign"], 0))))
             worst = (foreign, place, read_label(utterance.text, track))
             check_alphabet(SymbolCounts(symbols, foreign, worst), side, track)
+
+
+def _warn_of_parted_phones(examined: Examined, track: str) -> None:
+    """Say so if a blank follows each phone in the labels, some of which are looked at: each is a word then."""
+    chosen = np.unique(np.linspace(0, len(examined.clips) - 1, LABELS_LOOKED_AT).astype(int))
+    labels = (read_label(examined.find(row)[1].text, track) for row in chosen.tolist())
+    lengths = [len(word) for label in labels for word in label.split()]
+    if track == "phonetic" and len(lengths) >= WORDS_TOLD and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
+        print(f"{lengths.count(1):,} of {len(lengths):,} words of the labels are one symbol: are these phones parted "
+              "by blanks? Each is learned as a word of its own, with the blank", file=sys.stderr)  # fmt: skip
 
 
 def _make_shards(
@@ -399,7 +412,7 @@ def _read_base(store: Store, settings: BuildSettings) -> ShardIndex | None:
     index, wanted = read_index(store), asdict(settings)
     unsaid = asdict(BuildSettings()) if index.settings_hash else {}  # an older set does not name all there is by now
     there = unsaid | index.settings
-    differ = [f"{name} {there.get(name)} there, {wanted[name]} asked" for name in wanted
+    differ = [f"{name} {there.get(name) or 'none'} there, {wanted[name] or 'none'} asked" for name in wanted
               if there.get(name) != wanted[name]]  # fmt: skip
     if differ:
         raise ShardError(

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sharding import report
@@ -176,15 +177,27 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _text_of(label: str) -> str:
+    """Return a label, or what the file of that name holds. Raises ManifestError for a name of no file."""
+    with suppress(OSError, ValueError):  # a label may be too long for a name
+        if Path(label).is_file():
+            return Path(label).read_text("utf-8").strip()
+    if label.endswith(".txt"):
+        raise ManifestError(f"--text {label}: there is no such file", "give the label itself, or a file that holds it")
+    return label
+
+
 def _split(options: argparse.Namespace) -> int:
     try:
         waveform, _ = decode(Path(options.audio).read_bytes(), prove=True)
+    except FileNotFoundError as error:
+        raise AudioError(f"{options.audio}: there is no such file", "name one recording") from error
     except AudioError as error:
         raise AudioError(f"{options.audio}: {error.message}") from error
     name, heard = Path(options.audio).stem, listen(waveform)
     alignments = _read_alignments(options.alignments)
     gates = Gates(options.min_confidence, alignments.bound(options.wrong_share), options.min_evidence)
-    text, evidence = read_label(options.text, "phonetic"), alignments.of(name)
+    text, evidence = read_label(_text_of(options.text), "phonetic"), alignments.of(name)
     sounds = learn([example_of(name, text, waveform)], "phonetic", options.wrong_share)
     segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, sounds, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
@@ -320,7 +333,7 @@ def _commands() -> Commands:
         "cutting {audio}",
     )
     parser_split.add_argument("audio", help="audio file")
-    parser_split.add_argument("--text", default="", help="its label")
+    parser_split.add_argument("--text", default="", help="its label, or a text file that holds it")
     _add_gates(parser_split, "what `python -m streamtrain align` has written of it, and of others like it")
     parser_split.add_argument(
         "--plot",

@@ -32,6 +32,8 @@ VALID_EVERY = 8
 MINUTES_PER_LONG = 5.0  # 6 long recordings in the default 30 minutes
 SHORTEST_LONG_SEC = 27.0  # the sharder splits above 25 s
 SESSION_CLIPS = 30
+DAMAGED_FROM = 100  # clips: `build` fails where more than one of a hundred is rejected
+OWN_FILE = re.compile(r"audio/U_[0-9a-f]{16}\.flac|\.?train_phon_transcripts\.jsonl(\..*\.part)?")
 WORD_GAP = 2  # of about 10 ms: children set their words apart
 
 # Every phone of American English; no word whose form depends on its neighbours, as "the" and "a" do.
@@ -102,10 +104,10 @@ class Row:
 
 
 def make_demo_corpus(out: Path, minutes: float = 30.0, children: int = 24, seed: int = 0) -> None:
-    """Speak OUT/hillside and OUT/riverside: short clips, long recordings, and one file that is only a header.
+    """Speak OUT/hillside and OUT/riverside: short clips, long recordings, and of many clips one that is only a header.
 
-    Same arguments, same bytes: a killed run is simply run again. Clips of a run with other arguments stay in
-    the folder. At least two recordings are long, so less than two minutes become more than was asked for.
+    Same arguments, same bytes: a killed run is simply run again. Clips of a run with other arguments are removed. At
+    least two recordings are long, so less than two minutes become more than was asked for.
     """
     if children < 2 or not 0 < minutes < float("inf"):
         raise DemoError(f"children must be at least 2 and minutes above 0, but are {children} and {minutes}")
@@ -113,6 +115,7 @@ def make_demo_corpus(out: Path, minutes: float = 30.0, children: int = 24, seed:
     short_sec = max(minutes * 60 - sum(target for _, target in long_plan), minutes * 30)
     rows: dict[str, list[Row]] = {corpus: [] for corpus in CORPORA}
     for corpus in CORPORA:
+        _check_own(out / corpus)
         with explaining(out):
             (out / corpus / "audio").mkdir(parents=True, exist_ok=True)
     with open_espeak() as espeak:
@@ -120,13 +123,29 @@ def make_demo_corpus(out: Path, minutes: float = 30.0, children: int = 24, seed:
             targets = [target for number, target in long_plan if number == child.number]
             rows[child.corpus] += record_child(espeak, child, targets, short_sec / children, out, seed)
     clips = list(itertools.chain(*rows.values()))
-    # The first clip is child 0's, who is never in validation: the damage costs no score.
-    rows[CORPORA[0]].append(write_header_only(clips[0], out / CORPORA[0], seed))
+    if damaged := len(clips) >= DAMAGED_FROM:
+        # The first clip is child 0's, who is never in validation: the damage costs no score.
+        rows[CORPORA[0]].append(write_header_only(clips[0], out / CORPORA[0], seed))
     for corpus in CORPORA:
         write_manifest(out / corpus, rows[corpus])
+        made = {row.audio_path for row in rows[corpus]}
+        for path in (out / corpus / "audio").iterdir():
+            if f"audio/{path.name}" not in made:
+                path.unlink()  # of a run with other arguments
     spoken = f"{sum(row.audio_duration_sec for row in clips) / 60:.1f} minutes by {children} children"
-    print(f"demo corpus: {len(clips):,} clips, {spoken}; {len(long_plan)} are long, 1 more is only a header")
+    print(
+        f"demo corpus: {len(clips):,} clips, {spoken}; {len(long_plan)} are long"
+        + ", 1 more is only a header" * damaged
+    )
     print(f"written to {' and '.join(str(out / corpus) for corpus in CORPORA)}")
+
+
+def _check_own(folder: Path) -> None:
+    """Raise DemoError if a folder holds anything but a demo corpus, whose files are replaced."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not OWN_FILE.fullmatch(path.relative_to(folder).as_posix()):
+            said = f"{folder}: holds {path.relative_to(folder)}, which is of no demo corpus"
+            raise DemoError(said, "name another folder")
 
 
 def plan_children(children: int, seed: int) -> list[Child]:

@@ -4,6 +4,7 @@ A clip becomes one row of a table of numbers, so that a plan of millions fits in
 """
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -217,9 +218,12 @@ def _check_ids(examined: Examined) -> None:
         (first, one), (second, other) = map(examined.find, sorted(order[twice[0] : twice[0] + 2].tolist()))
         spelt = "" if one.utterance_id == other.utterance_id else f", as {one.utterance_id!a}: to a reader the same"
         name = f"{other.utterance_id!a}" if spelt else f"{other.utterance_id!r}"
+        twice_named = "this source is named twice: leave one of them out"
         raise ManifestError(
             f"{second}: utterance_id {name} was seen before, at {first}{spelt}",
-            "every clip needs an id of its own; rename one, or leave one of the sources out",
+            twice_named
+            if os.path.realpath(second) == os.path.realpath(first)
+            else "every clip needs an id of its own; rename one, or leave one of the sources out",
         )
 
 

@@ -159,10 +159,10 @@ def words_by_evidence(
         if confidence < gates.min_confidence:
             refused = f"a cut is not sure: {confidence:.2f}"
         elif evidence.gaps[piece] > gates.max_gap:
-            refused = (
-                f"something else is heard than the label says: by {evidence.gaps[piece]:.1f} nats "
-                f"where {gates.max_gap:.1f} may be"
-            )
+            gap, allowed = f"{evidence.gaps[piece]:.1f}", f"{gates.max_gap:.1f}"
+            if gap == allowed:
+                gap, allowed = f"{evidence.gaps[piece]:.4g}", f"{gates.max_gap:.4g}"
+            refused = f"something else is heard than the label says: by {gap} nats where {allowed} may be"
         elif said and min(evidence.words[start:end]) < gates.min_evidence:
             worst = min(range(start, end), key=evidence.words.__getitem__)
             refused = f"a word is not heard: {evidence.words[worst]:.1f} nats speak for '{words[worst]}'"

@@ -75,6 +75,7 @@ class Summary(TypedDict):
     splits: Annotated[dict[Literal["train", "valid", "unlabelled"], _Split], Field(min_length=3)]
     notes: _Notes
     valid_fraction: NotRequired[Share | None]
+    aligned: NotRequired[bool]
 
 
 _SUMMARY = TypeAdapter(Summary)
@@ -109,6 +110,7 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "duration_bins": list(index.duration_bins),
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
+        "aligned": bool(index.settings.get("alignments")),  # a model was asked for the words of pieces
         "valid_fraction": index.settings.get("valid_fraction"),  # None: tars that others wrote
     }
     return cast(Summary, document)  # of which it has a little more than is read
@@ -194,7 +196,7 @@ def _tell_reliability(table: Sequence[_Confidence]) -> list[str]:
 def _tell_next(summary: Summary, url: str, dry: bool) -> list[str]:
     """Tell what comes next for pieces without a label: a model may know their words, if none was asked yet."""
     told = f"{summary['unlabelled_pieces']:,} pieces of long recordings are kept without a label and not trained on"
-    if dry or "alignment" in summary.get("labelled_pieces", {}):
+    if dry or summary.get("aligned") or "alignment" in summary.get("labelled_pieces", {}):
         return [told]
     return [
         told,

@@ -229,6 +229,7 @@ def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan
         return state
     if not differ.keys() <= REPLANNED or not replan:
         said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
+        said = said.replace("index_digest was", "the index of data.shards was")
         hint = REPLAN_HINT if differ.keys() <= REPLANNED else _OTHERWISE
         raise CheckpointError(f"{checkpoint.path}: belongs to another run: {said}", hint)
     try:

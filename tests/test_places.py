@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from corpus import make_corpus
+from corpus import make_corpus, read_manifest, write_manifest
 from stream_sets import write_set
 
 from sharding.cli import main
@@ -117,3 +117,34 @@ def test_training_tells_of_a_run_folder_of_something_else_and_of_a_lost_shard_be
     (model / "config.json").unlink()
     with pytest.raises(ShardError, match=rf"{index.shards[1].name} is missing\nhint: .* --repair"):
         train(config, World())
+
+
+# --- what a person gave otherwise than meant ------------------------------------------------------------------------
+
+
+def test_phones_parted_by_blanks_and_a_source_named_twice_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus", clips=20, seconds=(2, 3))
+    command = ["build", str(corpus), "--out", str(tmp_path / "out"), "--workers", "1", "--dry-run"]
+    assert main(command) == 0
+    assert "parted by blanks" not in capsys.readouterr().err
+    parted = [row | {"phonetic_text": " ".join(row["phonetic_text"].replace(" ", ""))} for row in read_manifest(corpus)]
+    write_manifest(corpus, parted)
+    main(command)
+    assert "are these phones parted by blanks?" in capsys.readouterr().err
+    assert main([command[0], str(corpus), *command[1:]]) == 1
+    assert "hint: this source is named twice" in capsys.readouterr().err
+
+
+def test_a_label_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = make_corpus(tmp_path / "corpus", clips=1)
+    (row,) = read_manifest(corpus)
+    (tmp_path / "label.txt").write_text(row["phonetic_text"] + "\n")
+    said = []
+    for label in (row["phonetic_text"], str(tmp_path / "label.txt")):
+        assert main(["split", str(corpus / row["audio_path"]), "--text", label]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["split", str(corpus / row["audio_path"]), "--text", str(tmp_path / "none.txt")]) == 1
+    assert "there is no such file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The demo corpus is a corpus like any other, with one file that is only a header."""
+"""The demo corpus is a corpus like any other, with one file that is only a header if it is not small."""
 
 import hashlib
 import os
@@ -22,15 +22,14 @@ def demo_corpus(tmp_path_factory: pytest.TempPathFactory, run_sharding: Command)
     return folder
 
 
-def test_only_its_header_only_file_is_rejected_and_validation_has_a_child(
+def test_all_of_a_small_one_is_taken_and_validation_has_a_child(
     demo_corpus: Path, run_sharding: Command, tmp_path: Path
 ) -> None:
     sources = [demo_corpus / "hillside", demo_corpus / "riverside"]
-    done = run_sharding("build", *sources, "--out", tmp_path / "out", "--max-rejected", 0.2)
+    done = run_sharding("build", *sources, "--out", tmp_path / "out")
     assert done.returncode == 0
     assert_balanced(tmp_path / "out")
-    rejected = [row for row in read_ledger(tmp_path / "out") if row["fate"] == "rejected"]
-    assert [row["reason"].split(":")[0] for row in rejected] == ["cut off or damaged"]
+    assert not [row for row in read_ledger(tmp_path / "out") if row["fate"] == "rejected"]
     samples = read_all(tmp_path / "out").values()
     children = {split: {sample.child_id for part, sample in samples if part == split} for split in ("train", "valid")}
     assert len(children["train"]) == 3
@@ -41,7 +40,16 @@ def test_only_its_header_only_file_is_rejected_and_validation_has_a_child(
 def test_its_rows_are_true_and_the_same_seed_speaks_the_same(
     demo_corpus: Path, run_sharding: Command, tmp_path: Path
 ) -> None:
-    run_sharding("demo-corpus", tmp_path, "--minutes", 1, "--children", 4)
+    old = tmp_path / "hillside/audio" / f"U_{16 * '0'}.flac"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of a larger one")
+    own = tmp_path / "hillside/notes.txt"
+    own.write_text("of the user")
+    done = run_sharding("demo-corpus", tmp_path, "--minutes", 1, "--children", 4)
+    assert (done.returncode, own.read_text()) == (1, "of the user")
+    own.unlink()
+    assert run_sharding("demo-corpus", tmp_path, "--minutes", 1, "--children", 4).returncode == 0
+    assert not old.exists()
     for corpus in ("hillside", "riverside"):
         rows = read_manifest(demo_corpus / corpus)
         assert rows == read_manifest(tmp_path / corpus)
