@@ -9,6 +9,7 @@ import functools
 import operator
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio
+from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
 from sharding.document import DocumentError, parse_row
 from sharding.errors import ManifestError
 from sharding.ipa import TRACKS
@@ -25,8 +26,14 @@ from sharding.names import name_of, same_name, same_speaker
 from sharding.tables import is_table, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can spell and UTF-8 cannot
+MAKE_TABLE = (
+    "make a CSV with the columns audio_path, phonetic_text and child_id; from labels in a file for each recording, the "
+    "README's recipe makes it"
+)
 SAMPLED_ROWS = 256  # of a file are looked at before the work begins
 SHOWN = 20  # columns in a message
+NUMBER_HINT = "with a point for decimals; or leave the column out: audio is measured"
+TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 MAX_NUMBER = 2**53  # beyond it a float skips whole numbers
 REQUIRED_FIELDS = ("utterance_id", "audio_path", "text")
 OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
@@ -89,6 +96,7 @@ class Layout:
     group_by: str
     names_clips: bool  # False: transcripts without ids, where the audio path stands in
     absolute: tuple[str, ...] = ()  # what an absolute audio path may begin with
+    backslashes: bool = False  # audio paths have them for slashes, as Windows writes paths
 
     def parse(self, line: bytes, number: int) -> tuple[Utterance, frozenset[str]]:
         """A row, and the columns in it that are not ours. Raises ManifestError with its place."""
@@ -138,7 +146,9 @@ class Layout:
         return row, text, ignored
 
     def _relative(self, audio_path: str) -> str:
-        """Return a path below the audio root as relative to it, any other as it is."""
+        """Return a path below the audio root as relative to it, any other as it is, with slashes."""
+        if self.backslashes:
+            audio_path = audio_path.replace("\\", "/")
         root = next((root for root in self.absolute if audio_path.startswith(root)), "")
         return audio_path.removeprefix(root).lstrip("/") if root else audio_path
 
@@ -224,6 +234,8 @@ def read_sources(locations: Sequence[Path], reading: Reading) -> list[Source]:
 
 def read_source(location: Path, reading: Reading) -> Source:
     """A folder with its transcripts and audio, or the transcripts file itself. Raises ManifestError."""
+    if location.is_file() and is_audio(location.name):
+        raise ManifestError(f"{location}: is audio: a source is the table that names it", MAKE_TABLE)
     transcripts = location if location.is_file() else _find_transcripts(location, reading.track)
     folder, table = transcripts.parent, is_table(transcripts)
     common_voice = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
@@ -270,7 +282,14 @@ def _look_around(source: Source, reading: Reading) -> Source:
             f"{transcripts}: audio paths are absolute, such as {paths[0]!r}{elsewhere}",
             f"--audio-root DIR takes those that lie below DIR, such as {common}",
         )
-    return replace(source, layout=replace(layout, audio=find_audio(Path(folder), paths, reading.follow_links)))
+    try:
+        audio = find_audio(Path(folder), paths, reading.follow_links)
+    except ManifestError:
+        slashed = [path.replace("\\", "/") for path in paths]
+        if slashed == paths:
+            raise
+        audio, layout = find_audio(Path(folder), slashed, reading.follow_links), replace(layout, backslashes=True)
+    return replace(source, layout=replace(layout, audio=audio))
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -298,13 +317,26 @@ def _find_transcripts(folder: Path, track: str) -> Path:
     found: list[Path] = []
     for pattern in (rf"{kind}_transcripts\.jsonl", r"\.jsonl", r"^validated\.tsv", r"\.[ct]sv"):
         found = found or [path for path in files if re.search(rf"(?i){pattern}(\.gz|\.zst)?$", path.name)]
-    if len(found) != 1:
-        seen = ", ".join(path.name for path in found) or "none"
-        raise ManifestError(
-            f"{folder}: one transcripts file is expected (*{kind}_transcripts.jsonl), found: {seen}",
-            "name the file itself instead of its folder",
-        )
+    if not found:
+        raise _no_table(folder)
+    if len(found) > 1:
+        seen = ", ".join(path.name for path in found)
+        hint = "name the file itself instead of its folder"
+        raise ManifestError(f"{folder}: one table of transcripts is expected, found: {seen}", hint)
     return found[0]
+
+
+def _no_table(folder: Path) -> ManifestError:
+    """Tell what there is instead of a table, and where one is or how to make one."""
+    files = list(walk_files(str(folder), follow_links=False))
+    audio = sum(map(is_audio, files))
+    recordings = f"{audio:,} audio file{'s' * (audio != 1)}"
+    said = f"{folder}: no table (JSONL, CSV or TSV) in this folder; in and below it {recordings}"
+    below = sorted({os.path.dirname(path) for path in files if TABLE_NAME.search(path)})
+    if not below:
+        return ManifestError(said, MAKE_TABLE)
+    more = f" and {len(below) - SHOWN:,} more" if len(below) > SHOWN else ""
+    return ManifestError(said, f"did you mean {' '.join(map(shlex.quote, below[:SHOWN]))}{more}?")
 
 
 def read_row(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
@@ -329,7 +361,7 @@ def _number(value: Any, column: str, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_NUMBER:
-        raise ManifestError(f"{where}: {column!r} is {_short(value)}, a number of 0 or more is expected")
+        raise ManifestError(f"{where}: {column!r} is {_short(value)}, a number of 0 or more is expected", NUMBER_HINT)
     return float(value)
 
 

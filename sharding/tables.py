@@ -29,6 +29,9 @@ TABLE_TIMES = 30  # a table's size: the most that rows of empty cells take, whic
 FREELY = 2**25  # bytes to unpack to, whatever the ratio: tables of a few words shrink a thousandfold
 SEARCH_BYTES = 2**22  # looked at together: of bare line ends, numbers take eight times as much
 BLANK = np.isin(np.arange(256), np.frombuffer(string.whitespace.encode(), np.uint8))  # by byte
+DELIMITERS = (",", ";", "\t")  # of a CSV; Excel writes the second where the comma is for decimals
+HEADER_BYTES = 2**16  # in which the delimiter is looked for
+NOT_UTF8 = "a table is expected in UTF-8; in Excel: save as CSV UTF-8"
 NOT_A_TABLE = "a header is expected, then rows of as many cells, every quote closed, in UTF-8"
 
 
@@ -109,12 +112,20 @@ def _bare_suffix(path: Path) -> str:
 
 
 def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
-    """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows and their lines."""
+    """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows and their lines.
+
+    What parts the cells of a CSV, its header tells.
+    """
     csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
     file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
-    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    quotes = tabs if _bare_suffix(path) == ".tsv" else {"strict": True, "skipinitialspace": True}
-    reader = csv.reader(file, **quotes)
+    plain = _bare_suffix(path) == ".tsv"
+    reader = csv.reader(
+        file,
+        delimiter="\t" if plain else _find_delimiter(data),
+        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+        strict=not plain,
+        skipinitialspace=not plain,
+    )
     text, numbers, start = io.BytesIO(), [], 1
     try:
         names = [name.strip() for name in next(reader, [])]
@@ -124,7 +135,8 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
         start = reader.line_num + 1
         for cells in reader:
             if len(cells) not in (0, len(names)):
-                raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}")
+                parted = f"parted by {reader.dialect.delimiter!r}"
+                raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}, {parted}")
             if cells:  # else a blank line
                 row = {name: _number(cell) if name in number_columns else cell
                        for name, cell in zip(names, cells, strict=True)}  # fmt: skip
@@ -134,10 +146,17 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
                     raise csv.Error(f"its {len(names):,} columns repeat {len(numbers):,} times")
             start = reader.line_num + 1
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_A_TABLE) from error
+        raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_UTF8) from error
     except csv.Error as error:
         raise ManifestError(f"{path}:{start}: not a table: {error}", NOT_A_TABLE) from error
     return text.getvalue(), np.array(numbers, np.int64)
+
+
+def _find_delimiter(data: bytes) -> str:
+    """Return what parts the header of a CSV into the most cells; the first of them where that is as many."""
+    header = data[:HEADER_BYTES].partition(b"\n")[0].partition(b"\r")[0]
+    line = header.decode("utf-8-sig", "replace")
+    return max(DELIMITERS, key=lambda each: len(next(csv.reader([line], delimiter=each, skipinitialspace=True), [])))
 
 
 def _number(cell: str) -> float | str | None:

@@ -51,7 +51,17 @@ def test_a_folder_without_a_manifest_or_with_two_is_refused(corpus: Path, refuse
     assert "name the file itself" in message
     for path in corpus.glob("*.jsonl"):
         path.unlink()
-    assert "found: none" in refuse(corpus)
+    message = refuse(corpus)
+    assert "no table (JSONL, CSV or TSV) in this folder; in and below it " in message
+    assert "make a CSV with the columns audio_path, phonetic_text and child_id" in message
+    recording = next((corpus / "audio").iterdir())
+    assert f"{recording}: is audio: a source is the table that names it" in refuse(recording)
+
+
+def test_for_a_folder_without_a_table_those_below_that_have_one_are_named(
+    corpus: Path, refuse: Callable[..., str]
+) -> None:
+    assert f"hint: did you mean {corpus}?" in refuse(corpus.parent)
 
 
 def test_an_empty_manifest_is_refused(corpus: Path, refuse: Callable[..., str]) -> None:

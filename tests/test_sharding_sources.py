@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import unicodedata
 import zipfile
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sharding_build import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.archive import AudioRoot, find_audio
+from sharding.archive import AudioRoot, find_audio, open_audio
 from sharding.audio import encode
 from sharding.cli import main
 from sharding.errors import ManifestError
@@ -44,7 +45,8 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         assert main(["build", *map(str, arguments), "--out", str(tmp_path / "out")]) == 1
         assert not (tmp_path / "out").exists()
         said = capsys.readouterr().err
-        sentence, *hint = [line for line in said.splitlines() if line and "%|" not in line]
+        opening, sentence, *hint = [line for line in said.splitlines() if line and "%|" not in line]
+        assert opening.startswith("building ")
         assert sentence.startswith("ManifestError: ")
         assert len(hint) <= 1
         assert all(line.startswith("hint: ") for line in hint)
@@ -232,7 +234,42 @@ def test_a_table_that_is_not_utf8_is_refused_with_its_line(
 ) -> None:
     table = copy_audio(corpus, tmp_path / "corpus") / "x.csv"
     table.write_text(f"{ROW}b,audio/b.flac,é\n", encoding)
-    assert f"{table}:{3 if encoding == 'latin-1' else 1}: not UTF-8" in refuse(table)
+    said = refuse(table)
+    assert f"{table}:{3 if encoding == 'latin-1' else 1}: not UTF-8" in said
+    assert "in Excel: save as CSV UTF-8" in said
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", ","])
+def test_a_table_of_excel_is_read_whatever_parts_its_cells_and_its_paths(delimiter: str, tmp_path: Path) -> None:
+    (tmp_path / "Übung").mkdir()
+    soundfile.write(tmp_path / "Übung/1.wav", np.zeros(8000), 16_000)
+    rows = [["audio_path", "phonetic_text", "child_id", "Dauer; s, etwa"], ["Übung\\1.wav", TEXT, "Jörg, 5", "2,58"]]
+    with open(tmp_path / "x.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    source = read_source(tmp_path / "x.csv", Reading())
+    utterance, _ = source.layout.parse(source.line(0), 2)
+    assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Übung/1.wav", TEXT, "Jörg, 5")
+    with open_audio(source.layout.audio, utterance.audio_path) as (_, size):
+        assert size > 0
+    source = read_source(tmp_path / "x.csv", Reading(columns={"audio_duration_sec": "Dauer; s, etwa"}))
+    with pytest.raises(ManifestError, match=r"(?s)'2,58', a number.*leave the column out: audio is measured"):
+        source.layout.parse(source.line(0), 2)
+
+
+def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data/raw/mine"
+    (folder / "Zoë").mkdir(parents=True)
+    soundfile.write(folder / "Zoë/1.wav", np.zeros(8000), 16_000)
+    (folder / "Zoë/1.txt").write_text(f"{TEXT}\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "csv.writer" in code)
+    exec(recipe)
+    source = read_source(folder, Reading())
+    utterance, _ = source.layout.parse(source.line(0), 2)
+    assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Zoë/1.wav", TEXT, "Zoë")
 
 
 @pytest.mark.parametrize("cell", ["1s", "nan", "inf", "1e400", "-1", "0x10", "true", "9007199254740993"])
