@@ -557,7 +557,7 @@ def test_a_group_that_is_a_list_is_refused(corpus: Path, tmp_path: Path, refuse:
     write_manifest(folder, [row | {"school": ["x" * 1000]} for row in read_manifest(corpus)])
     said = refuse(folder, "--group-by", "school")
     assert "'school' is ['xxx" in said
-    assert len(said) < 500
+    assert len(said.splitlines()[-1]) < 500
 
 
 # --- many sources -----------------------------------------------------------------------------------------------
