@@ -132,7 +132,7 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
         final = plain is not None
         sound = _read_streamed(file) if streamed else _read_whole(file, "int16" if final else "float32")
         if file.format == "MP3":
-            check_mp3_length(data, len(sound), rate)
+            check_mp3_length(data, len(sound), file.frames, rate)
         if prove and file.format == "FLAC":
             flac.check_md5(data, _packed(sound, file.subtype))
     if len(sound) == 0:
@@ -189,9 +189,9 @@ def _read_whole(file: soundfile.SoundFile, dtype: str) -> npt.NDArray[Any]:
         samples = file.buffer_read_into(sound, dtype)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cut off or damaged: none or not all of {file.frames} samples decode") from error
-    if samples < file.frames:
+    if samples < file.frames and file.format != "MP3":
         raise AudioError(f"cut off: {samples} of {file.frames} samples decode")
-    return sound
+    return sound[:samples]
 
 
 def _read_streamed(file: soundfile.SoundFile) -> Waveform:

@@ -224,11 +224,12 @@ MP3_HEAD = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]")  # as nearl
 MP3_SLACK_FRAMES = 6  # of a coder's delay and padding, and of a tag: they hold no sound
 
 
-def check_mp3_length(data: bytes, samples: int, rate: int) -> None:
+def check_mp3_length(data: bytes, samples: int, told: int, rate: int) -> None:
     """Hold the samples that were decoded against all frames of an MP3, also those behind a tag. Raises AudioError.
 
-    A file of variable bit rate that does not say its length has it guessed by libsndfile, which then stops there; of
-    joined files the first may say a length for itself.
+    A file that does not say its length has it guessed by libsndfile: from too few frames if its bit rate varies, where
+    decoding then stops; else a little too long at 22,050 and 44,100 Hz, and then each frame counts, for nothing but a
+    tag tells what a coder has added. Of joined files the first may say a length for itself.
     """
     hold = longest = 0.0  # seconds
     for seconds in _mp3_frames(data):
@@ -236,6 +237,8 @@ def check_mp3_length(data: bytes, samples: int, rate: int) -> None:
     if not hold:
         raise AudioError("MP3 without a frame of layer III; convert it to WAV or FLAC")
     have = samples / rate
+    if samples < told and hold - have > longest / 2:
+        raise AudioError(f"cut off: {samples} of {told} samples decode")
     if hold - have > MP3_SLACK_FRAMES * longest:
         raise AudioError(f"MP3 that does not say its length: {have:.2f} s of {hold:.2f} s decode; encode it anew")
 

@@ -1,6 +1,7 @@
 """Whatever the container, half a recording is not taken for a whole one, nor the first of several for all."""
 
 import io
+import re
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -252,3 +253,17 @@ def test_an_mp3_of_other_rates_behind_the_first_is_seen_too() -> None:
     soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 44_100), 44_100, format="MP3")
     with pytest.raises(AudioError, match="does not say its length"):
         decode(make_audio("MP3") + ID3V1 + file.getvalue())
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100, 48_000])
+def test_an_mp3_without_a_tag_is_taken_whole_and_refused_if_it_is_cut(rate: int) -> None:
+    """libsndfile guesses its length, a little too long at some rates."""
+    file = io.BytesIO()
+    sound = np.random.default_rng(0).normal(0, 0.1, 2 * rate)
+    soundfile.write(file, sound, rate, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    tag, *frames = re.split(b"(?=\xff[\xfb\xf3])", file.getvalue()[1:])  # the coder's tag is a frame of its own
+    assert b"Info" in tag
+    data = b"".join(frames)
+    assert seconds_of(data) == pytest.approx(2, abs=0.15)
+    with pytest.raises(AudioError, match=r"cut off|does not say its length"):
+        decode(data[:-20])
