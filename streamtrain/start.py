@@ -58,7 +58,7 @@ TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
 LOCK_NAME = ".lock"
-LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv")  # one at least, in a run's folder
+LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv", "finished.json")  # one at least, in a run's folder
 LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to go
 
 
