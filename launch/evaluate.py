@@ -14,12 +14,14 @@ def main() -> None:
     import argparse
     from pathlib import Path
 
-    from sharding.command import announce, number, out_folder
+    from sharding.command import announce, number, out_folder, place
     from sharding.names import expand_home
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a trained model, such as RUN/best")
-    parser.add_argument("--shards", default="data/shards", help="folder or URL of a shard set (default: %(default)s)")
+    parser.add_argument("--model", type=place, required=True, help="folder of a trained model, such as RUN/best")
+    parser.add_argument(
+        "--shards", type=place, default="data/shards", help="folder or URL of a shard set (default: %(default)s)"
+    )
     parser.add_argument("--split", default="valid", choices=("valid", "train"), help="default: %(default)s")
     parser.add_argument(
         "--out", type=out_folder, required=True, help="folder for scorecard.json, scorecard.html and hypotheses.jsonl"
@@ -28,7 +30,7 @@ def main() -> None:
         help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
-    parser.add_argument("--beside", metavar="DIR",
+    parser.add_argument("--beside", type=place, metavar="DIR",
         help="folder with another model's scorecard on the same clips, to compare this one with")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args(list(map(expand_home, sys.argv[1:])))

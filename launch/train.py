@@ -13,14 +13,16 @@ def main() -> None:
     answer_interrupts()
     import argparse
 
-    from sharding.command import announce
+    from sharding.command import announce, place
     from sharding.names import expand_home
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file with data, model, train, eval and deepspeed")
+    parser.add_argument(
+        "--config", type=place, required=True, help="JSON file with data, model, train, eval and deepspeed"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
         help="override settings, at any depth, such as deepspeed.optimizer.params.lr=3e-5")  # fmt: skip
-    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
+    parser.add_argument("--resume", type=place, default="auto", metavar="auto|none|PATH",
         help="auto: go on from the newest checkpoint of train.run_dir, if there is one (default); "
              "none: start over; or the folder of a checkpoint")  # fmt: skip
     parser.add_argument("--replan", action="store_true",

@@ -465,8 +465,9 @@ def _numbers_taken(base: ShardIndex) -> dict[tuple[str, int], int]:
     """The next free number of each split and bucket."""
     taken: dict[tuple[str, int], int] = {}
     for shard in base.shards:
-        number = int(shard.name.removesuffix(".tar").rsplit("-", 1)[1])
-        taken[shard.split, shard.bucket] = max(taken.get((shard.split, shard.bucket), 0), number + 1)
+        number = shard.name.removesuffix(".tar").rpartition("-")[2]
+        if number.isdecimal():  # else no build has given it
+            taken[shard.split, shard.bucket] = max(taken.get((shard.split, shard.bucket), 0), int(number) + 1)
     return taken
 
 

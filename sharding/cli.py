@@ -13,7 +13,7 @@ from sharding import report
 from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
 from sharding.audio import SAMPLE_RATE, decode
 from sharding.build import BuildSettings, HowToRun, build
-from sharding.command import PNG, Commands, number, out_file, out_folder
+from sharding.command import PNG, Commands, number, out_file, out_folder, place
 from sharding.cuts import LIMIT_SEC, MIN_PIECE_SEC
 from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
@@ -226,7 +226,7 @@ def _commands() -> Commands:
         "build", _build, "Turn audio and labels into tar shards bucketed by duration.", "building {out} of {sources}"
     )
     add = parser_build.add_argument
-    add("sources", nargs="*", metavar="SOURCE", default=[DEFAULT_SOURCES],
+    add("sources", type=place, nargs="*", metavar="SOURCE", default=[DEFAULT_SOURCES],
         help="a folder with its transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, "
              "a Common Voice folder, or the transcripts file itself "
              f"(default: every folder in {DEFAULT_SOURCES})")  # fmt: skip
@@ -281,14 +281,14 @@ def _commands() -> Commands:
         help="share of rejected clips above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_verify = commands.add("verify", _verify, "Check every shard against the index.", "checking {shards}")
-    parser_verify.add_argument("shards", help="folder or URL of the shard set")
+    parser_verify.add_argument("shards", type=place, help="folder or URL of the shard set")
     parser_verify.add_argument("--decode", action="store_true", help="decode every clip as well")
     parser_verify.add_argument(
-        "--repair", nargs="+", metavar="SOURCE",
+        "--repair", type=place, nargs="+", metavar="SOURCE",
         help="all the sources that it was built of, appended ones too: make what is damaged again, to the same bytes",
     )  # fmt: skip
     parser_verify.add_argument("--columns", default="", metavar="FIELD=COLUMN,…", help="as it was built with")
-    parser_verify.add_argument("--alignments", metavar="FILE", help="as it was built with")
+    parser_verify.add_argument("--alignments", type=place, metavar="FILE", help="as it was built with")
     parser_verify.add_argument("--follow-links", action="store_true", help="as it was built with")
     parser_verify.add_argument("--audio-root", default="", metavar="DIR", help="as it was built with")
     parser_verify.add_argument(
@@ -300,7 +300,7 @@ def _commands() -> Commands:
         "inspect", _inspect, "Show what a shard set holds, by split, bucket, corpus and age.", "reading {shards}"
     )
     add = parser_inspect.add_argument
-    add("shards", help="folder or URL of the shard set")
+    add("shards", type=place, help="folder or URL of the shard set")
     add("--json", action="store_true", help="print the tables as one JSON object, for programs")
     add("--plots", type=out_folder, metavar="DIR",
         help="write plots of durations, loudness, symbols per second and label symbols there, as PNG; "
@@ -312,8 +312,9 @@ def _commands() -> Commands:
         "index", _index, "Make an index for WebDataset tars that others wrote.", "indexing the tars of {shards}"
     )
     add = parser_index.add_argument
-    add("shards", help="folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in "
-                       "a json as text, phonetic_text or orthographic_text")  # fmt: skip
+    add("shards", type=place,
+        help="folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in "
+             "a json as text, phonetic_text or orthographic_text")  # fmt: skip
     add("--valid", nargs="+", metavar="PATTERN",
         help="tars to validate on, by their names below that folder; each must fit one "
              f"(default: {' '.join(VALID_TARS)}, if there are such)")  # fmt: skip
@@ -332,7 +333,7 @@ def _commands() -> Commands:
         "alone: a build knows those of the whole corpus.",
         "cutting {audio}",
     )
-    parser_split.add_argument("audio", help="audio file")
+    parser_split.add_argument("audio", type=place, help="audio file")
     parser_split.add_argument("--text", default="", help="its label, or a text file that holds it")
     _add_gates(parser_split, "what `python -m streamtrain align` has written of it, and of others like it")
     parser_split.add_argument(
@@ -365,7 +366,7 @@ def _commands() -> Commands:
 def _add_gates(parser: argparse.ArgumentParser, alignments: str) -> None:
     """What decides whether a piece of a long recording keeps its words."""
     add = parser.add_argument
-    add("--alignments", metavar="FILE", help=alignments)
+    add("--alignments", type=place, metavar="FILE", help=alignments)
     add("--min-confidence", metavar="P", type=number(0, 1), default=Gates.min_confidence,
         help="a piece keeps its words if each of its cuts falls where it should with this probability "
              "(default: %(default)s)")  # fmt: skip

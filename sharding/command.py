@@ -7,8 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
+from contextlib import nullcontext, redirect_stdout, suppress
+from pathlib import Path, PosixPath
 
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
@@ -42,6 +42,7 @@ class Commands:
         shared = any(isinstance(value, Path) and is_stdout(value) for value in vars(options).values())
         announce(options.opening, options)
         try:
+            _check_outputs(options)
             with redirect_stdout(sys.stderr) if shared else nullcontext():
                 code = int(options.run(options))
             sys.stdout.flush()
@@ -63,6 +64,18 @@ class Commands:
             return INTERRUPTED
 
 
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise StreamtrainError if a file that it is to write is one that it is to read, through whatever links."""
+    values = [one for value in vars(options).values() for one in (value if isinstance(value, list) else [value])]
+    outputs = [value for value in values if isinstance(value, OutFile)]
+    inputs = [value for value in values if isinstance(value, str | Path) and not isinstance(value, OutFile)]
+    for out in outputs:
+        for read in inputs:
+            with suppress(OSError, ValueError):  # one of them is not there, or no path at all
+                if os.path.isfile(out) and os.path.samefile(out, read):
+                    raise StreamtrainError(f"{out}: is read, and would be replaced", "name another file to write")
+
+
 def announce(opening: str, options: argparse.Namespace) -> None:
     """Tell on the standard error what is begun, before libraries are imported that take seconds."""
     named = {name: _shortened(value) if isinstance(value, list) else value for name, value in vars(options).items()}
@@ -79,6 +92,10 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+class OutFile(PosixPath):
+    """The name of a file to write."""
+
+
 def out_file(beginning: bytes) -> Callable[[str], Path]:
     """Return a parser of names of files to write: `-` is the standard output, and then messages go elsewhere.
 
@@ -86,10 +103,10 @@ def out_file(beginning: bytes) -> Callable[[str], Path]:
     """
 
     def parse(text: str) -> Path:
-        path = STDOUT if text == "-" else Path(text)
-        place = file_to_replace(path)
-        if place is not None and place.is_file():
-            with open(place, "rb") as file:
+        path = STDOUT if text == "-" else OutFile(place(text))
+        there = file_to_replace(path)
+        if there is not None and there.is_file():
+            with open(there, "rb") as file:
                 if file.read(len(beginning)) not in (b"", beginning):
                     raise argparse.ArgumentTypeError(f"{text} is there already, and is no such file: name another one")
         return path
@@ -99,9 +116,21 @@ def out_file(beginning: bytes) -> Callable[[str], Path]:
 
 def out_folder(text: str) -> str:
     """Parse the name of a folder to write."""
-    if text.strip() in ("", "-"):
+    if text == "-":
         raise argparse.ArgumentTypeError(f"{text!r}: a folder is written, not a stream; its name is expected")
+    return place(text)
+
+
+def place(text: str) -> str:
+    """Parse the name of a file or folder, or a URL; an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: a name is expected; is a variable of the shell not set?")
     return text
+
+
+def folder(text: str) -> Path:
+    """Parse the name of a folder to read."""
+    return Path(place(text))
 
 
 def number(low: float, high: float = math.inf, kind: type[float] = float) -> Callable[[str], float]:

@@ -14,7 +14,6 @@ from sharding.audio import SAMPLE_RATE, Decoded, decode_native, frame_count, is_
 from sharding.errors import AudioError, ShardError
 from sharding.format import (
     END_OF_ARCHIVE,
-    FOREIGN,
     INDEX_NAME,
     SAMPLE_DTYPE,
     Shard,
@@ -39,7 +38,7 @@ from sharding.manifest import Utterance, printable
 from sharding.names import nfc, same_name
 from sharding.place import has_index
 from sharding.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
-from sharding.schema import ShardEntry
+from sharding.schema import FOREIGN, ShardEntry
 from sharding.store import open_store
 from sharding.summary import Summary
 from sharding.workers import Workers

@@ -19,13 +19,12 @@ from sharding.audio import SAMPLE_RATE
 from sharding.document import LARGE_BYTES, DocumentError, check, parse, parse_json, unpack
 from sharding.errors import MissingError, ShardError, UnreachableError
 from sharding.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
-from sharding.schema import INDEX, OUTLINE, SHARD, IndexDocument, ShardEntry, check_document
+from sharding.schema import FOREIGN, INDEX, OUTLINE, SHARD, IndexDocument, ShardEntry, check_document
 from sharding.store import Reader, Store
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
-FOREIGN = "written by others"  # marks the settings of such a set
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 SAMPLE_DTYPE = np.dtype(

@@ -1,15 +1,15 @@
 """What the index documents of a shard set say, as types that they are held against when they are read."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
-from sharding.document import STRICT, Count, DocumentError, Hash, Number, Size
-from sharding.ipa import TRACKS
+from sharding.document import STRICT, Count, DocumentError, Hash, Number, Share, Size
 
+FOREIGN = "written by others"  # marks the settings of such a set
 SPLITS = ("train", "valid", "unlabelled")
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
 Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
@@ -38,15 +38,40 @@ class ShardEntry:
 _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
-class _Validation(TypedDict, total=False):
-    disjoint_by_speaker: bool
+class _BuildSettings(TypedDict, total=False):
+    """An older set lacks some."""
+
+    limit_sec: Annotated[Number, Field(ge=0.01, le=86_400)]
+    valid_fraction: Share
+    num_buckets: Annotated[Count, Field(ge=1, le=100)]
+    shard_mb: Annotated[Number, Field(ge=0.0001, le=65_536)]
+    min_shards: Annotated[Count, Field(ge=1, le=100_000)]
+    track: Literal["phonetic", "word"]
+    group_by: str
+    min_confidence: Share
+    wrong_share: Share
+    min_evidence: Annotated[Number, Field(ge=-1_000, le=1_000)]
+    alignments: str
+
+
+_ForeignSettings = TypedDict("_ForeignSettings", {"valid": list[str], "written by others": Literal[True]}, total=False)
+
+
+class _Settings(_BuildSettings, _ForeignSettings):
+    """Of a build, or of tars that others wrote."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+
+class _Validation(TypedDict):
+    disjoint_by_speaker: Annotated[bool, Field(strict=True)]
     stand_in: _SpeakerHash | None
-    spared: list[_SpeakerHash]
+    spared: NotRequired[list[_SpeakerHash]]  # an older set has none
     clips: Size
     rejected: Size
 
 
-class _Notes(TypedDict, total=False):
+class _Notes(TypedDict):
     clips: Size
     rejected: Size
     validation: _Validation
@@ -79,8 +104,8 @@ class IndexDocument:
 
     version: int
     sample_rate: Literal[16_000]
-    duration_bins: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], FailFast()]
-    settings: dict[str, bool | int | Number | str | list[str] | None]
+    duration_bins: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], FailFast(), Field(min_length=1)]
+    settings: _Settings
     settings_hash: Digest
     sources_hash: str
     notes: _Notes
@@ -129,11 +154,9 @@ OUTLINE, INDEX, SHARD = TypeAdapter(Outline), TypeAdapter(IndexDocument), TypeAd
 
 def check_document(document: IndexDocument) -> None:
     """Raise DocumentError if what an index says in one place does not go with what it says in another."""
-    bins, shards, track = document.duration_bins, document.shards, document.settings.get("track", "phonetic")
+    bins, shards = document.duration_bins, document.shards
     if list(bins) != sorted(bins):
         raise DocumentError(f"'duration_bins' are {list(bins)}, and do not rise")
-    if track not in TRACKS:
-        raise DocumentError(f"'settings.track' is {track!a:.50}, not one of {', '.join(TRACKS)}")
     for number, shard in enumerate(shards):
         if shard.bucket >= len(bins):
             raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.command import JSONL, PNG, ZIP, ZSTANDARD, Commands, number, out_file, out_folder
+from sharding.command import JSONL, PNG, ZIP, ZSTANDARD, Commands, folder, number, out_file, out_folder, place
 from sharding.errors import StreamtrainError
 from sharding.writing import file_to_replace
 from streamtrain.rank import settle_torch
@@ -136,8 +136,10 @@ def _commands() -> Commands:
         "Forecast a run from the index alone: steps, padding, rank idle, valid world sizes.",
         "planning epoch {epoch} of {config}",
     )
-    plan.add_argument("shards", nargs="?", help="folder or URL of a shard set (default: the configuration's)")
-    plan.add_argument("--config", default="configs/zero2.json", help="default: %(default)s")
+    plan.add_argument(
+        "shards", type=place, nargs="?", help="folder or URL of a shard set (default: the configuration's)"
+    )
+    plan.add_argument("--config", type=place, default="configs/zero2.json", help="default: %(default)s")
     plan.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
         help="override settings of the configuration")  # fmt: skip
     plan.add_argument("--world-size", type=int, default=1, help="ranks (default: %(default)s)")
@@ -161,7 +163,7 @@ def _commands() -> Commands:
         "Show what a run has reached and where its files are; fails if it has not finished.",
         "reading {run_dir}",
     )
-    summary.add_argument("run_dir", help="the run's folder, such as runs/zero2")
+    summary.add_argument("run_dir", type=place, help="the run's folder, such as runs/zero2")
 
     transcribe = commands.add(
         "transcribe",
@@ -169,9 +171,10 @@ def _commands() -> Commands:
         "Audio → JSONL with the text of each recording, and when its words are said.",
         "transcribing {source} with {model}, into {out}",
     )
-    transcribe.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
+    transcribe.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
     transcribe.add_argument(
         "source",
+        type=place,
         nargs="+",
         help="audio files, folders or zips of them, transcripts files with an audio_path, shard sets, s3://… of either",
     )
@@ -200,8 +203,8 @@ def _commands() -> Commands:
         "align", _align, "When the words of labelled recordings are said, by a model: word times.",
         "aligning the labels of {shards} with {model}, into {out}",
     )  # fmt: skip
-    align.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
-    align.add_argument("shards", help="folder or URL of a shard set")
+    align.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
+    align.add_argument("shards", type=place, help="folder or URL of a shard set")
     align.add_argument(
         "--out", type=out_file(ZSTANDARD), required=True, help="file to write, such as alignments.jsonl.zst"
     )
@@ -211,22 +214,26 @@ def _commands() -> Commands:
     score = commands.add(
         "score", _score, "CER or WER of a submission, as the challenge scores it.", "scoring {predicted} by {actual}"
     )
-    score.add_argument("predicted", help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)")
-    score.add_argument("actual", help="JSONL with utterance_id and the same field, such as a transcripts file")
+    score.add_argument(
+        "predicted", type=place, help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)"
+    )
+    score.add_argument(
+        "actual", type=place, help="JSONL with utterance_id and the same field, such as a transcripts file"
+    )
     score.add_argument("--json", action="store_true", help="print JSON")
 
     compare = commands.add(
         "compare", _compare, "Two models on the same clips: is the difference more than chance?",
         "comparing {before} with {after}",
     )  # fmt: skip
-    compare.add_argument("before", help="folder with the scorecard of one model, such as a run's")
-    compare.add_argument("after", help="folder with the scorecard of the other")
+    compare.add_argument("before", type=place, help="folder with the scorecard of one model, such as a run's")
+    compare.add_argument("after", type=place, help="folder with the scorecard of the other")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
     package = commands.add(
         "package", _package, "Pack a trained model as a submission to the challenge.", "packing {model} into {out}"
     )
-    package.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
+    package.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
     package.add_argument(
         "--out", type=out_file(ZIP), required=True, metavar="ZIP", help="file to write, such as submission.zip"
     )
@@ -244,6 +251,6 @@ def _commands() -> Commands:
         "Copy a trained model to a folder of its own and verify it in Transformers.",
         "copying {model} to {out}",
     )
-    export.add_argument("model", type=Path, help="folder of a trained model, such as RUN/best")
+    export.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
     export.add_argument("--out", type=out_folder, required=True, help="folder to write")
     return commands

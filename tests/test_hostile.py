@@ -410,7 +410,15 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     (("shards", 1), None, "'shards.1' is None"), (("shards",), {}, "'shards' is {}"),
     (("samples", "count"), 2**40, "make another"), (("samples",), [], "'samples' is"),
     (("duration_bins",), [2.0, 1.0], "do not rise"), (("duration_bins",), [-1.0], "greater than 0"),
-    (("settings", "track"), "none", "not one of phonetic, word"), (("notes",), [], "'notes' is"),
+    (("settings", "track"), "none", "'settings.track' is 'none'"), (("settings", "track"), ["a"], "'settings.track'"),
+    *((("settings", "limit_sec"), value, "'settings.limit_sec' is") for value in (None, "x", 0, -1, True)),
+    *((("settings", "shard_mb"), value, "'settings.shard_mb' is") for value in (None, "x", 0, -1, 10**9)),
+    (("settings", "num_buckets"), 0, "greater than"), (("settings", "min_shards"), 1.5, "'settings.min_shards' is"),
+    (("settings", "valid_fraction"), 2, "less than"), (("settings", "more"), 1, "'settings.more' is unknown"),
+    (("settings",), [], "'settings' is"), (("notes",), [], "'notes' is"), (("notes",), {}, "'notes.clips' is missing"),
+    (("notes", "validation"), {}, "'notes.validation.disjoint_by_speaker' is missing"),
+    (("notes", "validation", "stand_in"), "x", "should match"), (("notes", "validation", "spared"), [0], "spared"),
+    (("notes", "rejected"), "none", "'notes.rejected' is"), (("duration_bins",), [], "'duration_bins' is"),
     (("base",), "../x", "should match"), (("sounds",), 1, "'sounds' is 1"), (("more",), 1, "'more' is unknown"),
 ])  # fmt: skip
 def test_an_index_that_is_made_otherwise_is_told_by_its_field(

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,13 @@ from test_transcribe import sound
 
 from sharding.audio import encode
 from sharding.bucket import BucketStore
+from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
 from sharding.format import read_index
 from sharding.lock import LOCK_NAME, sole_build
 from sharding.store import FolderStore, open_store
 from sharding.writing import append, write_inside
+from streamtrain.cli import main
 from streamtrain.config import load_config
 from streamtrain.folders import new_folder
 from streamtrain.monitor import Monitor
@@ -187,3 +191,41 @@ def test_rows_are_not_written_where_a_link_leads(model: Path, victim: Path, tmp_
     (tmp_path / ".out.jsonl.part.json").symlink_to(victim)
     assert transcribe(model, find_recordings([str(clip)]), out, Reading(30.0)) == 0
     assert json.loads(out.read_text())["error"] is None
+
+
+# --- what a command line names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [
+    "transcribe M x.jsonl --out x.jsonl", "transcribe M x.flac --out linked.flac", "align M x.jsonl --out ./x.jsonl",
+    "package M --check x.jsonl --out x.jsonl", "plan --config x.jsonl --keys x.jsonl", "split x.flac --plot x.flac",
+])  # fmt: skip
+def test_a_file_that_is_read_is_not_replaced_by_what_is_made_of_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.flac").write_bytes(encode(sound(1, 0)))
+    Path("x.jsonl").write_text('{"utterance_id": "x", "audio_path": "x.flac"}\n')
+    Path("linked.flac").symlink_to("x.flac")
+    before = {name: Path(name).read_bytes() for name in ("x.flac", "x.jsonl")}
+    with suppress(SystemExit):  # of a file of another kind than the command writes
+        assert (sharding_main if command.startswith("split") else main)(command.split()) == 1
+    assert re.search(
+        "is read, and would be replaced\nhint: |is there already, and is no such file", capsys.readouterr().err
+    )
+    assert {name: Path(name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("command", [
+    "build c --out @", "build @ --out c", "verify @", "verify c --repair @", "inspect c --plots @", "index @",
+    "build c --alignments @", "demo-corpus @", "split @", "split c --plot @", "transcribe @ c --out c",
+    "transcribe c @ --out c", "transcribe c c --out @", "export c --out @", "package c --out @", "summary @",
+    "score @ c", "align c @ --out c", "compare c @", "plan @",
+])  # fmt: skip
+def test_a_name_that_is_empty_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable is that nobody has set: it would be the current folder."""
+    arguments = [word.replace("@", "") for word in command.split()]
+    sharding = arguments[0] in ("build", "verify", "inspect", "index", "demo-corpus", "split")
+    with pytest.raises(SystemExit):
+        (sharding_main if sharding else main)(arguments)
+    assert "'': a name is expected" in capsys.readouterr().err
