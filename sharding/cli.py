@@ -16,7 +16,7 @@ from sharding.build import BuildSettings, HowToRun, build
 from sharding.command import PNG, Commands, number, out_file, out_folder, place
 from sharding.cuts import LIMIT_SEC, MIN_PIECE_SEC
 from sharding.demo import make_demo_corpus
-from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError
+from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError, counted
 from sharding.foreign import VALID_TARS, index_tars
 from sharding.format import REMADE_HINT, read_index
 from sharding.ipa import TRACKS, read_label
@@ -138,7 +138,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise ShardError(f"{options.shards}: the shards are sound, the report is not", REPORT_HINT)
     if report.is_kept(store, index):
         print(f"{options.shards}: {APPENDING}", file=sys.stderr)
-    print(f"{options.shards}: {len(index.shards)} shards, {len(index.samples):,} samples, all as the index says")
+    holds = f"{counted(len(index.shards), 'shard')}, {counted(len(index.samples), 'sample')}"
+    print(f"{options.shards}: {holds}, all as the index says")
     return 0
 
 
@@ -159,7 +160,7 @@ def _index(options: argparse.Namespace) -> int:
         options.shards, options.track, options.valid, options.limit_sec, options.workers
     )
     print(render(summary, options.shards))
-    print(f"{options.shards}: indexed, {len(index.samples):,} samples in {len(index.shards):,} tars")
+    print(f"{options.shards}: indexed, {counted(len(index.samples), 'sample')} in {counted(len(index.shards), 'tar')}")
     _check_rejected(options.shards, rejected, options.max_rejected, REJECTED_HINT)
     return 0
 
@@ -200,7 +201,7 @@ def _split(options: argparse.Namespace) -> int:
     text, evidence = read_label(_text_of(options.text), "phonetic"), alignments.of(name)
     sounds = learn([example_of(name, text, waveform)], "phonetic", options.wrong_share)
     segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, sounds, gates)
-    print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {len(segments)} pieces")
+    print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'piece')}")
     for segment in segments:
         mark = " (forced cut)" if segment.forced else ""
         print(

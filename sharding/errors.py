@@ -1,6 +1,11 @@
 """The errors a user can act on: what, where, seen, wanted, next. Entry points print them without a traceback."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return `1 file`, `2 files`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class StreamtrainError(Exception):
     """A mistake or a fault outside the program, told in one message and, where there is one, a hint."""
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from sharding.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
 from sharding.document import DocumentError, parse_row
-from sharding.errors import ManifestError
+from sharding.errors import ManifestError, counted
 from sharding.ipa import TRACKS
 from sharding.names import name_of, same_name, same_speaker
 from sharding.tables import is_table, read_lines
@@ -329,8 +329,7 @@ def _find_transcripts(folder: Path, track: str) -> Path:
 def _no_table(folder: Path) -> ManifestError:
     """Tell what there is instead of a table, and where one is or how to make one."""
     files = list(walk_files(str(folder), follow_links=False))
-    audio = sum(map(is_audio, files))
-    recordings = f"{audio:,} audio file{'s' * (audio != 1)}"
+    recordings = counted(sum(map(is_audio, files)), "audio file")
     said = f"{folder}: no table (JSONL, CSV or TSV) in this folder; in and below it {recordings}"
     below = sorted({os.path.dirname(path) for path in files if TABLE_NAME.search(path)})
     if not below:

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from sharding.archive import MISSING
 from sharding.audio import SAMPLE_RATE
 from sharding.document import Number, Share, Size, parse
+from sharding.errors import counted
 from sharding.format import ShardIndex
 from sharding.ledger import DECLARED_OFF_SEC, FATES, LEDGER_NAME, SURE, WORST, Tally, longest
 from sharding.manifest import printable
@@ -124,7 +125,7 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
     """The summary of the set at `url` for a person at a terminal; a `dry` run has left no files to look into."""
     fates, notes, labelled = summary["fates"], summary["notes"], summary.get("labelled_pieces", {})
     lines = [
-        f"{summary['clips_in']:,} clips in ({summary['seconds_in'] / 3600:.2f} h) = "
+        f"{counted(summary['clips_in'], 'clip')} in ({summary['seconds_in'] / 3600:.2f} h) = "
         + " + ".join(f"{fate['clips']:,} {name}" for name, fate in fates.items()),
         f"{'split':>12} {'samples':>9} {'hours':>8} {'shards':>7} {'MB':>8} {'padding in buckets':>19}",
     ]

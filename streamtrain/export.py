@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from sharding.audio import SAMPLE_RATE
 from sharding.document import DocumentError, Number, Size, parse, read_document
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, counted
 from streamtrain.finish import warn_unless_finished
 from streamtrain.folders import new_folder
 from streamtrain.model import load_trained, save_model
@@ -174,9 +174,13 @@ def _data(data: dict[str, Any]) -> str:
     if not data:
         return ""
     return (
-        f"Trained on {data['clips']:,} clips, {data['hours']:,.1f} hours, of `{data['shards']}` (index "
-        f"{data['index']}). {data['rejected']:,} validation clips could not be read when that set was built.\n"
+        f"Trained on {counted(data['clips'], 'clip')}, {_time(data['hours'])}, of `{data['shards']}` (index "
+        f"{data['index']}). {counted(data['rejected'], 'validation clip')} could not be read when that set was built.\n"
     )
+
+
+def _time(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _scores(card: dict[str, Any]) -> str:
@@ -192,7 +196,7 @@ def _scores(card: dict[str, Any]) -> str:
             lines.append(
                 f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
             )
-    head = f"{said} on {card['clips']:,} clips of split `{card['split']}` of `{card['shards']}`."
+    head = f"{said} on {counted(card['clips'], 'clip')} of split `{card['split']}` of `{card['shards']}`."
     return "\n".join([head, "", *lines, *(f"\n**{line}**" for line in warnings(card))]) + "\n"
 
 

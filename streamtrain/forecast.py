@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharding.audio import SAMPLE_RATE
+from sharding.errors import counted
 from sharding.format import ShardIndex, read_index, read_keys
 from sharding.store import open_store
 from sharding.writing import write, written
@@ -108,9 +109,10 @@ def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> li
 def render(summary: dict[str, Any], machines: Machines) -> str:
     """The forecast as a person reads it in a terminal."""
     sizes = ", ".join(map(str, summary["world_sizes"]))
-    nodes = f"{summary['nodes']:,} node{'s' * (summary['nodes'] > 1)}"
+    nodes, clips = counted(summary["nodes"], "node"), counted(summary["clips"], "clip")
+    cache = _told_bytes(summary["cache_gb_needed"] * 2**30)
     rows = [
-        ("steps", f"{summary['steps_per_epoch']:,} over {summary['clips']:,} clips, {summary['hours']:,.2f} h;"
+        ("steps", f"{summary['steps_per_epoch']:,} over {clips}, {_duration(summary['hours'])};"
                   f" {summary['seconds_per_step']:,.0f} s of speech in each"),
         ("micro-batches", f"{summary['fill']:.1%} full, {summary['over_cap']} over the cap;"
                           f" {summary['padding']:.2%} of them is padding"),
@@ -119,10 +121,10 @@ def render(summary: dict[str, Any], machines: Machines) -> str:
                   f" possible are {sizes}"),
         ("time", f"{_duration(summary['epoch_hours'])} an epoch, if a rank trains on {machines.speed:g} s of speech a"
                  " second (--speed)"),
-        ("reads", f"{summary['bytes_per_node'] / 2**30:,.2f} GiB a node and epoch;"
+        ("reads", f"{_told_bytes(summary['bytes_per_node'])} a node and epoch;"
                   f" {summary['requests_per_second']:,.1f} requests/s in all,"
                   f" without a cache {summary['requests_per_second_uncached']:,.0f} at most"),
-        ("cache", f"{summary['cache_gb_needed']:,.2f} GiB a node (data.cache_gb), to fetch each shard once"),
+        ("cache", f"{cache} a node (data.cache_gb), to fetch each shard once"),
     ]  # fmt: skip
     if summary["other_speed"]:
         said = f"{summary['other_speed']:.1%} of the clips are played at another; hours and seconds are as heard"
@@ -131,7 +133,13 @@ def render(summary: dict[str, Any], machines: Machines) -> str:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    if hours >= 1:
+        return f"{hours:,.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
+
+
+def _told_bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
 def write_fetches(prediction: Forecast, out: Path) -> None:
@@ -161,19 +169,22 @@ def plot(prediction: Forecast, out: Path) -> None:
     """How even the steps are, what the cache of the first node holds, and when it needs which shard."""
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     plan, uses, index = prediction.plan, prediction.uses, prediction.index
     padded = plan.padded / SAMPLE_RATE
-    steps = np.arange(plan.steps)
+    edges = np.arange(plan.steps + 1) - 0.5  # a step is as wide as the number of it
     figure = Figure(figsize=(10, 9), layout="constrained")
     even, cache, shards = figure.subplots(3, 1, sharex=True)
-    even.fill_between(steps, padded.min(axis=1), padded.max(axis=1), step="mid", color=COLOURS[1],
-                      label="shortest to longest micro-batch")  # fmt: skip
-    even.plot(steps, padded.mean(axis=1), color=COLOURS[0], linewidth=0.8, label="mean")
+    even.stairs(padded.max(axis=1), edges, baseline=padded.min(axis=1), fill=True, color=COLOURS[1],
+                label="shortest to longest micro-batch")  # fmt: skip
+    even.stairs(padded.mean(axis=1), edges, baseline=None, color=COLOURS[0], linewidth=0.8, label="mean")
     even.set(title="padded seconds of the micro-batches of a step", ylim=(0, None))
     even.legend(frameon=False, loc="lower right")
-    cache.plot(steps, live_bytes(index, plan, uses, 1)[0] / 2**30, color=COLOURS[2], drawstyle="steps-mid")
-    cache.set(title="what the cache of the first node must hold, GiB", ylim=(0, None))
+    held = live_bytes(index, plan, uses, 1)[0]
+    unit, name = (2**30, "GiB") if held.max() >= 2**30 else (2**20, "MiB")
+    cache.stairs(held / unit, edges, baseline=None, color=COLOURS[2])
+    cache.set(title=f"what the cache of the first node must hold, {name}", ylim=(0, None))
     here = np.flatnonzero(uses.node == 0)
     here = here[np.lexsort((uses.last[here], uses.first[here]))]
     spans = zip(uses.first[here].tolist(), uses.last[here].tolist(), strict=True)
@@ -182,7 +193,10 @@ def plot(prediction: Forecast, out: Path) -> None:
     bars = LineCollection(lines, linewidths=max(0.3, min(6.0, 180 / max(len(lines), 1))), cmap="viridis")
     bars.set_array(buckets)
     shards.add_collection(bars)
-    shards.set(title="shards of the first node, from first to last use", xlabel="step", ylim=(len(lines), -1))
+    shards.set(title="shards of the first node, from first to last use", xlabel="step", xlim=(edges[0], edges[-1]))
+    shards.set_ylim(len(lines) - 0.5, -0.5)
+    for axis in (shards.xaxis, shards.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.colorbar(bars, ax=shards, label="bucket", location="right")
     for axes in (even, cache, shards):
         axes.grid(alpha=0.25)

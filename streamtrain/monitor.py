@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, counted
 from sharding.writing import append, explaining, write_inside
 from streamtrain.finish import FINISH_NAME, read_finish
 from streamtrain.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
@@ -117,7 +117,7 @@ class Monitor:
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         total, clips = evaluation.total, evaluation.clips
         words = f", WER {evaluation.words.rate:.4f}" if evaluation.words else ""
-        self.say(f"step {step}: CER {total.rate:.4f}{words} on {len(clips):,} clips")
+        self.say(f"step {step}: CER {total.rate:.4f}{words} on {counted(len(clips), 'clip')}")
         if not any(clip.hypothesis for clip in clips):
             self.say(SILENT_MODEL)
         if self.rows and self.rows[-1].step == step:
@@ -131,7 +131,8 @@ class Monitor:
         append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
 
     def draw_curves(self) -> None:
-        plot_curves(self.rows, self._folder / "curves.png")
+        before = self._folder / "before.json"
+        plot_curves(self.rows, self._folder / "curves.png", read_rate(before) if before.is_file() else None)
 
     def say(self, line: str) -> None:
         self._bar.write(line)
@@ -199,8 +200,8 @@ def _no_log(path: Path, error: Exception) -> StreamtrainError:
     )
 
 
-def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
-    """Loss, CER (the gradient's norm where nothing was scored), learning rate and throughput over the steps."""
+def plot_curves(rows: Sequence[StepRow], path: Path, cer_before: float | None = None) -> None:
+    """Draw loss, CER (the gradient's norm if nothing was scored), learning rate and throughput over the steps."""
     from matplotlib.figure import Figure
 
     steps = [row.step for row in rows]
@@ -210,9 +211,10 @@ def plot_curves(rows: Sequence[StepRow], path: Path) -> None:
     loss.set(title="loss, nats per symbol", yscale="log")
     evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
     if evaluated:
+        evaluated = [*([] if cer_before is None else [(0, cer_before)]), *evaluated]
         score.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
-        score.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(0, 6), ha="right")
-        score.set(title="validation CER", ylim=(0, None))
+        score.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(-4, 6), ha="right")
+        score.set(title="validation CER", ylim=(0, 1.15 * max(cer for _, cer in evaluated) or 1))  # room for the number
     else:
         score.plot(steps, [row.grad_norm for row in rows], color="#c8553d", linewidth=0.8)
         score.set(title="gradient norm", yscale="log")
@@ -252,7 +254,7 @@ def render_run(run_dir: Path) -> str:
     )
     return f"""
   CER {card["cer"]:.4f}, {render_interval(card)}; before training {first}
-  ({card["clips"]:,} clips of split {card["split"]}){ended}
+  ({counted(card["clips"], "clip")} of split {card["split"]}){ended}
 
   A few transcriptions
 {shown}

@@ -16,7 +16,7 @@ import numpy as np
 
 from sharding.archive import AUDIO_SUFFIXES, AudioRoot, is_audio, list_files, open_audio, walk_files
 from sharding.document import LARGE_BYTES, DocumentError, read_document
-from sharding.errors import AudioError, StreamtrainError
+from sharding.errors import AudioError, StreamtrainError, counted
 from sharding.format import INDEX_NAME, ShardIndex, read_index, read_keys
 from sharding.manifest import Reading, read_source
 from sharding.names import same_name
@@ -132,7 +132,8 @@ def _choose_audio(where: str, names: Iterable[str]) -> list[tuple[str, str]]:
         told = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS]) + ", …" * (
             len(kinds) > SHOWN_KINDS
         )
-        print(f"{_printable(where)}: not looked at: {len(others):,} files ({_printable(told)})", file=sys.stderr)
+        said = f"{counted(len(others), 'file')} ({_printable(told)})"
+        print(f"{_printable(where)}: not looked at: {said}", file=sys.stderr)
     paths = list(map(PurePosixPath, audio))
     ids = [path.stem for path in paths]
     for longer in ([str(path.with_suffix("")) for path in paths], audio):

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from sharding.document import LARGE_BYTES, DocumentError, parse_json, read_document
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, counted
 from sharding.ipa import TRACKS, normalize_ipa
 from sharding.names import same_name
 from sharding.store import open_regular
 from streamtrain.metrics import EditCounts, count_edits, spoken_words
 
+RUN_HINT = "these are hypotheses that are scored already: scorecard.json beside them, or `summary RUN`, tells the score"
 LISTED = 10  # ids named in a message
 
 
@@ -28,7 +29,7 @@ def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
     if not references:
         raise ScoreError(f"{actual}: the file has no rows", f"it holds the labels: utterance_id and {TRACKS[track]}")
     faults = [
-        f"{what} {len(ids)} ids: {', '.join(sorted(ids)[:LISTED])}{', …' if len(ids) > LISTED else ''}"
+        f"{what} {counted(len(ids), 'id')}: {', '.join(sorted(ids)[:LISTED])}{', …' if len(ids) > LISTED else ''}"
         for what, ids in (
             ("has no row for", references.keys() - hypotheses.keys()),
             ("has surplus", hypotheses.keys() - references.keys()),
@@ -90,7 +91,8 @@ def _read(path: Path, label: str) -> dict[str, str]:
             if not isinstance(written, str) or not isinstance(text, str | None):
                 raise TypeError("they are not text")
         except KeyError as error:
-            raise ScoreError(f"{where}: it has {', '.join(row)}") from error
+            hint = RUN_HINT if "hypothesis" in row else None
+            raise ScoreError(f"{where}: it has {', '.join(row)}", hint) from error
         except (ValueError, TypeError) as error:
             raise ScoreError(f"{where} ({error})", "one JSON object per line") from error
         name = same_name(written)

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from sharding.audio import SAMPLE_RATE, Waveform, decode
 from sharding.cuts import pieces_of
 from sharding.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
-from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError
+from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, counted
 from sharding.exclusive import HeldError, exclusive
 from sharding.ipa import TRACKS
 from sharding.sample import escape_key
@@ -99,7 +99,7 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
                 progress.write(rows, failed)
                 bar.update(len(rows))
         progress.finish()
-    done = f"{out}: {len(recordings) - failed:,} recordings transcribed"
+    done = f"{out}: {counted(len(recordings) - failed, 'recording')} transcribed"
     print(done + (f", {failed:,} failed" if failed else ""))
     return failed
 
@@ -163,7 +163,7 @@ class Progress:
             if not self.rows:
                 print(f"{self._partial}: what an earlier run has done is of another request; all is done anew")
         if self.rows:
-            print(f"going on after {self.rows:,} recordings that an earlier run has done")
+            print(f"going on after {counted(self.rows, 'recording')} that an earlier run has done")
         self._file.truncate(size)
 
     def write(self, rows: Sequence[dict[str, Any]], failed: int) -> None:

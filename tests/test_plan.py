@@ -534,7 +534,7 @@ def test_the_forecast_draws_and_lists_when_which_shard_is_needed(small_shards: P
     out = ["--plot", tmp_path / "plan.png", "--fetches", tmp_path / "fetches.jsonl"]
     done = forecast(small_shards, "--world-size", 2, "--ranks-per-node", 1, "--set", "data.batch_seconds=5", *out)
     assert done.returncode == 0, done.stderr
-    for said in ("2 on 2 nodes", "GiB a node and epoch", "meet again in the next epoch", "to fetch each shard once"):
+    for said in ("2 on 2 nodes", "MiB a node and epoch", "meet again in the next epoch", "to fetch each shard once"):
         assert said in done.stdout
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (tmp_path / "fetches.jsonl").read_text("utf-8").splitlines()]

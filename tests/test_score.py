@@ -83,11 +83,17 @@ def test_files_of_two_tracks_are_not_compared(write: Write, tmp_path: Path) -> N
         score_files(tmp_path / "words", write("actual.jsonl", REFERENCES))
 
 
+def test_of_the_hypotheses_of_a_run_it_is_told_where_their_score_is(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "hypotheses.jsonl").write_text('{"utterance_id": "a", "reference": "k", "hypothesis": "k"}\n')
+    with pytest.raises(ScoreError, match=r"hint: these are hypotheses that are scored already: scorecard\.json"):
+        score_files(tmp_path / "hypotheses.jsonl", write("actual.jsonl", REFERENCES))
+
+
 def test_missing_and_surplus_ids_are_named(write: Write) -> None:
     fewer = {"a": "k"}
     with pytest.raises(ScoreError, match=r"(?m)few\.jsonl: has no row for 3 ids: b, c, d$"):
         score_files(write("few.jsonl", fewer), write("actual.jsonl", REFERENCES))
-    with pytest.raises(ScoreError, match=r"(?m)more\.jsonl: has surplus 1 ids: e$"):
+    with pytest.raises(ScoreError, match=r"(?m)more\.jsonl: has surplus 1 id: e$"):
         score_files(write("more.jsonl", HYPOTHESES | {"e": "k"}), write("actual.jsonl", REFERENCES))
     many = {f"clip-{n:03d}": "" for n in range(25)}
     with pytest.raises(ScoreError, match=r"(?m)has no row for 25 ids: clip-000, .*clip-009, …$"):

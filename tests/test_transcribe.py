@@ -190,7 +190,7 @@ def test_the_command_says_how_many_failed_and_exits_so(folder: Path, clips: Path
     sources = [clips / "clip-02.flac", tmp_path / "bad.wav"]
     done = run_module("streamtrain", "transcribe", folder, *sources, "--out", tmp_path / "out.jsonl")
     assert done.returncode == 1
-    assert f"{tmp_path / 'out.jsonl'}: 1 recordings transcribed, 1 failed" in done.stdout
+    assert f"{tmp_path / 'out.jsonl'}: 1 recording transcribed, 1 failed" in done.stdout
     assert [json.loads(line)["error"] is None for line in (tmp_path / "out.jsonl").open()] == [True, False]
 
 
