@@ -1,4 +1,4 @@
-"""Score a model: `deepspeed launch/evaluate.py --model RUN/best --shards SHARDS --out DIR`."""
+"""Score a model: `deepspeed --quiet launch/evaluate.py --model RUN/best --shards SHARDS --out DIR`."""
 
 import os
 import sys

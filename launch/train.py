@@ -1,4 +1,4 @@
-"""Train: `deepspeed launch/train.py --config configs/zero2.json [--set section.key=value …] [--resume auto]`."""
+"""Train: `deepspeed --quiet launch/train.py --config configs/zero2.json [--set section.key=value …]`."""
 
 import os
 import sys

@@ -1,11 +1,13 @@
 """What ranks tell one another, by real ranks."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 from training_runs import ROOT, environment
 
+from streamtrain.world import Preemption
 from tests.ports import free_port
 
 
@@ -38,3 +40,18 @@ def test_a_rank_waits_for_rank_0_as_long_as_that_lives_and_learns_how_it_ended(m
     assert told in said
     assert "Traceback" not in said
     assert ranks[1].returncode == (0 if mode == "slow" else 1)
+
+
+def test_ctrl_c_asks_a_run_to_stop_and_a_second_one_ends_it() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        preemption = Preemption()
+        assert not preemption.asked
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.asked
+        assert preemption.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
