@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from dataclasses import dataclass
 from functools import reduce
 from typing import IO, Any, NamedTuple
@@ -22,7 +23,7 @@ from sharding.containers import (
     cut_tail,
     skip_tags,
 )
-from sharding.errors import AudioError
+from sharding.errors import AudioError, StreamtrainError
 from sharding.libflac import decode_plain
 
 SAMPLE_RATE = 16_000
@@ -81,6 +82,7 @@ def probe(file: IO[bytes]) -> AudioInfo:
     samples = _samples_of_plain(head)
     if samples is not None:
         return AudioInfo(samples, True)
+    _check_no_resource_fork()
     if head.startswith(READ_TO_THE_END):
         file = io.BytesIO(cut_tail(head + file.read()))
     file.seek(0)
@@ -102,6 +104,15 @@ def probe(file: IO[bytes]) -> AudioInfo:
     )
 
 
+def _check_no_resource_fork() -> None:
+    """Raise StreamtrainError if `._` is in the current folder, where libsndfile seeks what belongs to no name.
+
+    It would wait for a pipe, and take every MP3 for what an empty file is.
+    """
+    if os.path.lexists("._"):
+        raise StreamtrainError("._: libsndfile takes this file for a part of every MP3", "move it out of this folder")
+
+
 def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
     """Decode a whole clip to 16 kHz mono; also says whether the bytes already are that, as 16-bit FLAC.
 
@@ -120,6 +131,7 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
         if prove:
             flac.check_md5(data, pcm.tobytes())
         return Decoded(pcm, True)
+    _check_no_resource_fork()
     data = data[skip_tags(data) :]  # libsndfile takes as much from the end of a WAV or an AIFF
     try:
         file = soundfile.SoundFile(io.BytesIO(cut_tail(data)))

@@ -15,7 +15,7 @@ from stream_sets import cached
 from test_model import save, talkative
 from test_transcribe import sound
 
-from sharding.audio import encode
+from sharding.audio import decode, encode
 from sharding.bucket import BucketStore
 from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
@@ -229,3 +229,14 @@ def test_a_name_that_is_empty_is_refused(command: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         (sharding_main if sharding else main)(arguments)
     assert "'': a name is expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda name: Path(name).write_bytes(b"")])
+def test_no_resource_fork_is_read_from_the_current_folder(
+    put: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libsndfile would: a pipe of that name is waited for, and an empty file makes every MP3 unreadable."""
+    monkeypatch.chdir(tmp_path)
+    put("._")
+    with pytest.raises(StreamtrainError, match=r"^\._: (?s:.*)hint: move it"):
+        decode(bytes(1_000))
