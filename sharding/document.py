@@ -7,6 +7,7 @@ proportion to the file, so that a small file cannot fill a machine.
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -35,6 +36,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Second = Annotated[float, Field(strict=True, ge=0, le=10**9)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # what a program that cuts texts by 16 bits leaves of an emoji
 Wanted = TypeVar("Wanted")
 
 
@@ -63,9 +65,20 @@ def parse_json(data: bytes, finite: bool = True) -> Any:
 
 
 def parse_row(data: bytes) -> dict[str, Any]:
-    """Parse one JSON object of another program: a number may be NaN, no key comes twice. Raises DocumentError."""
+    """Parse one JSON object of another program: a number may be NaN, a text hold half a character, no key come twice.
+
+    Raises DocumentError.
+    """
     data = data.removeprefix(codecs.BOM_UTF8)  # with which Windows tools begin a file
-    row = parse_json(data, finite=False)
+    try:
+        row = parse_json(data, finite=False)
+    except DocumentError as error:
+        if not HALF_CHARACTER.search(data):
+            raise
+        try:
+            row = json.loads(data)
+        except (ValueError, RecursionError):
+            raise error from None
     if not isinstance(row, dict):
         raise DocumentError(f"a JSON object is expected, found {type(row).__name__}")
     if data.count(b":") > len(row):  # else it is flat, and each key is another

@@ -133,7 +133,7 @@ def test_an_id_seen_twice_is_refused_with_both_places(corpus: Path, refuse: Call
 
 
 def test_a_source_given_twice_is_refused(corpus: Path, refuse: Callable[..., str]) -> None:
-    assert "leave one of the sources out" in refuse(corpus, corpus)
+    assert "this source is named twice" in refuse(corpus, corpus)
 
 
 def test_a_broken_zip_is_refused(corpus: Path, refuse: Callable[..., str]) -> None:
