@@ -149,7 +149,7 @@ def index_tar(job: TarJob) -> TarResult:
             sample = sample_from_bytes(raw, job.track)
             symbols += count_symbols(sample.text, f"{job.url}/{job.name}: {key}", alphabet_of(job.track))
             decoded = _decode(sample, job)
-            samples, remarks = len(decoded.sound), decoded.remarks
+            samples, remarks = len(decoded.sound), (*decoded.remarks, *sample.remarks)
             seconds = samples / SAMPLE_RATE
             rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)

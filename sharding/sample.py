@@ -18,7 +18,7 @@ from urllib.parse import quote
 from sharding.archive import AUDIO_SUFFIXES
 from sharding.document import parse_row
 from sharding.errors import ShardError
-from sharding.ipa import TRACKS, read_label
+from sharding.ipa import TRACKS, label_remarks, read_label
 from sharding.names import name_of, nfc, same_name, same_speaker
 
 BLOCK = 512  # a tar is made of blocks of this many bytes
@@ -46,6 +46,7 @@ class Sample:
     pieces: int = 1
     start_sec: float | None = None
     end_sec: float | None = None
+    remarks: tuple[str, ...] = ()  # on the label that another writer gave it; not in a shard
 
     @property
     def recording_id(self) -> str:
@@ -73,7 +74,7 @@ def whole_key(key: str) -> str:
 
 _write_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 _NUMBERS = ("piece", "pieces", "start_sec", "end_sec")
-_META = [field.name for field in fields(Sample) if field.name not in ("key", "audio")]
+_META = [field.name for field in fields(Sample) if field.name not in ("key", "audio", "remarks")]
 
 
 def sample_to_bytes(sample: Sample) -> bytes:
@@ -96,6 +97,8 @@ def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
         if "label_status" in document:
             _check_strings(document, [name for name in _META if name in document and name not in _NUMBERS])
             _check_numbers(document)
+            if unknown := document.keys() - _META:
+                raise TypeError(f"{key}.json: {min(unknown)!r} is unknown")
             return Sample(key=key, audio=bodies["flac"], **document)
         return _sample_of_another(key, bodies, document, track)
     except (ValueError, TypeError, LookupError, RecursionError, tarfile.TarError) as error:
@@ -154,6 +157,7 @@ def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[
         session_id=same_speaker(said["session_id"]),
         corpus=same_name(said["corpus"]),
         age_bucket=same_name(said["age_bucket"]),
+        remarks=label_remarks("".join(texts), track),
     )
 
 

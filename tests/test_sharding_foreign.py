@@ -244,11 +244,12 @@ def test_odd_labels_are_rejected_and_names_of_any_length_read(run_sharding: Comm
     members = {f"{key}.{kind}": body for key, document in documents.items()
                for kind, body in (("flac", good), ("json", document.encode()))}  # fmt: skip
     (tmp_path / "train.tar").write_bytes(
-        plain_tar(members | {f"{long}.flac": good, f"{long}.text": b"", f"{long}.txt": "kæt".encode()})
+        plain_tar(members | {f"{long}.flac": good, f"{long}.text": b"", f"{long}.txt": "k@æt".encode()})
     )
     done = run_sharding("index", tmp_path, "--max-rejected", 1)
     assert done.returncode == 0, done.stderr
     assert "= 1 written + 0 split + 5 rejected" in done.stdout
+    assert "1 noted: '@' is left out of the label, as by the official scorer" in done.stdout
 
 
 def test_an_index_that_is_there_is_not_overwritten(small_shards: Path, run_sharding: Command, tmp_path: Path) -> None:
