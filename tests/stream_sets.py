@@ -66,7 +66,10 @@ def write_set(
     ]
     entries = tuple(shard.entry for shard in shards)
     samples = join_samples([shard.samples for shard in shards])
-    return write_index(store, pack_index(ShardIndex((1.0, 2.0), {}, "", str(seed), {}, entries, samples)))
+    valid = sum(entry.count for entry in entries if entry.split == "valid")
+    validation = {"disjoint_by_speaker": True, "stand_in": None, "clips": valid, "rejected": 0}
+    notes = {"clips": len(samples), "rejected": 0, "validation": validation}
+    return write_index(store, pack_index(ShardIndex((1.0, 2.0), {}, "", str(seed), notes, entries, samples)))
 
 
 def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2, normalize: bool = True) -> ShardStream:

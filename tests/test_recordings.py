@@ -118,7 +118,7 @@ def test_a_clip_that_a_manifest_names_and_nobody_has_is_an_error_of_its_own(corp
             b'{"audio_path": "a.flac"}\n{"path": "b.flac"}\n',
             r"rows\.jsonl:2: field 'audio_path' is missing; .*\n.*--columns",
         ),
-        (b'{"audio_path": "\xff.flac"}\n', r"rows\.jsonl:1: not JSON: .*utf-8"),
+        (b'{"audio_path": "\xff.flac"}\n', r"rows\.jsonl:1: not JSON: .*unicode"),
         (b"[1]\n", r"rows\.jsonl:1: a JSON object is expected, found list"),
         (b'{"audio_path": 3}\n', r"rows\.jsonl:1: 'audio_path' is 3, a string is expected"),
         (b'{"audio_path": "a\\u0000.flac"}\n', r"rows\.jsonl:1: 'audio_path' is .*, which holds NUL"),

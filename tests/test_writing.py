@@ -143,8 +143,8 @@ def small_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("name", ["-", ""])
-def test_a_folder_to_write_is_no_stream(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "told"), [("-", "a folder is written, not a stream"), ("", "a name is expected")])
+def test_a_folder_to_write_is_no_stream(name: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     here = set(Path().iterdir())
     for run, command in (
         (main, ["export", "model", "--out", name]),
@@ -155,7 +155,7 @@ def test_a_folder_to_write_is_no_stream(name: str, capsys: pytest.CaptureFixture
     ):
         with pytest.raises(SystemExit, match="2"):
             run(command)
-        assert f"{name!r}: a folder is written, not a stream" in capsys.readouterr().err
+        assert f"{name!r}: {told}" in capsys.readouterr().err
     assert set(Path().iterdir()) == here
 
 
