@@ -62,7 +62,8 @@ def _build(options: argparse.Namespace) -> int:
     if built.known:
         print(f"{built.known:,} of the clips to append were there already, and stay as they are")
     done = "would be built so; nothing was written" if options.dry_run else "built"
-    print(f"{options.out}: " + (done if built.fresh else "was built before from the same sources; nothing to do"))
+    same = "was built before from the same rows, and audio of the same sizes; nothing to do"
+    print(f"{options.out}: {done if built.fresh else same}")
     hint = "look at the files named above" if options.dry_run else REJECTED_HINT
     _check_rejected(options.out, built.rejected, options.max_rejected, hint)
     return 0
