@@ -56,14 +56,14 @@ def start(*arguments: object, **options: Any) -> Process:
 
 
 def finish(process: Process) -> tuple[int, str]:
-    """Its exit code, and what it said beside its progress bars. A user never sees a traceback."""
+    """Its exit code, and what it said beside what it begins and its progress. A user never sees a traceback."""
     _, said = process.communicate(timeout=100)
     assert "Traceback" not in said, said
     return process.returncode, without_bars(said)
 
 
 def without_bars(said: str) -> str:
-    return "\n".join(line for line in said.splitlines() if line and "%|" not in line)
+    return "\n".join(line for line in said.splitlines() if line and "%|" not in line and line[:9] != "building ")
 
 
 def build(out: Path, *sources: Path, workers: int = 2, **options: Any) -> Process:
