@@ -69,7 +69,7 @@ from sharding.ipa import SymbolCounts, check_alphabet, read_label
 from sharding.ledger import LedgerPart, LedgerRow, Tally, add_up, rejected_row, tell_the_same, write_ledger
 from sharding.lock import Lease, sole_build
 from sharding.manifest import Reading, Source, read_sources
-from sharding.place import check_place
+from sharding.place import PIECES, check_place
 from sharding.sample import escape_key, whole_key
 from sharding.schema import SPLITS
 from sharding.sounds import Sounds, learn, unpack_sounds
@@ -491,7 +491,6 @@ def _grown(base: ShardIndex, added: ShardIndex) -> ShardIndex:
     )
 
 
-PIECES = ".pieces"
 LEFT_BEHIND = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")
 
 

@@ -12,6 +12,7 @@ from sharding.store import FolderStore, Store
 
 SHARD_INDEX = re.compile(rf"((?:{'|'.join(SPLITS)})/b\d\d-\d{{5}})\.idx\.zst")
 UNWRITTEN = re.compile(r"(.*/)?\.[^/]*\.[0-9a-f]{32}\.part")  # as `replacing` calls what is not whole yet
+PIECES = ".pieces"  # the folder in which a build keeps what it has cut, until that is in its shards
 NO_CONTENT = frozenset([".DS_Store", ".gitignore", ".gitkeep"])
 NAMED = 3  # of the files in the way
 
@@ -24,7 +25,7 @@ def check_place(store: Store, sources: Sequence[Path]) -> None:
         return
     others = []
     for name in store.names():
-        if _is_shard_index(store, name):
+        if name.startswith((LOCK_NAME, f"{PIECES}/")) or _is_shard_index(store, name):
             return
         if name not in NO_CONTENT and not UNWRITTEN.fullmatch(name):
             others.append(name)

@@ -374,7 +374,7 @@ def test_a_run_whose_mirror_lacks_its_end_trains_on_fails_and_is_copied_by_the_s
     summary = [sys.executable, "-m", "streamtrain", "summary", folder]
     told = run(summary, expect=1)
     assert "finished at step 3, by train.max_steps=3" in told.stdout
-    assert told.stderr.startswith(f"StreamtrainError: {lacking}")
+    assert f"\nStreamtrainError: {lacking}" in told.stderr
     assert "\nhint: keep the run folder; the same training command copies what is missing" in told.stderr
     (mirror / "previous.json").rmdir()
     run(training(work, folder.name, *settings, ranks=1))

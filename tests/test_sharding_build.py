@@ -472,6 +472,7 @@ def test_a_hostile_zip_does_no_harm(run_sharding: Command, tmp_path: Path) -> No
             (folder / name).unlink()
         archive.writestr("audio/bomb.flac", bytes(2**26 + 1))
         archive.writestr("audio/locked.flac", FLAC)
+        archive.writestr("audio/sized.flac", FLAC)
         archive.writestr("../outside.flac", FLAC)
         offset = archive.getinfo(names["damaged"]).header_offset
     (folder / "audio").rmdir()
@@ -486,7 +487,7 @@ def test_a_hostile_zip_does_no_harm(run_sharding: Command, tmp_path: Path) -> No
         blank | {"utterance_id": "locked", "audio_path": "audio/locked.flac"},
         blank | {"utterance_id": "outside", "audio_path": "../outside.flac"},
         blank | {"utterance_id": "missing", "audio_path": "audio/missing.flac"},
-        blank | {"utterance_id": "wrong-size", "filesize_bytes": 12},
+        blank | {"utterance_id": "wrong-size", "audio_path": "audio/sized.flac", "filesize_bytes": 12},
     ]
     write_manifest(folder, rows)
     run_sharding("build", folder, "--out", tmp_path / "out", "--valid-fraction", 0)

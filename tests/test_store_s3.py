@@ -18,8 +18,8 @@ from fault_proxy import Fault, FaultProxy
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 
 from sharding import store as store_module
-from sharding.__main__ import main
 from sharding.bucket import BucketStore
+from sharding.cli import main
 from sharding.errors import StoreError, UnreachableError
 from sharding.format import read_index
 from sharding.store import open_store
