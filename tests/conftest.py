@@ -30,7 +30,8 @@ settings.register_profile("streamtrain", deadline=None, derandomize=True, max_ex
 settings.load_profile("streamtrain")
 
 # The files that take minutes, given out first: what is quick fills the gaps
-LONGEST = ("training", "checkpoints", "published", "precision", "sharding_growth", "sharding_crash", "build_dask")
+LONGEST = ("training", "checkpoints", "published", "precision", "sharding_growth", "sharding_crash", "build_dask",
+           "submission", "transcribe", "starts", "sharding_build", "hostile", "sharding_split")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
