@@ -217,7 +217,6 @@ def _name_worst(summary: Summary, dry: bool) -> list[str]:
     return [f"rejected files{more}{where}:"] + [
         f"{_tell_seconds(row['seconds'])}  {row['source']}/{row['audio_path']}: {row['reason']}"
         for row in summary["worst"]
-        for row in summary["worst"]
     ]
 
 

@@ -182,6 +182,7 @@ def test_one_key_with_two_sounds_or_two_labels_is_rejected(run_sharding: Command
     assert "= 1 written" in done.stdout
     for reason in ("a has 2 sounds, flac, wav", "b has two labels"):
         assert reason in done.stdout
+    assert [done.stdout.count(f"x.tar/{key}: ") for key in "ab"] == [1, 1]  # each file is named once
 
 
 @pytest.mark.parametrize(
