@@ -11,7 +11,6 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path, PosixPath
 
 from sharding.errors import StreamtrainError
-from sharding.interrupt import INTERRUPTED
 from sharding.names import expand_home
 from sharding.writing import STDOUT, file_to_replace, is_stdout
 
@@ -59,9 +58,6 @@ class Commands:
                 error = OSError(error.errno, error.strerror, "standard output")
             print(f"{error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            return INTERRUPTED
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

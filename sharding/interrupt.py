@@ -2,8 +2,9 @@
 
 import os
 import signal
+import sys
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, TracebackType
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code
 
@@ -11,18 +12,32 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code
 def answer_interrupts() -> None:
     """Have Ctrl-C end this process at once while a module is imported, and raise KeyboardInterrupt otherwise.
 
-    Raised in an import, it would come out of libraries as another error, or not at all.
+    Raised in an import, it would come out of libraries as another error, or not at all. Where nobody catches it, which
+    may be between any two lines of a command, it ends the process in the same way.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as a script's background job is
         signal.signal(signal.SIGINT, _interrupted)
+    sys.excepthook = _uncaught
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            if os.environ.get("RANK", "0") == "0":
-                with suppress(OSError):
-                    os.write(2, b"stopped\n")
-            os._exit(INTERRUPTED)
+            _stop()
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        _stop()
+    sys.__excepthook__(kind, error, traceback)
+
+
+def _stop() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, b"stopped\n")
+    os._exit(INTERRUPTED)
