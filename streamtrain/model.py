@@ -19,6 +19,7 @@ from sharding.errors import StreamtrainError
 from streamtrain.checksums import check_sums, write_sums
 from streamtrain.config import ModelConfig
 from streamtrain.network import CTCModel
+from streamtrain.rank import collect_as_usual
 from streamtrain.vocab import Vocab, load_vocab, save_vocab, vocab_of
 
 log = logging.getLogger("streamtrain")
@@ -60,6 +61,7 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     fix_graph(network)
     normalize = config.pretrained is None or _normalizes(config.pretrained) is not False  # wav2vec2's own default
+    collect_as_usual()
     return CTCModel(network, vocab, normalize).train()
 
 
@@ -115,6 +117,7 @@ def load_trained(folder: str | Path) -> CTCModel:
             f"model {str(folder)!r} has no {EXTRACTOR[0]}: whether its inputs are normalised is not known",
             "give the folder of a trained model, whole",
         )
+    collect_as_usual()
     return CTCModel(network, vocab, normalize).eval()
 
 

@@ -1,5 +1,6 @@
 """What is settled before torch is imported: how threads wait, which rank this is, errors told once and in words."""
 
+import gc
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the la
 # than 0.34 if none does; one of wav2vec2-base's size 3.9 s rather than 3.8, less than its runs differ by. Threads that
 # never look would take 2 s and 0.40 s.
 SPINS = "10000"
+# Python looks for garbage after so many new objects. Libraries make millions as they are imported, all of which stay:
+# looking less often saves a second of four and a half.
+USUALLY, SELDOM = gc.get_threshold(), (100_000, 50, 100)
 
 
 def number_of(name: str, default: int = 0) -> int:
@@ -30,8 +34,14 @@ def settle_torch() -> None:
     with, would have a second or two spent on importing the compiler.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    gc.set_threshold(*SELDOM)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def collect_as_usual() -> None:
+    """Look for garbage as often as ever: called when a model is there, and with it all that takes long to import."""
+    gc.set_threshold(*USUALLY)
 
 
 @contextmanager

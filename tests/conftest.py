@@ -1,6 +1,5 @@
 """What several tests need: the real command, and one small shard set that nobody changes."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -41,9 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def run_module(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Run `python -m MODULE ARGUMENTS`. Whatever happens, a user never sees a traceback."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
+    done = run([sys.executable, "-m", module, *arguments], expect=None, folder=Path.cwd())
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
