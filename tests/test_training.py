@@ -71,7 +71,7 @@ from tests.ports import free_port
 
 
 def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformers_runs(work: Path) -> None:
-    run(training(work, "run", "train.max_steps=4", "eval.every_steps=2", "train.checkpoint_every=2"))
+    run(training(work, "run", "train.max_steps=4", "eval.every_steps=2", "train.checkpoint_every=2"), warm=False)
     folder = work / "run"
     rows = read_rows(folder)
     assert (
@@ -96,7 +96,7 @@ def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformer
 
     out = work / "evaluation"
     run(["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/evaluate.py",
-         "--model", folder / "best", "--shards", work / "shards", "--out", out])  # fmt: skip
+         "--model", folder / "best", "--shards", work / "shards", "--out", out], warm=False)  # fmt: skip
     card = json.loads((out / "scorecard.json").read_text())
     in_training = json.loads((folder / "scorecard.json").read_text())
     assert {name: card[name] for name in ("cer", "edits", "reference_length", "clips")} == {
@@ -582,7 +582,7 @@ def test_a_second_run_in_the_same_folder_is_refused(work: Path) -> None:
     ],
 )
 def test_a_mistake_is_told_in_words(work: Path, settings: list[str], ranks: int, message: str) -> None:
-    done = run(training(work, "mistaken", *settings, ranks=ranks), expect=1)
+    done = run(training(work, "mistaken", *settings, ranks=ranks), expect=1, warm=False)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(re.findall(re.escape(message), done.stderr)) == 1  # told once, not by every rank
