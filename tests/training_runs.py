@@ -16,13 +16,14 @@ from tests.ports import free_port
 from tests.warm import run_warm
 
 ROOT = Path(__file__).parent.parent
+OF_LIBRARIES = "TORCHINDUCTOR_"  # variables that appear as torch is used in the tests' own process
 AUGMENTED = ["data.speed_factors=[0.9,1,1.1]", "model.mask_feature_prob=0.2", "model.mask_feature_length=4"]
 EXACT = ["model.dropout=0", "deepspeed.torch_autocast.enabled=false"]  # fp32 without dropout
 PART_ALL = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"  # tiny weights are kept whole otherwise
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {
+    return {name: value for name, value in os.environ.items() if not name.startswith(OF_LIBRARIES)} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PYTHONIOENCODING": "utf-8",

@@ -7,6 +7,7 @@ ends all with the first that fails. What tests kill or ask to stop, they start b
 
 import atexit
 import faulthandler
+import gc
 import json
 import os
 import pkgutil
@@ -90,6 +91,7 @@ def _serve() -> None:
                 import_module(f"{package}.{module.name}")
     for name in LIBRARIES:
         import_module(name)
+    gc.freeze()  # else each child would copy the memory of what it looks through for garbage
     for line in sys.stdin:
         programs, folder, streams = json.loads(line)
         children = []
