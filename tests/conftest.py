@@ -1,5 +1,6 @@
 """What several tests need: the real command, and one small shard set that nobody changes."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,15 @@ def own_mounts() -> list[str]:
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounts of one's own are not permitted here")
     return namespace
+
+
+@pytest.fixture(autouse=True)
+def _variables_removed() -> Iterator[None]:
+    """What libraries put into the environment in one test reaches no command of the next."""
+    before = os.environ.keys() | {"PYTEST_CURRENT_TEST"}
+    yield
+    for name in os.environ.keys() - before:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
