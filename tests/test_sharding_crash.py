@@ -31,7 +31,7 @@ TEXT = "kæt sæt"
 UNCHECKED: dict[str, object] = {"md5_hash": None, "filesize_bytes": None}
 SETTINGS = ("--shard-mb", 0.1, "--max-rejected", 1)
 MOMENTS = 20
-ORDINARY_MOMENTS = 6  # of those, when time is short
+ORDINARY_MOMENTS = 4  # of those, when time is short
 GONE_SEC = 5.0  # in which nobody of a killed build may be left
 
 Process = subprocess.Popen[str]

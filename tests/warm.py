@@ -29,7 +29,7 @@ from typing import NoReturn
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # for a command
 GRACE_SEC = 30  # for ranks that are ended, as the launcher has it
-READ_WHEN_USED = ("AWS_", "PYTEST_")  # variables that no import reads
+READ_WHEN_USED = ("AWS_", "PYTEST_", "UNLIKE_")  # variables that no import reads
 LIBRARIES = ("torch.utils.tensorboard", "matplotlib.figure", "transformers.models.wav2vec2.modeling_wav2vec2",
              "transformers.models.hubert.modeling_hubert", "transformers.models.wavlm.modeling_wavlm")  # fmt: skip
 Program = tuple[list[str], dict[str, str]]  # the arguments of Python, and variables
