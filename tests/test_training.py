@@ -1,4 +1,4 @@
-"""The main job through the real launcher: two real ranks, real shards, real kills."""
+"""The main job: the README's commands through the real launcher, real ranks, real shards, real kills."""
 
 import csv
 import fcntl

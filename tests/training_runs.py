@@ -1,4 +1,4 @@
-"""The README's training command on a tiny corpus and a tiny model, through the real launcher; and its real end."""
+"""The README's training command on a tiny corpus and a tiny model, in real ranks, to its end or to a bad one."""
 
 import csv
 import os
@@ -51,7 +51,7 @@ def run(
 def training(
     work: Path, name: str, *settings: str, ranks: int = 2, resume: str = "auto", config: str = "zero2"
 ) -> list[object]:
-    """The literal command of the README, made tiny; one rank needs no launcher, which takes four seconds."""
+    """The literal command of the README, made tiny; one rank needs no launcher."""
     launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()] if ranks > 1 else ["python"]
     return [
         *launcher, "launch/train.py",
