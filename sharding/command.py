@@ -44,7 +44,7 @@ class Commands:
             _check_outputs(options)
             with redirect_stdout(sys.stderr) if shared else nullcontext():
                 code = int(options.run(options))
-            sys.stdout.flush()
+            print(end="", flush=True)  # also where it is closed
             return code
         except StreamtrainError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -30,8 +30,8 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def _uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
+        with suppress(Exception, KeyboardInterrupt):  # it may be closed, or full
+            print(end="", flush=True)
         _stop()
     sys.__excepthook__(kind, error, traceback)
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -64,7 +63,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
         with replacing(place) as file:
             yield file
         return
-    sys.stdout.flush()  # what was printed before comes first
+    print(end="", flush=True)  # what was printed before comes first
     with explaining(path):
         descriptor = _descriptor(path)
         raw = _Stream(path if descriptor is None else os.dup(descriptor), "w")

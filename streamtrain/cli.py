@@ -10,7 +10,6 @@ from pathlib import Path
 from sharding.command import JSONL, PNG, ZIP, ZSTANDARD, Commands, folder, number, out_file, out_folder, place
 from sharding.errors import StreamtrainError
 from sharding.writing import file_to_replace
-from streamtrain.rank import settle_torch
 
 # Imports stay inside the commands: `score` starts without torch, and the others tell a wrong path without it.
 
@@ -18,7 +17,6 @@ BEAM = 16  # prefixes, where a beam is needed and none is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    settle_torch()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("streamtrain").setLevel(logging.INFO)
     return _commands().run(arguments)

@@ -41,7 +41,8 @@ def settle_torch() -> None:
 
 def collect_as_usual() -> None:
     """Look for garbage as often as ever: called when a model is there, and with it all that takes long to import."""
-    gc.set_threshold(*USUALLY)
+    if gc.get_threshold() == SELDOM:
+        gc.set_threshold(*USUALLY)
 
 
 @contextmanager
@@ -67,4 +68,4 @@ def tell(error: Exception) -> None:
         time.sleep(LET_RANK_0_SPEAK_SEC)
     prefix = f"rank {rank}: " if rank else ""
     print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    print(end="", flush=True)

@@ -288,7 +288,7 @@ def running() -> Iterator[World]:
     except PreemptedError as stopped:
         if world.main:
             print(stopped, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        print(end="", flush=True)
         os._exit(stopped.exit_code)
     except LostStepError as lost:
         print(lost, file=sys.stderr, flush=True)
@@ -306,8 +306,8 @@ def running() -> Iterator[World]:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(end="", flush=True)
+    print(end="", flush=True, file=sys.stderr)
     os._exit(0)  # as the interpreter ends, threads of its libraries now and then abort a rank that has done all
 
 

@@ -237,6 +237,15 @@ def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monke
     assert (tmp_path / "out").read_bytes() == NEW
 
 
+@pytest.mark.parametrize("arguments", ["inspect {}", "verify {}", "build {}/nothing --out {}/out"])
+def test_a_command_whose_standard_output_is_closed_ends_as_ever(arguments: str, small_shards: Path) -> None:
+    """As some schedulers start one: `>&-` of a shell."""
+    command = f"{sys.executable} -m sharding {arguments.format(*2 * [small_shards])} >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == int("nothing" in arguments)
+    assert "Traceback" not in done.stderr
+
+
 def test_what_is_printed_to_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"utterance_id": "a", "phonetic_text": "a"}\n')
