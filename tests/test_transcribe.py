@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, run_module
 from corpus import recite
 from test_model import SLOW, decode, save, talkative
+from training_runs import environment
 
 from sharding.audio import SAMPLE_RATE, encode
 from sharding.audio import decode as decode_audio
@@ -259,7 +260,11 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(folder: Path, tmp_path: 
     assert run_module(*command[2:], tmp_path / "whole.jsonl").returncode == 1
     out = tmp_path / "killed.jsonl"
     process = subprocess.Popen(
-        list(map(str, [*command, out])), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        list(map(str, [*command, out])),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     while not (tmp_path / ".killed.jsonl.part.json").is_file():
         assert process.poll() is None

@@ -40,9 +40,9 @@ def run(
 
     How it begins, and what DeepSpeed's launcher does, is seen without that.
     """
-    words, variables = list(map(str, command)), environment() | variables
-    done = run_warm(words, folder, variables) if warm else None
-    done = done or subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=240)
+    words, usual = list(map(str, command)), environment()
+    done = run_warm(words, folder, usual, variables) if warm else None
+    done = done or subprocess.run(words, cwd=folder, env=usual | variables, capture_output=True, text=True, timeout=240)
     if expect is not None:
         assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-5000:]
     return done

@@ -6,9 +6,11 @@ ends all with the first that fails. What tests kill or ask to stop, they start b
 """
 
 import atexit
+import ctypes
 import faulthandler
 import gc
 import json
+import multiprocessing.process
 import os
 import pkgutil
 import random
@@ -19,12 +21,13 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # for a command
@@ -38,15 +41,18 @@ _servers: dict[str, "subprocess.Popen[str]"] = {}  # one, by the variables that 
 
 
 def run_warm(
-    command: Sequence[str], folder: Path, variables: Mapping[str, str]
+    command: Sequence[str], folder: Path, usual: Mapping[str, str], others: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str] | None":
     """Return what the command ends with, or None if it is not one of ours, or if imports might read its variables.
 
-    A process that has not ended after 240 s tells where it is, and ends with 1.
+    As with a pipe, it has ended when all that it started has. A process that takes longer than 240 s tells where it is,
+    and is killed.
     """
-    programs = [(words, dict(variables) | rank) for words, rank in _programs_of(command)]
-    read = {name: value for name, value in sorted(variables.items()) if not name.startswith(READ_WHEN_USED)}
-    server = _server_for(json.dumps(read)) if programs else None
+    programs = [(words, {**usual, **others, **rank}) for words, rank in _programs_of(command)]
+    if not programs or not all(name.startswith(READ_WHEN_USED) for name in others):
+        return None
+    read = {name: value for name, value in sorted(usual.items()) if not name.startswith(READ_WHEN_USED)}
+    server = _server_for(json.dumps(read))
     if server is None:
         return None
     assert server.stdin
@@ -55,8 +61,9 @@ def run_warm(
         streams = [Path(told) / name for name in ("stdout", "stderr")]
         server.stdin.write(json.dumps([programs, str(folder), list(map(str, streams))]) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(list(command), code, *(path.read_text("utf-8") for path in streams))
+        code = server.stdout.readline()
+        assert code, "the process that forks has died: look above"
+        return subprocess.CompletedProcess(list(command), int(code), *(path.read_text("utf-8") for path in streams))
 
 
 def _programs_of(command: Sequence[str]) -> list[Program]:
@@ -91,6 +98,8 @@ def _serve() -> None:
                 import_module(f"{package}.{module.name}")
     for name in LIBRARIES:
         import_module(name)
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of this process
     gc.freeze()  # else each child would copy the memory of what it looks through for garbage
     for line in sys.stdin:
         programs, folder, streams = json.loads(line)
@@ -102,27 +111,31 @@ def _serve() -> None:
         print(_end_of(children), flush=True)
 
 
-def _end_of(children: list[int]) -> int:
-    """Wait for all, and end all others with the first that fails; returns its exit code, or 0."""
-    alive, code, deadline = set(children), 0, float("inf")
-    while alive:
-        ended, status = os.waitpid(-1, os.WNOHANG)
+def _end_of(ranks: list[int]) -> int:
+    """Wait for all, and for what they leave behind, and end all with the first rank that fails; returns its exit code.
+
+    Whoever is still there when time is up is killed, and is the one that failed.
+    """
+    code, deadline = 0, time.monotonic() + SECONDS + 5
+    while True:
+        try:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # there is nobody left
+            return code
+        if ended in ranks and status and not code:
+            code, deadline = os.waitstatus_to_exitcode(status), time.monotonic() + GRACE_SEC
+            _send(signal.SIGTERM)
         if not ended:
             if time.monotonic() > deadline:
-                _send(signal.SIGKILL, alive)
+                code = -signal.SIGKILL
+                _send(signal.SIGKILL)
             time.sleep(0.005)
-            continue
-        alive -= {ended}
-        if status and not code:
-            code, deadline = os.waitstatus_to_exitcode(status), time.monotonic() + GRACE_SEC
-            _send(signal.SIGTERM, alive)
-    return code
 
 
-def _send(what: signal.Signals, processes: set[int]) -> None:
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process, what)
+def _send(what: signal.Signals) -> None:
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(what)
 
 
 def _become(arguments: list[str], variables: dict[str, str], folder: str, streams: list[str]) -> NoReturn:
@@ -132,7 +145,8 @@ def _become(arguments: list[str], variables: dict[str, str], folder: str, stream
     os.chdir(folder)
     for number, path in enumerate((os.devnull, *streams)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    multiprocessing.process.ORIGINAL_DIR = folder  # type: ignore[attr-defined]
+    faulthandler.dump_traceback_later(SECONDS)
     random.seed()
     code = 1
     try:
@@ -145,8 +159,10 @@ def _become(arguments: list[str], variables: dict[str, str], folder: str, stream
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        traceback.print_exc()
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
