@@ -326,7 +326,7 @@ def _start_process_group(world: World) -> None:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
         # On cores with AMX, its bf16 gradient of a convolution's weights now and then has in it what lies behind the
         # input: where that is no number, a step is lost, and another run loses another one
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
