@@ -148,7 +148,7 @@ class Built:
 
     index: ShardIndex
     summary: Summary | None  # None where its report was left behind
-    rejected: float  # share of the clips that this build was to take in
+    rejected: float  # share of the clips of the sources
     fresh: bool = True  # False where there was nothing to do
     known: int = 0  # clips that were there already, of those to append
 
@@ -182,7 +182,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildSettings, how: How
             old_rows, old_orphans = report.keep_old(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, task, how)
             tally = add_up(ledger)
-            rejected = tally.clips["rejected"] / max(len(examined.clips), 1)
+            rejected = tally.clips["rejected"] / max(len(known), 1)
             if base:
                 ledger.insert(0, _rows_that_stay(old_rows, examined))
                 tally = add_up(ledger)

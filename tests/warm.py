@@ -1,6 +1,7 @@
 """A process that has imported what a rank imports, and forks: in a short run, imports take most of the seconds.
 
-`run_warm(["python", "launch/train.py", …], folder, variables)` does what the command does, but imports nothing again.
+`run_warm(["python", "launch/train.py", …], folder, usual, others)`, with variables of all commands and of this one,
+does what the command does, but imports nothing again.
 Of a `deepspeed` command it forks the ranks, with the arguments and variables that DeepSpeed's launcher gives them, and
 ends all with the first that fails. What tests kill or ask to stop, they start by the launcher itself.
 """
