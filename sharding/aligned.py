@@ -6,6 +6,7 @@ Pass 1 of a build gives words to pieces by the sounds of its own labels; this is
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -160,10 +161,14 @@ def hash_label(text: str) -> int:
 
 def _evidence(row: _Row) -> Evidence:
     cuts, words = row["cuts"], row["words"]
+    if row["error"] is None and len(words) != len(row["text"].split()):
+        raise DocumentError(f"it has {len(words)} 'words' and {len(row['text'].split())} in its 'text'")
     if cuts and len(row["pieces"]) != len(cuts) + 1:
         raise DocumentError(f"it has {len(cuts)} 'cuts' and {len(row['pieces'])} 'pieces'")
     if any(cut["words_before"] > len(words) for cut in cuts):
         raise DocumentError(f"it has more 'words_before' a cut than its {len(words)} 'words'")
+    if any(b < a for a, b in pairwise(second for word in words for second in (word["start"], word["end"]))):
+        raise DocumentError("its 'words' do not follow one another")
     return Evidence(
         label=hash_label(row["text"]),
         cuts=tuple(round(cut["at"] * SAMPLE_RATE) for cut in cuts),

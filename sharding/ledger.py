@@ -12,7 +12,7 @@ import zstandard
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from sharding.document import Number, Share, check, parse_json, unpack
+from sharding.document import DocumentError, Number, Share, check, parse_json, unpack
 from sharding.manifest import Utterance
 
 LEDGER_NAME = "report/ledger.jsonl.zst"
@@ -33,7 +33,8 @@ class _Guess(TypedDict):
 
 
 class _Piece(TypedDict):
-    label_status: str
+    label_status: Literal["labelled", "unlabelled", "reference"]
+    reason: str | None
     by: NotRequired[str | None]
     guess: NotRequired[_Guess | None]
 
@@ -50,6 +51,7 @@ class _Row(TypedDict):
     seconds: Number
     declared_sec: Number | None
     pieces: list[_Piece]
+    remarks: NotRequired[list[str]]  # none in older ledgers
 
 
 _ROW = TypeAdapter(_Row)
@@ -119,7 +121,7 @@ class Tally:
         self.clips[fate] += 1
         self.seconds[fate] += seconds
         self.corpora[row["source"]] += 1
-        self.remarks.update(row.get("remarks", ()))  # none in older ledgers
+        self.remarks.update(row.get("remarks", ()))
         self.validation["clips"] += row["split"] == "valid"
         for piece in row["pieces"]:
             if piece["label_status"] == "unlabelled":
@@ -179,6 +181,8 @@ def parse_ledger(data: bytes) -> list[LedgerRow]:
     rows = [parse_json(line) for line in unpack(data, MAX_UNPACKING).splitlines()]
     for row in rows:
         check(row, _ROW)
+        if row["fate"] == "rejected" and row["reason"] is None:
+            raise DocumentError("a clip was rejected for no 'reason'")
     return rows
 
 

@@ -1,6 +1,7 @@
 """Documents that are nearly right, for each reader of them: `python tests/fuzz.py N [KIND …]` tries N for each.
 
-A reader returns, or raises an error of ours, within 2 s of CPU time and 200 MB; whatever else it does is a fault.
+A reader returns what can be used, or raises an error of ours, within 2 s of CPU time and 200 MB; whatever else it
+does is a fault.
 """
 
 import base64
@@ -36,12 +37,16 @@ from sharding import archive as archives
 from sharding import report
 from sharding.aligned import read_alignments
 from sharding.build import BuildSettings, HowToRun, build
+from sharding.cuts import Cut
 from sharding.errors import AudioError, StreamtrainError
 from sharding.exclusive import parse_holder, this_process
 from sharding.foreign import TarJob, index_tar
 from sharding.format import read_index, read_listed, read_outlines, read_shard_index
+from sharding.ledger import write_ledger
 from sharding.manifest import Reading, read_source
-from sharding.sample import sample_from_bytes
+from sharding.pauses import Stretch
+from sharding.sample import escape_key, sample_from_bytes
+from sharding.split import Gates, words_by_evidence
 from sharding.store import FolderStore
 from sharding.summary import render
 from sharding.verify import check_shard
@@ -181,8 +186,9 @@ def make_documents(folder: Path) -> dict[str, Document]:
     piece = {"gap": 1.5}
     word = {"word": "a", "start": 0.1, "end": 0.2, "confidence": 0.9, "evidence": 3.0, "order": 1.0}
     cut = {"at": 0.5, "words_before": 1, "probability": 0.9, "inside": 0.1}
-    row = {"utterance_id": "a", "text": "a b", "seconds": 1.0, "words": [word] * 2, "cuts": [cut],
-           "pieces": [piece] * 2, "without": [2.0], "log_prob": -0.1, "error": None}  # fmt: skip
+    row = {"utterance_id": "a", "text": "a b", "seconds": 1.0, "cuts": [cut], "pieces": [piece] * 2,
+           "words": [word, word | {"start": 0.6, "end": 0.8}], "without": [2.0], "log_prob": -0.1,
+           "error": None}  # fmt: skip
     lines = (json.dumps(row | {"utterance_id": str(number)}) + "\n" for number in range(9))
     files["aligned"].write_bytes(pack("".join(lines).encode()))
     for each in ("predicted", "actual"):
@@ -230,11 +236,20 @@ def make_documents(folder: Path) -> dict[str, Document]:
         if summary := report.read_summary(store, index):  # what is read can be shown
             render(summary, store.url)
 
-    def read_ledger() -> None:
+    def append_to_ledger() -> None:
         try:
-            report.keep_old(store, index)
+            rows, _ = report.keep_old(store, index)
+            write_ledger(row for row in rows if escape_key(row["utterance_id"]))
         finally:
             report.forget_old(store, index)
+
+    def label_pieces() -> None:
+        stretches = [Stretch(0, 7_000, voiced=True), Stretch(9_000, 16_000, voiced=True)]
+        for evidence in read_alignments(files["aligned"]).by_id.values():
+            for text in ("a b", ""):
+                cuts = [Cut(position, 1.0, forced=False) for position in evidence.cuts]
+                if not evidence.useless(text, evidence.cuts) and evidence.cuts == (8_000,):
+                    words_by_evidence(text, evidence, cuts, stretches, 16_000, Gates(max_gap=9.0))
 
     return {
         "index.json": Document(shards / "index.json", read_set, bytes, with_digest),
@@ -242,8 +257,8 @@ def make_documents(folder: Path) -> dict[str, Document]:
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
         "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
         "summary.json": Document(shards / report.SUMMARY_NAME, show_summary),
-        "ledger": Document(shards / report.LEDGER_NAME, read_ledger, unpack, pack),
-        "alignments": Document(files["aligned"], partial(read_alignments, files["aligned"]), unpack, pack),
+        "ledger": Document(shards / report.LEDGER_NAME, append_to_ledger, unpack, pack),
+        "alignments": Document(files["aligned"], label_pieces, unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),
         "scorecard.json": Document(card / "scorecard.json", partial(compare_folders, card, card)),
         "hypotheses.jsonl": Document(card / "hypotheses.jsonl", partial(compare_folders, card, card)),

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from test_architecture import MODULES, ROOT
 from tiny_model import make_tiny_model
 
+from sharding.aligned import read_alignments
 from sharding.archive import AudioRoot, open_audio
 from sharding.bucket import BucketStore
 from sharding.errors import AudioError, ManifestError, ShardError, StoreError, StreamtrainError
@@ -38,7 +39,7 @@ from sharding.format import (
 )
 from sharding.manifest import Reading, read_row
 from sharding.repair import repair
-from sharding.report import check_report
+from sharding.report import LEDGER_NAME, SUMS_NAME, check_report, keep_old
 from sharding.store import FolderStore, Store
 from sharding.verify import check_shard, find_faults
 from streamtrain.config import ModelConfig
@@ -453,3 +454,54 @@ def test_columns_that_unpack_to_far_more_are_not_unpacked(copied: Path) -> None:
     store = forge(copied, set_in("samples", "checksum", value=checksum))
     with pytest.raises(ShardError, match="unpacks to 536,870,912 bytes"):
         read_index(store)
+
+
+# --- what is read is used far from where it was read ----------------------------------------------------------------
+
+
+def change_line(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    first, *rest = zstandard.decompress(path.read_bytes()).splitlines()
+    row = json.loads(first)
+    change(row)
+    path.write_bytes(zstandard.compress(b"\n".join([json.dumps(row).encode(), *rest, b""])))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda row: row["words"].pop(), "1 'words' and 2 in its 'text'"),
+    (lambda row: row.update(text="a b c"), "2 'words' and 3 in its 'text'"),
+    (lambda row: row["words"][0].update(end=0.9), "'words' do not follow one another"),
+    (lambda row: row["pieces"].pop(), "1 'cuts' and 1 'pieces'"),
+    (lambda row: row["cuts"][0].update(words_before=3), "more 'words_before' a cut than its 2 'words'"),
+])  # fmt: skip
+def test_alignments_that_do_not_say_each_word_once_are_refused(
+    change: Callable[[dict[str, Any]], object], words: str, tmp_path: Path
+) -> None:
+    word = {"evidence": 3.0, "order": 1.0}
+    cut = {"at": 0.5, "words_before": 1, "probability": 0.9, "inside": 0.1}
+    row = {"utterance_id": "a", "text": "a b", "words": [word | {"start": 0.1, "end": 0.2},
+           word | {"start": 0.6, "end": 0.8}], "cuts": [cut], "pieces": [{"gap": 1.5}] * 2, "without": [2.0],
+           "error": None}  # fmt: skip
+    path = tmp_path / "aligned.jsonl.zst"
+    path.write_bytes(zstandard.compress(json.dumps(row).encode() + b"\n"))
+    assert read_alignments(path).by_id["a"].words == (3.0, 3.0)
+    change_line(path, change)
+    with pytest.raises(StreamtrainError, match=words):
+        read_alignments(path)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda row: row.update(fate="rejected", reason=None), "rejected for no 'reason'"),
+    (lambda row: row.update(reason=["x"]), "'reason' is"),
+    (lambda row: row.update(remarks="x"), "'remarks' is"),
+    (lambda row: row.update(remarks=[{}]), "'remarks.0' is"),
+    (lambda row: row.update(pieces=[{"label_status": "unlabelled"}]), "'pieces.0.reason' is missing"),
+    (lambda row: row.update(pieces=[{"label_status": "none", "reason": None}]), "'pieces.0.label_status' is"),
+])  # fmt: skip
+def test_a_ledger_that_cannot_be_counted_is_refused_before_an_append(
+    change: Callable[[dict[str, Any]], object], words: str, copied: Path
+) -> None:
+    store = FolderStore(copied)
+    (copied / SUMS_NAME).unlink()  # which refuse a changed ledger before it is looked at
+    change_line(copied / LEDGER_NAME, change)
+    with pytest.raises(ShardError, match=words):
+        keep_old(store, read_index(store))
