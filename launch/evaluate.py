@@ -15,7 +15,7 @@ def main() -> None:
     from pathlib import Path
 
     from sharding.command import announce, number, out_folder, place
-    from sharding.names import expand_home
+    from sharding.files.names import expand_home
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=place, required=True, help="folder of a trained model, such as RUN/best")
@@ -35,23 +35,23 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
-    from streamtrain.rank import errors_told, number_of, settle_torch
+    from streamtrain.startup import errors_told, number_of, settle_torch
 
     settle_torch()
     if number_of("RANK") == 0:
         announce("scoring {model} on split {split} of {shards}", options)
     with errors_told():  # a mistake is told before torch is imported
-        from sharding.format import read_outline
-        from sharding.store import open_store
-        from streamtrain.vocab import load_vocab
+        from sharding.shardset.index import read_outline
+        from sharding.shardset.store import open_store
+        from streamtrain.model.vocab import load_vocab
 
         load_vocab(Path(options.model))
         read_outline(open_store(options.shards))
 
-        from streamtrain.world import running
+        from streamtrain.distributed import running
 
     with running() as world:
-        from streamtrain.evaluate import evaluate_model
+        from streamtrain.eval.evaluate import evaluate_model
 
         out = Path(options.out)
         beside = Path(options.beside) if options.beside else None

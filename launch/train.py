@@ -14,7 +14,7 @@ def main() -> None:
     import argparse
 
     from sharding.command import announce, place
-    from sharding.names import expand_home
+    from sharding.files.names import expand_home
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -36,25 +36,25 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
-    from streamtrain.rank import errors_told, number_of, settle_torch
+    from streamtrain.startup import errors_told, number_of, settle_torch
 
     settle_torch()
     if number_of("RANK") == 0:
         announce("training as {config} says", options)
     with errors_told():  # a mistake is told before torch is imported
-        from sharding.format import read_outline
-        from sharding.store import open_store
+        from sharding.shardset.index import read_outline
+        from sharding.shardset.store import open_store
         from streamtrain.config import load_config
-        from streamtrain.plan import check_world_size
+        from streamtrain.data.plan import check_world_size
 
         config = load_config(options.config, options.set)
         check_world_size(number_of("WORLD_SIZE", 1), config.train.micro_batches_per_step)
         read_outline(open_store(config.data.shards))
 
-        from streamtrain.world import running
+        from streamtrain.distributed import running
 
     with running() as world:
-        from streamtrain.start import find_batch_seconds, train
+        from streamtrain.training.run import find_batch_seconds, train
 
         if options.find_batch_seconds:
             find_batch_seconds(config, world)

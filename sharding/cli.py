@@ -9,28 +9,28 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sharding import report
-from sharding.aligned import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
-from sharding.audio import SAMPLE_RATE, decode
-from sharding.build import BuildSettings, HowToRun, build
+from sharding.audio.codec import SAMPLE_RATE, decode
+from sharding.audio.vad import find_pauses, listen
+from sharding.build.external import VALID_TARS, index_tars
+from sharding.build.pipeline import BuildSettings, HowToRun, build
+from sharding.build.repair import repair
 from sharding.command import PNG, Commands, number, out_file, out_folder, place
-from sharding.cuts import LIMIT_SEC, MIN_PIECE_SEC
-from sharding.demo import make_demo_corpus
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError, counted
-from sharding.foreign import VALID_TARS, index_tars
-from sharding.format import REMADE_HINT, read_index
-from sharding.ipa import TRACKS, read_label
-from sharding.ledger import LEDGER_NAME
-from sharding.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
-from sharding.pauses import find_pauses, listen
-from sharding.repair import repair
-from sharding.sounds import example_of, learn
-from sharding.split import Gates, split_recording
-from sharding.store import open_store
-from sharding.summary import render
-from sharding.verify import check_older_indexes, find_faults
-from sharding.workers import available_cores
-from sharding.writing import write
+from sharding.files.writing import write
+from sharding.labels.ipa import TRACKS, read_label
+from sharding.pool import available_cores
+from sharding.report import files as report
+from sharding.report.ledger import LEDGER_NAME
+from sharding.report.summary import render
+from sharding.segment.acoustic_model import example_of, learn
+from sharding.segment.cuts import LIMIT_SEC, MIN_PIECE_SEC
+from sharding.segment.evidence import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
+from sharding.segment.split import Gates, split_recording
+from sharding.shardset.index import REMADE_HINT, read_index
+from sharding.shardset.store import open_store
+from sharding.shardset.verify import check_older_indexes, find_faults
+from sharding.sources.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
+from sharding.sources.synthetic import make_demo_corpus
 
 DEFAULT_SOURCES = "data/raw/*"
 DEFAULT_OUT = "data/shards"
@@ -167,7 +167,7 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from sharding import inspect  # brings pandas, which no other command needs
+    from sharding.report import inspect  # brings pandas, which no other command needs
 
     store = open_store(options.shards)
     index = read_index(store)
@@ -210,7 +210,7 @@ def _split(options: argparse.Namespace) -> int:
             f"{segment.confidence:.2f}{mark}  {segment.text or segment.reason or ''}"
         )
     if options.plot:
-        from sharding.plots import plot_split  # matplotlib takes a second to import
+        from sharding.report.plots import plot_split  # matplotlib takes a second to import
 
         write(options.plot, plot_split(name, waveform, heard, find_pauses(heard), segments))
         print(f"wrote {options.plot}")

@@ -11,8 +11,8 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path, PosixPath
 
 from sharding.errors import StreamtrainError
-from sharding.names import expand_home
-from sharding.writing import STDOUT, file_to_replace, is_stdout
+from sharding.files.names import expand_home
+from sharding.files.writing import STDOUT, file_to_replace, is_stdout
 
 PNG, JSONL, ZSTANDARD, ZIP = b"\x89PNG", b"{", b"\x28\xb5\x2f\xfd", b"PK"  # how files begin
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -7,7 +7,7 @@ from sharding.interrupt import answer_interrupts
 if __name__ == "__main__":
     answer_interrupts()
     from streamtrain.cli import main
-    from streamtrain.rank import settle_torch
+    from streamtrain.startup import settle_torch
 
     settle_torch()
     sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sharding.command import JSONL, PNG, ZIP, ZSTANDARD, Commands, folder, number, out_file, out_folder, place
 from sharding.errors import StreamtrainError
-from sharding.writing import file_to_replace
+from sharding.files.writing import file_to_replace
 
 # Imports stay inside the commands: `score` starts without torch, and the others tell a wrong path without it.
 
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_model(folder: Path) -> None:
     """Raise StreamtrainError if the folder holds no model."""
-    from streamtrain.vocab import load_vocab
+    from streamtrain.model.vocab import load_vocab
 
     load_vocab(folder)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from streamtrain.forecast import Machines, forecast, plot, render, write_fetches, write_keys
+    from streamtrain.data.plan_report import Machines, forecast, plot, render, write_fetches, write_keys
 
     machines = Machines(options.world_size, options.ranks_per_node, options.speed)
     prediction = forecast(options.shards, options.config, options.set, machines, options.epoch)
@@ -42,8 +42,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from streamtrain.finish import check_mirrored, read_finish
-    from streamtrain.monitor import render_run
+    from streamtrain.run_status import check_mirrored, read_finish
+    from streamtrain.training.run_log import render_run
 
     run = Path(options.run_dir)
     print(render_run(run))
@@ -59,12 +59,12 @@ def _transcribe(options: argparse.Namespace) -> int:
         )
     log_probs = Path(options.log_probs) if options.log_probs else None
     _check_model(options.model)
-    from sharding.manifest import parse_columns
-    from streamtrain.recordings import find_recordings
+    from sharding.sources.manifest import parse_columns
+    from streamtrain.infer.inputs import find_recordings
 
     recordings = find_recordings(options.source, options.audio_root, parse_columns(options.columns))
 
-    from streamtrain.transcribe import Reading, transcribe
+    from streamtrain.infer.transcribe import Reading, transcribe
 
     reading = Reading(options.batch_seconds, beam, options.alternatives, log_probs)
     return 1 if transcribe(options.model, recordings, options.out, reading) else 0
@@ -72,12 +72,12 @@ def _transcribe(options: argparse.Namespace) -> int:
 
 def _align(options: argparse.Namespace) -> int:
     _check_model(options.model)
-    from sharding.format import read_outline
-    from sharding.store import open_store
+    from sharding.shardset.index import read_outline
+    from sharding.shardset.store import open_store
 
     read_outline(open_store(options.shards))
 
-    from streamtrain.alignments import align_shards
+    from streamtrain.infer.align import align_shards
 
     count = align_shards(options.model, options.shards, options.out, options.batch_seconds)
     print(f"{options.out}: {count:,} labelled recordings")
@@ -85,7 +85,7 @@ def _align(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from streamtrain.score import render, score_files
+    from streamtrain.eval.score import render, score_files
 
     result = score_files(Path(options.predicted), Path(options.actual))
     print(json.dumps(result) if options.json else render(result))
@@ -93,7 +93,7 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from streamtrain.compare import compare_folders, render, to_json
+    from streamtrain.eval.compare import compare_folders, render, to_json
 
     comparison = compare_folders(Path(options.before), Path(options.after))
     print(to_json(comparison) if options.json else render(comparison))
@@ -103,7 +103,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     _check_model(options.model)
 
-    from streamtrain.export import export_model
+    from streamtrain.infer.export import export_model
 
     difference = export_model(options.model, Path(options.out))
     print(f"{options.out}: written; Transformers computes the same from it (largest difference {difference:.1e})")
@@ -116,7 +116,7 @@ def _package(options: argparse.Namespace) -> int:
         raise StreamtrainError(f"{out}: --check reads the zip again", "name a file, or leave --check out")
     _check_model(options.model)
 
-    from streamtrain.submission import package, rehearse, render
+    from streamtrain.submission.package import package, rehearse, render
 
     track = package(options.model, out, options.batch_seconds)
     size = f", {out.stat().st_size / 2**20:,.1f} MB" if out.is_file() else ""

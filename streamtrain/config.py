@@ -18,9 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from sharding.document import parse_json, read_document
-from sharding.names import expand_home
-from streamtrain.plan import PlanSettings
+from sharding.files.document import parse_json, read_document
+from sharding.files.names import expand_home
 from streamtrain.precision import ConfigError, check_precision
 
 
@@ -132,19 +131,6 @@ class Config(Section):
     def peak_rate(self) -> float:
         """The encoder's learning rate at its peak."""
         return float(self.deepspeed["optimizer"]["params"]["lr"])
-
-    @property
-    def plan(self) -> PlanSettings:
-        """What shapes an epoch."""
-        return PlanSettings(
-            batch_seconds=self.data.batch_seconds,
-            micro_batches_per_step=self.train.micro_batches_per_step,
-            window_shards=self.data.window_shards,
-            length_jitter=self.data.length_jitter,
-            seed=self.train.seed,
-            speed_factors=tuple(self.data.speed_factors),
-            gain_db=self.data.gain_db,
-        )
 
     @property
     def decisive(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from sharding.errors import StoreError
-from streamtrain import rank
-from streamtrain import world as ranks
+from streamtrain import distributed as ranks
+from streamtrain import startup as rank
 
 COLLECTIVE_SEC, WORK_SEC = 2, 5
 

@@ -14,8 +14,8 @@ from typing import Any
 import soundfile
 from transformers import pipeline
 
-from streamtrain.recordings import find_recordings
-from streamtrain.transcribe import transcribe
+from streamtrain.infer.inputs import find_recordings
+from streamtrain.infer.transcribe import transcribe
 
 
 def run_ours(model: Path, corpus: Path) -> None:

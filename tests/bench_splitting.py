@@ -25,9 +25,11 @@ import numpy as np
 import soundfile
 import zstandard
 
-from sharding.audio import SAMPLE_RATE, decode
-from sharding.demo import SAMPLE_RATE as ESPEAK_RATE
-from sharding.demo import (
+from sharding.audio.codec import SAMPLE_RATE, decode
+from sharding.audio.vad import listen
+from sharding.segment.split import LEAST_BETWEEN
+from sharding.sources.synthetic import SAMPLE_RATE as ESPEAK_RATE
+from sharding.sources.synthetic import (
     Child,
     Espeak,
     Row,
@@ -39,12 +41,10 @@ from sharding.demo import (
     store_audio,
     write_manifest,
 )
-from sharding.pauses import listen
-from sharding.split import LEAST_BETWEEN
-from streamtrain.decode import greedy, join_pieces
-from streamtrain.hear import hear
-from streamtrain.metrics import EditCounts, count_edits
-from streamtrain.model import load_trained
+from streamtrain.eval.metrics import EditCounts, count_edits
+from streamtrain.model.decode import greedy, join_pieces
+from streamtrain.model.inference import hear
+from streamtrain.model.pretrained import load_trained
 from tests.bench_report import machine
 from tests.bench_timing import ROOT, WORK
 

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from sharding import libflac
-from sharding.audio import SAMPLE_RATE
-from sharding.buckets import bucket_of, fit_bins
-from sharding.format import SAMPLE_DTYPE, ShardIndex, read_index
-from sharding.schema import ShardEntry
-from sharding.store import open_store
-from streamtrain.plan import EpochPlan, PlanSettings, plan_epoch
+from sharding.audio import libflac
+from sharding.audio.codec import SAMPLE_RATE
+from sharding.build.duration_buckets import bucket_of, fit_bins
+from sharding.shardset.index import SAMPLE_DTYPE, ShardIndex, read_index
+from sharding.shardset.schema import ShardEntry
+from sharding.shardset.store import open_store
+from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
 from tests.bench_corpora import flac_corpus
 from tests.bench_report import Line, Quoted, machine, say
 from tests.bench_sharding import CORPUS
@@ -227,9 +227,9 @@ def ours(shards: Path, workers: int, with_libflac: bool = True) -> float:
 
 
 def stream_of(shards: Path, index: ShardIndex, workers: int) -> Any:
-    from streamtrain.stream import ShardStream
-    from streamtrain.vocab import vocab_of
-    from streamtrain.world import World
+    from streamtrain.data.dataset import ShardStream
+    from streamtrain.distributed import World
+    from streamtrain.model.vocab import vocab_of
 
     return ShardStream(index, open_store(shards), vocab_of("phonetic"), False, World(), workers)
 
@@ -372,9 +372,9 @@ def measure_resume(bench: Bench) -> None:
 
 def epoch_speed(shards: str, cache_dir: str | None) -> float:
     """Hours of audio loaded in a second after the first tenth of an epoch, with one loader thread."""
-    from streamtrain.stream import ShardStream, open_for_reading
-    from streamtrain.vocab import vocab_of
-    from streamtrain.world import World
+    from streamtrain.data.dataset import ShardStream, open_for_reading
+    from streamtrain.distributed import World
+    from streamtrain.model.vocab import vocab_of
 
     store = open_store(shards)
     index = read_index(store)

@@ -22,7 +22,7 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from streamtrain.vocab import vocab_of
+from streamtrain.model.vocab import vocab_of
 from tests.bench_corpora import transcripts
 
 CLIPS_AT_ONCE = 27  # of the reference recipe

@@ -18,11 +18,11 @@ import soundfile
 import torch
 from transformers import Wav2Vec2Config
 
-from sharding.audio import SAMPLE_RATE
-from sharding.ipa import SYMBOLS
-from streamtrain.model import ACTIVE_DROPOUTS
-from streamtrain.monitor import Monitor, StepRow, read_log
-from streamtrain.vocab import vocab_of
+from sharding.audio.codec import SAMPLE_RATE
+from sharding.labels.ipa import SYMBOLS
+from streamtrain.model.pretrained import ACTIVE_DROPOUTS
+from streamtrain.model.vocab import vocab_of
+from streamtrain.training.run_log import Monitor, StepRow, read_log
 from tests.bench_report import Line, Quoted, machine, say
 from tests.bench_timing import ROOT, WORK
 

@@ -14,10 +14,10 @@ import numpy as np
 import soundfile
 import torch
 
-from sharding.ipa import SYMBOLS, normalize_ipa
+from sharding.labels.ipa import SYMBOLS, normalize_ipa
 from streamtrain.config import ModelConfig
-from streamtrain.metrics import count_edits
-from streamtrain.model import load_model, save_model
+from streamtrain.eval.metrics import count_edits
+from streamtrain.model.pretrained import load_model, save_model
 from tests.bench_report import Line, Quoted, machine, say
 from tests.bench_timing import ROOT, WORK
 from tests.bench_training import make_clips, said

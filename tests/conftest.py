@@ -17,7 +17,7 @@ from stream_sets import upload, write_set
 from tiny_model import make_tiny_model
 from training_runs import run
 
-from sharding.bucket import BucketStore
+from sharding.shardset.object_store import BucketStore
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

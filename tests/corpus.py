@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from sharding.ipa import SYMBOLS
+from sharding.labels.ipa import SYMBOLS
 
 SAMPLE_RATE = 16_000
 SYMBOL_SEC = 0.1

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from stream_sets import VOCAB, cached, plan_of
 
-from sharding.bucket import BucketStore
 from sharding.errors import StreamtrainError
-from sharding.format import read_index
-from streamtrain.stream import ShardStream
-from streamtrain.world import World
+from sharding.shardset.index import read_index
+from sharding.shardset.object_store import BucketStore
+from streamtrain.data.dataset import ShardStream
+from streamtrain.distributed import World
 
 
 def main(folder: str, url: str, cache: str, rank: str, size: str, patience_sec: str) -> None:

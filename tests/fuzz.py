@@ -33,38 +33,38 @@ from corpus import MANIFEST, make_corpus
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from sharding import archive as archives
-from sharding import report
-from sharding.aligned import read_alignments
-from sharding.build import BuildSettings, HowToRun, build
-from sharding.cuts import Cut
+from sharding.audio.vad import Stretch
+from sharding.build.external import TarJob, index_tar
+from sharding.build.pipeline import BuildSettings, HowToRun, build
 from sharding.errors import AudioError, StreamtrainError
-from sharding.exclusive import parse_holder, this_process
-from sharding.foreign import TarJob, index_tar
-from sharding.format import read_index, read_listed, read_outlines, read_shard_index
-from sharding.ledger import write_ledger
-from sharding.manifest import Reading, read_source
-from sharding.pauses import Stretch
-from sharding.sample import escape_key, sample_from_bytes
-from sharding.split import Gates, words_by_evidence
-from sharding.store import FolderStore
-from sharding.summary import render
-from sharding.verify import check_shard
-from streamtrain.checkpoint import RunState, read_checkpoint
-from streamtrain.checkpoint import _digest as digest_state
-from streamtrain.checksums import check_sums
-from streamtrain.compare import compare_folders
+from sharding.files.exclusive import parse_holder, this_process
+from sharding.report import files as report
+from sharding.report.ledger import write_ledger
+from sharding.report.summary import render
+from sharding.segment.cuts import Cut
+from sharding.segment.evidence import read_alignments
+from sharding.segment.split import Gates, words_by_evidence
+from sharding.shardset.index import read_index, read_listed, read_outlines, read_shard_index
+from sharding.shardset.sample import escape_key, sample_from_bytes
+from sharding.shardset.store import FolderStore
+from sharding.shardset.verify import check_shard
+from sharding.sources import archive as archives
+from sharding.sources.manifest import Reading, read_source
 from streamtrain.config import ModelConfig, load_config
-from streamtrain.export import _model_card
-from streamtrain.finish import FINISH_NAME, Finish, read_finish, write_finish
-from streamtrain.mirror import _read_pointer
-from streamtrain.model import load_model, load_trained, save_model
-from streamtrain.monitor import StepRow, read_log
-from streamtrain.recordings import Recording, find_recordings
-from streamtrain.score import score_files
-from streamtrain.submission import _check_rows, _field_of
-from streamtrain.transcribe import Progress, load
-from streamtrain.vocab import load_vocab, vocab_of
+from streamtrain.eval.compare import compare_folders
+from streamtrain.eval.score import score_files
+from streamtrain.infer.export import _model_card
+from streamtrain.infer.inputs import Recording, find_recordings
+from streamtrain.infer.transcribe import Progress, load
+from streamtrain.model.checksums import check_sums
+from streamtrain.model.pretrained import load_model, load_trained, save_model
+from streamtrain.model.vocab import load_vocab, vocab_of
+from streamtrain.run_status import FINISH_NAME, Finish, read_finish, write_finish
+from streamtrain.submission.package import _check_rows, _field_of
+from streamtrain.training.checkpoint import RunState, read_checkpoint
+from streamtrain.training.checkpoint import _digest as digest_state
+from streamtrain.training.mirror import _read_pointer
+from streamtrain.training.run_log import StepRow, read_log
 
 LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
 HOSTILE = [None, -1, 0, 2**31, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), -1e308, True, "", "../x", "\0",

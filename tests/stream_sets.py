@@ -10,17 +10,25 @@ from pathlib import Path
 import numpy as np
 import obstore
 
-from sharding.audio import encode
-from sharding.bucket import BucketStore
-from sharding.format import ShardIndex, join_samples, pack_index, read_index, read_keys, write_index, write_shard
-from sharding.ipa import normalize_ipa
-from sharding.sample import Sample
-from sharding.store import FolderStore, open_store
-from streamtrain.cache import ShardCache
-from streamtrain.plan import EpochPlan, PlanSettings, plan_epoch
-from streamtrain.stream import ShardStream, StepBatch, open_for_reading
-from streamtrain.vocab import vocab_of
-from streamtrain.world import World
+from sharding.audio.codec import encode
+from sharding.labels.ipa import normalize_ipa
+from sharding.shardset.index import (
+    ShardIndex,
+    join_samples,
+    pack_index,
+    read_index,
+    read_keys,
+    write_index,
+    write_shard,
+)
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.sample import Sample
+from sharding.shardset.store import FolderStore, open_store
+from streamtrain.data.cache import ShardCache
+from streamtrain.data.dataset import ShardStream, StepBatch, open_for_reading
+from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
+from streamtrain.distributed import World
+from streamtrain.model.vocab import vocab_of
 
 VOCAB = vocab_of("phonetic")
 SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards=2)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from streamtrain.config import ModelConfig, TrainConfig
-from streamtrain.world import running
+from streamtrain.distributed import running
 
 TINY = {"conv_dim": [16] * 7, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 64, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}  # fmt: skip
@@ -21,9 +21,9 @@ TINY = {"conv_dim": [16] * 7, "hidden_size": 32, "num_hidden_layers": 2, "num_at
 def main() -> None:
     stage, precision, count = int(sys.argv[-3]), sys.argv[-2], int(sys.argv[-1])
     with running() as world:
-        from streamtrain.engine import Engine
-        from streamtrain.model import load_model
-        from streamtrain.recipe import make_recipe
+        from streamtrain.model.pretrained import load_model
+        from streamtrain.training.schedule import make_recipe
+        from streamtrain.training.zero_engine import Engine
 
         torch.manual_seed(0)
         model = load_model(ModelConfig(scratch=TINY, dropout=0.0, freeze_cnn=False))

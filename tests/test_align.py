@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import SLOW, make_network, save, talkative
 
-import sharding.align
-from sharding.align import CERTAIN_NATS, AlignError, align, evidence_of
-from sharding.aligned import read_alignments
-from sharding.audio import CONV_LAYERS, SAMPLE_RATE
-from sharding.format import read_index, read_sample
-from sharding.ipa import normalize_ipa
-from sharding.store import open_store
-from streamtrain.alignments import WHOLE_SEC, align_shards, windows_of
-from streamtrain.network import CTCModel, count_frames
-from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
+import sharding.segment.ctc_align
+from sharding.audio.codec import CONV_LAYERS, SAMPLE_RATE
+from sharding.labels.ipa import normalize_ipa
+from sharding.segment.ctc_align import CERTAIN_NATS, AlignError, align, evidence_of
+from sharding.segment.evidence import read_alignments
+from sharding.shardset.index import read_index, read_sample
+from sharding.shardset.store import open_store
+from streamtrain.infer.align import WHOLE_SEC, align_shards, windows_of
+from streamtrain.model.ctc import CTCModel, count_frames
+from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 
 Row = dict[str, Any]
 
@@ -179,7 +179,7 @@ def test_blocks_change_nothing(seed: int, frames: int) -> None:
     text = "ab a " * 5 + "b"
     whole = align(log_probs, text, VOCAB, cuts=range(frames))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding.align, "BLOCK_VALUES", 1)
+        patch.setattr(sharding.segment.ctc_align, "BLOCK_VALUES", 1)
         found = align(log_probs, text, VOCAB, cuts=range(frames))
     np.testing.assert_allclose(found.before, whole.before, atol=1e-4)
     np.testing.assert_allclose(found.gap, whole.gap, atol=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtrain.submission import TAKEN_ALONG
+from streamtrain.submission.package import TAKEN_ALONG
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sharding", "streamtrain", "launch")
@@ -39,22 +39,22 @@ SEEN_BY_STREAMTRAIN = {
 WRITES = re.compile(
     r"""\.write_(text|bytes)\(|os\.replace\(|\bopen\([^)]*"[a-z]*[wax+]b?\"|savefig\((?!picture|buffer)"""
 )
-WRITE_OTHERWISE = {  # than through sharding.writing
-    "sharding.writing": "it is that",
-    "sharding.lock": "a lock file, held while it is open",
-    "sharding.exclusive": "likewise",
-    "sharding.demo": "clips by the thousand, which count once their manifest is there",
-    "streamtrain.folders": "whole folders",
-    "streamtrain.checkpoint": "into a folder of that, and links",
-    "streamtrain.export": "likewise",
-    "streamtrain.vocab": "likewise",
-    "streamtrain.cache": "shards, range by range",
-    "streamtrain.mirror": "a copy, piece by piece, which a kill does not undo",
-    "streamtrain.transcribe": "rows, which a kill does not undo",
-    "streamtrain.start": "a lock file",
-    "streamtrain.probe": "to the kernel",
-    "streamtrain.submission": "into a temporary folder",
-    "streamtrain.submission_main": "where there is nothing of this",
+WRITE_OTHERWISE = {  # than through sharding.files.writing
+    "sharding.files.writing": "it is that",
+    "sharding.build.lock": "a lock file, held while it is open",
+    "sharding.files.exclusive": "likewise",
+    "sharding.sources.synthetic": "clips by the thousand, which count once their manifest is there",
+    "streamtrain.atomic": "whole folders",
+    "streamtrain.training.checkpoint": "into a folder of that, and links",
+    "streamtrain.infer.export": "likewise",
+    "streamtrain.model.vocab": "likewise",
+    "streamtrain.data.cache": "shards, range by range",
+    "streamtrain.training.mirror": "a copy, piece by piece, which a kill does not undo",
+    "streamtrain.infer.transcribe": "rows, which a kill does not undo",
+    "streamtrain.training.run": "a lock file",
+    "streamtrain.training.memory": "to the kernel",
+    "streamtrain.submission.package": "into a temporary folder",
+    "streamtrain.submission.main": "where there is nothing of this",
 }
 
 
@@ -107,8 +107,8 @@ def test_sharding_starts_without_torch() -> None:
         brought = imports_of(MODULES[name], True)
         assert not any(other.split(".")[0] in ("torch", "silero_vad") for other in brought), name
         waiting += sorted(brought & MODULES.keys() - started)
-    assert "sharding.sounds" in started
-    assert "sharding.align" not in started
+    assert "sharding.segment.acoustic_model" in started
+    assert "sharding.segment.ctc_align" not in started
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("streamtrain.")])
@@ -127,23 +127,23 @@ def test_plan_model_and_metrics_know_nothing_of_each_other(name: str) -> None:
 
 
 def test_planning_and_scoring_start_without_torch() -> None:
-    for name in ("streamtrain.plan", "streamtrain.metrics", "streamtrain.score", "streamtrain.cli"):
+    for name in ("streamtrain.data.plan", "streamtrain.eval.metrics", "streamtrain.eval.score", "streamtrain.cli"):
         assert not any(other.split(".")[0] == "torch" for other in imports_of(MODULES[name], True)), name
 
 
 def test_the_network_needs_torch_alone() -> None:
     """A submission takes it along to a machine where nothing else of this is installed."""
-    packages = {name.split(".")[0] for name in imports_of(MODULES["streamtrain.network"], True)}
+    packages = {name.split(".")[0] for name in imports_of(MODULES["streamtrain.model.ctc"], True)}
     assert packages - sys.stdlib_module_names == {"torch"}
 
 
 def test_files_are_written_in_one_way() -> None:
     found = {name for name, path in MODULES.items() if WRITES.search(path.read_text(encoding="utf-8"))}
-    assert found == WRITE_OTHERWISE.keys(), "sharding.writing has write, written, replacing and append"
+    assert found == WRITE_OTHERWISE.keys(), "sharding.files.writing has write, written, replacing and append"
 
 
 def test_what_a_submission_takes_along_needs_nothing_else_of_this() -> None:
     taken = {f"{folder}.{name.removesuffix('.py')}" for folder, names in TAKEN_ALONG.items() for name in names}
-    for name in [*sorted(taken & MODULES.keys()), "streamtrain.submission_main"]:
+    for name in [*sorted(taken & MODULES.keys()), "streamtrain.submission.main"]:
         brought = imports_of(MODULES[name], True) & MODULES.keys() - {"sharding", "streamtrain"}
         assert brought <= taken, name

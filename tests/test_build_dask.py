@@ -20,14 +20,14 @@ from corpus import describe, make_corpus, read_manifest, write_manifest
 from seaweed import BUCKET, Seaweed, find_weed
 from test_sharding_build import digest_of, read_ledger
 
-from sharding import cluster
-from sharding.archive import AudioRoot, list_audio, open_audio
-from sharding.cluster import ClusterWorkers
+from sharding.build import dask as cluster
+from sharding.build.dask import ClusterWorkers
+from sharding.build.lock import sole_build
+from sharding.build.write import MADE_BY, ShardJob, Where, make_shard
 from sharding.errors import ManifestError, ShardError, StoreError, StreamtrainError
-from sharding.fill import MADE_BY, ShardJob, Where, make_shard
-from sharding.lock import sole_build
-from sharding.store import FolderStore, open_store
-from sharding.workers import die_with_parent
+from sharding.pool import die_with_parent
+from sharding.shardset.store import FolderStore, open_store
+from sharding.sources.archive import AudioRoot, list_audio, open_audio
 
 pytest.importorskip("distributed")
 

@@ -14,15 +14,15 @@ from corpus import make_corpus
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from seaweed import BUCKET, Seaweed
 
-from sharding.bucket import BucketStore
+from sharding.shardset.object_store import BucketStore
 
 SMALL = ("--num-buckets", "3", "--shard-mb", "0.1", "--workers", "2")
 LARGE = ("--num-buckets", "1", "--shard-mb", "64", "--workers", "1")  # shards that go up in parts
 # The same command with less patience; its workers, who import this file, have no more
 IMPATIENT = """
 import sys
-import sharding.lock, sharding.store
-sharding.store.PATIENCE_SEC = sharding.lock.PATIENCE_SEC = 3.0
+import sharding.build.lock, sharding.shardset.store
+sharding.shardset.store.PATIENCE_SEC = sharding.build.lock.PATIENCE_SEC = 3.0
 from sharding.cli import main
 if __name__ == "__main__":
     sys.exit(main())

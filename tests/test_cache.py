@@ -22,14 +22,14 @@ from stream_sets import (
     write_set,
 )
 
-from sharding.bucket import BucketStore
 from sharding.errors import ShardError, StoreError
-from sharding.format import read_index, read_sample
-from sharding.store import open_store
-from streamtrain.forecast import live_bytes
-from streamtrain.plan import PlanSettings, Uses, find_uses, plan_epoch
-from streamtrain.stream import ShardStream, open_for_reading
-from streamtrain.world import World
+from sharding.shardset.index import read_index, read_sample
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.store import open_store
+from streamtrain.data.dataset import ShardStream, open_for_reading
+from streamtrain.data.plan import PlanSettings, Uses, find_uses, plan_epoch
+from streamtrain.data.plan_report import live_bytes
+from streamtrain.distributed import World
 
 
 def test_a_shard_set_in_a_bucket_streams_as_from_a_folder(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:

@@ -34,9 +34,14 @@ from training_runs import (
     wait_until,
 )
 
-from sharding.format import read_index
-from sharding.store import open_store
-from streamtrain.checkpoint import (
+from sharding.shardset.index import read_index
+from sharding.shardset.store import open_store
+from streamtrain.atomic import put_back
+from streamtrain.config import load_config
+from streamtrain.data.plan import Begun, PlanSettings, plan_rest
+from streamtrain.eval.metrics import EditCounts
+from streamtrain.eval.scorecard import Evaluation
+from streamtrain.training.checkpoint import (
     CheckpointError,
     RunState,
     _digest,
@@ -47,13 +52,8 @@ from streamtrain.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from streamtrain.config import load_config
-from streamtrain.engine import Parts
-from streamtrain.folders import put_back
-from streamtrain.metrics import EditCounts
-from streamtrain.monitor import Monitor
-from streamtrain.plan import Begun, PlanSettings, plan_rest
-from streamtrain.scorecard import Evaluation
+from streamtrain.training.run_log import Monitor
+from streamtrain.training.zero_engine import Parts
 
 # With dropout, masks, speeds and an average of the weights: all that a resume could get wrong
 SETTINGS = (
@@ -181,7 +181,7 @@ def test_a_run_that_was_asked_to_stop_says_so_to_its_scheduler_and_may_go_on_by_
 
 
 def settings_of(overrides: Sequence[str]) -> PlanSettings:
-    return load_config("configs/zero2.json", overrides).plan
+    return PlanSettings.of(load_config("configs/zero2.json", overrides))
 
 
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_evaluates_again(work: Path) -> None:

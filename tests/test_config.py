@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sharding.names import expand_home
+from sharding.files.names import expand_home
 from streamtrain.config import Config, ConfigError, load_config
+from streamtrain.data.plan import PlanSettings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 Load = Callable[..., Config]
@@ -44,8 +45,8 @@ def refusal(load: Load) -> Callable[..., str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_of_the_repository_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.plan.micro_batches_per_step == config.train.micro_batches_per_step
-    assert config.plan.batch_seconds == config.data.batch_seconds
+    assert PlanSettings.of(config).micro_batches_per_step == config.train.micro_batches_per_step
+    assert PlanSettings.of(config).batch_seconds == config.data.batch_seconds
     assert float(config.deepspeed["optimizer"]["params"]["lr"]) > 0
 
 

@@ -11,8 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtrain.decode import Alternative, best_alignment, find_words, greedy, join_alternatives, prefix_beam, read_out
-from streamtrain.vocab import BLANK, SPACE, UNKNOWN, Vocab
+from streamtrain.model.decode import (
+    Alternative,
+    best_alignment,
+    find_words,
+    greedy,
+    join_alternatives,
+    prefix_beam,
+    read_out,
+)
+from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab
 
 VOCAB = Vocab((BLANK, SPACE, "a", "b", UNKNOWN))
 FRAMES = 5

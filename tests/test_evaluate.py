@@ -20,17 +20,17 @@ from matplotlib.image import imread
 from tiny_model import make_tiny_model
 
 from sharding.errors import StreamtrainError
-from sharding.format import read_index, read_sample
-from sharding.ipa import SYMBOLS, normalize_ipa
-from sharding.store import open_store
-from streamtrain import page
-from streamtrain.compare import compare
+from sharding.labels.ipa import SYMBOLS, normalize_ipa
+from sharding.shardset.index import read_index, read_sample
+from sharding.shardset.store import open_store
 from streamtrain.config import ModelConfig
-from streamtrain.evaluate import evaluate_model
-from streamtrain.metrics import EditCounts, count_edits
-from streamtrain.model import load_model, save_model
-from streamtrain.scorecard import ClipScore, Evaluation, count_confusions, scorecard
-from streamtrain.world import World
+from streamtrain.distributed import World
+from streamtrain.eval import html as page
+from streamtrain.eval.compare import compare
+from streamtrain.eval.evaluate import evaluate_model
+from streamtrain.eval.metrics import EditCounts, count_edits
+from streamtrain.eval.scorecard import ClipScore, Evaluation, count_confusions, scorecard
+from streamtrain.model.pretrained import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from streamtrain.folders import put_back, put_in_place
+from streamtrain.atomic import put_back, put_in_place
 
 
 def make(folder: Path, what: str) -> Path:

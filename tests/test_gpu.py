@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from streamtrain.monitor import StepRow, read_log
-from streamtrain.network import CTCModel
+from streamtrain.model.ctc import CTCModel
+from streamtrain.training.run_log import StepRow, read_log
 from tests.bench_timing import ROOT
 from tests.stream_sets import write_set
 from tests.test_model import FAMILIES, VOCAB, make_network

@@ -22,12 +22,12 @@ from pydantic import TypeAdapter
 from test_architecture import MODULES, ROOT
 from tiny_model import make_tiny_model
 
-from sharding.aligned import read_alignments
-from sharding.archive import AudioRoot, open_audio
-from sharding.bucket import BucketStore
+from sharding.build.external import TarJob, index_tar
+from sharding.build.repair import repair
 from sharding.errors import AudioError, ManifestError, ShardError, StoreError, StreamtrainError
-from sharding.foreign import TarJob, index_tar
-from sharding.format import (
+from sharding.report.files import LEDGER_NAME, SUMS_NAME, check_report, keep_old
+from sharding.segment.evidence import read_alignments
+from sharding.shardset.index import (
     join_samples,
     pack_index,
     read_index,
@@ -37,15 +37,15 @@ from sharding.format import (
     write_index,
     write_listed,
 )
-from sharding.manifest import Reading, read_row
-from sharding.repair import repair
-from sharding.report import LEDGER_NAME, SUMS_NAME, check_report, keep_old
-from sharding.store import FolderStore, Store
-from sharding.verify import check_shard, find_faults
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.store import FolderStore, Store
+from sharding.shardset.verify import check_shard, find_faults
+from sharding.sources.archive import AudioRoot, open_audio
+from sharding.sources.manifest import Reading, read_row
 from streamtrain.config import ModelConfig
-from streamtrain.model import ModelError, load_model
-from streamtrain.recordings import find_recordings
-from streamtrain.transcribe import load
+from streamtrain.infer.inputs import find_recordings
+from streamtrain.infer.transcribe import load
+from streamtrain.model.pretrained import ModelError, load_model
 
 KINDS = (
     "index.json", "samples.bin.zst", ".idx.zst", "sample", "summary.json", "ledger", "alignments", "predicted",
@@ -58,8 +58,8 @@ KINDS = (
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
     "Outline": "an index of any version", "_Holder": "a lock file, which may be another program's",
-    "sharding.ledger": "its rows are kept as they are", "sharding.summary": "of any version",
-    "sharding.aligned": "rows of `align`, which say more to people",
+    "sharding.report.ledger": "its rows are kept as they are", "sharding.report.summary": "of any version",
+    "sharding.segment.evidence": "rows of `align`, which say more to people",
     "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
     "_Group": "likewise", "_Data": "for a model card", "_Training": "likewise", "_Settings": "one setting of main.py's",
 }  # fmt: skip
@@ -168,7 +168,7 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
     BOMBS[name](tmp_path / name)
     script = (
         "import re, sys, time\nfrom pathlib import Path\nfrom sharding.errors import ManifestError\n"
-        "from sharding.manifest import Reading, read_source\n"
+        "from sharding.sources.manifest import Reading, read_source\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "start, before = time.process_time(), peak()\n"
         "try:\n    read_source(Path(sys.argv[1]), Reading())\nexcept ManifestError as error:\n    print(error)\n"

@@ -18,18 +18,18 @@ import psutil
 import pytest
 import torch
 
-from sharding.audio import SAMPLE_RATE, encode
+from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.errors import ShardError
-from sharding.format import read_index
-from sharding.store import FolderStore
-from streamtrain.collate import Batch
-from streamtrain.loader import LoaderError, LoadingProcesses, _read_into, count_loaded
-from streamtrain.mask import Masking, Spans
-from streamtrain.noise import change_for_training
-from streamtrain.patience import Patience, StallError
-from streamtrain.plan import PlanSettings, plan_epoch
-from streamtrain.stream import StepBatch, open_stream
-from streamtrain.world import LostStepError, World
+from sharding.shardset.index import read_index
+from sharding.shardset.store import FolderStore
+from streamtrain.data.collate import Batch
+from streamtrain.data.dataset import StepBatch, open_stream
+from streamtrain.data.loader import LoaderError, LoadingProcesses, _read_into, count_loaded
+from streamtrain.data.patience import Patience, StallError
+from streamtrain.data.plan import PlanSettings, plan_epoch
+from streamtrain.distributed import LostStepError, World
+from streamtrain.training.noise import change_for_training
+from streamtrain.training.spec_augment import Masking, Spans
 from tests.stream_sets import VOCAB, plan_of, stream_of, write_set
 
 GEOMETRY = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.ipa import SYMBOLS, normalize_ipa, normalize_words
-from streamtrain.metrics import EditCounts, Resampling, count_edits, spoken_words
+from sharding.labels.ipa import SYMBOLS, normalize_ipa, normalize_words
+from streamtrain.eval.metrics import EditCounts, Resampling, count_edits, spoken_words
 
 VECTORS = Path(__file__).parents[2] / "shared" / "scoring_vectors.jsonl"
 

@@ -14,15 +14,15 @@ import torch
 from conftest import ROOT
 from fault_proxy import Fault, FaultProxy
 
-from sharding.bucket import BucketStore
 from sharding.errors import StoreError
-from sharding.store import Store, open_store
-from streamtrain import mirror as mirror_module
-from streamtrain.checkpoint import RunState, open_checkpoint, read_checkpoint, save_checkpoint
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.store import Store, open_store
 from streamtrain.config import load_config
-from streamtrain.engine import Parts
-from streamtrain.mirror import FETCHED_AT_ONCE, PART, POINTER, PREVIOUS, STAGING, Mirror
-from streamtrain.start import _open_mirror
+from streamtrain.training import mirror as mirror_module
+from streamtrain.training.checkpoint import RunState, open_checkpoint, read_checkpoint, save_checkpoint
+from streamtrain.training.mirror import FETCHED_AT_ONCE, PART, POINTER, PREVIOUS, STAGING, Mirror
+from streamtrain.training.run import _open_mirror
+from streamtrain.training.zero_engine import Parts
 
 PIECE = 4096  # bytes: many pieces of little files
 PIECE_PUT, PIECE_GET = "PUT .*/pieces/", "GET .*/pieces/"
@@ -30,10 +30,10 @@ PATIENCE_SEC = 1.0
 FETCH = """
 import sys
 from pathlib import Path
-import streamtrain.mirror
-from sharding.bucket import BucketStore
-streamtrain.mirror.PIECE_BYTES = int(sys.argv[3])
-streamtrain.mirror.Mirror(BucketStore(sys.argv[1]), Path(sys.argv[2])).fetch()
+import streamtrain.training.mirror
+from sharding.shardset.object_store import BucketStore
+streamtrain.training.mirror.PIECE_BYTES = int(sys.argv[3])
+streamtrain.training.mirror.Mirror(BucketStore(sys.argv[1]), Path(sys.argv[2])).fetch()
 """
 
 

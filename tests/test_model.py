@@ -18,17 +18,17 @@ import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForCTC
 
-from sharding.audio import MIN_SAMPLES, SAMPLE_RATE, frame_count
-from sharding.ipa import SYMBOLS
-from streamtrain.augment import keyed_random, span_mask
-from streamtrain.checksums import ChecksumError
+from sharding.audio.codec import MIN_SAMPLES, SAMPLE_RATE, frame_count
+from sharding.labels.ipa import SYMBOLS
 from streamtrain.config import ModelConfig
-from streamtrain.decode import greedy, join_pieces
-from streamtrain.export import ExportError, export_model, verify
-from streamtrain.hear import zero_mean_unit_variance
-from streamtrain.model import ModelError, load_model, load_trained, save_model
-from streamtrain.network import CTCModel, MaskedGroupNorm, convolve_blocks, convolve_frames, ctc_sum
-from streamtrain.vocab import vocab_of
+from streamtrain.data.augment import keyed_random, span_mask
+from streamtrain.infer.export import ExportError, export_model, verify
+from streamtrain.model.checksums import ChecksumError
+from streamtrain.model.ctc import CTCModel, MaskedGroupNorm, convolve_blocks, convolve_frames, ctc_sum
+from streamtrain.model.decode import greedy, join_pieces
+from streamtrain.model.inference import zero_mean_unit_variance
+from streamtrain.model.pretrained import ModelError, load_model, load_trained, save_model
+from streamtrain.model.vocab import vocab_of
 
 torch.set_num_threads(1)  # networks this small only lose by sharing
 
@@ -262,7 +262,7 @@ def test_half_precision_of_a_gpu_hears_the_same(model: CTCModel, samples: int, m
     inputs = torch.stack([noise(samples, row) for row in range(3)])
     with torch.no_grad():
         expected = model(inputs, lengths)
-        monkeypatch.setattr("streamtrain.network.half_precision", lambda hidden: torch.float32)
+        monkeypatch.setattr("streamtrain.model.ctc.half_precision", lambda hidden: torch.float32)
         made = model(inputs, lengths)
     for ours, theirs, frames in zip(made, expected, model.frame_counts(lengths).tolist(), strict=True):
         torch.testing.assert_close(ours[:frames], theirs[:frames], rtol=1e-3, atol=1e-3)
@@ -433,7 +433,7 @@ def test_a_folder_that_speaks_letters_gets_a_new_vocabulary(encoder: Path) -> No
 
 def test_an_unknown_name_offline_is_named_with_what_to_do(tmp_path: Path) -> None:
     program = (
-        "from streamtrain.config import ModelConfig\nfrom streamtrain.model import ModelError, load_model\n"
+        "from streamtrain.config import ModelConfig\nfrom streamtrain.model.pretrained import ModelError, load_model\n"
         "try:\n    load_model(ModelConfig(pretrained='nobody/no-such-model'))\n"
         "except ModelError as error:\n    print(error)\n"
     )

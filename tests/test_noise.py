@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from streamtrain.collate import Batch
-from streamtrain.noise import RoomNoise, room_noise
+from streamtrain.data.collate import Batch
+from streamtrain.training.noise import RoomNoise, room_noise
 
 LENGTHS = (16_000, 7_001, 400)
 

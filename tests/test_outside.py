@@ -15,22 +15,22 @@ from stream_sets import cached
 from test_model import save, talkative
 from test_transcribe import sound
 
-from sharding.audio import decode, encode
-from sharding.bucket import BucketStore
+from sharding.audio.codec import decode, encode
+from sharding.build.lock import LOCK_NAME, sole_build
 from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
-from sharding.format import read_index
-from sharding.lock import LOCK_NAME, sole_build
-from sharding.store import FolderStore, open_store
-from sharding.writing import append, write_inside
+from sharding.files.writing import append, write_inside
+from sharding.shardset.index import read_index
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.store import FolderStore, open_store
+from streamtrain.atomic import new_folder
 from streamtrain.cli import main
 from streamtrain.config import load_config
-from streamtrain.folders import new_folder
-from streamtrain.monitor import Monitor
-from streamtrain.recordings import find_recordings
-from streamtrain.start import train
-from streamtrain.transcribe import Reading, transcribe
-from streamtrain.world import World
+from streamtrain.distributed import World
+from streamtrain.infer.inputs import find_recordings
+from streamtrain.infer.transcribe import Reading, transcribe
+from streamtrain.training.run import train
+from streamtrain.training.run_log import Monitor
 
 PRECIOUS = b"a thesis\n"
 

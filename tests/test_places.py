@@ -7,15 +7,15 @@ import pytest
 from corpus import make_corpus, read_manifest, write_manifest
 from stream_sets import write_set
 
+from sharding.build.place import check_place
 from sharding.cli import main
 from sharding.errors import ShardError
-from sharding.format import read_index
-from sharding.place import check_place
-from sharding.store import open_store
+from sharding.shardset.index import read_index
+from sharding.shardset.store import open_store
 from streamtrain.config import Config
-from streamtrain.start import train
-from streamtrain.train import TrainError
-from streamtrain.world import World
+from streamtrain.distributed import World
+from streamtrain.training.run import train
+from streamtrain.training.trainer import TrainError
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,12 +16,12 @@ from conftest import ROOT, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.audio import SAMPLE_RATE, frame_count
-from sharding.buckets import bucket_of, fit_bins
-from sharding.format import SAMPLE_DTYPE, ShardIndex, read_index, read_keys
-from sharding.schema import ShardEntry
-from sharding.store import open_store
-from streamtrain.plan import (
+from sharding.audio.codec import SAMPLE_RATE, frame_count
+from sharding.build.duration_buckets import bucket_of, fit_bins
+from sharding.shardset.index import SAMPLE_DTYPE, ShardIndex, read_index, read_keys
+from sharding.shardset.schema import ShardEntry
+from sharding.shardset.store import open_store
+from streamtrain.data.plan import (
     BLOCK_STEPS,
     Begun,
     EpochPlan,

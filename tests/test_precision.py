@@ -145,7 +145,7 @@ def test_gradients_are_summed_in_fp32_and_buckets_hold_what_learns(precision: st
 
 BEHIND = """
 import torch
-from streamtrain.world import running
+from streamtrain.distributed import running
 
 def amid_no_numbers(values):
     whole = torch.full((values.numel() + 200_000,), float("nan"), dtype=values.dtype)

@@ -5,11 +5,12 @@ import psutil
 import pytest
 import torch
 
-from sharding.audio import SAMPLE_RATE
-from streamtrain.collate import Batch
-from streamtrain.plan import EpochPlan
-from streamtrain.probe import GIB, SECOND_BYTES, Loader, Memory, ProbeError, Shape, largest_shapes, probe, render
-from streamtrain.world import World
+from sharding.audio.codec import SAMPLE_RATE
+from streamtrain.data.collate import Batch
+from streamtrain.data.loader import SECOND_BYTES, Loader
+from streamtrain.data.plan import EpochPlan
+from streamtrain.distributed import World
+from streamtrain.training.memory import GIB, Memory, ProbeError, Shape, largest_shapes, probe, render
 
 MANY = Shape("the longest micro-batch (number 1 of step 1)", 37, 2 * SAMPLE_RATE, 5)
 

@@ -14,9 +14,9 @@ from training_runs import ROOT, losses, run, training
 from transformers import AutoModelForCTC, pipeline
 
 from streamtrain.config import ModelConfig
-from streamtrain.export import ExportError, export_model, save_best
-from streamtrain.model import ModelError, load_model, load_trained
-from streamtrain.vocab import SPACE, vocab_of
+from streamtrain.infer.export import ExportError, export_model, save_best
+from streamtrain.model.pretrained import ModelError, load_model, load_trained
+from streamtrain.model.vocab import SPACE, vocab_of
 from tests.ports import free_port
 
 KINDS = list(product(CLASSES, (False, True), ("bin", "safetensors")))

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtrain.config import ModelConfig, TrainConfig
-from streamtrain.model import load_model
-from streamtrain.recipe import Recipe, Schedule, make_recipe
+from streamtrain.model.pretrained import load_model
+from streamtrain.training.schedule import Recipe, Schedule, make_recipe
 
 SCRATCH = {
     "hidden_size": 16,

@@ -14,12 +14,12 @@ from corpus import make_corpus, read_manifest
 from seaweed import Seaweed
 
 from sharding.errors import AudioError, StreamtrainError
-from sharding.format import read_index, read_keys
-from sharding.manifest import Reading, read_source
-from sharding.sample import whole_key
-from sharding.store import open_store
-from streamtrain.recordings import find_recordings
-from streamtrain.vocab import save_vocab, vocab_of
+from sharding.shardset.index import read_index, read_keys
+from sharding.shardset.sample import whole_key
+from sharding.shardset.store import open_store
+from sharding.sources.manifest import Reading, read_source
+from streamtrain.infer.inputs import find_recordings
+from streamtrain.model.vocab import save_vocab, vocab_of
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import jiwer
 import pytest
 from conftest import ROOT, run_module
 
-from sharding.ipa import normalize_ipa
-from streamtrain.score import ScoreError, score_files
+from sharding.labels.ipa import normalize_ipa
+from streamtrain.eval.score import ScoreError, score_files
 
 Write = Callable[..., Path]
 

@@ -11,7 +11,7 @@ from corpus import say
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.audio import SAMPLE_RATE, decode, decode_native, encode, frame_count, probe
+from sharding.audio.codec import SAMPLE_RATE, decode, decode_native, encode, frame_count, probe
 from sharding.errors import AudioError
 
 SOUND = say("kæt sæt ɪt")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.buckets import RESOLUTION_SEC, bucket_of, fit_bins
+from sharding.build.duration_buckets import RESOLUTION_SEC, bucket_of, fit_bins
 
 tenths = st.lists(st.integers(1, 12), min_size=1, max_size=25)
 

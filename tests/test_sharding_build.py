@@ -28,18 +28,18 @@ from corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.assign import Exceptions, choose_exceptions, is_validation
-from sharding.audio import encode, frame_count
+from sharding.audio.codec import encode, frame_count
+from sharding.build.assign import Exceptions, choose_exceptions, is_validation
+from sharding.build.scan import speaker_hash
 from sharding.cli import main
 from sharding.errors import ManifestError
-from sharding.examine import speaker_hash
-from sharding.format import read_index, read_keys, read_sample
-from sharding.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
-from sharding.ledger import ledger_row, write_ledger
-from sharding.manifest import Utterance
-from sharding.sample import Sample
-from sharding.store import open_store
-from sharding.summary import _commonest_first
+from sharding.labels.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
+from sharding.report.ledger import ledger_row, write_ledger
+from sharding.report.summary import _commonest_first
+from sharding.shardset.index import read_index, read_keys, read_sample
+from sharding.shardset.sample import Sample
+from sharding.shardset.store import open_store
+from sharding.sources.manifest import Utterance
 
 TEXT = "kæt sæt"
 FLAC = encode(say(TEXT))

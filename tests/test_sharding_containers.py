@@ -13,7 +13,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.audio import SAMPLE_RATE, decode, decode_native, probe
+from sharding.audio.codec import SAMPLE_RATE, decode, decode_native, probe
 from sharding.errors import AudioError
 
 TAKEN = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "OGG", "FLAC", "MP3", "HTK"}

@@ -22,10 +22,10 @@ from conftest import ROOT, Command, own_mounts
 from corpus import SAMPLE_RATE, describe, make_corpus, read_manifest, say, write_manifest
 from test_sharding_build import assert_balanced, read_ledger, read_summary
 
-from sharding.audio import encode
+from sharding.audio.codec import encode
 from sharding.errors import StreamtrainError
-from sharding.format import read_shard_index
-from sharding.store import open_store
+from sharding.shardset.index import read_shard_index
+from sharding.shardset.store import open_store
 
 TEXT = "kæt sæt"
 UNCHECKED: dict[str, object] = {"md5_hash": None, "filesize_bytes": None}

@@ -17,14 +17,14 @@ from corpus import say
 from stream_sets import VOCAB, keys_of
 from test_sharding_build import read_ledger
 
-from sharding.audio import SAMPLE_RATE, decode, encode
+from sharding.audio.codec import SAMPLE_RATE, decode, encode
 from sharding.cli import main
-from sharding.format import read_index, read_keys, read_sample
-from sharding.ipa import normalize_ipa
-from sharding.store import open_store
-from streamtrain.plan import PlanSettings, plan_epoch
-from streamtrain.stream import ShardStream
-from streamtrain.world import World
+from sharding.labels.ipa import normalize_ipa
+from sharding.shardset.index import read_index, read_keys, read_sample
+from sharding.shardset.store import open_store
+from streamtrain.data.dataset import ShardStream
+from streamtrain.data.plan import PlanSettings, plan_epoch
+from streamtrain.distributed import World
 
 TEXTS = ["kæt sæt", "bɪg ˈdɔg", "tʃɪp", "mun sut"]
 

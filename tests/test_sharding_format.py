@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import ShardError, StreamtrainError
-from sharding.format import (
+from sharding.report.files import check_report
+from sharding.shardset.index import (
     FORMAT_VERSION,
     Who,
     read_index,
@@ -27,10 +28,9 @@ from sharding.format import (
     read_sample,
     read_shard_index,
 )
-from sharding.report import check_report
-from sharding.sample import Sample, escape_key, piece_key, sample_from_bytes, sample_to_bytes
-from sharding.store import Store, open_store
-from sharding.verify import check_shard
+from sharding.shardset.sample import Sample, escape_key, piece_key, sample_from_bytes, sample_to_bytes
+from sharding.shardset.store import Store, open_store
+from sharding.shardset.verify import check_shard
 
 STRANGE_IDS = ["a.b", "a/b", "../a", "a b", "über", "a%2Eb", "a+000", "con\tcat", "x" * 300, "x" * 299 + "y", "."]
 

@@ -13,10 +13,10 @@ from conftest import Command
 from corpus import describe, make_corpus, read_manifest, write_manifest
 from test_sharding_build import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.audio import SAMPLE_RATE
+from sharding.audio.codec import SAMPLE_RATE
 from sharding.cli import main
-from sharding.format import read_index, read_keys, read_outlines
-from sharding.store import open_store
+from sharding.shardset.index import read_index, read_keys, read_outlines
+from sharding.shardset.store import open_store
 
 
 @pytest.fixture(scope="module")

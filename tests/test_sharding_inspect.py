@@ -21,12 +21,12 @@ from matplotlib.image import imread
 from seaweed import BUCKET, Seaweed
 from test_sharding_format import flip_byte
 
-from sharding import plots
 from sharding.errors import ShardError
-from sharding.format import ShardIndex, read_index
-from sharding.inspect import SILENCE_DB, measure_shard, read_clips
-from sharding.store import open_store
-from sharding.workers import Workers
+from sharding.pool import Workers
+from sharding.report import plots
+from sharding.report.inspect import SILENCE_DB, measure_shard, read_clips
+from sharding.shardset.index import ShardIndex, read_index
+from sharding.shardset.store import open_store
 
 Row = dict[str, Any]
 GROUPS = ("by_split", "by_bucket", "by_corpus", "by_age")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.ipa import (
+from sharding.labels.ipa import (
     _LOOK_ALIKES,
     _SAME_PHONE,
     ALPHABET,

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding import libflac
-from sharding.audio import MIN_SAMPLES, decode_native, encode
+from sharding.audio import libflac
+from sharding.audio.codec import MIN_SAMPLES, decode_native, encode
+from sharding.audio.flac import samples_of_plain
 from sharding.errors import AudioError
-from sharding.flac import samples_of_plain
 
 pytestmark = pytest.mark.skipif(libflac.library is None, reason="no libFLAC on this machine: Debian's libflac12")
 

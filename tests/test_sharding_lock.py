@@ -20,17 +20,17 @@ from conftest import ROOT
 from fault_proxy import Action, Fault, FaultProxy, fault_proxy
 from seaweed import Seaweed
 
-from sharding import lock
-from sharding.bucket import BucketStore
+from sharding.build import lock
+from sharding.build.lock import LOCK_NAME, sole_build
 from sharding.errors import StoreError
-from sharding.exclusive import this_process
-from sharding.lock import LOCK_NAME, sole_build
-from sharding.store import open_store
+from sharding.files.exclusive import this_process
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.store import open_store
 
 HOLD = """
 import sys
-from sharding.lock import sole_build
-from sharding.store import open_store
+from sharding.build.lock import sole_build
+from sharding.shardset.store import open_store
 with sole_build(open_store(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

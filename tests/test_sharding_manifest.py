@@ -10,7 +10,7 @@ import pytest
 from conftest import Command
 from corpus import MANIFEST, make_corpus, read_manifest, write_manifest
 
-from sharding.manifest import Reading, read_source
+from sharding.sources.manifest import Reading, read_source
 
 
 @pytest.fixture

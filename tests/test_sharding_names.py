@@ -14,15 +14,15 @@ import webdataset
 from corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
 from test_sharding_build import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.audio import encode
+from sharding.audio.codec import encode
+from sharding.build.external import index_tars
+from sharding.build.scan import speaker_hash
 from sharding.cli import _find_sources, main
-from sharding.examine import speaker_hash
-from sharding.foreign import index_tars
-from sharding.format import ShardIndex, read_index, read_keys, read_sample
-from sharding.manifest import Reading, Utterance, read_source
-from sharding.names import age_order, name_of, same_name
-from sharding.store import open_store
-from streamtrain.recordings import find_recordings
+from sharding.files.names import age_order, name_of, same_name
+from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
+from sharding.shardset.store import open_store
+from sharding.sources.manifest import Reading, Utterance, read_source
+from streamtrain.infer.inputs import find_recordings
 
 NFC, NFD = "Zo\u00eb", "Zoe\u0308"
 FLAC = encode(say("kæt"))

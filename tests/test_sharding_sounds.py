@@ -9,14 +9,23 @@ import torch
 from conftest import Command
 from corpus import SAMPLE_RATE, SYMBOL_SEC, Sound, make_corpus, make_text, read_manifest, recite
 
-from sharding.align import align
-from sharding.aligned import BELIEVED, largest_gap
-from sharding.audio import FRAME_SAMPLES
-from sharding.format import read_index, read_sample
-from sharding.pauses import Stretch
-from sharding.sounds import HEARING, PAUSE_NATS, Sounds, _owners, example_of, learn, listen_closely, unpack_sounds
-from sharding.split import Segment, split_recording
-from sharding.store import open_store
+from sharding.audio.codec import FRAME_SAMPLES
+from sharding.audio.vad import Stretch
+from sharding.segment.acoustic_model import (
+    HEARING,
+    PAUSE_NATS,
+    Sounds,
+    _owners,
+    example_of,
+    learn,
+    listen_closely,
+    unpack_sounds,
+)
+from sharding.segment.ctc_align import align
+from sharding.segment.evidence import BELIEVED, largest_gap
+from sharding.segment.split import Segment, split_recording
+from sharding.shardset.index import read_index, read_sample
+from sharding.shardset.store import open_store
 
 SPOKEN = "ɹkzbæmtɪduʃ"
 

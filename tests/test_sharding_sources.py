@@ -23,14 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sharding_build import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
-from sharding.archive import AudioRoot, find_audio, open_audio
-from sharding.audio import encode
+from sharding.audio.codec import encode
 from sharding.cli import main
 from sharding.errors import ManifestError
-from sharding.format import read_index
-from sharding.ipa import LETTERS, foreign_symbols, name_symbols, normalize_words
-from sharding.manifest import Reading, Utterance, read_source
-from sharding.store import open_store
+from sharding.labels.ipa import LETTERS, foreign_symbols, name_symbols, normalize_words
+from sharding.shardset.index import read_index
+from sharding.shardset.store import open_store
+from sharding.sources.archive import AudioRoot, find_audio, open_audio
+from sharding.sources.manifest import Reading, Utterance, read_source
 
 TEXT = "kæt sæt"
 KIDS = Path(__file__).parents[2] / "shared/corpora/kids_a"

@@ -24,18 +24,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from sharding.aligned import Evidence, hash_label
-from sharding.cuts import Cut, choose_cuts
-from sharding.demo import open_espeak, plan_children, say_phrase
-from sharding.format import read_index, read_sample
-from sharding.ledger import Tally, ledger_row
-from sharding.manifest import Utterance
-from sharding.pauses import HOP, VAD_WINDOW, Stretch, find_pauses, find_stretches, listen
-from sharding.plots import DPI
-from sharding.sample import Sample
-from sharding.sounds import example_of, learn
-from sharding.split import split_recording, words_by_evidence
-from sharding.store import open_store
+from sharding.audio.vad import HOP, VAD_WINDOW, Stretch, find_pauses, find_stretches, listen
+from sharding.report.ledger import Tally, ledger_row
+from sharding.report.plots import DPI
+from sharding.segment.acoustic_model import example_of, learn
+from sharding.segment.cuts import Cut, choose_cuts
+from sharding.segment.evidence import Evidence, hash_label
+from sharding.segment.split import split_recording, words_by_evidence
+from sharding.shardset.index import read_index, read_sample
+from sharding.shardset.sample import Sample
+from sharding.shardset.store import open_store
+from sharding.sources.manifest import Utterance
+from sharding.sources.synthetic import open_espeak, plan_children, say_phrase
 
 LIMIT = 25 * SAMPLE_RATE
 
@@ -101,7 +101,7 @@ def test_the_voice_detector_leaves_torch_as_it_was() -> None:
 import numpy, torch
 torch.set_num_threads(2)
 before = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_num_interop_threads(), torch.initial_seed()
-from sharding.pauses import listen
+from sharding.audio.vad import listen
 listen(numpy.zeros(16_000, numpy.float32))
 after = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_num_interop_threads(), torch.initial_seed()
 print(before == after, before, after)

@@ -14,15 +14,15 @@ from test_model import make_network
 from training_runs import ROOT, environment, read_rows, run, start, steps_saved, training, wait_until
 
 from sharding.errors import StreamtrainError
-from streamtrain import hub
 from streamtrain.config import load_config
-from streamtrain.export import save_best
-from streamtrain.finish import Finish, forget_finish, read_finish, warn_unless_finished, write_finish
-from streamtrain.network import CTCModel
-from streamtrain.start import _check_best, _only_run_in, train
-from streamtrain.train import TrainError
-from streamtrain.vocab import save_vocab, vocab_of
-from streamtrain.world import World
+from streamtrain.distributed import World
+from streamtrain.infer.export import save_best
+from streamtrain.model import hub
+from streamtrain.model.ctc import CTCModel
+from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.run_status import Finish, forget_finish, read_finish, warn_unless_finished, write_finish
+from streamtrain.training.run import _check_best, _only_run_in, train
+from streamtrain.training.trainer import TrainError
 from tests.ports import free_port
 
 

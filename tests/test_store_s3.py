@@ -17,13 +17,13 @@ from conftest import ROOT
 from fault_proxy import Fault, FaultProxy
 from seaweed import BUCKET, SECRET_KEY, Seaweed
 
-from sharding import store as store_module
-from sharding.bucket import BucketStore
 from sharding.cli import main
 from sharding.errors import StoreError, UnreachableError
-from sharding.format import read_index
-from sharding.store import open_store
-from sharding.verify import _fault_of, _Job
+from sharding.shardset import store as store_module
+from sharding.shardset.index import read_index
+from sharding.shardset.object_store import BucketStore
+from sharding.shardset.store import open_store
+from sharding.shardset.verify import _fault_of, _Job
 
 # --- the store ------------------------------------------------------------------------------------------------------
 
@@ -305,7 +305,8 @@ def test_only_unfinished_uploads_under_the_prefix_are_aborted(url: str, seaweed:
 def test_what_a_killed_upload_left_is_aborted(url: str, proxy: FaultProxy) -> None:
     boto3 = pytest.importorskip("boto3")
     proxy.plan(Fault("stall", "PUT .*partNumber=2"))
-    code = "import sys; from sharding.bucket import *; BucketStore(sys.argv[1]).write('x.tar', bytes(12 * 2**20))"
+    writes = "BucketStore(sys.argv[1]).write('x.tar', bytes(12 * 2**20))"
+    code = f"import sys; from sharding.shardset.object_store import *; {writes}"
     with subprocess.Popen([sys.executable, "-c", code, url], cwd=ROOT) as process:
         while not proxy.count("PUT .*partNumber=2"):
             time.sleep(0.01)

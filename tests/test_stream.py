@@ -28,18 +28,18 @@ from test_plan import make_index
 from training_runs import start
 from transformers import Wav2Vec2FeatureExtractor
 
-from sharding.audio import SAMPLE_RATE, decode, encode
+from sharding.audio.codec import SAMPLE_RATE, decode, encode
 from sharding.errors import ShardError, StoreError
-from sharding.format import read_index, read_keys
-from sharding.ipa import ctc_frames_needed
-from sharding.sample import Sample
-from sharding.store import FolderStore
-from streamtrain.collate import collate, silence_crowded
-from streamtrain.network import ctc_sum
-from streamtrain.patience import Patience, StallError
-from streamtrain.plan import PlanError, PlanSettings, Sounds, numbers_of_rank, plan_epoch
-from streamtrain.stream import BATCHES_AHEAD, ShardStream, read_ahead
-from streamtrain.world import LostStepError, World
+from sharding.labels.ipa import ctc_frames_needed
+from sharding.shardset.index import read_index, read_keys
+from sharding.shardset.sample import Sample
+from sharding.shardset.store import FolderStore
+from streamtrain.data.collate import collate, silence_crowded
+from streamtrain.data.dataset import BATCHES_AHEAD, ShardStream, read_ahead
+from streamtrain.data.patience import Patience, StallError
+from streamtrain.data.plan import PlanError, PlanSettings, Sounds, numbers_of_rank, plan_epoch
+from streamtrain.distributed import LostStepError, World
+from streamtrain.model.ctc import ctc_sum
 from tests.ports import free_port
 
 
@@ -138,7 +138,7 @@ def test_a_machine_knows_when_its_own_ranks_read_which_shard_however_many_the_ot
 def test_ranks_find_their_neighbours_under_either_launcher_on_machines_of_unequal_slots(tmp_path: Path) -> None:
     script, hosts = tmp_path / "meet.py", tmp_path / "hosts"
     script.write_text(
-        "from streamtrain.world import running\n"
+        "from streamtrain.distributed import running\n"
         "with running() as world:\n"
         "    print(f'rank {world.rank} with {sorted(world.meet().neighbours)}.')\n"
     )

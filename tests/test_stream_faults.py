@@ -34,12 +34,12 @@ from stream_sets import (
     write_set,
 )
 
-from sharding.bucket import PATIENCE_SEC, BucketStore
 from sharding.errors import ShardError, StoreError
-from sharding.format import read_index
-from streamtrain import cache as cache_module
-from streamtrain.stream import ShardStream, StepBatch
-from streamtrain.world import World
+from sharding.shardset.index import read_index
+from sharding.shardset.object_store import PATIENCE_SEC, BucketStore
+from streamtrain.data import cache as cache_module
+from streamtrain.data.dataset import ShardStream, StepBatch
+from streamtrain.distributed import World
 
 TAR = r"GET .*\.tar"
 EPOCH_FAULTS = {

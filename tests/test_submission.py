@@ -16,15 +16,15 @@ from conftest import ROOT, run_module
 from test_model import make_network, save, talkative
 from test_transcribe import sound
 
-from sharding.audio import SAMPLE_RATE, encode
-from sharding.format import join_samples, pack_index, read_index, read_sample, write_index, write_shard
-from sharding.sample import escape_key
-from sharding.store import open_store
-from streamtrain.network import CTCModel
-from streamtrain.recordings import find_recordings
-from streamtrain.submission import TAKEN_ALONG, PackageError, package, rehearse
-from streamtrain.transcribe import transcribe
-from streamtrain.vocab import save_vocab, vocab_of
+from sharding.audio.codec import SAMPLE_RATE, encode
+from sharding.shardset.index import join_samples, pack_index, read_index, read_sample, write_index, write_shard
+from sharding.shardset.sample import escape_key
+from sharding.shardset.store import open_store
+from streamtrain.infer.inputs import find_recordings
+from streamtrain.infer.transcribe import transcribe
+from streamtrain.model.ctc import CTCModel
+from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.submission.package import TAKEN_ALONG, PackageError, package, rehearse
 
 Row = dict[str, Any]
 SECONDS = (0.03, 0.3, 1.1, 2.2, 2.3, 6.0, 12.0, 26.0)

@@ -39,10 +39,11 @@ from training_runs import (
     wait_until,
 )
 
-from sharding.audio import SAMPLE_RATE, encode
+from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.cli import main
 from sharding.errors import StreamtrainError
-from sharding.format import (
+from sharding.labels.ipa import normalize_ipa
+from sharding.shardset.index import (
     join_samples,
     pack_index,
     read_index,
@@ -52,21 +53,20 @@ from sharding.format import (
     write_index,
     write_shard,
 )
-from sharding.ipa import normalize_ipa
-from sharding.store import open_store
-from sharding.verify import check_shard
-from streamtrain.checkpoint import list_checkpoints, load_parts, open_checkpoint
+from sharding.shardset.store import open_store
+from sharding.shardset.verify import check_shard
 from streamtrain.config import ModelConfig
-from streamtrain.metrics import EditCounts, spoken_words
-from streamtrain.model import load_model, save_model
-from streamtrain.monitor import Monitor, RankRow, StepRow, read_log, render_run
-from streamtrain.network import CTCModel
-from streamtrain.patience import GRACE_SEC
-from streamtrain.scorecard import ClipScore, Evaluation
-from streamtrain.start import _check_frames
-from streamtrain.train import TrainError
-from streamtrain.vocab import vocab_of
-from streamtrain.world import TAKEN_AWAY
+from streamtrain.data.patience import GRACE_SEC
+from streamtrain.distributed import TAKEN_AWAY
+from streamtrain.eval.metrics import EditCounts, spoken_words
+from streamtrain.eval.scorecard import ClipScore, Evaluation
+from streamtrain.model.ctc import CTCModel
+from streamtrain.model.pretrained import load_model, save_model
+from streamtrain.model.vocab import vocab_of
+from streamtrain.training.checkpoint import list_checkpoints, load_parts, open_checkpoint
+from streamtrain.training.run import _check_frames
+from streamtrain.training.run_log import Monitor, RankRow, StepRow, read_log, render_run
+from streamtrain.training.trainer import TrainError
 from tests.ports import free_port
 
 

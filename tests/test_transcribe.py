@@ -20,20 +20,20 @@ from corpus import recite
 from test_model import SLOW, decode, save, talkative
 from training_runs import environment
 
-from sharding.audio import SAMPLE_RATE, encode
-from sharding.audio import decode as decode_audio
-from sharding.cuts import LIMIT_SEC
+from sharding.audio.codec import SAMPLE_RATE, encode
+from sharding.audio.codec import decode as decode_audio
 from sharding.errors import StreamtrainError
-from sharding.format import read_index, read_keys
-from sharding.sample import whole_key
-from sharding.split import split_recording
-from sharding.store import open_store
-from streamtrain.decode import join_pieces
-from streamtrain.hear import zero_mean_unit_variance
-from streamtrain.model import load_trained
-from streamtrain.network import CTCModel
-from streamtrain.recordings import find_recordings
-from streamtrain.transcribe import Progress, Reading, transcribe
+from sharding.segment.cuts import LIMIT_SEC
+from sharding.segment.split import split_recording
+from sharding.shardset.index import read_index, read_keys
+from sharding.shardset.sample import whole_key
+from sharding.shardset.store import open_store
+from streamtrain.infer.inputs import find_recordings
+from streamtrain.infer.transcribe import Progress, Reading, transcribe
+from streamtrain.model.ctc import CTCModel
+from streamtrain.model.decode import join_pieces
+from streamtrain.model.inference import zero_mean_unit_variance
+from streamtrain.model.pretrained import load_trained
 
 Row = dict[str, Any]
 

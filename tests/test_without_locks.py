@@ -17,7 +17,7 @@ from corpus import recite
 from test_model import save, talkative
 from training_runs import environment, read_rows, run, start, training, wait_until
 
-from sharding.exclusive import SUFFIX, this_process
+from sharding.files.exclusive import SUFFIX, this_process
 
 ADVICE = "if that process or its machine is gone, delete"
 ERRORS = ["ENOSYS", "EOPNOTSUPP", "ENOLCK"]
@@ -25,7 +25,7 @@ HOST = socket.gethostname()
 DEAD = json.dumps(this_process() | {"started": 1})  # an earlier process of this number
 HOLD = """
 import sys
-from sharding.exclusive import exclusive
+from sharding.files.exclusive import exclusive
 with open(sys.argv[1], "a") as file, exclusive(file):
     print("held", flush=True)
     sys.stdin.read()
@@ -35,8 +35,8 @@ import os, sys, threading, time
 from contextlib import suppress
 from pathlib import Path
 from sharding.errors import StoreError
-from sharding.lock import sole_build
-from sharding.store import open_store
+from sharding.build.lock import sole_build
+from sharding.shardset.store import open_store
 out, left = Path(sys.argv[1]), sys.argv[2]
 entered, failed = [], []
 sys.setswitchinterval(1e-6)
@@ -71,9 +71,9 @@ assert main(arguments) == 0
 CACHE = """
 import sys
 from pathlib import Path
-from sharding.format import read_index
-from sharding.store import open_store
-from streamtrain.cache import ShardCache
+from sharding.shardset.index import read_index
+from sharding.shardset.store import open_store
+from streamtrain.data.cache import ShardCache
 store = open_store(sys.argv[1])
 ShardCache(store, read_index(store), Path(sys.argv[2]), 2**30)
 """

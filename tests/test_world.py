@@ -7,7 +7,7 @@ import sys
 import pytest
 from training_runs import ROOT, environment
 
-from streamtrain.world import Preemption
+from streamtrain.distributed import Preemption
 from tests.ports import free_port
 
 

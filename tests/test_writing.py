@@ -23,15 +23,15 @@ from conftest import ROOT, own_mounts
 from test_model import save, talkative
 from test_transcribe import sound
 
-from sharding.audio import encode
+from sharding.audio.codec import encode
 from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
-from sharding.writing import append, beside, is_stdout, replacing, write, written
-from streamtrain.checkpoint import RunState, save_checkpoint
+from sharding.files.writing import append, beside, is_stdout, replacing, write, written
 from streamtrain.cli import main
-from streamtrain.engine import Parts
-from streamtrain.evaluate import evaluate_model
-from streamtrain.world import World
+from streamtrain.distributed import World
+from streamtrain.eval.evaluate import evaluate_model
+from streamtrain.training.checkpoint import RunState, save_checkpoint
+from streamtrain.training.zero_engine import Parts
 
 CONFIG = str(ROOT / "configs" / "zero2.json")
 OLD, NEW = b"what was there before", b"what is there now" * 10_000
@@ -99,7 +99,7 @@ def test_the_standard_output_is_written_on_whatever_it_is(mode: str, tmp_path: P
     script = """
 import sys, zipfile
 from pathlib import Path
-from sharding.writing import write, written
+from sharding.files.writing import write, written
 print("said before")
 write(Path("/dev/stdout"), "as a device\\n")
 write(Path(sys.argv[1]), "through a link\\n")
@@ -207,7 +207,7 @@ def test_a_writer_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
         pytest.skip("this file system has no files without a name")
     (tmp_path / "out").write_bytes(b"before")
     code = (
-        "import os, sys; from pathlib import Path; from sharding.writing import replacing\n"
+        "import os, sys; from pathlib import Path; from sharding.files.writing import replacing\n"
         "with replacing(Path(sys.argv[1])) as file: file.write(bytes(10**6)); file.flush(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=ROOT, check=False)

@@ -12,9 +12,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from launch.train import main
-from streamtrain import start
-from streamtrain.model import load_model
-from streamtrain.network import CTCModel
+from streamtrain.model.ctc import CTCModel
+from streamtrain.model.pretrained import load_model
+from streamtrain.training import run as start
 
 
 def load_unlike_model(*arguments: Any) -> CTCModel:

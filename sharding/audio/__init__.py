@@ -1,0 +1,1 @@
+"""Decode, resample and encode audio, prove that files are whole, detect speech."""

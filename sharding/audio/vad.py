@@ -1,0 +1,174 @@
+"""Where nobody speaks: pauses that the Silero voice detector and the energy floor agree on."""
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sharding.audio.codec import SAMPLE_RATE, Waveform
+
+if TYPE_CHECKING:
+    import torch
+
+HOP = SAMPLE_RATE // 100  # level and mask are sampled every 10 ms
+VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz …
+VAD_CONTEXT = 64  # … and so many before them
+VAD_BATCH = 4_096  # windows
+QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
+SPEECH_PROBABILITY = 0.50  # from it on it hears some
+ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
+STEADY_HOPS = 9  # the level is the median over so many: rooms rumble, and a click of 40 ms ends no pause
+MIN_PAUSE_SEC = 0.20
+LONGEST_STOP_SEC = 0.3  # a longer silence is no part of a sound, so that it lies between words
+CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
+
+_one_at_a_time = threading.Lock()  # the number of threads is the process's
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Positions in samples; `quality` in [0, 1] is how surely a cut here falls between words."""
+
+    start: int
+    end: int
+    cut: int
+    quality: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Between two pauses; in samples."""
+
+    start: int
+    end: int
+    voiced: bool  # the detector hears speech in it
+
+
+@dataclass(frozen=True, eq=False)
+class Listening:
+    """What was heard in a recording, on a 10 ms grid."""
+
+    level_db: npt.NDArray[np.float32]  # (frames,)
+    speech: npt.NDArray[np.float32]  # (frames,) probability that somebody speaks
+    floor_db: float
+    speech_db: float  # 90th percentile: how loud the speaker is
+
+    @property
+    def silent(self) -> bool:
+        """Whether the detector hears no speech anywhere."""
+        return not self.speaks(0, len(self.speech) * HOP)
+
+    def speaks(self, start: int, end: int) -> bool:
+        """Whether the detector hears speech between two samples."""
+        return bool((self.speech[start // HOP : -(-end // HOP)] >= SPEECH_PROBABILITY).any())
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a sound too loud for a float
+def listen(waveform: Waveform) -> Listening:
+    """Level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
+    frames = max(len(waveform) // HOP, 1)
+    padded = np.pad(waveform, (0, max(0, frames * HOP - len(waveform))))[: frames * HOP].reshape(frames, HOP)
+    level = _steady(10 * np.log10(np.square(padded, dtype=np.float32).mean(axis=1) + 1e-10))
+    windows = np.minimum(np.arange(frames) * HOP // VAD_WINDOW, -(-len(waveform) // VAD_WINDOW) - 1)
+    return Listening(
+        level_db=level,
+        speech=_speech_probability(waveform)[windows],
+        floor_db=float(np.percentile(level, 10)),
+        speech_db=float(np.percentile(level, 90)),
+    )
+
+
+def _steady(level_db: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The median around each frame, which keeps edges where they are."""
+    around = np.pad(level_db, STEADY_HOPS // 2, mode="edge")
+    median: npt.NDArray[np.float32] = np.median(np.lib.stride_tricks.sliding_window_view(around, STEADY_HOPS), axis=1)
+    return median
+
+
+def find_pauses(heard: Listening) -> list[Pause]:
+    """Every stretch of at least 0.2 s inside the recording with no speech and a level near the floor."""
+    quiet = (heard.speech < QUIET_PROBABILITY) & (heard.level_db < heard.floor_db + ABOVE_FLOOR_DB)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
+    runs = [(int(start), int(end)) for start, end in edges.reshape(-1, 2) if end - start >= MIN_PAUSE_SEC * 100]
+    return [_pause(heard, start, end) for start, end in runs if start > 0 and end < len(quiet)]
+
+
+def find_stretches(heard: Listening, pauses: Sequence[Pause], samples: int) -> list[Stretch]:
+    """What lies between pauses; edges shorter than 0.1 s are no speech."""
+    edges = [0, *(edge for pause in pauses for edge in (pause.start, pause.end)), samples]
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    return [Stretch(start, end, heard.speaks(start, end)) for start, end in pairs if end - start > 10 * HOP]
+
+
+def quietest_cut(heard: Listening, start: int, end: int) -> int:
+    """The middle, in samples, of the quietest 100 ms between two frames."""
+    width = min(int(CUT_SEC * 100), end - start)
+    means = np.convolve(heard.level_db[start:end], np.full(width, 1 / width), "valid")
+    return (start + int(means.argmin()) + width // 2) * HOP
+
+
+def _pause(heard: Listening, start: int, end: int) -> Pause:
+    quarter = (end - start) // 4
+    cut = quietest_cut(heard, start + quarter, end - quarter)
+    cut_db = float(heard.level_db[cut // HOP])
+    length = min((end - start) / 100, 1.0)
+    loudness = float(np.clip((heard.speech_db - cut_db) / 20, 0, 1))
+    quality = length * (1 - float(heard.speech[start:end].mean())) * loudness
+    return Pause(start * HOP, end * HOP, cut, quality)
+
+
+@functools.cache
+def _detector() -> Any:
+    import silero_vad
+
+    return silero_vad.load_silero_vad()._model  # for 16 kHz
+
+
+def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
+    """Silero's probability per window of 32 ms, shape (windows,).
+
+    Its own `audio_forward` calls the network for one window at a time; only the LSTM has to wait for the window before,
+    so all else is done for thousands at once: the same numbers to 1e-4, at ten times the speed. On one thread, because
+    its operations are small; the import of the detector sets that too, for the whole process.
+    """
+    import torch
+
+    with one_thread():
+        return _detect(_detector(), torch.from_numpy(waveform))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch without gradients on one thread, for many small operations; then on as many as before."""
+    import torch
+
+    with _one_at_a_time:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _detect(network: Any, waveform: "torch.Tensor") -> npt.NDArray[np.float32]:
+    import torch
+
+    padded = torch.nn.functional.pad(waveform, (VAD_CONTEXT, -len(waveform) % VAD_WINDOW))
+    windows = padded.unfold(0, VAD_CONTEXT + VAD_WINDOW, VAD_WINDOW)
+    cell = network.decoder.rnn
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    state = (torch.zeros(1, 1, cell.weight_hh.shape[1]),) * 2  # nothing was heard yet
+    probabilities = []
+    for some in torch.split(windows, VAD_BATCH):
+        features = network.encoder(network.run_extractors(some.contiguous())).permute(0, 2, 1)  # (windows, 1, features)
+        hidden, short, long = torch.lstm(features, state, weights, True, 1, 0.0, False, False, False)
+        state = (short, long)
+        probabilities.append(network.decoder.decoder(hidden.permute(0, 2, 1)).flatten())
+    return torch.cat(probabilities).numpy().astype(np.float32)

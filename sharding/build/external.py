@@ -1,0 +1,241 @@
+"""An index for WebDataset tars that others wrote, which stay as they are: no bucketing, no splitting, no conversion."""
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import xxhash
+
+from sharding.report import files as report
+from sharding.audio.codec import SAMPLE_RATE, Decoded, decode_native, frame_count, is_constant
+from sharding.errors import AudioError, ShardError
+from sharding.shardset.index import (
+    END_OF_ARCHIVE,
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    Shard,
+    ShardIndex,
+    Who,
+    join_samples,
+    pack_index,
+    write_index,
+    write_listed,
+)
+from sharding.labels.ipa import (
+    SymbolCounts,
+    alphabet_of,
+    check_alphabet,
+    count_symbols,
+    ctc_frames_needed,
+    foreign_symbols,
+    name_symbols,
+)
+from sharding.report.ledger import LedgerPart, add_up, ledger_row, write_ledger
+from sharding.sources.manifest import Utterance, printable
+from sharding.files.names import nfc, same_name
+from sharding.build.place import has_index
+from sharding.shardset.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
+from sharding.shardset.schema import FOREIGN, ShardEntry
+from sharding.shardset.store import open_store
+from sharding.report.summary import Summary
+from sharding.pool import Workers
+
+MAX_TAR_BYTES = 2**34  # it is held in memory
+VALID_TARS = ("*val*", "*dev*")  # validate, unless the user names others
+
+
+@dataclass(frozen=True, slots=True)
+class TarJob:
+    url: str
+    name: str
+    split: str
+    track: str
+    limit_sec: float
+
+
+@dataclass(frozen=True)
+class TarResult:
+    shard: Shard | None  # None where no sample can be used
+    ledger: LedgerPart
+    symbols: SymbolCounts  # of its labels
+    ids: tuple[str, ...] = ()  # of its samples' utterances
+
+
+def index_tars(
+    url: str, track: str, valid: Sequence[str] | None, limit_sec: float, workers: int
+) -> tuple[ShardIndex, Summary, float]:
+    """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
+
+    Tars whose name fits a pattern of `valid` validate. Raises ShardError where there are none, where an index is there
+    already, where a pattern fits none, or where a key comes twice; ManifestError for labels of another alphabet.
+    """
+    store = open_store(url)
+    if store.exists(INDEX_NAME):
+        hint = (
+            "remove it first, if it is to be made anew"
+            if has_index(store)
+            else "it is of something else: keep the tars in a folder of their own"
+        )
+        raise ShardError(f"{url}: has an {INDEX_NAME} already", hint)
+    if (taken := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.SUMS_NAME):
+        raise ShardError(
+            f"{url}/{taken[0]}: is there already, and of no index", "keep the tars in a folder of their own"
+        )
+    names = sorted(name for name in store.names() if name.endswith(".tar") and "/." not in f"/{name}")  # hidden ones
+    if not names:
+        raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that holds them")
+    chosen = _choose_valid(url, names, valid)
+    splits = ["valid" if name in chosen else "train" for name in names]
+    jobs = [TarJob(url, name, split, track, limit_sec) for name, split in zip(names, splits, strict=True)]
+    with Workers(workers) as pool:
+        results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
+    shards = [result.shard for result in results if result.shard]
+    ledger = [result.ledger for result in results]
+    _check_names(url, "key", [(shard.entry.name, shard.keys) for shard in shards])
+    _check_names(url, "utterance_id", [(name, result.ids) for name, result in zip(names, results, strict=True)])
+    for split, side in (("train", "training"), ("valid", "validation")):
+        counted = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
+        check_alphabet(sum(counted, SymbolCounts()), side, track)
+    tally = add_up(ledger)
+    samples = join_samples([shard.samples for shard in shards])
+    index = ShardIndex(
+        duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
+        settings={"track": track, "limit_sec": limit_sec, "valid": list(valid or VALID_TARS), FOREIGN: True},
+        settings_hash="",
+        sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
+        notes={
+            "clips": sum(tally.clips.values()),
+            "rejected": tally.clips["rejected"],
+            "validation": {
+                "disjoint_by_speaker": _is_disjoint(shards),
+                "stand_in": None,
+                "clips": tally.validation["clips"],
+                "rejected": tally.validation["rejected"],
+            },
+        },
+        shards=tuple(shard.entry for shard in shards),
+        samples=samples,
+    )
+    packed = pack_index(index)
+    summary = report.publish(store, ledger, tally, packed.index, [], [])
+    return write_index(store, packed), summary, tally.clips["rejected"] / max(sum(tally.clips.values()), 1)
+
+
+def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
+    """The tars that fit a pattern; one that is a tar's own name stands for that tar alone."""
+    chosen: set[str] = set()
+    for pattern in map(nfc, patterns or VALID_TARS):
+        exact = {name for name in names if nfc(name) == pattern}
+        fit = exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
+        if patterns and not fit:
+            raise ShardError(f"{url}: no tar fits --valid {pattern!r}", f"there are {', '.join(names[:5])}")
+        chosen |= fit
+    return chosen
+
+
+def index_tar(job: TarJob) -> TarResult:
+    """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
+    store = open_store(job.url)
+    data = store.read(job.name, MAX_TAR_BYTES)
+    rows, keys, ids, who, ledger, symbols = [], [], [], [], [], SymbolCounts()
+    for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
+        raw = data[start:end]
+        sample, seconds, reason = None, 0.0, None
+        remarks: tuple[str, ...] = ()
+        try:
+            sample = sample_from_bytes(raw, job.track)
+            symbols += count_symbols(sample.text, f"{job.url}/{job.name}: {key}", alphabet_of(job.track))
+            decoded = _decode(sample, job)
+            samples, remarks = len(decoded.sound), (*decoded.remarks, *sample.remarks)
+            seconds = samples / SAMPLE_RATE
+            rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
+            keys.append(sample.key)
+            ids.append(sample.utterance_id)
+            who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
+        except (AudioError, ShardError) as error:
+            reason = printable(error.message)  # a member's name may be any bytes
+        fate = "rejected" if reason else "written"
+        ledger.append(ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key, remarks=remarks))
+    if not ledger:
+        raise ShardError(f"{job.url}/{job.name}: there is no sample in it", "copy it again, or take it away")
+    if not rows:
+        return TarResult(None, write_ledger(ledger), symbols)
+    table = np.array(rows, SAMPLE_DTYPE)
+    checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
+    entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
+    shard = write_listed(store, Shard(entry, tuple(keys), tuple(who), table))
+    return TarResult(shard, write_ledger(ledger), symbols, tuple(ids))
+
+
+def _decode(sample: Sample, job: TarJob) -> Decoded:
+    """Decode a sample. Raises AudioError if it cannot be trained on."""
+    decoded = decode_native(sample.audio, prove=True)
+    if len(decoded.sound) > job.limit_sec * SAMPLE_RATE:
+        raise AudioError(f"longer than {job.limit_sec:g} s: `build` splits long recordings")
+    if job.split == "train":
+        alphabet = alphabet_of(job.track)
+        if not sample.text:
+            raise AudioError("no label")
+        if foreign := foreign_symbols(sample.text, alphabet):
+            raise AudioError(f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}")
+        if ctc_frames_needed(sample.text) > frame_count(len(decoded.sound)):
+            raise AudioError("label needs more frames than the clip has")
+        if is_constant(decoded.pcm):
+            raise AudioError("constant signal with a label")
+    return decoded
+
+
+def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
+    """Of each sample of a tar its key, and the bytes from its first header to the end of its last member's padding."""
+    key, start, end = "", 0, 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
+            for info in tar:
+                check_member(info, len(data))
+                name, _ = split_name(info.name) if info.isfile() else ("", "")
+                if not name:
+                    continue
+                if name != key and key:
+                    yield key, start, end
+                if name != key:
+                    key, start = name, info.offset
+                end = info.offset_data + info.size + -info.size % BLOCK
+            rest = data[tar.offset :]  # where the headers end, at the archive's end or at one that is damaged
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+        raise ShardError(f"{where}: not a whole tar: {error}", "copy it again") from error
+    if rest.strip(b"\0"):
+        raise ShardError(f"{where}: there is no header at byte {len(data) - len(rest)}",
+                         "copy it again; or are several tars joined in it?")  # fmt: skip
+    if len(rest) < len(END_OF_ARCHIVE):
+        raise ShardError(f"{where}: the end-of-archive block is missing", "copy it again")
+    if key:
+        yield key, start, end
+
+
+def _utterance(key: str, job: TarJob, sample: Sample | None) -> Utterance:
+    """What the ledger says of a sample."""
+    said = sample or Sample(key, b"", "", "", key)
+    corpus = said.corpus or job.url.rstrip("/").rpartition("/")[2]
+    return Utterance(said.utterance_id, said.child_id, said.session_id, "", corpus, f"{job.name}/{key}", None,
+                     said.age_bucket, "", None, said.text)  # fmt: skip
+
+
+def _check_names(url: str, kind: str, names: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Raise ShardError if two samples of some (tar, names) have one name."""
+    seen: dict[str, str] = {}
+    for tar, its in names:
+        for name in its:
+            if same_name(name) in seen:
+                hint = f"every sample needs a {kind} of its own"
+                raise ShardError(f"{url}: the {kind} {name!r} is in {seen[same_name(name)]} and in {tar}", hint)
+            seen[same_name(name)] = tar
+
+
+def _is_disjoint(shards: Sequence[Shard]) -> bool:
+    """Whether every sample names its child, and no child is both trained and validated on."""
+    children = {split: {one.child_id for shard in shards if shard.entry.split == split for one in shard.who}
+                for split in ("train", "valid")}  # fmt: skip
+    return not children["train"] & children["valid"] and "" not in children["train"] | children["valid"]

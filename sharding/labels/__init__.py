@@ -1,0 +1,1 @@
+"""The alphabet and the normal form of labels."""

@@ -1,0 +1,1 @@
+"""What became of every clip: the ledger, its summary, tables and plots."""

@@ -1,0 +1,172 @@
+"""What a shard set holds: tables, made of its indexes alone, and plots, which need the audio too."""
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from tqdm import tqdm
+
+from sharding.audio.codec import SAMPLE_RATE, decode
+from sharding.errors import AudioError, ShardError
+from sharding.files.names import UNKNOWN, age_order
+from sharding.pool import Workers, count_done
+from sharding.shardset.index import ShardIndex, read_listed
+from sharding.shardset.schema import SPLITS, ShardEntry
+from sharding.shardset.store import Reader, Store, open_store
+from sharding.shardset.verify import check_shard
+
+GROUPINGS = {  # table → the columns of a clip that it is grouped by
+    "by_split": ["split"],
+    "by_bucket": ["split", "bucket", "from_sec", "to_sec"],
+    "by_corpus": ["corpus"],
+    "by_age": ["age_bucket"],
+    "totals": ["total"],
+}
+COLUMNS = {  # column → its head and its format in a terminal
+    "samples": ("samples", ",.0f"),
+    "children": ("children", ",.0f"),
+    "hours": ("hours", ",.2f"),
+    "mean_seconds": ("mean s", ".2f"),
+    "symbols": ("symbols", ",.0f"),
+    "symbols_per_second": ("symbols/s", ".2f"),
+    "shards": ("shards", ",.0f"),
+    "mb": ("MB", ",.1f"),
+    "padding": ("padding", ".1%"),
+}
+PLOTS = ("durations.png", "symbols_per_second.png", "loudness.png", "symbols.png")
+SILENCE_DB = -100.0  # stands for digital silence, whose level is -∞; steps of 16 bits are at -90 dB
+Tables = dict[str, pd.DataFrame]
+
+
+def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
+    """A row for each sample, in the order of `index.samples`. Raises ShardError that names a damaged shard index."""
+    shards = tqdm(index.shards, desc="reading", unit="shard", delay=1)
+    who = [row for shard in shards for row in read_listed(store, shard).who]
+    samples, ends = index.samples, {split: np.array(index.bucket_ends(split)) for split in SPLITS}
+    buckets = np.array([shard.bucket for shard in index.shards], np.int64)[samples["shard"]]
+    splits = np.array([shard.split for shard in index.shards], object)[samples["shard"]]
+    ages = [row.age_bucket or UNKNOWN for row in who]
+    seconds = samples["samples"] / SAMPLE_RATE
+    return pd.DataFrame(
+        {
+            "total": pd.Categorical(["total"] * len(who), ["total"]),  # a category has its row even without a clip
+            "split": pd.Categorical(splits, SPLITS),
+            "bucket": buckets,
+            "from_sec": np.array([0.0, *index.duration_bins])[buckets],
+            "to_sec": [ends[split][bucket] for split, bucket in zip(splits, buckets, strict=True)],
+            "corpus": [row.corpus or UNKNOWN for row in who],
+            "age_bucket": pd.Categorical(ages, sorted(set(ages), key=age_order)),
+            "child_id": [row.child_id or None for row in who],
+            "shard": samples["shard"],
+            "bytes": samples["bytes"].astype(np.int64),
+            "seconds": seconds,
+            "symbols": samples["label_length"].astype(np.int64),
+            "labelled_seconds": np.where(samples["label_length"] > 0, seconds, 0.0),
+        }
+    )
+
+
+def tabulate_clips(clips: pd.DataFrame) -> Tables:
+    """What the clips add up to, by each of GROUPINGS.
+
+    Samples, hours, symbols and MB of the groups sum to the total. Children and shards are counted wherever they have
+    a clip, so they may sum to more. Symbols per second are those of the clips that have a label of their own.
+    """
+    return {name: _sum_up(clips, columns) for name, columns in GROUPINGS.items()}
+
+
+def _sum_up(clips: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    groups = clips.groupby(columns, observed=len(columns) > 1)  # an empty split is shown, an empty bucket is not
+    sums = groups[["seconds", "labelled_seconds", "to_sec", "symbols", "bytes"]].sum()
+    samples = groups.size()
+    return pd.DataFrame(
+        {
+            "samples": samples,
+            "children": groups["child_id"].nunique(),
+            "hours": sums["seconds"] / 3600,
+            "mean_seconds": sums["seconds"] / samples,
+            "symbols": sums["symbols"],
+            "symbols_per_second": sums["symbols"] / sums["labelled_seconds"],
+            "shards": groups["shard"].nunique(),
+            "mb": sums["bytes"] / 2**20,
+            "padding": (1 - sums["seconds"] / sums["to_sec"]).clip(lower=0),  # rounding makes -1e-16 of an exact fit
+        }
+    )
+
+
+def to_json(tables: Tables) -> str:
+    """The tables as one JSON object: a list of rows for each, and the totals; null where nothing is known."""
+    document: dict[str, Any] = {
+        name: json.loads(table.reset_index().to_json(orient="records", double_precision=6))
+        for name, table in tables.items()
+    }
+    totals = {name: value for name, value in document.pop("totals")[0].items() if name in COLUMNS}
+    return json.dumps({"totals": totals} | document, ensure_ascii=False, indent=1)
+
+
+def render(tables: Tables) -> str:
+    """The tables as a person reads them in a terminal."""
+    heads = [head for head, _ in COLUMNS.values()]
+    blocks = [
+        [["split", *heads], *_cells(tables["by_split"]), *_cells(tables["totals"])],
+        [["split, bucket", *heads], *_cells(tables["by_bucket"])],
+        [["corpus", *heads], *_cells(tables["by_corpus"])],
+        [["age", *heads], *_cells(tables["by_age"])],
+    ]
+    columns = zip(*(row for block in blocks for row in block), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for block in blocks:
+        for name, *cells in block:
+            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *aligned]))
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _cells(table: pd.DataFrame) -> list[list[str]]:
+    """The name of each row, and its numbers as text."""
+    formats = [spec for _, spec in COLUMNS.values()]
+    rows = []
+    for key, values in zip(table.index, table[list(COLUMNS)].to_numpy(float), strict=True):
+        name = f"{key[0]:<10} {key[2]:.1f}–{key[3]:.1f} s" if isinstance(key, tuple) else str(key)
+        cells = ["–" if math.isnan(value) else f"{value:{spec}}" for value, spec in zip(values, formats, strict=True)]
+        rows.append([name, *cells])
+    return rows
+
+
+# --- what needs the audio ---------------------------------------------------------------------------------------
+
+
+def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> None:
+    """Write PLOTS to `out`. Every clip is decoded once, a shard at a time in each worker."""
+    from sharding.report import plots  # brings matplotlib, which is slow to import
+
+    durations, rates, loudness, symbols = PLOTS
+    out.write(durations, plots.plot_durations(index))  # the two that need no audio first: is `out` a place to write?
+    out.write(rates, plots.plot_symbol_rates(index))
+    jobs = [(store.url, shard, index.track) for shard in index.shards]
+    with Workers(workers) as pool:
+        measured = pool.map(measure_shard, jobs, [shard.count for shard in index.shards], "measuring")
+    levels = np.concatenate([np.zeros(0), *(levels for levels, _ in measured)])  # (N,), in the order of index.samples
+    out.write(loudness, plots.plot_loudness(index, levels))
+    out.write(symbols, plots.plot_symbols(index, sum((counts for _, counts in measured), Counter())))
+
+
+def measure_shard(job: tuple[str, ShardEntry, str]) -> tuple[npt.NDArray[np.float64], Counter[str]]:
+    """The level of each clip of a shard, dBFS, and how often each symbol stands in its labels."""
+    store, shard, track = open_store(job[0]), *job[1:]
+    levels, counts = [], Counter[str]()
+    for sample in check_shard(store, read_listed(store, shard), track):
+        count_done()
+        try:
+            waveform, _ = decode(sample.audio)
+        except AudioError as error:
+            raise ShardError(f"{store.url}/{shard.name}: {sample.key}: {error.message}") from error
+        levels.append(10 * math.log10(max(float(np.mean(waveform**2)), 10 ** (SILENCE_DB / 10))))
+        counts.update(sample.text)
+    return np.array(levels), counts

@@ -1,0 +1,1 @@
+"""Split long recordings at pauses, and decide which words each segment gets."""

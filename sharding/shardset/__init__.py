@@ -1,0 +1,1 @@
+"""The shard set on disk or in a bucket: samples, indexes, stores."""

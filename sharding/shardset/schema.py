@@ -1,0 +1,166 @@
+"""What the index documents of a shard set say, as types that they are held against when they are read."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import FailFast, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from sharding.audio.codec import SAMPLE_RATE
+from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Share, Size
+
+FOREIGN = "written by others"  # marks the settings of such a set
+SPLITS = ("train", "valid", "unlabelled")
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
+Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One row of index.json: what a shard must turn out to be."""
+
+    __pydantic_config__ = STRICT
+
+    name: str  # train/b03-00017.tar
+    split: Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
+    bucket: Count
+    count: Count
+    bytes: Size
+    samples: Size  # audio samples at 16 kHz, all clips together
+    checksum: Checksum  # of the whole tar
+    idx_checksum: Checksum | Literal[""] = ""  # of its .idx.zst
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+
+_SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
+class _BuildSettings(TypedDict, total=False):
+    """An older set lacks some."""
+
+    limit_sec: Annotated[Number, Field(ge=0.01, le=86_400)]
+    valid_fraction: Share
+    num_buckets: Annotated[Count, Field(ge=1, le=100)]
+    shard_mb: Annotated[Number, Field(ge=0.0001, le=65_536)]
+    min_shards: Annotated[Count, Field(ge=1, le=100_000)]
+    track: Literal["phonetic", "word"]
+    group_by: str
+    min_confidence: Share
+    wrong_share: Share
+    min_evidence: Annotated[Number, Field(ge=-1_000, le=1_000)]
+    alignments: str
+
+
+_ForeignSettings = TypedDict("_ForeignSettings", {"valid": list[str], "written by others": Literal[True]}, total=False)
+
+
+class _Settings(_BuildSettings, _ForeignSettings):
+    """Of a build, or of tars that others wrote."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+
+class _Validation(TypedDict):
+    disjoint_by_speaker: Annotated[bool, Field(strict=True)]
+    stand_in: _SpeakerHash | None
+    spared: NotRequired[list[_SpeakerHash]]  # an older set has none
+    clips: Size
+    rejected: Size
+
+
+class _Notes(TypedDict):
+    clips: Size
+    rejected: Size
+    validation: _Validation
+
+
+class _Sounds(TypedDict):
+    alphabet: str
+    max_gap: Number
+    values: str
+
+
+class _SamplesDocument(TypedDict):
+    name: str
+    count: Size
+    checksum: Checksum
+
+
+class Outline(TypedDict):
+    """What every version of an index has."""
+
+    version: int
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class IndexDocument:
+    """index.json as it is written."""
+
+    __pydantic_config__ = STRICT
+
+    version: int
+    sample_rate: Literal[16_000]
+    duration_bins: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], FailFast(), Field(min_length=1)]
+    settings: _Settings
+    settings_hash: Digest
+    sources_hash: str
+    notes: _Notes
+    samples: _SamplesDocument
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
+    digest: Digest
+    base: Digest = ""
+    sounds: _Sounds | None = None
+
+
+class _Columns(TypedDict):
+    """Those of SAMPLE_DTYPE without the shard's number."""
+
+    offset: Annotated[list[Size], FailFast()]
+    bytes: Annotated[list[Count], FailFast()]
+    samples: Annotated[list[Count], FailFast()]
+    label_length: Annotated[list[Count], FailFast()]
+    checksum: Annotated[list[Hash], FailFast()]
+
+
+class _WhoColumns(TypedDict):
+    """The fields of `Who`."""
+
+    corpus: Annotated[list[str], FailFast()]
+    age_bucket: Annotated[list[str], FailFast()]
+    child_id: Annotated[list[str], FailFast()]
+
+
+@dataclass(frozen=True)
+class ShardDocument:
+    """`<shard>.idx.zst` as it is written."""
+
+    __pydantic_config__ = STRICT
+
+    shard: ShardEntry
+    made_of: str
+    refused: dict[str, str]
+    keys: Annotated[list[str], FailFast()]
+    who: _WhoColumns
+    columns: _Columns
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+
+
+OUTLINE, INDEX, SHARD = TypeAdapter(Outline), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
+
+
+def check_document(document: IndexDocument) -> None:
+    """Raise DocumentError if what an index says in one place does not go with what it says in another."""
+    bins, shards = document.duration_bins, document.shards
+    if list(bins) != sorted(bins):
+        raise DocumentError(f"'duration_bins' are {list(bins)}, and do not rise")
+    for number, shard in enumerate(shards):
+        if shard.bucket >= len(bins):
+            raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)}")
+    if len({shard.name for shard in shards}) != len(shards):
+        raise DocumentError("a shard is listed twice")
+    if sum(shard.count for shard in shards) != document.samples["count"]:
+        raise DocumentError(f"'samples.count' is {document.samples['count']}, the shards' own make another")

@@ -1,0 +1,1 @@
+"""Read corpora as people have them: transcripts, folders, archives; make a synthetic one."""

@@ -1,0 +1,194 @@
+"""A transcripts file as JSON Lines, whatever the user has: JSON Lines, CSV or TSV, plain or compressed.
+
+Everything is read to its end: a file that was cut short on its way here is told, not taken for a shorter one.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import string
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from sharding.errors import ManifestError
+from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, most_of, open_regular
+
+READ_BYTES = 2**20
+ROW_BYTES = 16  # of a line that is a row, at least
+TABLE_TIMES = 30  # a table's size: the most that rows of empty cells take, which repeat their columns' names
+FREELY = 2**25  # bytes to unpack to, whatever the ratio: tables of a few words shrink a thousandfold
+SEARCH_BYTES = 2**22  # looked at together: of bare line ends, numbers take eight times as much
+BLANK = np.isin(np.arange(256), np.frombuffer(string.whitespace.encode(), np.uint8))  # by byte
+DELIMITERS = (",", ";", "\t")  # of a CSV; Excel writes the second where the comma is for decimals
+HEADER_BYTES = 2**16  # in which the delimiter is looked for
+NOT_UTF8 = "a table is expected in UTF-8; in Excel: save as CSV UTF-8"
+NOT_A_TABLE = "a header is expected, then rows of as many cells, every quote closed, in UTF-8"
+
+
+class Lines(NamedTuple):
+    """One JSON object per line."""
+
+    text: bytes
+    starts: npt.NDArray[np.int64]  # (rows,) where each row's line begins
+    ends: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]  # of the lines in the user's file, from 1
+
+
+def is_table(path: Path) -> bool:
+    return _bare_suffix(path) in (".csv", ".tsv")
+
+
+def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
+    """The rows of a transcripts file; of a table, `number_columns` become numbers. Raises ManifestError."""
+    try:
+        with open_regular(path) as file:
+            data = _read_whole(_unpack(file, path.suffix.lower()), os.fstat(file.fileno()).st_size)
+    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+        raise ManifestError(f"{path}: damaged ({error})", "it may not have been copied whole") from error
+    except DocumentError as error:
+        raise ManifestError(f"{path}: {error}", "is it a transcripts file?") from error
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror or error}") from error
+    if is_table(path):
+        text, numbers = _read_table(path, data, number_columns)
+        lines = _find_lines(text)._replace(numbers=numbers)
+    else:
+        lines = _find_lines(data)
+    for row in np.flatnonzero(lines.ends - lines.starts > LINE_BYTES)[:1]:
+        raise ManifestError(f"{path}:{lines.numbers[row]}: a row of more than {LINE_BYTES:,} bytes")
+    return lines
+
+
+def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
+    """Join what a file of so many bytes unpacks to. Raises DocumentError for a bomb, and for a line without an end."""
+    whole, line = io.BytesIO(), 0  # where the last line begins; what a BytesIO holds is not copied when it is taken
+    for part in parts:
+        size = whole.tell() + len(part)
+        if size > max(FREELY, most_of(packed)):
+            raise DocumentError(f"its {packed:,} bytes unpack to more than {whole.tell():,}")
+        end = max(part.rfind(b"\n"), part.rfind(b"\r"))
+        line = line if end < 0 else whole.tell() + end
+        if size - line > LINE_BYTES + READ_BYTES:
+            raise DocumentError(f"it has a line of more than {LINE_BYTES:,} bytes")
+        whole.write(part)
+    return whole.getvalue()
+
+
+def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
+    if suffix == ".zst":
+        yield from _unpack_zstd(file)
+        return
+    unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+    while part := unpacked.read(READ_BYTES):
+        yield part
+
+
+def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    """Frame after frame; zstandard's own stream reader ends without a word where a frame is cut short."""
+    frame, whole = zstandard.ZstdDecompressor().decompressobj(), True
+    while data := file.read(PIECE_BYTES):
+        while data:
+            yield frame.decompress(data)
+            whole, data = frame.eof, frame.unused_data
+            if whole:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+    if not whole:
+        raise EOFError("the last frame is cut short")
+
+
+def _bare_suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".zst")), "")
+
+
+def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows and their lines.
+
+    What parts the cells of a CSV, its header tells.
+    """
+    csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
+    file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    plain = _bare_suffix(path) == ".tsv"
+    reader = csv.reader(
+        file,
+        delimiter="\t" if plain else _find_delimiter(data),
+        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+        strict=not plain,
+        skipinitialspace=not plain,
+    )
+    text, numbers, start = io.BytesIO(), [], 1
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        twice = [name for name, count in Counter(names).items() if name and count > 1]
+        if twice:
+            raise csv.Error(f"column {twice[0]!r} is there twice")
+        start = reader.line_num + 1
+        for cells in reader:
+            if len(cells) not in (0, len(names)):
+                parted = f"parted by {reader.dialect.delimiter!r}"
+                raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}, {parted}")
+            if cells:  # else a blank line
+                row = {name: _number(cell) if name in number_columns else cell
+                       for name, cell in zip(names, cells, strict=True)}  # fmt: skip
+                text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                numbers.append(start)
+                if text.tell() > max(FREELY, most_of(len(data), TABLE_TIMES)):
+                    raise csv.Error(f"its {len(names):,} columns repeat {len(numbers):,} times")
+            start = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_UTF8) from error
+    except csv.Error as error:
+        raise ManifestError(f"{path}:{start}: not a table: {error}", NOT_A_TABLE) from error
+    return text.getvalue(), np.array(numbers, np.int64)
+
+
+def _find_delimiter(data: bytes) -> str:
+    """Return what parts the header of a CSV into the most cells; the first of them where that is as many."""
+    header = data[:HEADER_BYTES].partition(b"\n")[0].partition(b"\r")[0]
+    line = header.decode("utf-8-sig", "replace")
+    return max(DELIMITERS, key=lambda each: len(next(csv.reader([line], delimiter=each, skipinitialspace=True), [])))
+
+
+def _number(cell: str) -> float | str | None:
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell  # refused, with its place, by whoever expects a number
+
+
+def _undecodable_line(data: bytes) -> int:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return data.count(b"\n", 0, error.start) + 1
+    raise AssertionError("unreachable")
+
+
+def _find_lines(text: bytes) -> Lines:
+    """Start, end and number of every line that is not blank."""
+    found = [np.zeros((3, 0), np.int64)]
+    position, before = 0, 0
+    while position < len(text):
+        stop = text.find(b"\n", min(position + SEARCH_BYTES, len(text)) - 1) + 1 or len(text)
+        part = np.frombuffer(text, np.uint8, stop - position, position)
+        ends = np.flatnonzero(part == ord("\n"))
+        if part[-1] != ord("\n"):
+            ends = np.append(ends, len(part))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        lengths = ends - starts
+        filled = lengths > 0
+        if (lengths[filled] < ROW_BYTES).any():
+            filled &= np.logical_or.reduceat(~BLANK[part], starts) | (lengths >= ROW_BYTES)
+        rows = np.flatnonzero(filled)
+        found.append(np.stack([starts[rows] + position, ends[rows] + position, rows + before + 1]))
+        position, before = stop, before + len(ends)
+    return Lines(text, *np.concatenate(found, axis=1))

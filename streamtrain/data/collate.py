@@ -1,0 +1,110 @@
+"""Samples become a `Batch`: decoded, normalised, padded. A clip that fails to decode becomes a silent row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sharding.audio.codec import MIN_SAMPLES, decode_native
+from sharding.errors import AudioError
+from sharding.shardset.sample import Sample
+from streamtrain.data.augment import change_speed, length_at
+from streamtrain.model.inference import zero_mean_unit_variance
+from streamtrain.data.plan import Sounds
+from streamtrain.model.vocab import Vocab
+
+SILENT_SAMPLES = 4 * MIN_SAMPLES  # of a row that stands for no clip
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. B clips, S samples of the longest, L symbols of the longest label."""
+
+    inputs: torch.Tensor  # (B, S) float32, zero beyond each clip
+    input_lengths: torch.Tensor  # (B,) int64, samples
+    targets: torch.Tensor  # (B, L) int64
+    target_lengths: torch.Tensor  # (B,) int64, symbols
+    weights: torch.Tensor  # (B,) float32, 1 for a clip, 0 for a silent row
+    keys: tuple[str, ...]  # "" for a silent row that stands for no clip
+    failed: tuple[str, ...] = ()  # keys of clips that did not decode
+    crowded: tuple[str, ...] = ()  # keys of clips whose labels need more frames than the model makes of them
+    time_mask: torch.Tensor | None = None  # (B, T) bool, frames that training hides from the encoder
+    feature_mask: torch.Tensor | None = None  # (B, H) bool, features that it hides
+
+    def to(self, device: torch.device) -> "Batch":
+        """On a device; lengths and weights stay where the loss is prepared, on CPU."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            inputs=move(self.inputs),
+            targets=move(self.targets),
+            time_mask=None if self.time_mask is None else move(self.time_mask),
+            feature_mask=None if self.feature_mask is None else move(self.feature_mask),
+        )
+
+
+def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: bool) -> Batch:
+    """Decode and pad. A clip that has another length than the planned one is silenced, as one that does not decode.
+
+    No sample at all makes one silent row, so that every rank runs as many forwards as the others.
+    """
+    lengths = sounds.lengths.tolist()
+    inputs = np.zeros((max(len(samples), 1), max(lengths, default=SILENT_SAMPLES)), np.float32)
+    failed = []
+    heard = zip(lengths, sounds.speeds.tolist(), sounds.gains.tolist(), strict=True)
+    for row, sample, (length, speed, gain) in zip(inputs, samples, heard, strict=bool(samples)):
+        waveform = row[:length]
+        if not _decode_into(waveform, sample.audio, speed, gain):
+            failed.append(sample.key)
+        elif normalize:
+            waveform[:] = zero_mean_unit_variance(waveform)
+    texts = [vocab.encode(sample.text) for sample in samples] or [[]]
+    targets = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for target, text in zip(targets, texts, strict=True):
+        target[: len(text)] = text
+    keys = tuple(sample.key for sample in samples) or ("",)
+    broken = {"", *failed}
+    return Batch(
+        inputs=torch.from_numpy(inputs),
+        input_lengths=torch.tensor(lengths or [inputs.shape[1]]),
+        targets=torch.from_numpy(targets),
+        target_lengths=torch.tensor([len(text) for text in texts]),
+        weights=torch.tensor([float(key not in broken) for key in keys]),
+        keys=keys,
+        failed=tuple(failed),
+    )
+
+
+def silence_crowded(batch: Batch, frames: torch.Tensor) -> Batch:
+    """Give no weight to clips whose label their `frames` (B,) cannot spell: CTC's loss of it would be infinite.
+
+    It takes a frame for each symbol, and one for a blank between equal neighbours.
+    """
+    symbols = torch.arange(1, max(batch.targets.shape[1], 1)) < batch.target_lengths[:, None]  # but the first
+    blanks = (symbols & (batch.targets[:, 1:] == batch.targets[:, :-1])).sum(1)
+    crowded = (batch.weights > 0) & (batch.target_lengths + blanks > frames)
+    if not crowded.any():
+        return batch
+    keys = tuple(key for key, one in zip(batch.keys, crowded.tolist(), strict=True) if one)
+    return replace(batch, weights=batch.weights * ~crowded, crowded=keys)
+
+
+def _decode_into(waveform: np.ndarray, audio: bytes, speed: float, gain: float) -> bool:
+    """Fill a waveform with the sound, unless it does not decode or has another length."""
+    try:
+        sound, is_int16, _ = decode_native(audio)
+    except AudioError:
+        return False
+    if length_at(len(sound), speed) != len(waveform):
+        return False
+    scale = np.float32(gain * (2**-15 if is_int16 else 1))
+    if speed != 1:
+        sound = change_speed(sound.astype(np.float32), speed)
+    np.multiply(sound, scale, out=waveform)
+    return True

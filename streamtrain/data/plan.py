@@ -1,0 +1,469 @@
+"""Decide which clips form which batch, for every step of an epoch. Arithmetic only: no files, no torch.
+
+The plan is a pure function of the index and a few numbers, so every rank computes the same one, knows the total number
+of steps before the first, and resumes at any step by looking it up.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from pydantic import ConfigDict, PositiveFloat, PositiveInt
+
+from streamtrain.config import Config
+from sharding.audio.codec import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
+from sharding.files.document import Count
+from sharding.errors import StreamtrainError
+from sharding.shardset.index import SampleTable, ShardIndex
+from streamtrain.data.augment import Floats, keyed_uniform, length_at
+
+PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips otherwise
+BLOCK_STEPS = 48  # batches of about equal size are brought together within so many steps
+
+Rows = npt.NDArray[np.int64]  # rows of ShardIndex.samples
+
+
+class PlanError(StreamtrainError):
+    """A plan that cannot be made; the message names what stands in the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """All that shapes an epoch, beside the index and the epoch's number."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    batch_seconds: PositiveFloat  # cap on clips × longest of a micro-batch
+    micro_batches_per_step: PositiveInt
+    window_shards: PositiveInt = 4
+    length_jitter: float = 0.004  # spread of the sort key, s
+    seed: int = 0
+    speed_factors: tuple[float, ...] = ()  # each clip is played at one of these
+    gain_db: float = 0.0  # and up to so much louder or softer
+
+    @classmethod
+    def of(cls, config: Config) -> "PlanSettings":
+        """Return what of a configuration shapes an epoch."""
+        return cls(
+            batch_seconds=config.data.batch_seconds,
+            micro_batches_per_step=config.train.micro_batches_per_step,
+            window_shards=config.data.window_shards,
+            length_jitter=config.data.length_jitter,
+            seed=config.train.seed,
+            speed_factors=tuple(config.data.speed_factors),
+            gain_db=config.data.gain_db,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Sounds:
+    """How the clips of a micro-batch are to be heard."""
+
+    lengths: Rows  # (clips,) samples at 16 kHz, at that speed
+    speeds: Floats  # (clips,) 1: as recorded
+    gains: Floats  # (clips,) factors
+
+    @classmethod
+    def as_recorded(cls, lengths: Rows) -> "Sounds":
+        ones = np.ones(len(lengths))
+        return cls(lengths, ones, ones)
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """Step s consists of micro-batches s·M … s·M + M − 1; micro-batch b of `rows[starts[b]:starts[b + 1]]`."""
+
+    rows: Rows  # (clips,)
+    starts: Rows  # (steps · M + 1,)
+    micro_batches_per_step: int
+    label_characters: Rows  # (steps,) of the whole step
+    lengths: Rows  # (clips,) samples at 16 kHz, as heard, in the order of `rows`
+    speeds: Floats | None = None  # (clips,) likewise; None: as recorded
+    gains: Floats | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.label_characters)
+
+    @property
+    def hash(self) -> str:
+        """Equal on all ranks, or they would train on different epochs."""
+        state = xxhash.xxh3_128(self.rows.tobytes())
+        state.update(self.starts.tobytes())
+        state.update(self.micro_batches_per_step.to_bytes(8, "little"))
+        for drawn in (self.speeds, self.gains):
+            state.update(b"" if drawn is None else drawn.tobytes())
+        return state.hexdigest()
+
+    def micro_batch(self, step: int, *numbers: int) -> Rows:
+        """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none; or of several, one after another."""
+        return self.rows[self._places(step, numbers)]
+
+    def _places(self, step: int, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+        first = step * self.micro_batches_per_step
+        bounds = [(self.starts[first + number], self.starts[first + number + 1]) for number in numbers]
+        return np.concatenate([np.arange(start, end) for start, end in bounds])
+
+    def sounds(self, step: int, *numbers: int) -> Sounds:
+        """How the clips of one or several micro-batches are to be heard, in the order of their rows."""
+        here = self._places(step, numbers)
+        recorded = Sounds.as_recorded(self.lengths[here])
+        return Sounds(
+            recorded.lengths,
+            recorded.speeds if self.speeds is None else self.speeds[here],
+            recorded.gains if self.gains is None else self.gains[here],
+        )
+
+    @cached_property
+    def clips(self) -> npt.NDArray[np.int64]:
+        """Clips of each micro-batch, shape (steps, M)."""
+        return np.diff(self.starts).reshape(self.steps, self.micro_batches_per_step)
+
+    @cached_property
+    def longest(self) -> npt.NDArray[np.int64]:
+        """Samples of the longest clip of each micro-batch, shape (steps, M)."""
+        longest = np.zeros_like(self.clips)
+        filled = self.clips > 0
+        if filled.any():
+            longest[filled] = np.maximum.reduceat(self.lengths, self.starts[:-1][filled.ravel()])
+        return longest
+
+    @cached_property
+    def padded(self) -> npt.NDArray[np.int64]:
+        """Samples each micro-batch occupies, padding included, shape (steps, M)."""
+        padded: npt.NDArray[np.int64] = self.clips * self.longest
+        return padded
+
+    @cached_property
+    def true(self) -> npt.NDArray[np.int64]:
+        """Samples of speech in each micro-batch, shape (steps, M)."""
+        before = np.concatenate([[0], np.cumsum(self.lengths)])[self.starts]
+        return np.diff(before).reshape(self.steps, self.micro_batches_per_step)
+
+    @property
+    def padding(self) -> float:
+        """1 − true ÷ padded seconds."""
+        total = self.padded.sum()
+        return 1 - float(self.lengths.sum() / total) if total else 0.0
+
+    def rank_idle(self, world_size: int) -> float:
+        """Share of rank-time spent waiting for the slowest rank of each step, if time goes with padded seconds."""
+        check_world_size(world_size, self.micro_batches_per_step)
+        per_rank = self.padded.reshape(self.steps, -1, world_size).sum(axis=1)  # (steps, ranks)
+        total = (per_rank.max(axis=1) * world_size).sum() if self.steps else 0
+        return 1 - float(per_rank.sum() / total) if total else 0.0
+
+
+def valid_world_sizes(micro_batches_per_step: int) -> list[int]:
+    return [size for size in range(1, micro_batches_per_step + 1) if micro_batches_per_step % size == 0]
+
+
+def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
+    """Raises PlanError where the ranks do not divide the micro-batches of a step."""
+    if world_size < 1 or micro_batches_per_step % world_size:
+        valid = ", ".join(map(str, valid_world_sizes(micro_batches_per_step)))
+        raise PlanError(
+            f"{world_size} ranks cannot share {micro_batches_per_step} micro-batches per step evenly",
+            f"run {valid} ranks, or set train.micro_batches_per_step to a multiple of their number",
+        )
+
+
+def numbers_of_rank(rank: int, world_size: int, micro_batches_per_step: int) -> range:
+    """Which micro-batches of a step a rank computes: every `world_size`-th. All ranks have equally many."""
+    check_world_size(world_size, micro_batches_per_step)
+    return range(rank, micro_batches_per_step, world_size)
+
+
+def forwards_of(
+    plan: EpochPlan, step: int, world_size: int, device_batch_seconds: float | None
+) -> list[list[list[int]]]:
+    """Which of its micro-batches each rank runs merged in one forward: numbers[rank][forward], equally many for each.
+
+    As few forwards as all ranks can do within clips × longest ≤ `device_batch_seconds`; None: one for each micro-batch.
+    """
+    per_step = plan.micro_batches_per_step
+    numbers = [list(numbers_of_rank(rank, world_size, per_step)) for rank in range(world_size)]
+    if device_batch_seconds is None:
+        return [[[number] for number in mine] for mine in numbers]
+    cap = round(device_batch_seconds * SAMPLE_RATE)
+    clips, longest = np.maximum(plan.clips[step], 1).tolist(), plan.longest[step].tolist()  # an empty one is a row too
+    merged = [_merge(sorted(mine, key=lambda number: -longest[number]), clips, longest, cap) for mine in numbers]
+    forwards = max(map(len, merged))
+    for groups in merged:
+        while len(groups) < forwards:
+            group = max(groups, key=len)
+            groups.append(group[len(group) // 2 :])
+            del group[len(group) // 2 :]
+    return merged
+
+
+def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -> list[list[int]]:
+    """Consecutive micro-batches, longest first, in the fewest groups within the cap."""
+    groups: list[list[int]] = []
+    rows = 0  # of the last group
+    for number in ordered:
+        rows += clips[number]
+        if groups and longest[groups[-1][0]] * rows <= cap:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+            rows = clips[number]
+    return groups
+
+
+def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Rows | None = None) -> EpochPlan:
+    """Every labelled clip of the training split exactly once, in steps of M micro-batches under the cap.
+
+    Rows that are `spent` are left out. Raises PlanError where a clip alone exceeds the cap, or where there is nothing
+    to train on.
+    """
+    lengths = index.samples["samples"]
+    cap = round(settings.batch_seconds * SAMPLE_RATE)
+    train = index.split("train")
+    if len(train) == 0:
+        raise PlanError("the shard set has no labelled training clips", "look at its report/summary.json")
+    longest = int(train[lengths[train].argmax()])
+    if lengths[longest] > cap:
+        raise PlanError(
+            f"a clip of {index.shards[index.samples['shard'][longest]].name} (row {longest} of the index) lasts "
+            f"{lengths[longest] / SAMPLE_RATE:.2f} s, data.batch_seconds is {settings.batch_seconds:g}",
+            "raise data.batch_seconds, or build the shards with a lower --limit-sec",
+        )
+    speeds = _draw_speeds(index.samples, cap, settings, epoch)
+    if speeds is not None:
+        lengths = length_at(lengths, speeds)
+    random = np.random.default_rng([settings.seed, epoch])
+    left = None
+    if spent is not None:
+        left = np.ones(len(lengths), bool)
+        left[spent] = False
+    cuts = [_cut_bucket(index, lengths, left, bucket, cap, settings, random) for bucket in _buckets(index)]
+    batches = _interleave([batches for batches in cuts if batches], random)
+    ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
+    rows = np.concatenate(ordered)
+    starts = np.concatenate([[0], np.cumsum([len(batch) for batch in ordered])])
+    labels = np.concatenate([[0], np.cumsum(index.samples["label_length"][rows], dtype=np.int64)])[starts]
+    return EpochPlan(
+        rows=rows,
+        starts=starts,
+        micro_batches_per_step=settings.micro_batches_per_step,
+        label_characters=np.diff(labels[:: settings.micro_batches_per_step]),
+        lengths=lengths[rows].astype(np.int64),
+        speeds=None if speeds is None else speeds[rows],
+        gains=_draw_gains(index.samples["checksum"][rows], settings, epoch),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How an epoch was planned at first, and how many of those steps were done before it was planned anew."""
+
+    settings: PlanSettings
+    steps: Count
+
+
+def plan_rest(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequence[Begun]) -> EpochPlan:
+    """An epoch whose first steps were planned otherwise, maybe more than once: it still has each clip once.
+
+    Its steps are those that are left.
+    """
+    spent = None
+    for before in begun:
+        plan = plan_epoch(index, before.settings, epoch, spent)
+        done = plan.rows[: plan.starts[before.steps * plan.micro_batches_per_step]]
+        spent = done if spent is None else np.concatenate([spent, done])
+    return plan_epoch(index, settings, epoch, spent)
+
+
+@dataclass(frozen=True, eq=False)
+class Uses:
+    """Which node needs which shard, and from which step to which: one row for each pair of them, by node and shard."""
+
+    node: Rows
+    shard: Rows  # row of ShardIndex.shards
+    first: Rows  # step
+    last: Rows
+
+    def of(self, node: int) -> "Uses":
+        here = self.node == node
+        return Uses(self.node[here], self.shard[here], self.first[here], self.last[here])
+
+
+def find_uses(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> Uses:
+    """Find when the ranks of each node need each shard, given the node of every rank; by default, all together."""
+    per_step = plan.micro_batches_per_step
+    batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
+    node = np.asarray(node_of)[batch % per_step % len(node_of)]
+    pair = node * len(index.shards) + index.samples["shard"][plan.rows]
+    pairs, first = np.unique(pair, return_index=True)
+    _, from_the_end = np.unique(pair[::-1], return_index=True)
+    last = len(pair) - 1 - from_the_end
+    node, shard = np.divmod(pairs, len(index.shards))
+    return Uses(node, shard, batch[first] // per_step, batch[last] // per_step)
+
+
+def meet_again(plan: EpochPlan, following: EpochPlan) -> float:
+    """Of the pairs of clips in one micro-batch of a plan, the share that the plan of the next epoch brings together."""
+    before, after = (
+        np.repeat(np.arange(len(each.starts) - 1), np.diff(each.starts))[np.argsort(each.rows)]  # batch of every clip
+        for each in (plan, following)
+    )
+    _, together = np.unique(before * len(following.starts) + after, return_counts=True)
+    sizes = np.diff(plan.starts)
+    pairs = int((sizes * (sizes - 1)).sum())
+    return float((together * (together - 1)).sum() / pairs) if pairs else 0.0
+
+
+def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seconds: float) -> list[Rows]:
+    """Every clip once, in batches of like lengths, longest first; the same for every world size.
+
+    A clip longer than the cap forms a batch of its own.
+    """
+    values = np.asarray(lengths, np.int64)
+    order = np.argsort(values, kind="stable")
+    return list(cut(order, values[order], round(batch_seconds * SAMPLE_RATE)))[::-1]
+
+
+def cut(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
+    """Cut consecutive rows into batches whose clips × longest stay within `cap` samples; a longer clip stands alone.
+
+    `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
+    """
+    start, limit = 0, first_cap or cap
+    while start < len(rows):
+        reach = start + limit // max(int(lengths[start]), 1) + 1  # the first clip alone bounds their number
+        running = np.maximum.accumulate(lengths[start:reach])
+        fits = int(np.searchsorted(running * np.arange(1, len(running) + 1), limit, "right"))
+        size = max(fits, 1)
+        yield rows[start : start + size]
+        start, limit = start + size, cap
+
+
+def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: int) -> Floats | None:
+    """The speed of every clip of the index in this epoch, shape (N,); None where all are heard as recorded.
+
+    A clip that would then exceed the cap, or be too short for CTC to emit its label for certain, stays as it is.
+    """
+    if not settings.speed_factors:
+        return None
+    drawn = keyed_uniform(samples["checksum"], "speed", settings.seed, epoch)
+    factors = np.array(settings.speed_factors)
+    speeds = factors[(drawn * len(factors)).astype(np.intp)]
+    lengths = length_at(samples["samples"], speeds)
+    return np.where((lengths <= cap) & ((speeds < 1) | _spells(lengths, samples)), speeds, 1.0)
+
+
+def _spells(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
+    """Tell whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
+    frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
+    needed: Rows = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
+    return frames >= needed
+
+
+def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Rows:
+    """Return the samples of each clip, shape (N,), at the fastest of the speeds at which an epoch may play it."""
+    shortest: Rows = samples["samples"].astype(np.int64)
+    for factor in speed_factors:
+        lengths = length_at(samples["samples"], factor)
+        shortest = np.where(_spells(lengths, samples), np.minimum(shortest, lengths), shortest)
+    return shortest
+
+
+def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch: int) -> Floats | None:
+    """By which factor each clip is louder in this epoch, even in decibels; None where none is."""
+    if settings.gain_db == 0:
+        return None
+    decibels = settings.gain_db * (2 * keyed_uniform(checksums, "gain", settings.seed, epoch) - 1)
+    gains: Floats = 10 ** (decibels / 20)
+    return gains
+
+
+def _buckets(index: ShardIndex) -> list[int]:
+    return sorted({shard.bucket for shard in index.shards if shard.split == "train"})
+
+
+def _cut_bucket(
+    index: ShardIndex,
+    clip_lengths: npt.NDArray[np.integer],
+    left: npt.NDArray[np.bool_] | None,
+    bucket: int,
+    cap: int,
+    settings: PlanSettings,
+    random: np.random.Generator,
+) -> list[Rows]:
+    """The batches of what is left of one bucket, window by window: only a few of its shards are in use at a time."""
+    shards = np.array([i for i, s in enumerate(index.shards) if (s.split, s.bucket) == ("train", bucket)])
+    counts = np.array([shard.count for shard in index.shards])
+    ends = np.cumsum(counts)  # the samples of a shard lie together in the index
+    shards = random.permutation(shards)
+    batches: list[Rows] = []
+    carried = np.zeros(0, np.int64)
+    position, direction = 0, 1
+    while position < len(shards):
+        window = [carried]
+        seconds = 0.0
+        # at least two steps' worth, so that tiny shards still make full batches
+        while position < len(shards) and (
+            len(window) <= settings.window_shards
+            or seconds < 2 * settings.micro_batches_per_step * settings.batch_seconds
+        ):
+            shard = shards[position]
+            rows = np.arange(ends[shard] - counts[shard], ends[shard])
+            window.append(rows if left is None else rows[left[rows]])
+            seconds += float(clip_lengths[window[-1]].sum(dtype=np.int64) / SAMPLE_RATE)  # as heard
+            position += 1
+        rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
+        if len(rows) == 0:
+            continue
+        lengths = clip_lengths[rows].astype(np.int64)
+        # Milliseconds change the company of short clips, which form the largest batches, and pad long ones hardly
+        noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))
+        order = np.argsort(lengths + noise, kind="stable")[::direction]
+        direction = -direction  # what a window leaves over is cut first in the next, and waits no longer
+        rows, lengths = rows[order], lengths[order]
+        first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
+        made = list(cut(rows, lengths, cap, first_cap))
+        carried = made.pop() if position < len(shards) else np.zeros(0, np.int64)  # not full: on to the next window
+        batches += [made[i] for i in random.permutation(len(made))]
+    return batches
+
+
+def _interleave(buckets: Sequence[list[Rows]], random: np.random.Generator) -> list[Rows]:
+    """All batches in one order in which the buckets advance evenly and so run out together."""
+    places = np.concatenate([(np.arange(len(batches)) + random.random()) / len(batches) for batches in buckets])
+    every = [batch for batches in buckets for batch in batches]
+    return [every[i] for i in np.argsort(places, kind="stable")]
+
+
+def _into_steps(
+    batches: list[Rows], lengths: npt.NDArray[np.integer], per_step: int, random: np.random.Generator
+) -> list[Rows]:
+    """Group batches of about equal size into steps, so that no rank waits long for another."""
+    block = BLOCK_STEPS * per_step
+    tail = max(len(batches) // block - 1, 0) * block  # a whole block and what is over it: enough to split
+    batches = batches[:tail] + _fill_up(batches[tail:], per_step)
+    sizes = np.array([len(batch) * int(lengths[batch].max()) if len(batch) else 0 for batch in batches])
+    ordered: list[Rows] = []
+    for start in range(0, len(batches), block):
+        by_size = start + np.argsort(sizes[start : start + block], kind="stable")
+        steps = by_size.reshape(-1, per_step)
+        ordered += [batches[i] for step in random.permutation(len(steps)) for i in random.permutation(steps[step])]
+    return ordered
+
+
+def _fill_up(batches: list[Rows], per_step: int) -> list[Rows]:
+    """Split the batches with most clips until M divides their number; with fewer clips than M, add empty ones."""
+    numbers = itertools.count()
+    heap = [(-len(batch), next(numbers), batch) for batch in batches]
+    heapq.heapify(heap)
+    while len(heap) % per_step and -heap[0][0] > 1:
+        _, _, batch = heapq.heappop(heap)
+        for half in (batch[::2], batch[1::2]):
+            heapq.heappush(heap, (-len(half), next(numbers), half))
+    whole = [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]  # in their order, halves last
+    return whole + [np.zeros(0, np.int64)] * (-len(whole) % per_step)

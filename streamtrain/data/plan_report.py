@@ -1,0 +1,211 @@
+"""What a run will cost, told from the index before anyone pays for it: steps, padding, idle ranks, reads, cache."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streamtrain.data.plan import PlanSettings
+from sharding.audio.codec import SAMPLE_RATE
+from sharding.errors import counted
+from sharding.shardset.index import ShardIndex, read_index, read_keys
+from sharding.shardset.store import open_store
+from sharding.files.writing import write, written
+from streamtrain.data.cache import RANGE_BYTES, STEPS_AHEAD, STEPS_BEHIND
+from streamtrain.config import load_config
+from streamtrain.data.plan import (
+    EpochPlan,
+    PlanError,
+    Uses,
+    check_world_size,
+    find_uses,
+    meet_again,
+    numbers_of_rank,
+    plan_epoch,
+    valid_world_sizes,
+)
+
+COLOURS = ("#33658a", "#86bbd8", "#5b8c5a", "#c8553d")
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What the run is to be run on."""
+
+    world_size: int = 1
+    ranks_per_node: int = 8
+    speed: float = 200.0  # seconds of speech that a rank trains on in a second
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    index: ShardIndex
+    shards: str
+    plan: EpochPlan
+    machines: Machines
+    uses: Uses
+    summary: dict[str, Any]
+
+
+def forecast(shards: str | None, config: str, overrides: Sequence[str], machines: Machines, epoch: int = 0) -> Forecast:
+    """Plan one epoch of the configured run. Raises StreamtrainError where it cannot be run so."""
+    if epoch < 0:
+        raise PlanError(f"epoch {epoch}: epochs are counted from 0")
+    settings = load_config(config, overrides)
+    shards = shards or settings.data.shards
+    index = read_index(open_store(shards))
+    per_step = settings.train.micro_batches_per_step
+    check_world_size(machines.world_size, per_step)
+    plan, next_plan = (plan_epoch(index, PlanSettings.of(settings), number) for number in (epoch, epoch + 1))
+    uses = find_uses(index, plan, [rank // machines.ranks_per_node for rank in range(machines.world_size)])
+    cap = round(settings.data.batch_seconds * SAMPLE_RATE)
+    seconds = float(plan.lengths.sum() / SAMPLE_RATE)
+    duration = seconds / (machines.world_size * machines.speed * (1 - plan.rank_idle(machines.world_size)))
+    sizes = _sizes(index)
+    nodes = math.ceil(machines.world_size / machines.ranks_per_node)
+    by_node = np.bincount(uses.node, sizes[uses.shard], nodes)
+    requests = np.bincount(uses.node, np.ceil(sizes[uses.shard] / RANGE_BYTES), nodes)
+    summary = {
+        "epoch": epoch,
+        "world_size": machines.world_size,
+        "nodes": nodes,
+        "steps_per_epoch": plan.steps,
+        "clips": len(plan.rows),
+        "hours": seconds / 3600,
+        "seconds_per_step": seconds / plan.steps,
+        "epoch_hours": duration / 3600,
+        "padding": plan.padding,
+        "fill": float(plan.padded.sum() / (plan.padded.size * cap)),
+        "rank_idle": plan.rank_idle(machines.world_size),
+        "over_cap": int((plan.padded > cap).sum()),
+        "meet_again": meet_again(plan, next_plan),
+        "other_speed": 0.0 if plan.speeds is None else float((plan.speeds != 1).mean()),
+        "bytes_per_node": int(by_node.max()),
+        "requests_per_second": float(requests.sum() / duration),
+        "requests_per_second_uncached": len(plan.rows) / duration,
+        "cache_gb_needed": max(live.max() for live in live_bytes(index, plan, uses, nodes)) / 2**30,
+        "world_sizes": valid_world_sizes(per_step),
+    }
+    return Forecast(index, shards, plan, machines, uses, summary)
+
+
+def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> list[npt.NDArray[np.float64]]:
+    """For each node, the bytes that its cache must hold at each step to fetch no shard twice, shape (steps,)."""
+    sizes, curves = _sizes(index)[uses.shard], []
+    for node in range(nodes):
+        here = uses.node == node
+        change = np.zeros(plan.steps + 1)
+        np.add.at(change, np.maximum(uses.first[here] - STEPS_AHEAD, 0), sizes[here])
+        np.add.at(change, np.minimum(uses.last[here] + STEPS_BEHIND + 1, plan.steps), -sizes[here])
+        curves.append(np.cumsum(change)[:-1])
+    return curves
+
+
+def render(summary: dict[str, Any], machines: Machines) -> str:
+    """The forecast as a person reads it in a terminal."""
+    sizes = ", ".join(map(str, summary["world_sizes"]))
+    nodes, clips = counted(summary["nodes"], "node"), counted(summary["clips"], "clip")
+    cache = _told_bytes(summary["cache_gb_needed"] * 2**30)
+    rows = [
+        ("steps", f"{summary['steps_per_epoch']:,} over {clips}, {_duration(summary['hours'])};"
+                  f" {summary['seconds_per_step']:,.0f} s of speech in each"),
+        ("micro-batches", f"{summary['fill']:.1%} full, {summary['over_cap']} over the cap;"
+                          f" {summary['padding']:.2%} of them is padding"),
+        ("shuffle", f"{summary['meet_again']:.1%} of the pairs of clips in a micro-batch meet again in the next epoch"),
+        ("ranks", f"{summary['world_size']:,} on {nodes}, idle {summary['rank_idle']:.2%};"
+                  f" possible are {sizes}"),
+        ("time", f"{_duration(summary['epoch_hours'])} an epoch, if a rank trains on {machines.speed:g} s of speech a"
+                 " second (--speed)"),
+        ("reads", f"{_told_bytes(summary['bytes_per_node'])} a node and epoch;"
+                  f" {summary['requests_per_second']:,.1f} requests/s in all,"
+                  f" without a cache {summary['requests_per_second_uncached']:,.0f} at most"),
+        ("cache", f"{cache} a node (data.cache_gb), to fetch each shard once"),
+    ]  # fmt: skip
+    if summary["other_speed"]:
+        said = f"{summary['other_speed']:.1%} of the clips are played at another; hours and seconds are as heard"
+        rows.insert(1, ("speed", said))
+    return f"epoch {summary['epoch']}\n" + "\n".join(f"  {name:<13}  {said}" for name, said in rows)
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
+
+
+def _told_bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
+def write_fetches(prediction: Forecast, out: Path) -> None:
+    """JSONL, a row for each node and shard: the steps at which it is needed first and last."""
+    uses, shards = prediction.uses, prediction.index.shards
+    columns = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
+    with written(out) as lines:
+        for node, shard, first, last in columns:
+            row = {"node": node, "shard": shards[shard].name, "first_step": first, "last_step": last}
+            lines.write(f"{json.dumps(row)}\n".encode())
+
+
+def write_keys(prediction: Forecast, out: Path) -> None:
+    """JSONL, a row per micro-batch: its step, its number, the rank that computes it, its keys."""
+    keys = read_keys(open_store(prediction.shards), prediction.index)
+    plan, world_size = prediction.plan, prediction.machines.world_size
+    with written(out) as lines:
+        for step in range(plan.steps):
+            for rank in range(world_size):
+                for number in numbers_of_rank(rank, world_size, plan.micro_batches_per_step):
+                    chosen = keys[plan.micro_batch(step, number)].tolist()
+                    row = {"step": step, "micro_batch": number, "rank": rank, "keys": chosen}
+                    lines.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+
+
+def plot(prediction: Forecast, out: Path) -> None:
+    """How even the steps are, what the cache of the first node holds, and when it needs which shard."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    plan, uses, index = prediction.plan, prediction.uses, prediction.index
+    padded = plan.padded / SAMPLE_RATE
+    edges = np.arange(plan.steps + 1) - 0.5  # a step is as wide as the number of it
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    even, cache, shards = figure.subplots(3, 1, sharex=True)
+    even.stairs(padded.max(axis=1), edges, baseline=padded.min(axis=1), fill=True, color=COLOURS[1],
+                label="shortest to longest micro-batch")  # fmt: skip
+    even.stairs(padded.mean(axis=1), edges, baseline=None, color=COLOURS[0], linewidth=0.8, label="mean")
+    even.set(title="padded seconds of the micro-batches of a step", ylim=(0, None))
+    even.legend(frameon=False, loc="lower right")
+    held = live_bytes(index, plan, uses, 1)[0]
+    unit, name = (2**30, "GiB") if held.max() >= 2**30 else (2**20, "MiB")
+    cache.stairs(held / unit, edges, baseline=None, color=COLOURS[2])
+    cache.set(title=f"what the cache of the first node must hold, {name}", ylim=(0, None))
+    here = np.flatnonzero(uses.node == 0)
+    here = here[np.lexsort((uses.last[here], uses.first[here]))]
+    spans = zip(uses.first[here].tolist(), uses.last[here].tolist(), strict=True)
+    lines = [((first - 0.5, y), (last + 0.5, y)) for y, (first, last) in enumerate(spans)]
+    buckets = np.array([shard.bucket for shard in index.shards])[uses.shard[here]]
+    bars = LineCollection(lines, linewidths=max(0.3, min(6.0, 180 / max(len(lines), 1))), cmap="viridis")
+    bars.set_array(buckets)
+    shards.add_collection(bars)
+    shards.set(title="shards of the first node, from first to last use", xlabel="step", xlim=(edges[0], edges[-1]))
+    shards.set_ylim(len(lines) - 0.5, -0.5)
+    for axis in (shards.xaxis, shards.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.colorbar(bars, ax=shards, label="bucket", location="right")
+    for axes in (even, cache, shards):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write(out, picture.getvalue())
+
+
+def _sizes(index: ShardIndex) -> npt.NDArray[np.float64]:
+    return np.array([shard.bytes for shard in index.shards], float)

@@ -1,0 +1,1 @@
+"""Score a model: exact corpus error rates, the scorecard, comparisons."""

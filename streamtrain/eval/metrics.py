@@ -1,0 +1,89 @@
+"""Edit counts between references and hypotheses, and what is said of them. Counts add up; the ratio is taken once."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from rapidfuzz.distance import Levenshtein
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from sharding.files.document import STRICT, Size
+
+Floats = npt.NDArray[np.float64]
+
+_words_alike = EnglishTextNormalizer()
+
+
+@dataclass(frozen=True, slots=True)
+class EditCounts:
+    __pydantic_config__ = STRICT
+
+    substitutions: Size = 0
+    deletions: Size = 0
+    insertions: Size = 0
+    reference_length: Size = 0
+
+    def __add__(self, other: "EditCounts") -> "EditCounts":
+        return EditCounts(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.reference_length + other.reference_length,
+        )
+
+    @property
+    def edits(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Edits ÷ reference length: CER of symbols, WER of words. Without any reference there is nothing to divide by:
+        0 if nothing was said, else 1 per symbol."""
+        return self.edits / self.reference_length if self.reference_length else float(self.edits)
+
+
+def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCounts:
+    """The fewest edits that turn the hypothesis into the reference: over symbols of strings, or words of lists."""
+    substitutions = deletions = insertions = 0
+    for operation in Levenshtein.editops(reference, hypothesis):
+        substitutions += operation.tag == "replace"
+        deletions += operation.tag == "delete"
+        insertions += operation.tag == "insert"
+    return EditCounts(substitutions, deletions, insertions, len(reference))
+
+
+def spoken_words(text: str) -> list[str]:
+    """The words of a sentence as the challenge compares them: by Whisper's English normaliser (Radford et al. 2022).
+
+    Cases, spellings, contractions, numbers and fillers count no longer; what stands in brackets is left out.
+    """
+    words: list[str] = _words_alike(text).split()
+    return words
+
+
+class Resampling:
+    """Speakers drawn anew, with replacement, again and again: clips of one speaker are alike, so they stay together."""
+
+    def __init__(self, speakers: Iterable[str], draws: int = 2000, seed: int = 0) -> None:
+        self.speakers = sorted(set(speakers))
+        count = len(self.speakers)
+        chosen = np.random.default_rng(seed).integers(max(count, 1), size=(draws, count))
+        # (draws, speakers): how often each is drawn
+        self.times = np.array([np.bincount(row, minlength=count) for row in chosen], np.float32)
+
+    def rates(self, edits: Floats, lengths: Floats) -> Floats:
+        """Pooled rates (draws, groups) of sums (speakers, groups); NaN where no speaker of a group was drawn."""
+        drawn = self.times @ (lengths + edits > 0)
+        return np.where(drawn > 0, (self.times @ edits) / np.maximum(self.times @ lengths, 1), np.nan)
+
+    def interval(self, values: Floats, level: float = 0.95) -> tuple[float, float] | None:
+        """Percentile interval (Efron 1979) of a value of each draw.
+
+        None where there are fewer than two speakers: one says nothing of how speakers differ.
+        """
+        known = values[~np.isnan(values)]
+        if len(self.speakers) < 2 or not len(known):
+            return None
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        return (float(low), float(high))

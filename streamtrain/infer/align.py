@@ -1,0 +1,192 @@
+"""A shard set's labels on the time line: each word of a recording, and which words lie before each cut of the build."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import torch
+import zstandard
+from tqdm import tqdm
+
+from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
+from sharding.errors import AudioError, ShardError, StreamtrainError
+from sharding.files.writing import written
+from sharding.segment.ctc_align import GAP_FRAMES, NEAR_FRAMES, AlignError, align, evidence_of, gaps_without, worst_gaps
+from sharding.shardset.index import ShardIndex, read_index
+from sharding.shardset.sample import Sample
+from sharding.shardset.store import Store, open_store
+from streamtrain.data.dataset import read_ahead
+from streamtrain.data.plan import plan_evaluation
+from streamtrain.distributed import World
+from streamtrain.infer.inputs import read_pieces, rows_of_recordings
+from streamtrain.model.ctc import CTCModel, count_frames
+from streamtrain.model.decode import join_pieces
+from streamtrain.model.inference import chunks_of, hear, usual_batch_seconds
+from streamtrain.model.pretrained import load_trained
+from streamtrain.run_status import warn_unless_finished
+
+WINDOW_SEC = 20.0  # of a long recording are heard at a time …
+CONTEXT_SEC = 2.5  # … with these on either side, of which nothing is told
+WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
+READERS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A recording with its whole label, put together from its pieces."""
+
+    utterance_id: str
+    text: str
+    waveform: Waveform
+    cuts: tuple[int, ...]  # samples at which its pieces begin, but for the first
+    error: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return len(self.waveform) / SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of a recording that is heard at once: samples, and which frames of it are kept, to lie where."""
+
+    recording: int
+    start: int
+    end: int
+    skip: int  # frames of context
+    first: int  # frame of the recording
+    frames: int
+
+
+def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: float | None = None) -> int:
+    """Write a JSONL row, compressed, for each recording that has a label; returns how many there are.
+
+    Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, the probability that
+    both lie within 60 ms, its `evidence`, by how many nats the label is likelier with it than without it, and its
+    `order`, by how many it is likelier than with this word and the next the other way round), `cuts`
+    (each with its second, the likeliest number of words before it, the probability of that, and the probability that it
+    falls `inside` a word), `pieces` (for each what lies between the cuts: how much likelier, in nats, what is heard is
+    than the label in the half second where they differ most), `without` (the same around some of its words, had the
+    label left them out: what wrong labels look like to this model), `log_prob` (of the label, for each frame, beside
+    the best path there is), `error`.
+    """
+    store = open_store(shards)
+    index = read_index(store)
+    model = load_trained(model_folder).to(World().device)
+    warn_unless_finished(model_folder)
+    if model.vocab.track != index.track:
+        raise StreamtrainError(
+            f"the model writes the {model.vocab.track} track, the labels are of the {index.track} track",
+            "align with a model of the same track",
+        )
+    seconds = batch_seconds or usual_batch_seconds(model)
+    groups = list(rows_of_recordings(store, index))
+    count = 0
+    loaded = read_ahead(lambda group: _load(store, index, *group), iter(groups), READERS)
+    with (
+        written(out) as file,
+        zstandard.ZstdCompressor().stream_writer(file, closefd=False) as lines,
+        tqdm(total=len(groups), unit="clip") as bar,
+    ):
+        for chunk in chunks_of(loaded):
+            labelled = [recording for recording in chunk if recording.text or recording.error]
+            for row in _align_chunk(model, labelled, seconds):
+                lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            count += len(labelled)
+            bar.update(len(chunk))
+    return count
+
+
+def _load(store: Store, index: ShardIndex, key: str, rows: Sequence[int]) -> Labelled:
+    try:
+        samples = read_pieces(store, index, rows)
+        pieces = [decode(sample.audio)[0] for sample in samples]
+    except (ShardError, AudioError) as error:
+        return Labelled(unquote(key), "", np.zeros(0, np.float32), (), error.message)
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    name = samples[0].parent_id or samples[0].utterance_id
+    return Labelled(name, _label_of(samples), np.concatenate(pieces), tuple(ends[:-1]))
+
+
+def _label_of(samples: Sequence[Sample]) -> str:
+    """The whole label of a recording: its pieces', or, where one is not certain of its own, the one that it keeps."""
+    whole = [sample.parent_text for sample in samples if sample.parent_text is not None]
+    return whole[0] if whole else join_pieces([sample.text for sample in samples])
+
+
+def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]) -> Iterator[Window]:
+    """Yield windows that keep each frame once that convolutions of these kernels and strides make of a recording."""
+    frames = max(int(count_frames(torch.tensor(samples), geometry)), 0)
+    hop = math.prod(stride for _, stride in geometry)
+    in_window, in_context = (round(seconds * SAMPLE_RATE / hop) for seconds in (WINDOW_SEC, CONTEXT_SEC))
+    if samples <= WHOLE_SEC * SAMPLE_RATE:
+        yield Window(recording, 0, samples, 0, 0, frames)
+        return
+    for first in range(0, frames, in_window):
+        kept = min(in_window, frames - first)
+        skip = min(in_context, first)
+        end = (first + kept + in_context) * hop
+        yield Window(recording, (first - skip) * hop, min(end, samples), skip, first, kept)
+
+
+def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float) -> Iterator[dict[str, Any]]:
+    whole = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
+    cut = {number: list(windows_of(number, len(recording.waveform), model.geometry))
+           for number, recording in whole.items()}  # fmt: skip
+    heard = {number: torch.zeros(sum(one.frames for one in windows), len(model.vocab), device=model.device)
+             for number, windows in cut.items()}  # fmt: skip
+    windows = list(chain.from_iterable(cut.values()))
+    for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
+        chosen = [windows[i] for i in batch]
+        log_probs, _ = hear(model, [whole[window.recording].waveform[window.start : window.end] for window in chosen])
+        for window, frames in zip(chosen, log_probs, strict=True):
+            kept = frames[window.skip : window.skip + window.frames]
+            heard[window.recording][window.first : window.first + window.frames] = kept
+    for number, recording in enumerate(recordings):
+        yield _row(recording, heard.get(number), model)
+
+
+def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "utterance_id": recording.utterance_id,
+        "text": recording.text,
+        "seconds": round(recording.seconds, 3),
+        "words": [],
+        "cuts": [],
+        "pieces": [],
+        "without": [],
+        "log_prob": None,
+        "error": recording.error,
+    }
+    if log_probs is None:
+        return row
+    cuts = [min(cut // model.frame_samples, len(log_probs) - 1) for cut in recording.cuts]
+    near, width = (max(round(n * FRAME_SAMPLES / model.frame_samples), 1) for n in (NEAR_FRAMES, GAP_FRAMES))
+    try:
+        found = align(log_probs, recording.text, model.vocab, cuts, near)
+    except AlignError as error:
+        return row | {"error": str(error)}
+    second = model.frame_samples / SAMPLE_RATE  # of a frame
+    evidence, order = evidence_of(log_probs, found.words, model.vocab)
+    without = gaps_without(log_probs, found.words, recording.utterance_id, model.vocab, width) if cuts else []
+    return row | {
+        "words": [
+            {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),
+             "confidence": round(word.confidence, 4), "evidence": round(nats, 2), "order": round(before_next, 2)}
+            for word, nats, before_next in zip(found.words, evidence, order, strict=True)
+        ],
+        "cuts": [
+            {"at": round(cut / SAMPLE_RATE, 6), "words_before": int(before.argmax()),
+             "probability": round(float(before.max()), 6), "inside": round(max(1 - float(before.sum()), 0.0), 6)}
+            for cut, before in zip(recording.cuts, found.before, strict=True)
+        ],
+        "pieces": [{"gap": round(gap, 3)} for gap in worst_gaps(found.gap, cuts, width)],
+        "without": [round(gap, 3) for gap in without],
+        "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
+    }  # fmt: skip

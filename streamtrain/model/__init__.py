@@ -1,0 +1,1 @@
+"""The network, its vocabulary and its decoding."""

@@ -1,0 +1,1 @@
+"""Train: set up a run, step, evaluate, checkpoint, mirror, log."""

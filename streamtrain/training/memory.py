@@ -1,0 +1,217 @@
+"""Before the first step: the largest forwards that the plan will ask for, to meet the end of memory now."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from sharding.audio.codec import SAMPLE_RATE
+from sharding.errors import StreamtrainError
+from streamtrain.data.collate import Batch
+from streamtrain.data.loader import Loader
+from streamtrain.data.plan import EpochPlan, plan_evaluation
+from streamtrain.distributed import World
+
+USABLE = 0.92  # of the memory: other shapes leave gaps, and so do allocators
+GIB = 2**30
+
+Run = Callable[[Batch], None]  # forward and backward of a batch
+
+
+class ProbeError(StreamtrainError):
+    """A batch that the memory does not hold."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One forward of the plan: what it is called, and how large it is."""
+
+    name: str
+    clips: int
+    samples: int  # of the longest clip
+    symbols: int  # of the longest label
+
+    @property
+    def seconds(self) -> float:
+        """Padding included."""
+        return self.clips * self.samples / SAMPLE_RATE
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.clips} clips of up to {self.samples / SAMPLE_RATE:.1f} s"
+
+    def of(self, clips: int) -> "Shape":
+        return Shape(self.name, clips, self.samples, self.symbols)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, in bytes, as a line through what was seen: `base` + `per_second` × padded seconds."""
+
+    limit: int
+    base: float
+    per_second: float
+
+    def at(self, seconds: float) -> float:
+        return self.base + self.per_second * seconds
+
+    @property
+    def largest(self) -> float:
+        """Padded seconds that fit."""
+        return max(USABLE * self.limit - self.base, 0.0) / max(self.per_second, 1.0)
+
+
+def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | None) -> list[Shape]:
+    """The micro-batch with the longest clip and the one with most padded seconds, with all it may be merged with."""
+    shapes = []
+    whole_step = int(plan.clips.sum(axis=1).max())
+    for name, sizes in (("the longest", plan.longest), ("the densest", plan.padded)):
+        step, number = divmod(int(sizes.argmax()), plan.micro_batches_per_step)
+        samples = int(plan.longest[step, number])
+        merged = round((device_batch_seconds or 0) * SAMPLE_RATE) // samples
+        clips = max(int(plan.clips[step, number]), min(merged, whole_step))
+        shapes.append(Shape(f"{name} micro-batch (number {number + 1} of step {step + 1})", clips, samples, symbols))
+    return shapes
+
+
+def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) -> list[Shape]:
+    """Return the batch of an evaluation with the longest clip and that with most padded seconds."""
+    sizes = [(len(batch), int(lengths[batch].max())) for batch in plan_evaluation(lengths, batch_seconds)]
+    longest, densest = max(sizes, key=lambda size: size[1]), max(sizes, key=lambda size: size[0] * size[1])
+    return [Shape(f"the {name} batch of the evaluation", clips, samples, 1)
+            for name, (clips, samples) in (("longest", longest), ("densest", densest))]  # fmt: skip
+
+
+def probe(run: Run, shapes: list[Shape], world: World, loader: Loader = NOTHING_AHEAD) -> Memory:
+    """Run each shape, smaller ones before it; all ranks together.
+
+    Raises ProbeError where one does not fit, or where what is loaded ahead does not.
+    """
+    largest = max(shapes, key=lambda shape: shape.seconds)
+    _check_loader(loader.at(largest.seconds), world)
+    here = loader if world.device.type == "cpu" else NOTHING_AHEAD  # in the same memory
+    limit = _limit(world)
+    once = _peak_of(run, shapes[0].of(1), Memory(limit, 0.0, 0.0), world)  # what libraries need is no batch's
+    memory = Memory(limit, once, 0.0)
+    seen: list[tuple[float, float]] = []
+    for shape in shapes:
+        for clips in _doubling(shape.clips):  # so that each foretells the next
+            part = shape.of(clips)
+            if world.device.type == "cpu" and memory.at(part.seconds) > limit:
+                raise _does_not_fit(part, memory)  # here memory never says no: the kernel kills
+            seen.append((part.seconds, _peak_of(run, part, memory, world) + here.at(part.seconds)))
+            memory = _line_through(seen, limit)
+    if here.batches and memory.at(largest.seconds) > limit:
+        raise _does_not_fit(largest, memory)
+    return memory
+
+
+def _check_loader(needed: float, world: World) -> None:
+    """Raise ProbeError if what is loaded ahead needs more than the rank's share of the host's memory."""
+    share = _host_share(world)
+    if needed > share:
+        raise ProbeError(
+            f"the batches that are loaded ahead take up to {needed / GIB:.2f} GiB, {share / GIB:.2f} GiB of this "
+            "machine's memory are left for this rank",
+            "lower data.workers, or what they load: data.batch_seconds and data.device_batch_seconds",
+        )
+
+
+def _doubling(clips: int) -> list[int]:
+    """1, 2, 4, … and the number itself."""
+    return [2**power for power in range(clips.bit_length()) if 2**power < clips] + [clips]
+
+
+def _line_through(seen: list[tuple[float, float]], limit: int) -> Memory:
+    """Through the smallest and the largest forward, by seconds."""
+    (least, low), (most, high) = min(seen), max(seen)
+    slope = max(high - low, 0.0) / (most - least) if most > least else 0.0
+    return Memory(limit, high - slope * most, slope)
+
+
+def render(memory: Memory, shapes: list[Shape], loader: Loader = NOTHING_AHEAD) -> str:
+    """One line for the log of a run."""
+    largest = max(shapes, key=lambda shape: shape.seconds)
+    return (
+        f"memory: {memory.at(largest.seconds) / GIB:.2f} of {memory.limit / GIB:.1f} GiB that a rank has, for {largest}"
+        f"; batches loaded ahead take up to {loader.at(largest.seconds) / GIB:.2f} GiB of the host's"
+    )
+
+
+def _does_not_fit(shape: Shape, memory: Memory) -> ProbeError:
+    longest, fits = shape.samples / SAMPLE_RATE, int(memory.largest) if memory.per_second else 0
+    hint = f"data.batch_seconds={fits} would fit (and data.device_batch_seconds, where it is set)"
+    if fits < longest:
+        hint = "model.gradient_checkpointing=true takes less, and so do shards built with a lower --limit-sec"
+    return ProbeError(f"{shape}: more than the {memory.limit / GIB:.1f} GiB of memory that a rank has", hint)
+
+
+def _peak_of(run: Run, shape: Shape, memory: Memory, world: World) -> int:
+    """Bytes that this rank held at most, of noise in that shape."""
+    _forget_peak(world)
+    try:
+        run(_noise(shape))
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and a CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise _does_not_fit(shape, memory) from error
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    return _status("VmHWM")
+
+
+def _noise(shape: Shape) -> Batch:
+    """Clips that weigh nothing, so that no gradient comes of them."""
+    random = torch.Generator().manual_seed(0)
+    return Batch(
+        inputs=torch.randn(shape.clips, shape.samples, generator=random),
+        input_lengths=torch.full((shape.clips,), shape.samples),
+        targets=torch.ones(shape.clips, shape.symbols, dtype=torch.int64),
+        target_lengths=torch.full((shape.clips,), shape.symbols),
+        weights=torch.zeros(shape.clips),
+        keys=("",) * shape.clips,
+    )
+
+
+def _forget_peak(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _limit(world: World) -> int:
+    """Return the bytes that this rank may hold: of its GPU, or of the host."""
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        return int(free + torch.cuda.memory_reserved(world.device))
+    return _status("VmRSS") + _host_share(world)
+
+
+def _host_share(world: World) -> int:
+    """Return the bytes that this rank may take yet of what the machine or its container has left."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        taken = int((group / "memory.current").read_text()) - _file_cache(group)
+        free = min(free, int((group / "memory.max").read_text()) - taken)
+    return int(free / max(world.local_size, 1))
+
+
+def _file_cache(group: Path) -> int:
+    """Bytes that a container's kernel gives back when they are needed."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(stat["inactive_file"]) + int(stat["active_file"])

@@ -1,0 +1,340 @@
+"""A copy of the run in a bucket, for machines that vanish with their disks: made in the background, pointed to last.
+
+`newest.json` says of which pieces each file of the newest copy is made. A piece is named by its checksum: what has not
+changed is not sent again, what is read back is checked, and nothing that a pointer names is ever overwritten.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from sharding.errors import MissingError, StoreError
+from sharding.files.document import SMALL_BYTES, STRICT, parse
+from sharding.files.writing import explaining, own_file, remove, sync
+from sharding.shardset.store import Store
+from streamtrain.training.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints, open_checkpoint
+
+log = logging.getLogger("streamtrain")
+
+POINTER, PIECES = "newest.json", "pieces/"
+PREVIOUS = "previous.json"  # the pointer before, whose pieces are kept: copied over the newest, it takes a run back
+PIECE_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has its place in the file
+FETCHED_AT_ONCE = 8  # pieces, each held in memory until it is written
+NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
+PART = ".mirrored.part"  # in the run folder: what is being fetched, and what a broken-off attempt has fetched
+STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
+FILES = (
+    "log.csv",
+    "ranks.csv",
+    "samples.txt",
+    "before.json",
+    "config.json",
+    "trained_on.json",
+    "curves.png",
+    "scorecard.json",
+    "hypotheses.jsonl",
+)  # written in place: copied, where others are linked
+FOLDERS = ("best",)
+
+
+class _Pointer(TypedDict):
+    """newest.json as it is written."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    checkpoint: Annotated[str, Field(pattern=r"^step-\d+$")]
+    files: dict[str, list[str]]  # the pieces of each
+
+
+_POINTER = TypeAdapter(_Pointer)
+
+
+class Mirror:
+    """Copies each checkpoint that it is offered, with the run's other files; the newest where it falls behind."""
+
+    def __init__(self, store: Store, run: Path) -> None:
+        self._store, self._run = store, run
+        self._staging = run / STAGING
+        remove(self._staging)
+        self._waiting: Path | None = None
+        self._changed = threading.Condition()
+        self._busy = self._closing = False
+        self._failed: StoreError | None = None  # the last copy, if it failed
+        self._unsent: Path | None = None  # and what it was to send
+        self._copied: tuple[str, float] | None = None  # the newest copy that was made, and when
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def try_out(self) -> None:
+        """Write, read and delete a piece that no copy has. Raise StoreError if that fails, before there is any work."""
+        name = _name(b"")
+        try:
+            self._store.write(name, b"")
+            _read_piece(self._store, name)
+            self._store.delete(name)
+        except StoreError as error:
+            raise StoreError(f"train.mirror cannot be used: {error.message}", error.hint) from error
+
+    def check(self, check: Callable[[Path], object]) -> bool:
+        """Tell whether the copy is ahead of the run folder, once its state alone shows that it is of this run.
+
+        `check` looks at a checkpoint's state, and raises CheckpointError if it is not of this run; so nothing of
+        another run is overwritten, neither here nor there. Raises StoreError if the copy is not of this run.
+        """
+        pointer = _read_pointer(self._store)
+        if pointer is None:
+            return False
+        checkpoint = f"checkpoints/{pointer['checkpoint']}"
+        with TemporaryDirectory() as folder:
+            self._fetch([f"{checkpoint}/{STATE_NAME}"], pointer, Path(folder))
+            self._check(check, Path(folder) / checkpoint, "another run's? name another train.mirror")
+        here = list_checkpoints(self._run / "checkpoints")
+        ahead = not here or here[-1].name < pointer["checkpoint"]
+        if here and ahead:
+            check(here[-1])
+        return ahead
+
+    def fetch(self) -> None:
+        """Bring the copy into the run folder, over what is there. Raises StoreError if the copy is not whole.
+
+        Pieces that an earlier attempt has fetched are checked and not fetched again.
+        """
+        pointer = _read_pointer(self._store)
+        if pointer is None:
+            return
+        part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
+        log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
+        if part.is_symlink():  # what it leads to is none of ours
+            remove(part)
+        for path in [path for path in part.rglob("*") if path.is_file()]:
+            if path.relative_to(part).as_posix() not in pointer["files"]:
+                path.unlink()  # an earlier attempt fetched it, of an older copy
+        self._fetch(pointer["files"], pointer, part)
+        self._check(open_checkpoint, part / checkpoint, NO_MIRROR)
+        (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: what has it is whole
+            if (part / name).exists():
+                if (self._run / name).is_dir():
+                    shutil.rmtree(self._run / name)
+                os.replace(part / name, self._run / name)
+        shutil.rmtree(part)
+
+    def _fetch(self, names: Collection[str], pointer: dict[str, Any], folder: Path) -> None:
+        """Fetch files of the copy into a folder, several pieces at a time."""
+        places = []
+        try:
+            for name in names:
+                path = folder / name
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
+                if name not in pointer["files"]:
+                    raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
+                pieces = pointer["files"][name]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "ab", opener=own_file) as file:
+                    file.truncate(min(file.tell(), len(pieces) * PIECE_BYTES))
+                places += [(path, number, pieces) for number in range(len(pieces))]
+            with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+                for _ in pool.map(lambda place: self._fetch_piece(*place), places):  # which cancels the rest on error
+                    pass
+            for name in names:
+                sync(folder / name)
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            hint = "make room, and the same command goes on with what it has fetched"
+            raise StoreError(f"{folder}: the mirror's copy cannot be written: {error}", hint) from error
+
+    def _fetch_piece(self, path: Path, number: int, pieces: list[str]) -> None:
+        """Put one piece of a file in its place, unless it is there."""
+        with open(path, "r+b", opener=own_file) as file:
+            file.seek(number * PIECE_BYTES)
+            if _name(file.read(PIECE_BYTES)) == pieces[number]:
+                return
+            data = _read_piece(self._store, pieces[number])
+            last = number == len(pieces) - 1
+            if len(data) != PIECE_BYTES and not last:
+                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {PIECE_BYTES:,}")
+            file.seek(number * PIECE_BYTES)
+            file.write(data)
+            if last:
+                file.truncate()
+
+    def _check(self, check: Callable[[Path], object], checkpoint: Path, hint: str) -> None:
+        """Check a checkpoint outside of its run. Raises StoreError if `check` raises CheckpointError."""
+        try:
+            check(checkpoint)
+        except CheckpointError as error:
+            said = error.message.removeprefix(f"{checkpoint.resolve()}").lstrip(":/ ")
+            hint = error.hint if error.hint == REPLAN_HINT else hint
+            raise StoreError(f"{self._store.url}: {checkpoint.name} {said}", hint) from error
+
+    def forget(self) -> None:
+        """Delete the pointer, after the copy that is under way: no machine goes on from either; the run starts over."""
+        with self._changed:
+            self._drop_waiting()
+            self._changed.wait_for(lambda: not self._busy)
+            self._failed = self._unsent = None
+        for name in (POINTER, PREVIOUS):
+            self._store.delete(name)
+
+    def offer(self, checkpoint: Path) -> None:
+        """Have a checkpoint copied, unless a newer one is offered before its turn comes.
+
+        Called by the thread that writes the run's files: none of them changes while it is staged.
+        """
+        if self._closing:
+            raise RuntimeError(f"{checkpoint}: offered to a mirror that is closed")
+        shutil.rmtree(self._run / PART, ignore_errors=True)  # the run goes on from elsewhere
+        with explaining(self._staging):
+            self._staging.mkdir(exist_ok=True)
+            staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # its own: a step may come twice
+            for name in self._files_of(checkpoint):
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                if name in FILES:
+                    shutil.copyfile(self._run / name, staged / name)
+                else:
+                    _link(self._run / name, staged / name)
+        with self._changed:
+            self._drop_waiting()
+            self._waiting = staged
+            self._changed.notify_all()
+
+    def _drop_waiting(self) -> None:
+        if self._waiting is not None:
+            shutil.rmtree(self._waiting, ignore_errors=True)
+        self._waiting = None
+
+    def close(self, wait_sec: float | None = None) -> None:
+        """Wait for the last copy, at most so long. Raises StoreError if it failed or is not there by then.
+
+        Without a limit, one that failed is tried once more.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: not self._busy and self._waiting is None, wait_sec)
+        if not done:
+            raise StoreError(f"{self._store.url}: the last checkpoint has not reached the mirror in {wait_sec:g} s")
+        if self._unsent is not None and wait_sec is None:
+            self._try(self._unsent)
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if self._failed is not None:
+            raise StoreError(f"{self._failed.message} ({self._newest()})", self._failed.hint) from self._failed
+
+    def _newest(self) -> str:
+        if self._copied is None:
+            return "no copy was made since the command began"
+        name, at = self._copied
+        return f"the newest copy is {name}, of {(time.monotonic() - at) / 60:.0f} min ago"
+
+    def _files_of(self, checkpoint: Path) -> list[str]:
+        folders = [checkpoint, *(self._run / name for name in FOLDERS)]
+        inside = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = [path.relative_to(self._run).as_posix() for path in inside]
+        return files + [name for name in FILES if (self._run / name).is_file()]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                staged, self._waiting = self._waiting, None
+                if staged is None:
+                    return
+                self._busy = True
+            if self._unsent is not None:
+                shutil.rmtree(self._unsent, ignore_errors=True)
+            self._try(staged)
+            if self._failed is not None:
+                log.warning("%s has not reached the mirror (%s), the next one is tried: %s",
+                            staged.stem, self._newest(), self._failed.message)  # fmt: skip
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _try(self, staged: Path) -> None:
+        """Copy what is staged, or note why that failed: training goes on, and does not wait for a dead thread."""
+        try:
+            self._copy(staged)
+        except Exception as error:  # whatever it is
+            self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
+            self._unsent = staged
+        else:
+            self._failed = self._unsent = None
+            self._copied = (staged.stem, time.monotonic())
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _copy(self, staged: Path) -> None:
+        """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer.
+
+        Of what is there, only what the pointer names is known to be whole: it was read back before it was named.
+        """
+        before = _read_pointer(self._store)
+        kept = _pieces_of(before["files"]) if before else set()
+        sent = kept.intersection(self._store.names())
+        files: dict[str, list[str]] = {}
+        for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+            pieces = files[path.relative_to(staged).as_posix()] = []
+            for data in _pieces(path):
+                pieces.append(name := _name(data))
+                if name not in sent:
+                    self._store.write(name, data)
+                    _read_piece(self._store, name)
+                    sent.add(name)
+        self._check(open_checkpoint, staged / "checkpoints" / staged.stem, "is this machine's disk faulty?")
+        there = {name for name in self._store.names() if name.startswith(PIECES)}  # what else lies there is not ours
+        if missing := _pieces_of(files) - there:
+            raise StoreError(f"{self._store.url}: pieces are gone, such as {min(missing)}", NO_MIRROR)
+        if before is not None:
+            self._store.write(PREVIOUS, json.dumps(before, indent=1).encode())
+        self._store.write(POINTER, json.dumps({"checkpoint": staged.stem, "files": files}, indent=1).encode())
+        for name in there - _pieces_of(files) - kept:
+            self._store.delete(name)
+
+
+def _link(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, to)
+
+
+def _read_pointer(store: Store) -> dict[str, Any] | None:
+    try:
+        pointer = parse(store.read(POINTER, SMALL_BYTES), _POINTER)
+    except MissingError:
+        return None
+    except ValueError as error:
+        raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", NO_MIRROR) from error
+    return {**pointer}
+
+
+def _pieces_of(files: dict[str, list[str]]) -> set[str]:
+    return {piece for pieces in files.values() for piece in pieces}
+
+
+def _read_piece(store: Store, name: str) -> bytes:
+    data = store.read(name, PIECE_BYTES)
+    if _name(data) != name:
+        raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", NO_MIRROR)
+    return data
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(PIECE_BYTES):
+            yield data
+
+
+def _name(data: bytes) -> str:
+    return f"{PIECES}{xxhash.xxh3_128_hexdigest(data)}"

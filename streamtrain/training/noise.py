@@ -1,0 +1,51 @@
+"""A room around each clip of training: noise of another loudness and colour in each epoch."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sharding.audio.codec import SAMPLE_RATE, Waveform
+from streamtrain.data.augment import keyed_random
+from streamtrain.data.collate import Batch, silence_crowded
+from streamtrain.model.ctc import count_frames
+from streamtrain.model.inference import zero_mean_unit_variance
+from streamtrain.training.spec_augment import Masking
+
+DULL_HZ = (100.0, 8_000.0)  # above a frequency drawn from this range the noise falls by 6 dB an octave
+
+
+def change_for_training(masking: Masking, noise: "RoomNoise | None", epoch: int, batch: Batch) -> Batch:
+    """What the threads or processes that load a batch do to it last."""
+    batch = silence_crowded(batch, count_frames(batch.input_lengths, masking.geometry))
+    return masking.hide(epoch, noise.add(epoch, batch) if noise else batch)
+
+
+@dataclass(frozen=True)
+class RoomNoise:
+    """Drawn where batches are loaded, keyed by (seed, epoch, utterance)."""
+
+    seed: int
+    snr_db: tuple[float, float]  # loudness of the clip above the noise, drawn evenly from this range
+    normalize: bool  # whether the model hears clips at zero mean and unit variance
+
+    def add(self, epoch: int, batch: Batch) -> Batch:
+        """The batch with noise in every clip; what pads it stays silent."""
+        inputs = batch.inputs.numpy().copy()
+        for row, key, samples in zip(inputs, batch.keys, batch.input_lengths.tolist(), strict=True):
+            clip = row[:samples]
+            random = keyed_random("noise", self.seed, epoch, key)
+            loudness = float(np.sqrt(np.mean(np.square(clip)))) * 10 ** (-random.uniform(*self.snr_db) / 20)
+            clip += loudness * room_noise(samples, random)
+            if self.normalize and loudness:
+                clip[:] = zero_mean_unit_variance(clip)
+        return replace(batch, inputs=torch.from_numpy(inputs))
+
+
+def room_noise(samples: int, random: np.random.Generator) -> Waveform:
+    """So many samples of stationary noise with an RMS of 1, duller or brighter."""
+    corner = np.exp(random.uniform(*np.log(DULL_HZ)))
+    spectrum = np.fft.rfft(random.standard_normal(samples, np.float32))
+    spectrum /= 1 + np.fft.rfftfreq(samples, 1 / SAMPLE_RATE) / corner
+    noise = np.fft.irfft(spectrum, samples)
+    return np.asarray(noise / np.sqrt(np.mean(np.square(noise)) + 1e-12), np.float32)

@@ -1,0 +1,284 @@
+"""What a run shows: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
+
+import csv
+import io
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sharding.errors import StreamtrainError, counted
+from sharding.files.writing import append, explaining, write_inside
+from streamtrain.eval.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
+from streamtrain.run_status import FINISH_NAME, read_finish
+
+LINE_EVERY_SEC = 60.0  # where the output is no terminal
+SAMPLES_SHOWN = 8
+SILENT_MODEL = (
+    "  it says nothing yet, all blank: as CTC does at first; if that lasts, raise the learning rate, lengthen "
+    "train.warmup_steps, lower model.dropout"
+)
+RANKS_SHOWN = 64  # in TensorBoard
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A row of log.csv: one optimizer step."""
+
+    step: int
+    epoch: int
+    loss: float  # nats per label symbol, over the whole step
+    lr: float
+    grad_norm: float
+    seconds: float  # that the step took, waiting included
+    audio_sec_per_sec: float  # true seconds of speech trained on, per second
+    padding: float  # 1 − true ÷ padded seconds
+    data_wait: float  # share of the step that the rank which waited longest stood waiting for data
+    silent: int  # clips that did not decode, on all ranks
+    skipped: int  # 1 where the gradient was not finite, and the step changed nothing
+    cer: float | None  # where an evaluation followed the step
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """A row of ranks.csv: what one rank's data took since the last one."""
+
+    step: int
+    rank: int
+    data_wait: float  # share of the steps that it stood waiting for data
+    look_ahead: float  # batches that were ready when one was taken, on average
+    read_ms: float  # of a loader thread, for each clip
+    decode_ms: float
+    cache_hits: float  # share of the shards asked for that were there; 1 without a cache
+    mb_fetched: float  # into the cache
+    retries: int  # requests that were repeated, and shards that came or stood wrong
+    silent: int  # clips that did not decode
+
+
+class Monitor:
+    """Rank 0's view of a run. Rows of steps that a resume will compute again are dropped from the log."""
+
+    def __init__(self, run_dir: Path, total_steps: int, done_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = run_dir
+        self._log = run_dir / "log.csv"
+        self.rows = [row for row in read_log(self._log) if row.step <= done_steps]
+        self._rewrite()
+        self._drop_samples_from(done_steps + 1)
+        self._ranks = run_dir / "ranks.csv"
+        lines = _read_lines(self._ranks).splitlines(keepends=True)[1:]
+        kept = [line for line in lines if _step_of(line, self._ranks) <= done_steps]
+        write_inside(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
+        self._events = run_dir / "tensorboard"
+        with explaining(self._events):
+            self._board = SummaryWriter(str(self._events), purge_step=done_steps + 1)
+        # Where nobody watches, a bar would fill the log: there a line a minute says the same
+        self._bar = tqdm(
+            total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05, disable=None
+        )
+        self._total, self._began, self._began_at = total_steps, time.monotonic(), done_steps
+        self._said = self._began
+
+    def step(self, row: StepRow) -> None:
+        self.rows.append(row)
+        append(self._log, _csv([_cells(row)]))
+        self._draw(
+            {f"train/{name}": value for name, value in asdict(row).items() if name not in ("step", "cer")}, row.step
+        )
+        self._tell(row)
+
+    def _tell(self, row: StepRow) -> None:
+        said = (
+            f"loss {row.loss:.3f}, lr {row.lr:.2g}, grad norm {row.grad_norm:.2g}, "
+            f"{row.audio_sec_per_sec:,.0f} audio-s/s, padding {row.padding:.1%}, waiting {row.data_wait:.1%}"
+        )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(said, refresh=False)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        is_first = row.step == self._began_at + 1
+        if is_first or now - self._said >= LINE_EVERY_SEC or row.step == self._total:
+            self._said = now
+            left = (now - self._began) / (row.step - self._began_at) * (self._total - row.step)
+            self.say(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")
+
+    def ranks(self, rows: Sequence[RankRow]) -> None:
+        append(self._ranks, _csv(list(asdict(row).values()) for row in rows))
+        for row in rows[:RANKS_SHOWN]:
+            shown = {name: value for name, value in asdict(row).items() if name not in ("step", "rank")}
+            self._draw({f"rank{row.rank}/{name}": value for name, value in shown.items()}, row.step)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        total, clips = evaluation.total, evaluation.clips
+        words = f", WER {evaluation.words.rate:.4f}" if evaluation.words else ""
+        self.say(f"step {step}: CER {total.rate:.4f}{words} on {counted(len(clips), 'clip')}")
+        if not any(clip.hypothesis for clip in clips):
+            self.say(SILENT_MODEL)
+        if self.rows and self.rows[-1].step == step:
+            self.rows[-1] = replace(self.rows[-1], cer=total.rate)
+            self._rewrite()
+            self.draw_curves()
+        self._draw({"valid/cer": total.rate}, step)
+        self._drop_samples_from(step)  # a run may be resumed at a step that was scored
+        shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
+        texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
+        append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
+
+    def draw_curves(self) -> None:
+        before = self._folder / "before.json"
+        plot_curves(self.rows, self._folder / "curves.png", read_rate(before) if before.is_file() else None)
+
+    def say(self, line: str) -> None:
+        self._bar.write(line)
+
+    def close(self) -> None:
+        self._bar.close()
+        with explaining(self._events):
+            self._board.close()
+
+    def _draw(self, scalars: dict[str, float], step: int) -> None:
+        with explaining(self._events):
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def _drop_samples_from(self, step: int) -> None:
+        path = self._folder / "samples.txt"
+        told = _read_lines(path).split("--- step ")[1:]
+        kept = [one for one in told if _step_of(one, path) < step]
+        write_inside(path, "".join(f"--- step {one}" for one in kept))
+
+    def _rewrite(self) -> None:
+        names: list[object] = [field.name for field in fields(StepRow)]
+        write_inside(self._log, _csv([names, *map(_cells, self.rows)]))
+
+
+def read_log(path: Path) -> list[StepRow]:
+    """The rows of a log.csv; none where there is no such file. A last line that was cut off is left out.
+
+    Raises StreamtrainError where it is none.
+    """
+    rows = []
+    try:
+        for cells in csv.DictReader(io.StringIO(_read_lines(path), newline="")):
+            values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in cells.items()}
+            values |= {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}
+            rows.append(StepRow(**values))
+    except (csv.Error, ValueError, TypeError, KeyError) as error:
+        raise _no_log(path, error) from error
+    return rows
+
+
+def _read_lines(path: Path) -> str:
+    """Return the lines of a log, none if there is no such file.
+
+    A last one that a kill or a full disk has cut off, maybe within a symbol, is left out.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    try:
+        return data[: data.rfind(b"\n") + 1].decode()
+    except UnicodeDecodeError as error:
+        raise _no_log(path, error) from error
+
+
+def _step_of(text: str, path: Path) -> int:
+    """The number before the first comma."""
+    try:
+        return int(text.partition(",")[0])
+    except ValueError as error:
+        raise _no_log(path, error) from error
+
+
+def _no_log(path: Path, error: Exception) -> StreamtrainError:
+    return StreamtrainError(
+        f"{path}: is not the log of a run ({error})", "it is damaged, or another version's: move it away"
+    )
+
+
+def plot_curves(rows: Sequence[StepRow], path: Path, cer_before: float | None = None) -> None:
+    """Draw loss, CER (the gradient's norm if nothing was scored), learning rate and throughput over the steps."""
+    from matplotlib.figure import Figure
+
+    steps = [row.step for row in rows]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    (loss, score), (rate, speed) = figure.subplots(2, 2)
+    loss.plot(steps, [row.loss for row in rows], color="#33658a", linewidth=0.8)
+    loss.set(title="loss, nats per symbol", yscale="log")
+    evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
+    if evaluated:
+        evaluated = [*([] if cer_before is None else [(0, cer_before)]), *evaluated]
+        score.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
+        score.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(-4, 6), ha="right")
+        score.set(title="validation CER", ylim=(0, 1.15 * max(cer for _, cer in evaluated) or 1))  # room for the number
+    else:
+        score.plot(steps, [row.grad_norm for row in rows], color="#c8553d", linewidth=0.8)
+        score.set(title="gradient norm", yscale="log")
+    rate.plot(steps, [row.lr for row in rows], color="#5b8c5a")
+    rate.set(title="learning rate", xlabel="step")
+    speed.plot(steps, [row.audio_sec_per_sec for row in rows], color="#86608e", linewidth=0.8)
+    speed.set(title="audio-seconds per second", xlabel="step", ylim=(0, None))
+    for axes in (loss, score, rate, speed):
+        axes.grid(alpha=0.25)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_inside(path, picture.getvalue())
+
+
+def _csv(rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _cells(row: StepRow) -> list[object]:
+    """Full precision: `repr` of a float reads back as the same float."""
+    return ["" if value is None else repr(value) for value in asdict(row).values()]
+
+
+def render_run(run_dir: Path) -> str:
+    """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
+    if (run_dir / FINISH_NAME).is_file() and not (run_dir / SCORECARD).exists():
+        return _render_unscored(run_dir)
+    card, clips = read_scorecard(run_dir)
+    before, page = run_dir / "before.json", run_dir / "scorecard.html"
+    first = f"{read_rate(before):.3f}" if before.is_file() else "?"
+    ended = f"\n  {read_finish(run_dir)}" if (run_dir / FINISH_NAME).is_file() else ""
+    shown = "\n".join(
+        f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"
+        for clip in clips[:: max(1, len(clips) // 4)][:4]
+    )
+    return f"""
+  CER {card["cer"]:.4f}, {render_interval(card)}; before training {first}
+  ({counted(card["clips"], "clip")} of split {card["split"]}){ended}
+
+  A few transcriptions
+{shown}
+
+  Curves       {run_dir / "curves.png"}
+  Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
+  Scorecard    {page if page.is_file() else run_dir / "scorecard.json"}
+  Model        {run_dir / "best"}      (Transformers: AutoModelForCTC.from_pretrained, or pipeline)
+
+  Next, with a corpus of your own (after `source .venv/bin/activate`)
+    python -m streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
+    python -m sharding build data/raw/* --out data/shards
+    deepspeed --quiet launch/train.py --config configs/zero2.json
+"""
+
+
+def _render_unscored(run_dir: Path) -> str:
+    return f"""
+  {read_finish(run_dir)}
+
+  Curves       {run_dir / "curves.png"}
+  Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
+  Model        {run_dir / "best"}
+
+  Next, on a shard set of other speakers, built with --valid-fraction 1
+    deepspeed --quiet launch/evaluate.py --model {run_dir / "best"} --shards SHARDS --out {run_dir}
+"""

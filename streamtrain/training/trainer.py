@@ -1,0 +1,421 @@
+"""One readable loop: plan, stream, step, evaluate, save. Every number that decides a step is known before it."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, fields, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from sharding.audio.codec import SAMPLE_RATE
+from sharding.errors import StoreError, StreamtrainError
+from sharding.files.writing import write_inside
+from sharding.shardset.index import ShardIndex
+from streamtrain.config import Config
+from streamtrain.data.augment import keyed_random
+from streamtrain.data.collate import Batch
+from streamtrain.data.dataset import ShardStream, StepBatch, StreamCounts
+from streamtrain.data.patience import Patience
+from streamtrain.data.plan import EpochPlan, PlanSettings, plan_rest
+from streamtrain.distributed import PreemptedError, Preemption, World
+from streamtrain.eval.evaluate import evaluate
+from streamtrain.eval.scorecard import Evaluation, scorecard, write_scorecard
+from streamtrain.infer.export import save_best
+from streamtrain.model.checksums import check_sums
+from streamtrain.model.ctc import ctc_sum
+from streamtrain.run_status import Finish, check_mirrored, write_finish
+from streamtrain.training.checkpoint import RunState, save_checkpoint
+from streamtrain.training.mirror import Mirror
+from streamtrain.training.noise import RoomNoise, change_for_training
+from streamtrain.training.run_log import Monitor, RankRow, StepRow
+from streamtrain.training.spec_augment import Masking, Spans
+from streamtrain.training.zero_engine import Engine
+
+log = logging.getLogger("streamtrain")
+
+TELL_RANKS_EVERY = 20  # steps
+MIRROR_GRACE_SEC = 10.0  # after SIGTERM: the launcher kills after 30 s
+SILENT = [field.name for field in fields(StreamCounts)].index("silent")
+MAX_SKIPPED = 20  # steps in a row; fp16 skips some at its start, until its loss scale fits
+MAX_SILENCED = 0.001  # share of clips that may train as silence though their bytes are right: above, something is wrong
+
+
+class TrainError(StreamtrainError):
+    """Training that cannot go on."""
+
+
+def check_order(orders: Mapping[str, Sequence[str]]) -> None:
+    """Raise TrainError unless gradients reached the weights in the same order everywhere: `orders` by place.
+
+    ZeRO-2 and -3 flatten gradients into buckets as they arrive and sum the buckets over the ranks, so that in another
+    order the gradient of one weight is added to that of another.
+    """
+    (first, expected), *others = orders.items()
+    differ = set(expected).union(*orders.values()) - set(expected).intersection(*orders.values())
+    if differ:
+        named = ", ".join(sorted(differ)[:3])
+        raise TrainError(
+            f"gradients of {len(differ)} weights come on some ranks and not on others: {named}, …",
+            "ranks must run the same layers: what draws at random, such as LayerDrop, must be off",
+        )
+    for other, order in others:
+        for number, (one, another) in enumerate(zip_longest(expected, order, fillvalue="no weight"), start=1):
+            if one != another:
+                raise TrainError(
+                    f"gradients arrive in another order on {other} than on {first}: the {number}th is that of "
+                    f"{another} instead of {one}",
+                    "summed over ranks they would mix weights, so no step is taken; please report the model's "
+                    "configuration",
+                )
+
+
+class Plans:
+    """The plan of each epoch from a state on, and how many steps the run has. Holds one epoch's plan at a time."""
+
+    def __init__(self, index: ShardIndex, config: Config, state: RunState) -> None:
+        self._index = index
+        self._settings = PlanSettings.of(config)
+        self._began_in, self._begun = state.epoch, state.begun
+        self._kept: tuple[int, EpochPlan] | None = None
+        limit = config.train.max_steps or math.inf
+        total = state.step - state.step_in_epoch
+        for epoch in range(state.epoch, config.train.epochs):
+            total += self.epoch(epoch).steps
+            if total >= limit:
+                break
+        self.total_steps = max(int(min(total, limit)), state.step)
+        self.limit = f"train.max_steps={limit}" if total >= limit else f"train.epochs={config.train.epochs}"
+
+    def epoch(self, number: int) -> EpochPlan:
+        if self._kept is None or self._kept[0] != number:
+            begun = self._begun if number == self._began_in else ()
+            self._kept = (number, plan_rest(self._index, self._settings, number, begun))
+        return self._kept[1]
+
+
+class Trainer:
+    """The loop and the little it must remember."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        engine: Engine,
+        stream: ShardStream,
+        plans: Plans,
+        state: RunState,
+        mirror: Mirror | None,
+        saved: RunState | None,
+    ) -> None:
+        self.config, self.world, self.engine, self.model = config, world, engine, engine.model
+        self.stream, self.plans, self.state, self.mirror = stream, plans, state, mirror
+        self.run_dir = Path(config.train.run_dir)
+        self._masking = Masking(
+            config.train.seed,
+            Spans(config.model.mask_time_prob, config.model.mask_time_length),
+            Spans(config.model.mask_feature_prob, config.model.mask_feature_length),
+            self.model.features,
+            self.model.geometry,
+        )
+        snr_db = config.data.noise_snr_db
+        self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
+        self._preemption = Preemption()
+        self.stream.patience = Patience(stopped=lambda: self._preemption.asked)
+        self._saved = saved  # what the newest checkpoint holds
+        self._silenced = 0  # clips of this epoch, of all ranks, that trained as silence
+        self._skipped_in_a_row = 0
+        self._update_sec = 0.0  # of the optimizer, in the step before
+        self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
+        self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
+
+    def run(self) -> None:
+        """Train to the last step; evaluate and save on the way and at the end, and when the machine is taken away."""
+        try:
+            self._run()
+        except PreemptedError as error:
+            self._save()
+            self._close(MIRROR_GRACE_SEC)
+            self.world.barrier()  # rank 0 holds the store at which the others wait
+            said = f"stopped at step {self.state.step}; the same command goes on from there"
+            stopped = PreemptedError(said)
+            stopped.exit_code = self._preemption.exit_code
+            raise stopped from error
+        unmirrored = self._close(None)
+        with self.world.main_alone("end the run whole") as mine:
+            if mine:
+                check_sums(self.run_dir / "best", must_have=True)  # it was verified when it was saved
+                self._write_finish(unmirrored)
+
+    def _write_finish(self, unmirrored: str | None) -> None:
+        """Write and tell, as the run's last act, what ended it. Raise StreamtrainError if its mirror lacks that."""
+        state, patience = self.state, self.config.train.patience
+        limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
+        finish = Finish(state.step, limit, state.best_cer, state.best_step, unmirrored)
+        log.info("%s", finish)
+        write_finish(self.run_dir, finish)
+        check_mirrored(self.run_dir, finish)
+
+    def _close(self, wait_sec: float | None) -> str | None:
+        """Let the mirror come to its end, for at most so long. Return on rank 0 why it lacks the last checkpoint."""
+        unmirrored = None
+        with self.world.main_alone("copy the last checkpoint to the mirror"):
+            if self.mirror is not None:
+                try:
+                    self.mirror.close(wait_sec)
+                except StoreError as error:
+                    unmirrored = error.message
+                    log.warning("%s", error)
+            if self.monitor is not None:
+                self.monitor.close()
+        return unmirrored
+
+    def _run(self) -> None:
+        self._save()  # before any result: from now on the same command always has a place to go on from
+        self._evaluate_if_due()
+        while not self._finished:
+            epoch = self.state.epoch
+            plan = self.plans.epoch(epoch)
+            for forwards, waited in self._steps(plan):
+                row, asked = self._step(plan, forwards, waited)
+                if self.monitor is not None:
+                    self.monitor.step(row)
+                if self._finished or self.state.step % TELL_RANKS_EVERY == 0:
+                    self._tell_ranks()
+                if asked:
+                    raise PreemptedError("stopped after a step")
+                self._evaluate_if_due()
+                every = self.config.train.checkpoint_every
+                if self._finished or self.state.step % every == 0 or self.state.best_step == self.state.step:
+                    self._save()
+                if self._finished:
+                    break
+            if self.state.epoch == epoch and not self._finished:
+                raise TrainError(
+                    f"the data of epoch {epoch} ended after {self.state.step_in_epoch} of its {plan.steps} steps",
+                    "the same command goes on from the newest checkpoint; if it happens again, please report it",
+                )
+        self._save()  # where only the last evaluation was missing
+
+    @property
+    def _finished(self) -> bool:
+        stopped = is_stopped_early(self.state, self.config.train.patience)
+        return stopped or self.state.step == self.plans.total_steps
+
+    def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
+        """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
+        merged = self.config.data.device_batch_seconds
+        finish = partial(change_for_training, self._masking, self._noise, self.state.epoch)
+        forwards: list[StepBatch] = []
+        started = time.perf_counter()
+        for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
+            forwards.append(item)
+            if item.last:
+                yield forwards, time.perf_counter() - started
+                forwards.clear()  # rather than a new list: the loop still holds this one while the next step is loaded
+                started = time.perf_counter()
+
+    def _step(self, plan: EpochPlan, forwards: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
+        """One optimizer step, and whether a rank was asked to stop.
+
+        The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step.
+        """
+        started = time.perf_counter()
+        state, here = self.state, self.state.step_in_epoch
+        symbols = max(int(plan.label_characters[here]), 1)
+        self.model.encoder_frozen = state.step < self.config.train.freeze_encoder_steps
+        nats = torch.zeros((), dtype=torch.float64, device=self.world.device)  # read once: each look waits for a GPU
+        for item in forwards:
+            summed = self._forward(item.batch.to(self.world.device), item.numbers[0])
+            self.engine.backward(summed / symbols, last=item.last)
+            nats += summed.detach()
+        lost = float(nats)  # waits for the GPU, so that its time is this rank's own
+        arrivals = self.engine.take_arrivals()
+        counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
+        failed = [key for item in forwards for key in item.batch.failed]
+        crowded = [key for item in forwards for key in item.batch.crowded]
+        silenced = len(failed) + len(crowded)
+        told = [lost, waited, waited + here_sec + self._update_sec, *astuple(counts)]
+        everyone = self.world.gather_floats([silenced, _fingerprint(arrivals), self._preemption.asked, *told])
+        all_silenced, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
+        everyone = everyone[:, 3:]
+        if (fingerprints != fingerprints[0]).any():  # before the sums are used
+            orders = self.world.gather(self.engine.names_of(arrivals))
+            check_order({f"rank {rank}": order for rank, order in enumerate(orders)})
+        updating = time.perf_counter()
+        norm = self.engine.step(state.step)
+        self._update_sec = time.perf_counter() - updating
+        loss = float(everyone[:, 0].sum()) / symbols
+        self._check(loss, norm, forwards)
+        self._check_silenced(failed, crowded, int(all_silenced), first_step=here == 0)
+        self._told += everyone
+        seconds = waited + time.perf_counter() - started
+        true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
+        self.state = _advance(state, plan, skipped=norm is None)
+        row = StepRow(
+            step=self.state.step,
+            epoch=state.epoch,
+            loss=loss,
+            lr=self.engine.rate(state.step),
+            grad_norm=math.nan if norm is None else norm,
+            seconds=seconds,
+            audio_sec_per_sec=true / SAMPLE_RATE / seconds,
+            padding=1 - true / max(padded, 1),
+            data_wait=float((everyone[:, 1] / everyone[:, 2]).max()),
+            silent=int(everyone[:, 3 + SILENT].sum()),
+            skipped=int(norm is None),
+            cer=None,
+        )
+        return row, asked
+
+    def _tell_ranks(self) -> None:
+        """What each rank's data took since this was last told."""
+        rows = []
+        for rank, (_, waited, seconds, *values) in enumerate(self._told.tolist()):
+            counts = StreamCounts(*values)
+            rows.append(
+                RankRow(
+                    step=self.state.step,
+                    rank=rank,
+                    data_wait=waited / max(seconds, 1e-9),
+                    look_ahead=counts.ready / max(counts.batches, 1),
+                    read_ms=1000 * counts.read_sec / max(counts.clips, 1),
+                    decode_ms=1000 * counts.decode_sec / max(counts.clips, 1),
+                    cache_hits=counts.hits / (counts.hits + counts.misses) if counts.hits + counts.misses else 1.0,
+                    mb_fetched=counts.bytes / 2**20,
+                    retries=int(counts.retries),
+                    silent=int(counts.silent),
+                )
+            )
+        if self.monitor is not None:
+            self.monitor.ranks(rows)
+        self._told[:] = 0
+
+    def _forward(self, batch: Batch, number: int) -> torch.Tensor:
+        """Summed CTC loss of a batch. Dropout depends on the place in the plan of its first clips, not on the rank."""
+        seed, state = self.config.train.seed, self.state
+        torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, number).integers(2**62)))
+        frames = self.model.frame_counts(batch.input_lengths)
+        log_probs = self.engine.forward(
+            batch.inputs, batch.input_lengths, batch.time_mask, batch.feature_mask
+        )  # (B, T, V)
+        return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
+
+    def _check(self, loss: float, norm: float | None, forwards: list[StepBatch]) -> None:
+        """What all ranks see alike, so that all stop here together, or none."""
+        finite = norm is not None and math.isfinite(loss)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if not finite:
+            keys = ", ".join(key for item in forwards for key in item.batch.keys[:3])
+            what = f"step {self.state.step + 1}: the loss is {loss:g}, its gradient is not finite"
+            log.warning("%s: the step is skipped (rank %d had %s, …)", what, self.world.rank, keys)
+            if self._skipped_in_a_row >= MAX_SKIPPED:
+                raise TrainError(
+                    f"{what}, as in the {MAX_SKIPPED - 1} steps before it (rank {self.world.rank} had {keys}, …)",
+                    "lower the learning rate or lengthen train.warmup_steps, then resume from an earlier checkpoint",
+                )
+
+    def _check_silenced(self, failed: list[str], crowded: list[str], everywhere: int, first_step: bool) -> None:
+        """Name the clips of this rank that train as silence. Raises TrainError where all ranks have had too many."""
+        for key in failed:
+            log.warning("%s does not decode as planned: trained as silence, without its label", key)
+        for key in crowded:
+            log.warning("%s has a label of more symbols and blanks than frames: trained as silence, without it", key)
+        self._silenced = everywhere if first_step else self._silenced + everywhere
+        if self._silenced > MAX_SILENCED * len(self.stream.index.samples) + 1:
+            raise TrainError(
+                f"{self._silenced} clips of this epoch do not decode though their checksums hold, or have labels too "
+                "long for their frames; they are named above",
+                "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`; for long labels "
+                "take a model with more frames a second",
+            )
+
+    def _evaluate_if_due(self) -> None:
+        """Score the model as it is, on every so many steps and at the end; keep it as `best/` where none was better.
+
+        Where there is nothing to score on, the last one is kept.
+        """
+        settings, state = self.config.eval, self.state
+        if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
+            return
+        if not len(self.stream.index.split(settings.split)):
+            self._keep_unscored()
+            return
+        model = self.engine.scored_copy()
+        evaluation = evaluate(
+            model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
+        )
+        cer = evaluation.total.rate
+        if self.monitor is not None:
+            self.monitor.evaluated(state.step, evaluation)
+        if state.step == 0:
+            self._first_cer(cer)
+        if state.best_cer is not None and cer >= state.best_cer:
+            since = state.evaluations_since_best + 1
+            self.state = replace(state, evaluated=state.step, evaluations_since_best=since)
+            if since == self.config.train.patience:
+                log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
+            return
+        self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
+        with self.world.main_alone("save best/") as mine:
+            if mine:
+                save_best(model.cpu(), self.run_dir / "best")
+                self._write_scorecard(evaluation)
+
+    def _keep_unscored(self) -> None:
+        """Keep the weights of the last step as `best/`."""
+        if not self._finished:
+            return
+        model = self.engine.scored_copy()
+        self.state = replace(self.state, evaluated=self.state.step)
+        if self.monitor is not None:
+            self.monitor.draw_curves()
+        with self.world.main_alone("save best/") as mine:
+            if mine:
+                save_best(model.cpu(), self.run_dir / "best")
+
+    def _first_cer(self, cer: float) -> None:
+        if self.world.main:
+            write_inside(self.run_dir / "before.json", json.dumps({"cer": cer}))
+
+    def _write_scorecard(self, evaluation: Evaluation) -> None:
+        card = scorecard(
+            evaluation, self.stream.index, model=str(self.run_dir / "best"), shards=self.config.data.shards,
+            split=self.config.eval.split, step=self.state.step,
+        )  # fmt: skip
+        write_scorecard(card, evaluation.clips, self.run_dir)
+
+    def _save(self) -> None:
+        if self.state == self._saved:
+            return
+        parts = self.engine.gather()
+        with self.world.main_alone(f"save step {self.state.step}") as mine:
+            if mine:
+                folder, keep = self.run_dir / "checkpoints", self.config.train.keep_checkpoints
+                saved = save_checkpoint(parts, self.state, folder, keep)
+                if self.mirror is not None:
+                    self.mirror.offer(saved)
+        self._saved = self.state
+
+
+def _fingerprint(arrivals: Sequence[int]) -> float:
+    """Return a number that is equal for equal sequences; a float holds 53 bits."""
+    return float(xxhash.xxh3_64_intdigest(np.array(arrivals, np.int32).tobytes()) >> 11)
+
+
+def is_stopped_early(state: RunState, patience: int | None) -> bool:
+    """Whether the score has got no better for too long."""
+    return patience is not None and state.evaluations_since_best >= patience
+
+
+def _advance(state: RunState, plan: EpochPlan, skipped: bool) -> RunState:
+    state = replace(state, step=state.step + 1, skipped=state.skipped + skipped)
+    if state.step_in_epoch + 1 == plan.steps:
+        return replace(state, epoch=state.epoch + 1, step_in_epoch=0, begun=())
+    return replace(state, step_in_epoch=state.step_in_epoch + 1)
