@@ -55,11 +55,11 @@ check: setup
 	python -m pytest -q tests/test_architecture.py
 
 bench: $(VENV)/.installed-bench $(NOISY)
-	python -m tests.bench_sharding
-	python -m tests.bench_streaming
-	python -m tests.bench_training
-	python -m tests.bench_transcribing
-	python -m tests.bench_splitting $(dir $(NOISY))
+	python -m tests.benchmarks.sharding
+	python -m tests.benchmarks.streaming
+	python -m tests.benchmarks.training
+	python -m tests.benchmarks.transcribing
+	python -m tests.benchmarks.splitting $(dir $(NOISY))
 
 # The demo's model, trained on in noise: what hears words in noisy rooms.
 $(NOISY): | $(VENV)/.installed-bench

@@ -1,26 +1,22 @@
 """What several tests need: the real command, and one small shard set that nobody changes."""
 
 import os
-import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from corpus import make_corpus
-from fault_proxy import FaultProxy, fault_proxy
 from hypothesis import settings
-from seaweed import BUCKET, Seaweed, find_weed, running_seaweed
-from stream_sets import upload, write_set
-from tiny_model import make_tiny_model
-from training_runs import run
 
 from sharding.shardset.object_store import BucketStore
-
-ROOT = Path(__file__).parents[1]
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+from tests.tools.commands import Command, run_module
+from tests.tools.corpus import make_corpus
+from tests.tools.fault_proxy import FaultProxy, fault_proxy
+from tests.tools.seaweed import BUCKET, Seaweed, find_weed, running_seaweed
+from tests.tools.stream_sets import upload, write_set
+from tests.tools.tiny_model import make_tiny_model
+from tests.tools.training_runs import run
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start as well
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,28 +26,13 @@ settings.register_profile("streamtrain", deadline=None, derandomize=True, max_ex
 settings.load_profile("streamtrain")
 
 # The files that take minutes, given out first: what is quick fills the gaps
-LONGEST = ("training", "checkpoints", "published", "precision", "sharding_growth", "sharding_crash", "build_dask",
-           "submission", "transcribe", "starts", "sharding_build", "hostile", "sharding_split")  # fmt: skip
+LONGEST = ("training", "checkpoint", "published", "precision", "growth", "crash", "dask", "submission", "transcribe",
+           "starts", "build", "hostile", "split")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-
-
-def run_module(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run `python -m MODULE ARGUMENTS`. Whatever happens, a user never sees a traceback."""
-    done = run([sys.executable, "-m", module, *arguments], expect=None, folder=Path.cwd())
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def own_mounts() -> list[str]:
-    """The beginning of a command that may mount what nobody else sees; skips the test where that is not permitted."""
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("mounts of one's own are not permitted here")
-    return namespace
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,34 @@
 """Who may import whom, read from the sources: everything points down, and nothing in a circle."""
 
-import ast
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
 from streamtrain.submission.package import TAKEN_ALONG
+from tests.tools.modules import GRAPH, MODULES, PACKAGES, imports_of
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("sharding", "streamtrain", "launch")
-SEEN_BY_STREAMTRAIN = {
-    "format",
-    "schema",
-    "sample",
-    "store",
-    "bucket",
-    "ipa",
-    "audio",
-    "pauses",
-    "align",
-    "cuts",
-    "split",
-    "errors",
-    "exclusive",
-    "archive",
-    "workers",
-    "command",
-    "interrupt",
-    "tables",
-    "manifest",
-    "names",
-    "document",
-    "writing",
-}
+HOUSE = """
+launch streamtrain.__main__ sharding.__main__
+streamtrain.cli sharding.cli
+streamtrain.submission
+streamtrain.training
+streamtrain.infer
+streamtrain.eval
+streamtrain.data
+streamtrain.model
+streamtrain.config streamtrain.precision streamtrain.run_status streamtrain.atomic
+streamtrain.distributed streamtrain.startup
+sharding.build
+sharding.report
+sharding.segment sharding.sources
+sharding.shardset
+sharding.labels sharding.audio sharding.command
+sharding.files
+sharding.pool sharding.interrupt sharding.errors
+""".strip().splitlines()  # floors, from the top down: a room knows its own files and the floors below
+FLOORS = {room: number for number, floor in enumerate(HOUSE) for room in floor.split()}
+SHARED = {"shardset", "segment", "sources", "labels", "audio", "files", "command", "pool", "interrupt", "errors"}
 
 WRITES = re.compile(
     r"""\.write_(text|bytes)\(|os\.replace\(|\bopen\([^)]*"[a-z]*[wax+]b?\"|savefig\((?!picture|buffer)"""
@@ -58,25 +52,8 @@ WRITE_OTHERWISE = {  # than through sharding.files.writing
 }
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
-    """Modules that a file imports, anywhere in it or only when it is itself imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))}
-GRAPH = {name: {other for other in imports_of(path) if other in MODULES} - {name} for name, path in MODULES.items()}
+def room_of(name: str) -> str:
+    return name if name in FLOORS else name.rpartition(".")[0]
 
 
 def test_no_import_goes_in_a_circle() -> None:
@@ -111,19 +88,18 @@ def test_sharding_starts_without_torch() -> None:
     assert "sharding.segment.ctc_align" not in started
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in PACKAGES])
+def test_a_room_knows_only_the_floors_below(name: str) -> None:
+    for other in GRAPH[name] - set(PACKAGES):
+        room, below = room_of(name), room_of(other)
+        beside = {room, below} <= MODULES.keys() and FLOORS[room] == FLOORS[below]  # two files that are no rooms
+        assert room == below or beside or FLOORS[room] < FLOORS[below], f"{name} imports {other}"
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("streamtrain.")])
-def test_streamtrain_stands_on_the_lower_half_of_sharding(name: str) -> None:
+def test_streamtrain_stands_on_the_lower_rooms_of_sharding(name: str) -> None:
     below = {other.split(".")[1] for other in GRAPH[name] if other.startswith("sharding.")}
-    assert below <= SEEN_BY_STREAMTRAIN
-
-
-@pytest.mark.parametrize("name", ["plan", "model", "metrics"])
-def test_plan_model_and_metrics_know_nothing_of_each_other(name: str) -> None:
-    others = {f"streamtrain.{other}" for other in ("plan", "model", "metrics", "train", "evaluate")} - {
-        f"streamtrain.{name}"
-    }
-    direct = GRAPH[f"streamtrain.{name}"] - {"streamtrain.config"}
-    assert not others & direct
+    assert below <= SHARED
 
 
 def test_planning_and_scoring_start_without_torch() -> None:
@@ -143,7 +119,8 @@ def test_files_are_written_in_one_way() -> None:
 
 
 def test_what_a_submission_takes_along_needs_nothing_else_of_this() -> None:
-    taken = {f"{folder}.{name.removesuffix('.py')}" for folder, names in TAKEN_ALONG.items() for name in names}
+    files = [f"{folder}/{name}" for folder, names in TAKEN_ALONG.items() for name in names]
+    taken = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
     for name in [*sorted(taken & MODULES.keys()), "streamtrain.submission.main"]:
         brought = imports_of(MODULES[name], True) & MODULES.keys() - {"sharding", "streamtrain"}
         assert brought <= taken, name

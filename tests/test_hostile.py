@@ -17,10 +17,7 @@ from typing import Any
 import pytest
 import xxhash
 import zstandard
-from fuzz import LONGEST_SEC, MOST_BYTES, Document, make_documents, try_all
 from pydantic import TypeAdapter
-from test_architecture import MODULES, ROOT
-from tiny_model import make_tiny_model
 
 from sharding.build.external import TarJob, index_tar
 from sharding.build.repair import repair
@@ -46,6 +43,9 @@ from streamtrain.config import ModelConfig
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import load
 from streamtrain.model.pretrained import ModelError, load_model
+from tests.tools.fuzz import LONGEST_SEC, MOST_BYTES, Document, make_documents, try_all
+from tests.tools.modules import MODULES, ROOT
+from tests.tools.tiny_model import make_tiny_model
 
 KINDS = (
     "index.json", "samples.bin.zst", ".idx.zst", "sample", "summary.json", "ledger", "alignments", "predicted",
@@ -101,7 +101,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Document]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_document_that_is_nearly_right_is_read_or_refused_in_words(kind: str, documents: dict[str, Document]) -> None:
-    """As a command, `python tests/fuzz.py 2000` tries more."""
+    """As a command, `python -m tests.tools.fuzz 2000` tries more."""
     outcomes = try_all(documents[kind], 20, derandomize=True)
     assert outcomes["read"] + outcomes["refused"] >= 20
 

@@ -13,7 +13,7 @@ import torch
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from streamtrain.data.collate import Batch
-from streamtrain.data.loader import Loader
+from streamtrain.data.loader import NOTHING_AHEAD, Loader
 from streamtrain.data.plan import EpochPlan, plan_evaluation
 from streamtrain.distributed import World
 

@@ -1,0 +1,57 @@
+"""What ranks tell one another, by real ranks."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from streamtrain.distributed import Preemption
+from tests.tools.ports import free_port
+from tests.tools.training_runs import ROOT, environment
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("slow", "rank 1 goes on"),
+        ("collective", "another rank is gone, or hangs"),  # so it would give up
+        (
+            "fails",
+            "rank 1: StreamtrainError: rank 0 could not fetch the copy: StoreError: s3://bucket/run: no such bucket",
+        ),
+        ("frozen", "rank 1: StreamtrainError: rank 0 has been silent for "),
+    ],
+)
+def test_a_rank_waits_for_rank_0_as_long_as_that_lives_and_learns_how_it_ended(mode: str, told: str) -> None:
+    """Started without a launcher, which would wait for half a minute until it kills a frozen rank."""
+    place = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "tests/tools/alone_rank.py", mode], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=environment() | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        said, _ = ranks[1].communicate(timeout=60)
+    finally:
+        ranks[0].kill()
+    assert told in said
+    assert "Traceback" not in said
+    assert ranks[1].returncode == (0 if mode == "slow" else 1)
+
+
+def test_ctrl_c_asks_a_run_to_stop_and_a_second_one_ends_it() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        preemption = Preemption()
+        assert not preemption.asked
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.asked
+        assert preemption.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
