@@ -34,7 +34,7 @@ demo test test-all $(NOISY): export DS_ACCELERATOR := cpu
 
 demo: setup
 	python -m sharding demo-corpus data/demo/raw --minutes 24 --children 48
-	python -m sharding build data/demo/raw/* --limit-sec 6 --out data/demo/shards
+	python -m sharding build data/demo/raw/* --max-duration 6 --out data/demo/shards
 	deepspeed --quiet --num_accelerators 2 launch/train.py --config configs/demo.json
 	deepspeed --quiet --num_accelerators 2 launch/evaluate.py --model data/demo/run/best --shards data/demo/shards --out data/demo/run
 	@python -m streamtrain summary data/demo/run

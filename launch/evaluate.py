@@ -8,9 +8,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def main() -> None:
-    from sharding.interrupt import answer_interrupts
+    from sharding.interrupt import handle_interrupts
 
-    answer_interrupts()
+    handle_interrupts()
     import argparse
     from pathlib import Path
 
@@ -30,31 +30,31 @@ def main() -> None:
         help="padded seconds per forward: larger is faster and takes more memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
-    parser.add_argument("--beside", type=place, metavar="DIR",
+    parser.add_argument("--compare-to", type=place, metavar="DIR",
         help="folder with another model's scorecard on the same clips, to compare this one with")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
-    from streamtrain.startup import errors_told, number_of, settle_torch
+    from streamtrain.startup import configure_threads, env_int, report_errors
 
-    settle_torch()
-    if number_of("RANK") == 0:
+    configure_threads()
+    if env_int("RANK") == 0:
         announce("scoring {model} on split {split} of {shards}", options)
-    with errors_told():  # a mistake is told before torch is imported
-        from sharding.shardset.index import read_outline
+    with report_errors():  # a mistake is told before torch is imported
+        from sharding.shardset.index import read_index_header
         from sharding.shardset.store import open_store
         from streamtrain.model.vocab import load_vocab
 
         load_vocab(Path(options.model))
-        read_outline(open_store(options.shards))
+        read_index_header(open_store(options.shards))
 
-        from streamtrain.distributed import running
+        from streamtrain.distributed import process_group
 
-    with running() as world:
+    with process_group() as world:
         from streamtrain.eval.evaluate import evaluate_model
 
         out = Path(options.out)
-        beside = Path(options.beside) if options.beside else None
+        beside = Path(options.compare_to) if options.compare_to else None
         evaluate_model(
             options.model, options.shards, options.split, options.batch_seconds, out, world, options.beam, beside
         )

@@ -8,9 +8,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def main() -> None:
-    from sharding.interrupt import answer_interrupts
+    from sharding.interrupt import handle_interrupts
 
-    answer_interrupts()
+    handle_interrupts()
     import argparse
 
     from sharding.command import announce, place
@@ -36,24 +36,24 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args(list(map(expand_home, sys.argv[1:])))
 
-    from streamtrain.startup import errors_told, number_of, settle_torch
+    from streamtrain.startup import configure_threads, env_int, report_errors
 
-    settle_torch()
-    if number_of("RANK") == 0:
+    configure_threads()
+    if env_int("RANK") == 0:
         announce("training as {config} says", options)
-    with errors_told():  # a mistake is told before torch is imported
-        from sharding.shardset.index import read_outline
+    with report_errors():  # a mistake is told before torch is imported
+        from sharding.shardset.index import read_index_header
         from sharding.shardset.store import open_store
         from streamtrain.config import load_config
         from streamtrain.data.plan import check_world_size
 
         config = load_config(options.config, options.set)
-        check_world_size(number_of("WORLD_SIZE", 1), config.train.micro_batches_per_step)
-        read_outline(open_store(config.data.shards))
+        check_world_size(env_int("WORLD_SIZE", 1), config.train.micro_batches_per_step)
+        read_index_header(open_store(config.data.shards))
 
-        from streamtrain.distributed import running
+        from streamtrain.distributed import process_group
 
-    with running() as world:
+    with process_group() as world:
         from streamtrain.training.run import find_batch_seconds, train
 
         if options.find_batch_seconds:

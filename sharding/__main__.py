@@ -2,10 +2,10 @@
 
 import sys
 
-from sharding.interrupt import answer_interrupts
+from sharding.interrupt import handle_interrupts
 
 if __name__ == "__main__":
-    answer_interrupts()
+    handle_interrupts()
     from sharding.cli import main
 
     sys.exit(main())

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from sharding.audio.codec import SAMPLE_RATE, decode
-from sharding.audio.vad import find_pauses, listen
+from sharding.audio.vad import detect_speech, find_pauses
 from sharding.build.external import VALID_TARS, index_tars
-from sharding.build.pipeline import BuildSettings, HowToRun, build
+from sharding.build.pipeline import BuildConfig, RunOptions, build
 from sharding.build.repair import repair
 from sharding.command import PNG, Commands, number, out_file, out_folder, place
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError, counted
@@ -22,14 +22,14 @@ from sharding.pool import available_cores
 from sharding.report import files as report
 from sharding.report.ledger import LEDGER_NAME
 from sharding.report.summary import render
-from sharding.segment.acoustic_model import example_of, learn
-from sharding.segment.cuts import LIMIT_SEC, MIN_PIECE_SEC
-from sharding.segment.evidence import NOTHING_ALIGNED, WRONG_SHARE, Alignments, read_alignments
-from sharding.segment.split import Gates, split_recording
-from sharding.shardset.index import REMADE_HINT, read_index
+from sharding.segment.acoustic_model import example_of, fit
+from sharding.segment.cuts import MAX_DURATION_SEC, MIN_PIECE_SEC
+from sharding.segment.evidence import MAX_FALSE_ACCEPT, NO_ALIGNMENTS, Alignments, read_alignments
+from sharding.segment.split import LabelThresholds, split_recording
+from sharding.shardset.index import REBUILT_HINT, read_index
 from sharding.shardset.store import open_store
 from sharding.shardset.verify import check_older_indexes, find_faults
-from sharding.sources.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, Reading, parse_columns
+from sharding.sources.manifest import OPTIONAL_FIELDS, REQUIRED_FIELDS, ManifestOptions, parse_columns
 from sharding.sources.synthetic import make_demo_corpus
 
 DEFAULT_SOURCES = "data/raw/*"
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> int:
     _check_executor(options)
     alignments = _read_alignments(options.alignments)
-    chosen = {name: getattr(options, name) for name in BuildSettings.__dataclass_fields__}
-    settings = BuildSettings(**chosen | {"alignments": alignments.digest})
-    how = HowToRun(
+    chosen = {name: getattr(options, name) for name in BuildConfig.__dataclass_fields__}
+    settings = BuildConfig(**chosen | {"alignments": alignments.digest})
+    how = RunOptions(
         options.workers, _reading_of(options), options.dry_run, options.append, options.scheduler, alignments
     )
     built = build(_find_sources(options.sources), options.out, settings, how)
@@ -63,25 +63,25 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{built.known:,} of the clips to append were there already, and stay as they are")
     done = "would be built so; nothing was written" if options.dry_run else "built"
     same = "was built before from the same rows, and audio of the same sizes; nothing to do"
-    print(f"{options.out}: {done if built.fresh else same}")
+    print(f"{options.out}: {done if built.built else same}")
     hint = "look at the files named above" if options.dry_run else REJECTED_HINT
-    _check_rejected(options.out, built.rejected, options.max_rejected, hint)
+    _check_rejected(options.out, built.rejected, options.max_reject_rate, hint)
     return 0
 
 
-def _reading_of(options: argparse.Namespace) -> Reading:
+def _reading_of(options: argparse.Namespace) -> ManifestOptions:
     columns = parse_columns(options.columns)
-    return Reading(columns=columns, follow_links=options.follow_links, audio_root=options.audio_root)
+    return ManifestOptions(columns=columns, follow_links=options.follow_links, audio_root=options.audio_root)
 
 
 def _read_alignments(path: str | None) -> Alignments:
-    return read_alignments(Path(path)) if path else NOTHING_ALIGNED
+    return read_alignments(Path(path)) if path else NO_ALIGNMENTS
 
 
 def _check_rejected(where: str, rejected: float, allowed: float, hint: str) -> None:
     if rejected > allowed:
         raise ShardError(
-            f"{where}: {rejected:.1%} of the clips were rejected, --max-rejected allows {allowed:.1%}", hint
+            f"{where}: {rejected:.1%} of the clips were rejected, --max-reject-rate allows {allowed:.1%}", hint
         )
 
 
@@ -130,14 +130,14 @@ def _verify(options: argparse.Namespace) -> int:
         mendable = any(fault.mendable for fault in faults.values())
         raise ShardError(
             f"{options.shards}: {len(faults)} of {len(index.shards)} shards are damaged, or not as the index says",
-            again if mendable else REMADE_HINT,
+            again if mendable else REBUILT_HINT,
         )
     check_older_indexes(store, index)
     for said in (report_faults := report.check_report(store, index)):
         print(said, file=sys.stderr)
     if report_faults:
         raise ShardError(f"{options.shards}: the shards are sound, the report is not", REPORT_HINT)
-    if report.is_kept(store, index):
+    if report.is_archived(store, index):
         print(f"{options.shards}: {APPENDING}", file=sys.stderr)
     holds = f"{counted(len(index.shards), 'shard')}, {counted(len(index.samples), 'sample')}"
     print(f"{options.shards}: {holds}, all as the index says")
@@ -158,11 +158,11 @@ def _repair(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     index, summary, rejected = index_tars(
-        options.shards, options.track, options.valid, options.limit_sec, options.workers
+        options.shards, options.track, options.valid, options.max_duration, options.workers
     )
     print(render(summary, options.shards))
     print(f"{options.shards}: indexed, {counted(len(index.samples), 'sample')} in {counted(len(index.shards), 'tar')}")
-    _check_rejected(options.shards, rejected, options.max_rejected, REJECTED_HINT)
+    _check_rejected(options.shards, rejected, options.max_reject_rate, REJECTED_HINT)
     return 0
 
 
@@ -196,12 +196,12 @@ def _split(options: argparse.Namespace) -> int:
         raise AudioError(f"{options.audio}: there is no such file", "name one recording") from error
     except AudioError as error:
         raise AudioError(f"{options.audio}: {error.message}") from error
-    name, heard = Path(options.audio).stem, listen(waveform)
+    name, heard = Path(options.audio).stem, detect_speech(waveform)
     alignments = _read_alignments(options.alignments)
-    gates = Gates(options.min_confidence, alignments.bound(options.wrong_share), options.min_evidence)
+    gates = LabelThresholds(options.min_confidence, alignments.bound(options.max_false_accept), options.min_word_llr)
     text, evidence = read_label(_text_of(options.text), "phonetic"), alignments.of(name)
-    sounds = learn([example_of(name, text, waveform)], "phonetic", options.wrong_share)
-    segments = split_recording(name, waveform, text, options.limit_sec, heard, evidence, sounds, gates)
+    sounds = fit([example_of(name, text, waveform)], "phonetic", options.max_false_accept)
+    segments = split_recording(name, waveform, text, options.max_duration, heard, evidence, sounds, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'piece')}")
     for segment in segments:
         mark = " (forced cut)" if segment.forced else ""
@@ -246,7 +246,7 @@ def _commands() -> Commands:
              "under the same paths as this machine, or OUT is a bucket (default: %(default)s)")  # fmt: skip
     add("--scheduler", default="", metavar="ADDRESS",
         help="with --executor dask: where its scheduler listens, such as tcp://host:8786")  # fmt: skip
-    add("--limit-sec", type=number(*LIMITS_SEC), default=LIMIT_SEC,
+    add("--max-duration", type=number(*LIMITS_SEC), default=MAX_DURATION_SEC,
         help="longer clips are split at pauses, s; lower saves GPU memory (default: %(default)s)")  # fmt: skip
     add("--valid-fraction", type=number(0, 1), default=0.1,
         help="share of the children whose clips are kept for validation (default: %(default)s)")  # fmt: skip
@@ -254,7 +254,7 @@ def _commands() -> Commands:
         help="duration buckets; more pad less, fewer mix lengths more (default: %(default)s)")  # fmt: skip
     add("--shard-mb", type=number(0.01, 65_536), default=64.0,
         help="size of a shard, MiB; larger suits object stores (default: %(default)s)")  # fmt: skip
-    add("--min-shards", type=number(1, 100_000, int), default=1,
+    add("--min-shards-per-bucket", type=number(1, 100_000, int), default=1,
         help="shards in each bucket at least, as far as it has clips: ranks × workers feeds them all "
              "(default: %(default)s)")  # fmt: skip
     add("--track", choices=TRACKS, default="phonetic",
@@ -273,13 +273,13 @@ def _commands() -> Commands:
         help="keep all clips of one value of this column on one side, training or validation "
              "(default: child_id, else session_id, else each clip by itself)")  # fmt: skip
     _add_gates(parser_build, "what `python -m streamtrain align` has written of shards built of the same sources with "
-                             "the same --limit-sec: pieces of long recordings then get the words that a model heard "
+                             "the same --max-duration: pieces of long recordings then get the words that a model heard "
                              "in them")  # fmt: skip
     add("--append", action="store_true",
         help="add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and "
              "validation speakers; a run that began before goes on with the clips it began with")  # fmt: skip
     add("--dry-run", action="store_true", help="examine, decode and plan everything, and write nothing")
-    add("--max-rejected", type=number(0, 1), default=0.01,
+    add("--max-reject-rate", type=number(0, 1), default=0.01,
         help="share of rejected clips above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_verify = commands.add("verify", _verify, "Check every shard against the index.", "checking {shards}")
@@ -321,11 +321,11 @@ def _commands() -> Commands:
         help="tars to validate on, by their names below that folder; each must fit one "
              f"(default: {' '.join(VALID_TARS)}, if there are such)")  # fmt: skip
     add("--track", choices=TRACKS, default="phonetic", help="what the labels are (default: %(default)s)")
-    add("--limit-sec", type=number(*LIMITS_SEC), default=LIMIT_SEC,
+    add("--max-duration", type=number(*LIMITS_SEC), default=MAX_DURATION_SEC,
         help="longer samples are rejected, s (default: %(default)s)")  # fmt: skip
     add("--workers", type=number(1, 1024, int), default=available_cores(),
         help="processes (default: the cores, %(default)s)")  # fmt: skip
-    add("--max-rejected", type=number(0, 1), default=0.01,
+    add("--max-reject-rate", type=number(0, 1), default=0.01,
         help="share of rejected samples above which the finished command fails (default: %(default)s)")  # fmt: skip
 
     parser_split = commands.add(
@@ -345,7 +345,10 @@ def _commands() -> Commands:
         help="a picture of the sound, where speech is heard, the pauses, the cuts and the words",
     )
     parser_split.add_argument(
-        "--limit-sec", type=number(*LIMITS_SEC), default=LIMIT_SEC, help="longest piece, s (default: %(default)s)"
+        "--max-duration",
+        type=number(*LIMITS_SEC),
+        default=MAX_DURATION_SEC,
+        help="longest segment, s (default: %(default)s)",
     )
 
     parser_demo = commands.add(
@@ -369,14 +372,14 @@ def _add_gates(parser: argparse.ArgumentParser, alignments: str) -> None:
     """What decides whether a piece of a long recording keeps its words."""
     add = parser.add_argument
     add("--alignments", type=place, metavar="FILE", help=alignments)
-    add("--min-confidence", metavar="P", type=number(0, 1), default=Gates.min_confidence,
+    add("--min-confidence", metavar="P", type=number(0, 1), default=LabelThresholds.min_confidence,
         help="a piece keeps its words if each of its cuts falls where it should with this probability "
              "(default: %(default)s)")  # fmt: skip
-    add("--wrong-share", metavar="SHARE", type=number(0, 1), default=WRONG_SHARE,
+    add("--max-false-accept", metavar="SHARE", type=number(0, 1), default=MAX_FALSE_ACCEPT,
         help="and if what is heard in it is hardly likelier than its words: by so little that only this share of "
              "labels with a word left out would pass, as trials show. Where hardly any would, those that are "
              "heard best do, unless this is 0; all do if it is 1 (default: %(default)s)")  # fmt: skip
-    add("--min-evidence", metavar="NATS", type=number(-1_000, 1_000), default=Gates.min_evidence,
+    add("--min-word-llr", metavar="NATS", type=number(-1_000, 1_000), default=LabelThresholds.min_word_llr,
         help="and if each of its words is heard: its label is likelier with the word than without it, by at least so "
              "many nats (default: %(default)s). Whatever these say, it loses them if two words are likelier the other "
              "way round, if one goes on after a pause, or if somebody speaks where no word is heard")  # fmt: skip

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
-def answer_interrupts() -> None:
+def handle_interrupts() -> None:
     """Have Ctrl-C end this process at once while a module is imported, and raise KeyboardInterrupt otherwise.
 
     Raised in an import, it would come out of libraries as another error, or not at all. Where nobody catches it, which

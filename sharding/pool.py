@@ -18,7 +18,7 @@ from sharding.errors import StreamtrainError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-AHEAD = 4  # jobs per worker that are handed out before their turn: more would fill the parent's memory
+JOBS_AHEAD = 4  # jobs per worker that are handed out before their turn: more would fill the parent's memory
 _done: Any = None  # clips finished by all workers, shared with the parent's progress bar
 
 
@@ -83,10 +83,10 @@ class Workers:
                 process.kill()
         self._executor.shutdown(cancel_futures=True)
 
-    def look_after(self) -> None:
+    def check_health(self) -> None:
         """Called every moment while jobs run; raises StreamtrainError where they never would end."""
 
-    def explain(self, error: Exception, label: str) -> StreamtrainError | None:
+    def describe_failure(self, error: Exception, label: str) -> StreamtrainError | None:
         """What has become of the workers, if that is what the error says."""
         if not isinstance(error, BrokenProcessPool):
             return None
@@ -112,9 +112,9 @@ class Workers:
         with tqdm(total=sum(clips), desc=f"{label:>10}", unit=unit, smoothing=0.05, disable=not sum(clips)) as bar:
             while len(results) < len(clips):
                 try:
-                    self.look_after()
+                    self.check_health()
                     with _interrupts_held():
-                        for number, job in islice(waiting, max(0, self.count * AHEAD - len(running))):
+                        for number, job in islice(waiting, max(0, self.count * JOBS_AHEAD - len(running))):
                             running[self._executor.submit(function, job)] = number
                     if not running:  # there is nobody to work, for the moment
                         time.sleep(0.2)
@@ -126,7 +126,7 @@ class Workers:
                 except StreamtrainError:
                     raise
                 except Exception as error:
-                    if told := self.explain(error, label):
+                    if told := self.describe_failure(error, label):
                         raise told from error
                     raise
                 bar.update(max(finished, min(self._counter.value, bar.total)) - bar.n)

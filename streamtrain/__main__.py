@@ -2,12 +2,12 @@
 
 import sys
 
-from sharding.interrupt import answer_interrupts
+from sharding.interrupt import handle_interrupts
 
 if __name__ == "__main__":
-    answer_interrupts()
+    handle_interrupts()
     from streamtrain.cli import main
-    from streamtrain.startup import settle_torch
+    from streamtrain.startup import configure_threads
 
-    settle_torch()
+    configure_threads()
     sys.exit(main())

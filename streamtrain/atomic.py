@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sharding.files.writing import cannot_write, remove, sync
+from sharding.files.writing import remove, sync, write_error
 
 ASIDE = ".old"
 
@@ -28,14 +28,14 @@ def new_folder(final: Path, needed: int | None = None, hint: str | None = None) 
             yield partial
             for path in (*partial.iterdir(), partial):
                 sync(path)
-            put_in_place(partial, final)
+            replace_dir(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise cannot_write(final, _system_error(error), needed, hint) from error
+        raise write_error(final, _system_error(error), needed, hint) from error
 
 
-def put_in_place(partial: Path, final: Path) -> None:
+def replace_dir(partial: Path, final: Path) -> None:
     """Give a finished folder its name; what had that name before stays at hand until then."""
     aside = aside_of(final)
     remove(aside)
@@ -46,13 +46,13 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def put_aside(final: Path) -> None:
+def move_aside(final: Path) -> None:
     """Take the name of a file or folder, if there is one, until `put_back` gives it back."""
     with suppress(FileNotFoundError):
         os.replace(final, aside_of(final))
 
 
-def put_back(folder: Path, pattern: str) -> None:
+def recover_replaced(folder: Path, pattern: str) -> None:
     """Give what lies aside its name again, such as folders that a kill caught while they were replaced."""
     for aside in folder.glob(aside_of(Path(pattern)).name):
         final = folder / aside.name[1:].removesuffix(ASIDE)

@@ -30,11 +30,11 @@ def _check_model(folder: Path) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from streamtrain.data.plan_report import Machines, forecast, plot, render, write_fetches, write_keys
+    from streamtrain.data.plan_report import Cluster, plot, render, report_plan, write_keys, write_schedule
 
-    machines = Machines(options.world_size, options.ranks_per_node, options.speed)
-    prediction = forecast(options.shards, options.config, options.set, machines, options.epoch)
-    for write, out in ((write_keys, options.keys), (write_fetches, options.fetches), (plot, options.plot)):
+    machines = Cluster(options.world_size, options.ranks_per_node, options.speed)
+    prediction = report_plan(options.shards, options.config, options.set, machines, options.epoch)
+    for write, out in ((write_keys, options.keys), (write_schedule, options.shard_schedule), (plot, options.plot)):
         if out:
             write(prediction, out)
     print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary, machines))
@@ -42,21 +42,19 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from streamtrain.run_status import check_mirrored, read_finish
+    from streamtrain.run_status import check_mirrored, read_result
     from streamtrain.training.run_log import render_run
 
     run = Path(options.run_dir)
     print(render_run(run))
-    check_mirrored(run, read_finish(run))
+    check_mirrored(run, read_result(run))
     return 0
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    beam = options.beam or (max(BEAM, options.alternatives) if options.alternatives else 0)
-    if beam < options.alternatives:
-        raise StreamtrainError(
-            f"--beam {beam} holds no {options.alternatives} alternatives", "widen it, or leave it out"
-        )
+    beam = options.beam or (max(BEAM, options.nbest) if options.nbest else 0)
+    if beam < options.nbest:
+        raise StreamtrainError(f"--beam {beam} holds no {options.nbest} alternatives", "widen it, or leave it out")
     log_probs = Path(options.log_probs) if options.log_probs else None
     _check_model(options.model)
     from sharding.sources.manifest import parse_columns
@@ -64,18 +62,18 @@ def _transcribe(options: argparse.Namespace) -> int:
 
     recordings = find_recordings(options.source, options.audio_root, parse_columns(options.columns))
 
-    from streamtrain.infer.transcribe import Reading, transcribe
+    from streamtrain.infer.transcribe import DecodingOptions, transcribe
 
-    reading = Reading(options.batch_seconds, beam, options.alternatives, log_probs)
+    reading = DecodingOptions(options.batch_seconds, beam, options.nbest, log_probs)
     return 1 if transcribe(options.model, recordings, options.out, reading) else 0
 
 
 def _align(options: argparse.Namespace) -> int:
     _check_model(options.model)
-    from sharding.shardset.index import read_outline
+    from sharding.shardset.index import read_index_header
     from sharding.shardset.store import open_store
 
-    read_outline(open_store(options.shards))
+    read_index_header(open_store(options.shards))
 
     from streamtrain.infer.align import align_shards
 
@@ -152,7 +150,7 @@ def _commands() -> Commands:
         help="draw how even the steps are, what a cache must hold, and when which shard is needed, as PNG")  # fmt: skip
     plan.add_argument("--keys", type=out_file(JSONL), metavar="FILE",
         help="write JSONL: step, micro_batch, rank and keys of each micro-batch")  # fmt: skip
-    plan.add_argument("--fetches", type=out_file(JSONL), metavar="FILE",
+    plan.add_argument("--shard-schedule", type=out_file(JSONL), metavar="FILE",
         help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
 
     summary = commands.add(
@@ -192,7 +190,7 @@ def _commands() -> Commands:
 
     transcribe.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
         help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
-    transcribe.add_argument("--alternatives", type=number(1, kind=int), default=0, metavar="N",
+    transcribe.add_argument("--nbest", type=number(1, kind=int), default=0, metavar="N",
         help=f"write the N most probable texts of each too (a beam of {BEAM} where none is given)")  # fmt: skip
     transcribe.add_argument("--log-probs", type=out_folder, metavar="DIR",
         help="write log-probabilities there, to average models': NumPy, float16, (frames, symbols)")  # fmt: skip

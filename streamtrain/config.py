@@ -41,7 +41,7 @@ class DataConfig(Section):
     shards: Place = "data/shards"  # folder or URL of a shard set
     batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
     device_batch_seconds: PositiveFloat | None = None  # up to this size a rank's micro-batches of a step run merged
-    window_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
+    shuffle_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
     length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
     cache_dir: Place | None = None  # where shards of a bucket are kept; none: ranged reads
     cache_gb: PositiveFloat = 100.0
@@ -133,7 +133,7 @@ class Config(Section):
         return float(self.deepspeed["optimizer"]["params"]["lr"])
 
     @property
-    def decisive(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """All that decides what a step computes: not where things lie, nor when a run is evaluated or saved."""
         where = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
         how = {"device_batch_seconds"}  # the same step, up to rounding, as on another number of ranks or ZeRO stage

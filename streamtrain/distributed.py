@@ -27,14 +27,14 @@ import torch.distributed
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
 from sharding.pool import die_with_parent
-from streamtrain.startup import errors_told, number_of, tell
+from streamtrain.startup import env_int, report_error, report_errors
 
 log = logging.getLogger("streamtrain")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-TAKEN_AWAY = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
-LOST_A_RANK = "look above for what that rank said; the same command goes on from the newest checkpoint"
-LOST = (  # what gloo and NCCL say then
+PREEMPTED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
+RANK_LOST = "look above for what that rank said; the same command goes on from the newest checkpoint"
+LOST_HINT = (  # what gloo and NCCL say then
     "gloo",
     "connection closed by peer",
     "connection reset by peer",
@@ -55,7 +55,7 @@ LET_OTHERS_READ_SEC = 1.0
 class PreemptedError(StreamtrainError):
     """Raised on all ranks at the same step, where one of them was asked to stop."""
 
-    exit_code = TAKEN_AWAY
+    exit_code = PREEMPTED
 
 
 class LostStepError(StreamtrainError):
@@ -71,7 +71,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._asked = False
-        self.exit_code = TAKEN_AWAY
+        self.exit_code = PREEMPTED
         self._launcher = psutil.Process(os.getppid())
         self._command = _command_of(self._launcher)
         signal.signal(signal.SIGTERM, self._ask)
@@ -85,7 +85,7 @@ class Preemption:
     def _ask_once(self, *_: object) -> None:
         self._asked, self.exit_code = True, INTERRUPTED
         signal.signal(signal.SIGINT, self._interrupted)
-        if number_of("RANK") == 0:
+        if env_int("RANK") == 0:
             with suppress(OSError):
                 os.write(2, b"\nstopping: this step is saved first; Ctrl-C again ends at once\n")
 
@@ -125,7 +125,7 @@ class World:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
 
-    def meet(self) -> "World":
+    def find_neighbours(self) -> "World":
         """Return this rank with its neighbours; all ranks call it together.
 
         No rank knows them by itself: deepspeed's local rank is rank modulo slots, and machines may differ in slots.
@@ -156,7 +156,7 @@ class World:
         return values
 
     @contextmanager
-    def main_alone(self, work: str) -> Iterator[bool]:
+    def on_main(self, work: str) -> Iterator[bool]:
         """Let rank 0 do some work, for as long as it takes; the other ranks wait for its end. True on rank 0.
 
         In a collective they would give up after ten minutes, so they wait at the store of the process group, where
@@ -221,7 +221,7 @@ def _wait_for_main(store: Any, key: str, work: str) -> None:
         except Empty:
             if (silent := time.monotonic() - heard) > limit:
                 told = f"rank 0 has been silent for {silent:.0f} s, it was to {work}"
-                raise StreamtrainError(told, LOST_A_RANK) from None
+                raise StreamtrainError(told, RANK_LOST) from None
             continue
         if isinstance(news, Exception):
             raise news
@@ -256,7 +256,7 @@ def _watch_main(store: Any, key: str, seen: "Queue[str | Exception | None]") -> 
 def world_from_environment() -> World:
     """What the launcher (deepspeed or torchrun) says of this process; one rank where there is none."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, *local_sizes = map(number_of, names)
+    rank, size, local_rank, *local_sizes = map(env_int, names)
     size = max(size, 1)
     return World(rank, size, local_rank, max(local_sizes) or size)
 
@@ -267,7 +267,7 @@ def on_gpu() -> bool:
 
 
 @contextmanager
-def running() -> Iterator[World]:
+def process_group() -> Iterator[World]:
     """All around a rank's one function: log, threads, process group; a user's error told once, without a traceback.
 
     Ends the process.
@@ -290,16 +290,16 @@ def running() -> Iterator[World]:
         os._exit(stopped.exit_code)
     except LostStepError as lost:
         print(lost, file=sys.stderr, flush=True)
-        os._exit(TAKEN_AWAY)
+        os._exit(PREEMPTED)
     except (StreamtrainError, OSError, KeyboardInterrupt):
-        with errors_told():
+        with report_errors():
             raise
     except Exception as error:
         if not _lost_a_rank(error):
             traceback.print_exc()
             os._exit(1)  # the interpreter would wait for threads that read ahead, and they may hang
         said = str(error).splitlines()[0].partition(". ")[0]
-        tell(StreamtrainError(f"another rank is gone, or hangs: {said}", LOST_A_RANK))
+        report_error(StreamtrainError(f"another rank is gone, or hangs: {said}", RANK_LOST))
         os._exit(1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -313,7 +313,7 @@ def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
     of_the_line = (torch.distributed.DistStoreError, torch.distributed.DistNetworkError)
-    return isinstance(error, of_the_line) or any(word in said for word in LOST)
+    return isinstance(error, of_the_line) or any(word in said for word in LOST_HINT)
 
 
 def _start_process_group(world: World) -> None:

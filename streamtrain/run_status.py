@@ -12,17 +12,17 @@ from pydantic import TypeAdapter
 from sharding.errors import StreamtrainError
 from sharding.files.document import STRICT, DocumentError, Number, Size, parse, read_document
 from sharding.files.writing import explaining, write_inside
-from streamtrain.atomic import aside_of, put_aside, put_back
+from streamtrain.atomic import aside_of, move_aside, recover_replaced
 
-FINISH_NAME = "finished.json"
+RESULT_NAME = "finished.json"
 UNMIRRORED = "train.mirror lacks the newest checkpoint and best/, which this disk alone holds"
-GO_ON = "the same training command goes on from the newest checkpoint"
+RESUME_HINT = "the same training command goes on from the newest checkpoint"
 
 log = logging.getLogger("streamtrain")
 
 
 @dataclass(frozen=True)
-class Finish:
+class RunResult:
     """How a run ended. One that was killed has none, whatever the exit status of its launcher."""
 
     __pydantic_config__ = STRICT
@@ -42,23 +42,23 @@ class Finish:
         return f"finished at step {self.step:,}, by {self.limit}; {best}{lacking}"
 
 
-_FINISH = TypeAdapter(Finish)
+_FINISH = TypeAdapter(RunResult)
 
 
-def write_finish(run: Path, finish: Finish) -> None:
+def write_result(run: Path, finish: RunResult) -> None:
     """Write how a run ended, whole or not at all."""
-    write_inside(run / FINISH_NAME, json.dumps(asdict(finish)))
+    write_inside(run / RESULT_NAME, json.dumps(asdict(finish)))
 
 
-def read_finish(run: Path) -> Finish:
+def read_result(run: Path) -> RunResult:
     """Return how a run ended. Raise StreamtrainError if it has not."""
-    path = run / FINISH_NAME
+    path = run / RESULT_NAME
     try:
         return parse(read_document(path), _FINISH)
     except FileNotFoundError:
-        raise StreamtrainError(f"{run}: this run has not finished (it has no {FINISH_NAME})", GO_ON) from None
+        raise StreamtrainError(f"{run}: this run has not finished (it has no {RESULT_NAME})", RESUME_HINT) from None
     except DocumentError as error:
-        raise StreamtrainError(f"{path}: damaged ({error})", GO_ON) from error
+        raise StreamtrainError(f"{path}: damaged ({error})", RESUME_HINT) from error
 
 
 @contextmanager
@@ -67,21 +67,21 @@ def reopened(run: Path) -> Iterator[None]:
 
     The launcher of a run that is killed may return 0: what follows must not take the earlier end for this one's.
     """
-    with explaining(run / FINISH_NAME):
-        put_aside(run / FINISH_NAME)
+    with explaining(run / RESULT_NAME):
+        move_aside(run / RESULT_NAME)
     try:
         yield
     except (StreamtrainError, OSError):
-        put_back(run, FINISH_NAME)
+        recover_replaced(run, RESULT_NAME)
         raise
 
 
-def forget_finish(run: Path) -> None:
+def discard_result(run: Path) -> None:
     """Forget how a run ended, as it is about to change: from now on no failed start brings that back."""
-    aside_of(run / FINISH_NAME).unlink(missing_ok=True)
+    aside_of(run / RESULT_NAME).unlink(missing_ok=True)
 
 
-def check_mirrored(run: Path, finish: Finish) -> None:
+def check_mirrored(run: Path, finish: RunResult) -> None:
     """Raise StreamtrainError if a run that has finished was to be copied to a mirror, and is not there."""
     if finish.unmirrored is not None:
         hint = "keep the run folder; the same training command copies what is missing, trains no more, and ends"
@@ -91,5 +91,5 @@ def check_mirrored(run: Path, finish: Finish) -> None:
 def warn_unless_finished(model: Path) -> None:
     """Warn that a model is the best so far of a run that has not finished."""
     run = model.resolve().parent
-    if (run / "checkpoints").is_dir() and not (run / FINISH_NAME).is_file():
-        log.warning("%s is the best model so far: its run has not finished; %s", model, GO_ON)
+    if (run / "checkpoints").is_dir() and not (run / RESULT_NAME).is_file():
+        log.warning("%s is the best model so far: its run has not finished; %s", model, RESUME_HINT)

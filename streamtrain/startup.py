@@ -22,12 +22,12 @@ SPINS = "10000"
 USUALLY, SELDOM = gc.get_threshold(), (100_000, 50, 100)
 
 
-def number_of(name: str, default: int = 0) -> int:
+def env_int(name: str, default: int = 0) -> int:
     """Return what the launcher (deepspeed or torchrun) says of this process in a variable, such as RANK."""
     return int(os.environ.get(name, default))
 
 
-def settle_torch() -> None:
+def configure_threads() -> None:
     """Have idle threads give their cores to others soon, and nothing compiled, unless the user has decided otherwise.
 
     Torch reads this as it is imported. Nothing here is compiled anyhow, but DeepSpeed's Muon, which is not trained
@@ -46,24 +46,24 @@ def collect_as_usual() -> None:
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """End the process at a user's error, told once and without a traceback."""
     try:
         yield
     except (StreamtrainError, OSError) as error:
-        tell(error)
+        report_error(error)
         os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
     except KeyboardInterrupt:
-        if number_of("RANK") == 0:
+        if env_int("RANK") == 0:
             said = "\nstopped; the same command begins again, or goes on from the newest checkpoint"
             print(said, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
 
-def tell(error: Exception) -> None:
+def report_error(error: Exception) -> None:
     """Print an error in words, once: rank 0's first, for the launcher ends the others."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the launcher, at rank 0's end: no question any longer
-    rank = number_of("RANK")
+    rank = env_int("RANK")
     if rank:
         time.sleep(LET_RANK_0_SPEAK_SEC)
     prefix = f"rank {rank}: " if rank else ""

@@ -22,23 +22,23 @@ from pydantic import TypeAdapter
 from sharding.build.external import TarJob, index_tar
 from sharding.build.repair import repair
 from sharding.errors import AudioError, ManifestError, ShardError, StoreError, StreamtrainError
-from sharding.report.files import LEDGER_NAME, SUMS_NAME, check_report, keep_old
+from sharding.report.files import CHECKSUMS_NAME, LEDGER_NAME, archive_report, check_report
 from sharding.segment.evidence import read_alignments
 from sharding.shardset.index import (
     join_samples,
     pack_index,
+    read_checked,
     read_index,
-    read_listed,
     read_samples,
     read_shard_index,
     write_index,
-    write_listed,
+    write_shard_index,
 )
 from sharding.shardset.object_store import BucketStore
 from sharding.shardset.store import FolderStore, Store
 from sharding.shardset.verify import check_shard, find_faults
 from sharding.sources.archive import AudioRoot, open_audio
-from sharding.sources.manifest import Reading, read_row
+from sharding.sources.manifest import ManifestOptions, read_row
 from streamtrain.config import ModelConfig
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import load
@@ -83,7 +83,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> FolderSto
 
 
 def check_first(store: Store) -> None:
-    check_shard(store, read_listed(store, read_index(store).shards[0]))
+    check_shard(store, read_checked(store, read_index(store).shards[0]))
 
 
 def read_first(store: Store) -> None:
@@ -279,7 +279,7 @@ def test_a_repair_writes_nothing_outside_of_the_set(name: str, copied: Path, sma
     before = sorted(copied.parent.iterdir())
     forge(copied, lambda document: document["samples"].update(name=name))
     with pytest.raises(StreamtrainError):
-        repair(str(copied), [small_corpus], Reading("phonetic"), with_audio=False, workers=1)
+        repair(str(copied), [small_corpus], ManifestOptions("phonetic"), with_audio=False, workers=1)
     assert sorted(copied.parent.iterdir()) == before
 
 
@@ -324,7 +324,7 @@ def test_a_file_much_larger_than_its_index_says_is_not_read(copied: Path) -> Non
     index = read_index(store)
     os.truncate(copied / index.shards[0].name, 2**40)
     with pytest.raises((ShardError, StoreError), match="1,099,511,627,776 bytes"):
-        check_shard(store, read_listed(store, index.shards[0]))
+        check_shard(store, read_checked(store, index.shards[0]))
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------
@@ -370,12 +370,12 @@ def test_an_index_of_a_shard_that_differs_from_its_tar_is_told(column: str, copi
     """Though all that lists it says the same."""
     store = FolderStore(copied)
     index = read_index(store)
-    shards = [read_listed(store, shard) for shard in index.shards]
+    shards = [read_checked(store, shard) for shard in index.shards]
     for shard in shards[:1]:
         shard.samples[column][0] -= 1 if column == "bytes" else 0
         shard.samples[column][0] += 0 if column == "bytes" else 1
         entry = replace(shard.entry, samples=int(shard.samples["samples"].sum()))
-        shards[0] = write_listed(store, replace(shard, entry=entry))
+        shards[0] = write_shard_index(store, replace(shard, entry=entry))
     tables = join_samples([shard.samples for shard in shards])
     entries = tuple(shard.entry for shard in shards)
     write_index(store, pack_index(replace(index, shards=entries, samples=tables)))
@@ -412,15 +412,18 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     (("samples", "count"), 2**40, "make another"), (("samples",), [], "'samples' is"),
     (("duration_bins",), [2.0, 1.0], "do not rise"), (("duration_bins",), [-1.0], "greater than 0"),
     (("settings", "track"), "none", "'settings.track' is 'none'"), (("settings", "track"), ["a"], "'settings.track'"),
-    *((("settings", "limit_sec"), value, "'settings.limit_sec' is") for value in (None, "x", 0, -1, True)),
+    *((("settings", "max_duration"), value, "'settings.max_duration' is") for value in (None, "x", 0, -1, True)),
     *((("settings", "shard_mb"), value, "'settings.shard_mb' is") for value in (None, "x", 0, -1, 10**9)),
-    (("settings", "num_buckets"), 0, "greater than"), (("settings", "min_shards"), 1.5, "'settings.min_shards' is"),
+    (("settings", "num_buckets"), 0, "greater than"),
+    (("settings", "min_shards_per_bucket"), 1.5, "'settings.min_shards_per_bucket' is"),
     (("settings", "valid_fraction"), 2, "less than"), (("settings", "more"), 1, "'settings.more' is unknown"),
     (("settings",), [], "'settings' is"), (("notes",), [], "'notes' is"), (("notes",), {}, "'notes.clips' is missing"),
     (("notes", "validation"), {}, "'notes.validation.disjoint_by_speaker' is missing"),
-    (("notes", "validation", "stand_in"), "x", "should match"), (("notes", "validation", "spared"), [0], "spared"),
+    (("notes", "validation", "fallback_speaker"), "x", "should match"),
+    (("notes", "validation", "kept_in_training"), [0], "kept_in_training"),
     (("notes", "rejected"), "none", "'notes.rejected' is"), (("duration_bins",), [], "'duration_bins' is"),
-    (("base",), "../x", "should match"), (("sounds",), 1, "'sounds' is 1"), (("more",), 1, "'more' is unknown"),
+    (("base",), "../x", "should match"), (("acoustic_model",), 1, "'acoustic_model' is 1"),
+    (("more",), 1, "'more' is unknown"),
 ])  # fmt: skip
 def test_an_index_that_is_made_otherwise_is_told_by_its_field(
     path: tuple[str | int, ...], value: Any, words: str, copied: Path
@@ -501,7 +504,7 @@ def test_a_ledger_that_cannot_be_counted_is_refused_before_an_append(
     change: Callable[[dict[str, Any]], object], words: str, copied: Path
 ) -> None:
     store = FolderStore(copied)
-    (copied / SUMS_NAME).unlink()  # which refuse a changed ledger before it is looked at
+    (copied / CHECKSUMS_NAME).unlink()  # which refuse a changed ledger before it is looked at
     change_line(copied / LEDGER_NAME, change)
     with pytest.raises(ShardError, match=words):
-        keep_old(store, read_index(store))
+        archive_report(store, read_index(store))

@@ -16,7 +16,7 @@ from sharding.audio import flac
 from sharding.audio.containers import (
     READ_TO_THE_END,
     SIZED,
-    UNTOLD_LENGTH,
+    UNKNOWN_LENGTH,
     check_mp3_length,
     check_sizes,
     check_whole,
@@ -33,13 +33,13 @@ MIN_SAMPLES = 400  # the receptive field of those layers: a shorter clip has no 
 UNKNOWN_FRAMES = 2**40  # a streamed file says nothing of its length, and libsndfile something far above this
 MIN_RATE = 1_000  # Hz; below it nobody can be understood, and resampling would blow the clip up
 MAX_VALUES = 2**29  # samples × channels of one file, 2 GiB once decoded: a header that promises more is a bomb
-LEAST_KEPT = 0.1  # of the energy that channels keep when mixed, if they have nothing in common
+MIN_KEPT_ENERGY = 0.1  # of the energy that channels keep when mixed, if they have nothing in common
 UNRECOGNISED = 1  # libsndfile's error for formats it has no reader for, such as MPEG-4, AAC, WMA, AMR and WebM
 CONVERT = "ffmpeg -i x.m4a -ar 16000 -ac 1 x.flac"
 MIXED_SEC = 0.2  # judged at a time: of two channels in opposition at most about twice that is lost
-LEAST_SOUND = 1e-4  # of the energy of the loudest part: 40 dB below it is a pause, whose noise may cancel out
+MIN_ENERGY = 1e-4  # of the energy of the loudest part: 40 dB below it is a pause, whose noise may cancel out
 FULL_SCALES = (1, 2**15, 2**23, 2**31)  # of floats, and of integers that were written as such
-MOST_CLIPPED = 0.001  # of the samples: single peaks, which nobody hears
+MAX_CLIPPED = 0.001  # of the samples: single peaks, which nobody hears
 CONSTANT_PEAK = 1e-5  # below this swing a signal says nothing, about a third of a 16-bit step
 
 Waveform = npt.NDArray[np.float32]  # (samples,), 16 kHz, in [-1, 1]
@@ -49,16 +49,16 @@ class Decoded(NamedTuple):
     """A whole clip, 16 kHz and mono."""
 
     sound: npt.NDArray[Any]  # (samples,) int16 if final, else float32
-    final: bool  # whether the bytes already are that, as 16-bit FLAC
+    passthrough: bool  # whether the bytes already are that, as 16-bit FLAC
     remarks: tuple[str, ...] = ()  # what was done to it that its owner may want to know
 
     @property
     def waveform(self) -> Waveform:
-        return self.sound * np.float32(2**-15) if self.final else self.sound
+        return self.sound * np.float32(2**-15) if self.passthrough else self.sound
 
     @property
     def pcm(self) -> npt.NDArray[np.int16]:
-        return self.sound if self.final else quantize(self.sound)
+        return self.sound if self.passthrough else quantize(self.sound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def decode(data: bytes, prove: bool = False) -> tuple[Waveform, bool]:
     samples differ from what the file itself says of them: worth its time for bytes that no checksum vouches for.
     """
     decoded = decode_native(data, prove)
-    return decoded.waveform, decoded.final
+    return decoded.waveform, decoded.passthrough
 
 
 def decode_native(data: bytes, prove: bool = False) -> Decoded:
@@ -149,8 +149,8 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
             flac.check_md5(data, _packed(sound, file.subtype))
     if len(sound) == 0:
         raise AudioError("no samples")
-    if streamed and UNTOLD_LENGTH not in remarks:
-        remarks.append(UNTOLD_LENGTH)
+    if streamed and UNKNOWN_LENGTH not in remarks:
+        remarks.append(UNKNOWN_LENGTH)
     mono, *mixed = _mix(sound, rate)
     if not final:
         mono, *scaled = _scale(mono)
@@ -215,7 +215,7 @@ def _read_streamed(file: soundfile.SoundFile) -> Waveform:
             blocks.append(file.read(2**20, dtype="float32", always_2d=True))
             _check_header(sum(map(len, blocks)), file.channels, file.samplerate)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(f"cut off or damaged: {_last_words(error)}") from error
+        raise AudioError(f"cut off or damaged: {_last_line(error)}") from error
     return np.concatenate(blocks)
 
 
@@ -231,8 +231,8 @@ def _mix(sound: npt.NDArray[Any], rate: int) -> tuple[Any, ...]:
         mono = reduce(np.add, sound.T) / np.float32(channels)  # in a tenth of the time of mean()
         energies = np.array([_energies(channel, rate) for channel in sound.T])  # (channels, parts)
         total = energies.sum(axis=0)
-        lost = _energies(mono, rate) < LEAST_KEPT * total / channels**2
-        if np.any(lost & (total > LEAST_SOUND * total.max())):
+        lost = _energies(mono, rate) < MIN_KEPT_ENERGY * total / channels**2
+        if np.any(lost & (total > MIN_ENERGY * total.max())):
             loudest = int(energies.sum(axis=1).argmax())
             return sound[:, loudest], "channels that cancel out: the loudest alone is used"
     return (mono,)
@@ -261,7 +261,7 @@ def _scale(waveform: Waveform) -> tuple[Any, ...]:
         raise AudioError("NaN or infinite samples")
     if peak > FULL_SCALES[-1]:
         raise AudioError(f"float samples of up to {peak:.3g}, where 1 is full scale")
-    loudness, clipped = np.abs(waveform), MOST_CLIPPED * len(waveform)
+    loudness, clipped = np.abs(waveform), MAX_CLIPPED * len(waveform)
     fits = next(place for place, scale in enumerate(FULL_SCALES) if np.count_nonzero(loudness > scale) <= clipped)
     if fits == 0:
         return (waveform,)
@@ -289,8 +289,8 @@ def _packed(sound: npt.NDArray[Any], subtype: str) -> bytes:
 
 def _not_audio(error: BaseException) -> str:
     converted = f"; what ffmpeg reads it converts: {CONVERT}" if getattr(error, "code", 0) == UNRECOGNISED else ""
-    return f"not readable as audio: {_last_words(error)}{converted}"
+    return f"not readable as audio: {_last_line(error)}{converted}"
 
 
-def _last_words(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     return str(error).rstrip(". ").split(": ")[-1] or "unknown error"

@@ -54,8 +54,8 @@ HEADS = tuple(  # 48 bits and more, so that 10¹² bytes of compressed sound hol
         rb"NIST_1A\n",
     )
 )
-UNTOLD_LENGTH = "header without a length: taken to be whole"
-LEFT_OUT = "more behind the end that the header tells: left out"
+UNKNOWN_LENGTH = "header without a length: taken to be whole"
+TRAILING_DATA = "more behind the end that the header tells: left out"
 
 CHUNKED = {  # by how a file begins
     b"RIFF": Chunks(12, b"data", "little"),  # WAV
@@ -87,9 +87,9 @@ def check_whole(data: bytes, container: str) -> tuple[str, ...]:
             raise AudioError(f"cut off: {told - len(data)} bytes are missing at the end")
         end = told if told < UNKNOWN_BYTES else 1
         if told >= UNKNOWN_BYTES:
-            remarks = (UNTOLD_LENGTH,)
+            remarks = (UNKNOWN_LENGTH,)
         elif _is_odd(data, end):
-            remarks = (LEFT_OUT,)
+            remarks = (TRAILING_DATA,)
     if joined := [found.start() for head in HEADS if (found := head.search(data, end))]:
         raise AudioError(f"several recordings in one file: another begins at byte {min(joined)}; split it")
     return remarks

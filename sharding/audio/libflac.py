@@ -17,7 +17,7 @@ import numpy.typing as npt
 from sharding.audio.flac import has_usual_blocks
 
 LIBRARIES = ("libFLAC.so.14", "libFLAC.so.12")  # FLAC 1.5 and 1.4
-MOST_SAMPLES = 2**20  # 65 s; what is longer, or says so, is left to libsndfile, which needs half of the memory
+MAX_SAMPLES = 2**20  # 65 s; what is longer, or says so, is left to libsndfile, which needs half of the memory
 FRAME_HEAD = struct.Struct("=IIIIIIQ")  # of FLAC__Frame: samples, rate, channels, assignment, bits, "sample", position
 PLAIN_FRAME = (16_000, 1, 16)  # rate, channels, bits
 GO_ON, ABORT = 0, 1  # what the callback for a frame answers
@@ -36,7 +36,7 @@ def decode_plain(data: bytes, samples: int) -> npt.NDArray[np.int16] | None:
 
     That is: where there is no libFLAC, in a thread that Ctrl-C may reach, and where anything is not as it should be.
     """
-    if library is None or not 0 < samples <= MOST_SAMPLES or not has_usual_blocks(data):
+    if library is None or not 0 < samples <= MAX_SAMPLES or not has_usual_blocks(data):
         return None
     if not hasattr(_own, "decoder"):
         _own.decoder = None if _sees_interrupts() else _Decoder(library)

@@ -24,7 +24,7 @@ SPEECH_PROBABILITY = 0.50  # from it on it hears some
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
 STEADY_HOPS = 9  # the level is the median over so many: rooms rumble, and a click of 40 ms ends no pause
 MIN_PAUSE_SEC = 0.20
-LONGEST_STOP_SEC = 0.3  # a longer silence is no part of a sound, so that it lies between words
+MAX_STOP_SEC = 0.3  # a longer silence is no part of a sound, so that it lies between words
 CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
 
 _one_at_a_time = threading.Lock()  # the number of threads is the process's
@@ -50,7 +50,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, eq=False)
-class Listening:
+class SpeechActivity:
     """What was heard in a recording, on a 10 ms grid."""
 
     level_db: npt.NDArray[np.float32]  # (frames,)
@@ -69,13 +69,13 @@ class Listening:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a sound too loud for a float
-def listen(waveform: Waveform) -> Listening:
+def detect_speech(waveform: Waveform) -> SpeechActivity:
     """Level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
     frames = max(len(waveform) // HOP, 1)
     padded = np.pad(waveform, (0, max(0, frames * HOP - len(waveform))))[: frames * HOP].reshape(frames, HOP)
     level = _steady(10 * np.log10(np.square(padded, dtype=np.float32).mean(axis=1) + 1e-10))
     windows = np.minimum(np.arange(frames) * HOP // VAD_WINDOW, -(-len(waveform) // VAD_WINDOW) - 1)
-    return Listening(
+    return SpeechActivity(
         level_db=level,
         speech=_speech_probability(waveform)[windows],
         floor_db=float(np.percentile(level, 10)),
@@ -90,40 +90,40 @@ def _steady(level_db: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return median
 
 
-def find_pauses(heard: Listening) -> list[Pause]:
+def find_pauses(activity: SpeechActivity) -> list[Pause]:
     """Every stretch of at least 0.2 s inside the recording with no speech and a level near the floor."""
-    quiet = (heard.speech < QUIET_PROBABILITY) & (heard.level_db < heard.floor_db + ABOVE_FLOOR_DB)
+    quiet = (activity.speech < QUIET_PROBABILITY) & (activity.level_db < activity.floor_db + ABOVE_FLOOR_DB)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
     runs = [(int(start), int(end)) for start, end in edges.reshape(-1, 2) if end - start >= MIN_PAUSE_SEC * 100]
-    return [_pause(heard, start, end) for start, end in runs if start > 0 and end < len(quiet)]
+    return [_pause(activity, start, end) for start, end in runs if start > 0 and end < len(quiet)]
 
 
-def find_stretches(heard: Listening, pauses: Sequence[Pause], samples: int) -> list[Stretch]:
+def find_stretches(activity: SpeechActivity, pauses: Sequence[Pause], samples: int) -> list[Stretch]:
     """What lies between pauses; edges shorter than 0.1 s are no speech."""
     edges = [0, *(edge for pause in pauses for edge in (pause.start, pause.end)), samples]
     pairs = zip(edges[::2], edges[1::2], strict=True)
-    return [Stretch(start, end, heard.speaks(start, end)) for start, end in pairs if end - start > 10 * HOP]
+    return [Stretch(start, end, activity.speaks(start, end)) for start, end in pairs if end - start > 10 * HOP]
 
 
-def quietest_cut(heard: Listening, start: int, end: int) -> int:
+def quietest_cut(activity: SpeechActivity, start: int, end: int) -> int:
     """The middle, in samples, of the quietest 100 ms between two frames."""
     width = min(int(CUT_SEC * 100), end - start)
-    means = np.convolve(heard.level_db[start:end], np.full(width, 1 / width), "valid")
+    means = np.convolve(activity.level_db[start:end], np.full(width, 1 / width), "valid")
     return (start + int(means.argmin()) + width // 2) * HOP
 
 
-def _pause(heard: Listening, start: int, end: int) -> Pause:
+def _pause(activity: SpeechActivity, start: int, end: int) -> Pause:
     quarter = (end - start) // 4
-    cut = quietest_cut(heard, start + quarter, end - quarter)
-    cut_db = float(heard.level_db[cut // HOP])
+    cut = quietest_cut(activity, start + quarter, end - quarter)
+    cut_db = float(activity.level_db[cut // HOP])
     length = min((end - start) / 100, 1.0)
-    loudness = float(np.clip((heard.speech_db - cut_db) / 20, 0, 1))
-    quality = length * (1 - float(heard.speech[start:end].mean())) * loudness
+    loudness = float(np.clip((activity.speech_db - cut_db) / 20, 0, 1))
+    quality = length * (1 - float(activity.speech[start:end].mean())) * loudness
     return Pause(start * HOP, end * HOP, cut, quality)
 
 
 @functools.cache
-def _detector() -> Any:
+def _load_detector() -> Any:
     import silero_vad
 
     return silero_vad.load_silero_vad()._model  # for 16 kHz
@@ -139,7 +139,7 @@ def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
     import torch
 
     with one_thread():
-        return _detect(_detector(), torch.from_numpy(waveform))
+        return _detect(_load_detector(), torch.from_numpy(waveform))
 
 
 @contextmanager

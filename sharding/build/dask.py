@@ -9,10 +9,10 @@ from sharding.errors import StreamtrainError
 from sharding.pool import Workers
 
 CONNECT_SEC = 10.0  # a scheduler that was started a moment ago is waited for
-DESERTED_SEC = 45.0  # without any worker, until the build gives up
-LOOK_SEC = 2.0  # between two looks at who is there
+NO_WORKER_SEC = 45.0  # without any worker, until the build gives up
+POLL_SEC = 2.0  # between two looks at who is there
 START = "dask worker {} --nthreads 1 --nworkers N"
-AGAIN = "the same build goes on from the shards that are whole"
+RERUN_HINT = "the same build goes on from the shards that are whole"
 
 
 class ClusterWorkers(Workers):
@@ -46,7 +46,7 @@ class ClusterWorkers(Workers):
         try:
             super().__init__(0, self._client.get_executor(pure=False))  # else equal calls would be one
             while not self.count:
-                self.look_after()
+                self.check_health()
                 time.sleep(0.1)
         except BaseException:
             self._client.close()
@@ -56,13 +56,13 @@ class ClusterWorkers(Workers):
         with suppress(OSError):  # the scheduler may be gone
             self._client.close()  # nobody wants the jobs any more; one that runs ends when it next looks at OUT's lock
 
-    def look_after(self) -> None:
+    def check_health(self) -> None:
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + LOOK_SEC
+        self._next_look = now + POLL_SEC
         try:
-            threads = self._client.nthreads(callback_timeout=DESERTED_SEC)
+            threads = self._client.nthreads(callback_timeout=NO_WORKER_SEC)
         except OSError as error:
             raise self._lost() from error
         for worker, number in threads.items():
@@ -74,13 +74,13 @@ class ClusterWorkers(Workers):
         self.count = len(threads)
         if threads:
             self._seen = now
-        elif now - self._seen > DESERTED_SEC:
+        elif now - self._seen > NO_WORKER_SEC:
             raise StreamtrainError(
-                f"--scheduler {self._scheduler}: no worker for {DESERTED_SEC:.0f} s",
-                f"start workers with `{START.format(self._scheduler)}`; {AGAIN}",
+                f"--scheduler {self._scheduler}: no worker for {NO_WORKER_SEC:.0f} s",
+                f"start workers with `{START.format(self._scheduler)}`; {RERUN_HINT}",
             )
 
-    def explain(self, error: Exception, label: str) -> StreamtrainError | None:
+    def describe_failure(self, error: Exception, label: str) -> StreamtrainError | None:
         from distributed.scheduler import KilledWorker
 
         if isinstance(error, KilledWorker):
@@ -99,4 +99,4 @@ class ClusterWorkers(Workers):
         return None
 
     def _lost(self) -> StreamtrainError:
-        return StreamtrainError(f"--scheduler {self._scheduler}: does not answer any more", AGAIN)
+        return StreamtrainError(f"--scheduler {self._scheduler}: does not answer any more", RERUN_HINT)

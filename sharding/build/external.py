@@ -16,13 +16,13 @@ from sharding.shardset.index import (
     END_OF_ARCHIVE,
     INDEX_NAME,
     SAMPLE_DTYPE,
-    Shard,
+    ShardRecord,
     ShardIndex,
-    Who,
+    SpeakerInfo,
     join_samples,
     pack_index,
     write_index,
-    write_listed,
+    write_shard_index,
 )
 from sharding.labels.ipa import (
     SymbolCounts,
@@ -33,12 +33,12 @@ from sharding.labels.ipa import (
     foreign_symbols,
     name_symbols,
 )
-from sharding.report.ledger import LedgerPart, add_up, ledger_row, write_ledger
+from sharding.report.ledger import LedgerPart, sum_tallies, ledger_row, write_ledger
 from sharding.sources.manifest import Utterance, printable
-from sharding.files.names import nfc, same_name
+from sharding.files.names import nfc, canonical_name
 from sharding.build.place import has_index
 from sharding.shardset.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
-from sharding.shardset.schema import FOREIGN, ShardEntry
+from sharding.shardset.schema import EXTERNAL, ShardEntry
 from sharding.shardset.store import open_store
 from sharding.report.summary import Summary
 from sharding.pool import Workers
@@ -53,19 +53,19 @@ class TarJob:
     name: str
     split: str
     track: str
-    limit_sec: float
+    max_duration: float
 
 
 @dataclass(frozen=True)
 class TarResult:
-    shard: Shard | None  # None where no sample can be used
+    shard: ShardRecord | None  # None where no sample can be used
     ledger: LedgerPart
     symbols: SymbolCounts  # of its labels
     ids: tuple[str, ...] = ()  # of its samples' utterances
 
 
 def index_tars(
-    url: str, track: str, valid: Sequence[str] | None, limit_sec: float, workers: int
+    url: str, track: str, valid: Sequence[str] | None, max_duration: float, workers: int
 ) -> tuple[ShardIndex, Summary, float]:
     """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
 
@@ -80,7 +80,7 @@ def index_tars(
             else "it is of something else: keep the tars in a folder of their own"
         )
         raise ShardError(f"{url}: has an {INDEX_NAME} already", hint)
-    if (taken := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.SUMS_NAME):
+    if (taken := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.CHECKSUMS_NAME):
         raise ShardError(
             f"{url}/{taken[0]}: is there already, and of no index", "keep the tars in a folder of their own"
         )
@@ -89,7 +89,7 @@ def index_tars(
         raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that holds them")
     chosen = _choose_valid(url, names, valid)
     splits = ["valid" if name in chosen else "train" for name in names]
-    jobs = [TarJob(url, name, split, track, limit_sec) for name, split in zip(names, splits, strict=True)]
+    jobs = [TarJob(url, name, split, track, max_duration) for name, split in zip(names, splits, strict=True)]
     with Workers(workers) as pool:
         results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
     shards = [result.shard for result in results if result.shard]
@@ -99,11 +99,11 @@ def index_tars(
     for split, side in (("train", "training"), ("valid", "validation")):
         counted = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
         check_alphabet(sum(counted, SymbolCounts()), side, track)
-    tally = add_up(ledger)
+    tally = sum_tallies(ledger)
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
         duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
-        settings={"track": track, "limit_sec": limit_sec, "valid": list(valid or VALID_TARS), FOREIGN: True},
+        settings={"track": track, "max_duration": max_duration, "valid": list(valid or VALID_TARS), EXTERNAL: True},
         settings_hash="",
         sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
         notes={
@@ -111,7 +111,7 @@ def index_tars(
             "rejected": tally.clips["rejected"],
             "validation": {
                 "disjoint_by_speaker": _is_disjoint(shards),
-                "stand_in": None,
+                "fallback_speaker": None,
                 "clips": tally.validation["clips"],
                 "rejected": tally.validation["rejected"],
             },
@@ -154,7 +154,7 @@ def index_tar(job: TarJob) -> TarResult:
             rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
             ids.append(sample.utterance_id)
-            who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
+            who.append(SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id))
         except (AudioError, ShardError) as error:
             reason = printable(error.message)  # a member's name may be any bytes
         fate = "rejected" if reason else "written"
@@ -166,15 +166,15 @@ def index_tar(job: TarJob) -> TarResult:
     table = np.array(rows, SAMPLE_DTYPE)
     checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
     entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
-    shard = write_listed(store, Shard(entry, tuple(keys), tuple(who), table))
+    shard = write_shard_index(store, ShardRecord(entry, tuple(keys), tuple(who), table))
     return TarResult(shard, write_ledger(ledger), symbols, tuple(ids))
 
 
 def _decode(sample: Sample, job: TarJob) -> Decoded:
     """Decode a sample. Raises AudioError if it cannot be trained on."""
     decoded = decode_native(sample.audio, prove=True)
-    if len(decoded.sound) > job.limit_sec * SAMPLE_RATE:
-        raise AudioError(f"longer than {job.limit_sec:g} s: `build` splits long recordings")
+    if len(decoded.sound) > job.max_duration * SAMPLE_RATE:
+        raise AudioError(f"longer than {job.max_duration:g} s: `build` splits long recordings")
     if job.split == "train":
         alphabet = alphabet_of(job.track)
         if not sample.text:
@@ -228,14 +228,14 @@ def _check_names(url: str, kind: str, names: Iterable[tuple[str, Sequence[str]]]
     seen: dict[str, str] = {}
     for tar, its in names:
         for name in its:
-            if same_name(name) in seen:
+            if canonical_name(name) in seen:
                 hint = f"every sample needs a {kind} of its own"
-                raise ShardError(f"{url}: the {kind} {name!r} is in {seen[same_name(name)]} and in {tar}", hint)
-            seen[same_name(name)] = tar
+                raise ShardError(f"{url}: the {kind} {name!r} is in {seen[canonical_name(name)]} and in {tar}", hint)
+            seen[canonical_name(name)] = tar
 
 
-def _is_disjoint(shards: Sequence[Shard]) -> bool:
+def _is_disjoint(shards: Sequence[ShardRecord]) -> bool:
     """Whether every sample names its child, and no child is both trained and validated on."""
-    children = {split: {one.child_id for shard in shards if shard.entry.split == split for one in shard.who}
+    children = {split: {one.child_id for shard in shards if shard.entry.split == split for one in shard.speakers}
                 for split in ("train", "valid")}  # fmt: skip
     return not children["train"] & children["valid"] and "" not in children["train"] | children["valid"]

@@ -12,22 +12,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sharding.shardset.object_store import BucketStore, Found, Tag
+from sharding.shardset.object_store import BucketStore, VersionedObject, ETag
 from sharding.files.document import SMALL_BYTES
 from sharding.errors import MissingError, StoreError
-from sharding.files.exclusive import HeldError, exclusive, name_holder, parse_holder, read_lock_file, started, this_process
+from sharding.files.exclusive import LockedError, exclusive, name_holder, parse_holder, read_lock_file, started, this_process
 from sharding.shardset.store import FolderStore, Store
-from sharding.files.writing import explaining, own_file
+from sharding.files.writing import explaining, open_lock_file
 
 LOCK_NAME = ".building"
 RENEW_SEC = 15.0
-ABANDONED_SEC = 60.0  # since a lease was renewed: three renewals have failed
+EXPIRY_SEC = 60.0  # since a lease was renewed: three renewals have failed
 PATIENCE_SEC = 20.0  # with the server, so that a renewal that failed is tried again in time
 HINT = "wait until it has ended, or choose another --out"
-BUCKET_HINT = f"{HINT}; a build that was killed elsewhere is taken for gone after {ABANDONED_SEC:.0f} s of silence"
+BUCKET_HINT = f"{HINT}; a build that was killed elsewhere is taken for gone after {EXPIRY_SEC:.0f} s of silence"
 
 
-class Lease:
+class BuildLock:
     """What a build holds while it is the only one; as it stands here, of a place that cannot be guarded."""
 
     token = ""  # what it is known by
@@ -36,7 +36,7 @@ class Lease:
         """Raise StoreError where it no longer is the only one: to be called before what cannot be undone."""
 
 
-def sole_build(store: Store) -> AbstractContextManager[Lease]:
+def exclusive_build(store: Store) -> AbstractContextManager[BuildLock]:
     """Hold OUT for this build alone; StoreError, with who holds it, where another does."""
     return _folder_lock(store.folder) if isinstance(store, FolderStore) else _bucket_lease(store.url)
 
@@ -57,7 +57,7 @@ def check_token(store: Store, token: str) -> None:
 # --- a folder: a lock that ends with its holder ---------------------------------------------------------------------
 
 
-class _FolderLock(Lease):
+class _FolderLock(BuildLock):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.token = uuid.uuid4().hex
@@ -74,7 +74,7 @@ class _FolderLock(Lease):
 
 
 @contextmanager
-def _folder_lock(folder: Path) -> Iterator[Lease]:
+def _folder_lock(folder: Path) -> Iterator[BuildLock]:
     with ExitStack() as held:
         with explaining(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,10 @@ def _locked(folder: Path, held: ExitStack) -> _FolderLock:
     lock = _FolderLock(folder / LOCK_NAME)
     while not lock.is_in_place():  # more than once if the build before removes it while it is being taken
         held.close()
-        file = held.enter_context(open(lock.path, "a+b", buffering=0, opener=own_file))  # noqa: SIM115
+        file = held.enter_context(open(lock.path, "a+b", buffering=0, opener=open_lock_file))  # noqa: SIM115
         try:
             held.enter_context(exclusive(file))
-        except HeldError as error:
+        except LockedError as error:
             file.seek(0)
             raise _refusal(folder, error.holder or parse_holder(file.read(SMALL_BYTES)), HINT + error.remedy) from error
         try:
@@ -110,24 +110,24 @@ def _locked(folder: Path, held: ExitStack) -> _FolderLock:
 # --- a bucket: an object that says who builds, renewed as long as that process lives --------------------------------
 
 
-class _BucketLease(Lease):
+class _BucketLease(BuildLock):
     """Every write is on condition that nobody else wrote since, so of two that want the lease one gets it."""
 
     def __init__(self, url: str) -> None:
         self.store = BucketStore(url, PATIENCE_SEC)
         self.token = uuid.uuid4().hex
         self._holder = this_process() | {"token": self.token, "renewals": 0}
-        self._tag: Tag | None = None
+        self._tag: ETag | None = None
         self._lost: StoreError | None = None
         self._away = False
         self._writing, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """False where the server knows no conditions, so that nothing can be guarded."""
         try:
             while self._tag is None:
-                found = self.store.look(LOCK_NAME)
+                found = self.store.get_versioned(LOCK_NAME)
                 if found and self._is_mine(found):  # it was written, but the answer got lost
                     self._tag = found.tag
                 else:
@@ -141,7 +141,7 @@ class _BucketLease(Lease):
         self._thread.start()
         return True
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         self._ended.set()
         if self._away:
             return  # what stays behind is taken for gone soon, and an error need not wait
@@ -165,33 +165,33 @@ class _BucketLease(Lease):
             except StoreError:  # tried again soon; what is lost, the build's own `check` tells
                 self._away = True
 
-    def _write(self, tag: Tag | None) -> Tag | None:
-        return self.store.write_if(LOCK_NAME, json.dumps(self._holder).encode(), tag)
+    def _write(self, tag: ETag | None) -> ETag | None:
+        return self.store.put_if_match(LOCK_NAME, json.dumps(self._holder).encode(), tag)
 
-    def _is_mine(self, found: Found) -> bool:
+    def _is_mine(self, found: VersionedObject) -> bool:
         return bool(parse_holder(found.data).get("token") == self.token)
 
-    def _tag_if_mine(self) -> Tag:
-        found = self.store.look(LOCK_NAME)
+    def _tag_if_mine(self) -> ETag:
+        found = self.store.get_versioned(LOCK_NAME)
         if found and self._is_mine(found):
             return found.tag
         taker = f"now held by {name_holder(parse_holder(found.data))}" if found else "somebody removed it"
         self._lost = StoreError(f"{self.store.url}/{LOCK_NAME}: this build has lost its place: {taker}", HINT)
         raise self._lost
 
-    def _refuse_if_alive(self, found: Found | None) -> None:
+    def _refuse_if_alive(self, found: VersionedObject | None) -> None:
         holder = parse_holder(found.data) if found else {}
         if holder.get("place") == self._holder["place"]:
             if started(holder.get("pid", 0)) == holder.get("started"):
                 raise _refusal(self.store.url, holder, BUCKET_HINT)
-        elif found and (silence := self._server_time() - found.modified).total_seconds() <= ABANDONED_SEC:
+        elif found and (silence := self._server_time() - found.modified).total_seconds() <= EXPIRY_SEC:
             raise _refusal(self.store.url, holder, BUCKET_HINT, f", last seen {silence.total_seconds():.0f} s ago")
 
     def _server_time(self) -> datetime:
         """By the clock that dates the lease: that of an object written now."""
         name = f"{LOCK_NAME}.{self.token}"
         self.store.write(name, b"")
-        found = self.store.look(name)
+        found = self.store.get_versioned(name)
         self.store.delete(name)
         if found is None:
             raise StoreError(f"{self.store.url}/{name}: was written and is not there")
@@ -199,16 +199,16 @@ class _BucketLease(Lease):
 
 
 @contextmanager
-def _bucket_lease(url: str) -> Iterator[Lease]:
+def _bucket_lease(url: str) -> Iterator[BuildLock]:
     lease = _BucketLease(url)
-    if not lease.take():
+    if not lease.acquire():
         print(f"{url}: no conditional writes here, so see to it that no other build runs", file=sys.stderr)
-        yield Lease()
+        yield BuildLock()
         return
     try:
         yield lease
     finally:
-        lease.give_back()
+        lease.release()
 
 
 def _refusal(where: str | Path, holder: dict[str, Any], hint: str, seen: str = "") -> StoreError:

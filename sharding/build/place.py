@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharding.errors import MissingError, ShardError
-from sharding.shardset.index import INDEX_NAME, read_outline, read_shard_index
+from sharding.shardset.index import INDEX_NAME, read_index_header, read_shard_index
 from sharding.build.lock import LOCK_NAME
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import FolderStore, Store
@@ -17,7 +17,7 @@ NO_CONTENT = frozenset([".DS_Store", ".gitignore", ".gitkeep"])
 NAMED = 3  # of the files in the way
 
 
-def check_place(store: Store, sources: Sequence[Path]) -> None:
+def check_output(store: Store, sources: Sequence[Path]) -> None:
     """Raise ShardError if a build there would mix with the sources, or with files of something else."""
     if isinstance(store, FolderStore):
         _check_apart(store.folder, sources)
@@ -49,7 +49,7 @@ def _check_apart(folder: Path, sources: Sequence[Path]) -> None:
 def has_index(store: Store) -> bool:
     """Return whether there is an index of ours; another's file of that name, or a damaged one, is none."""
     try:
-        return store.exists(INDEX_NAME) and bool(read_outline(store))
+        return store.exists(INDEX_NAME) and bool(read_index_header(store))
     except ShardError:
         return False
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sharding.sources.archive import AudioRoot, list_audio, open_audio, spell
+from sharding.sources.archive import AudioRoot, list_audio, open_audio, actual_path
 from sharding.audio.codec import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
 from sharding.labels.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
 from sharding.sources.manifest import Layout, Source, Utterance, printable
-from sharding.files.names import same_name
+from sharding.files.names import canonical_name
 from sharding.shardset.sample import escape_key, piece_key
 from sharding.pool import Workers, count_done
 
@@ -56,7 +56,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, eq=False)
-class Examined:
+class ScanResult:
     """The clips of some sources, and where the rest of what is said of them can be read."""
 
     clips: ClipTable
@@ -64,7 +64,7 @@ class Examined:
     ignored_fields: frozenset[str]
     sources: tuple[Source, ...] = ()
 
-    def select(self, chosen: npt.NDArray[np.bool_]) -> "Examined":
+    def select(self, chosen: npt.NDArray[np.bool_]) -> "ScanResult":
         """The chosen clips alone."""
         new_row = np.cumsum(chosen) - 1
         refusals = {int(new_row[row]): refusal for row, refusal in self.refusals.items() if chosen[row]}
@@ -78,7 +78,7 @@ class Examined:
         return f"{source.layout.transcripts}:{line}", source.layout.parse(source.line(row), line)[0]
 
 
-def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
+def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
     """Examine every row of every source; refuse audio that several rows name.
 
     Raises ManifestError for a row that is none, or an id that comes twice.
@@ -93,7 +93,7 @@ def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
             rows = range(start, min(start + chunk, len(source)))
             yield source.layout, track, [(int(source.numbers[row]), source.line(row)) for row in rows]
 
-    parts = pool.map(_examine_chunk, jobs(), sizes, "examining")
+    parts = pool.map(_scan_chunk, jobs(), sizes, "examining")
     clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
     clips["source"] = np.repeat([number for number, _ in chunks], sizes)
     clips["row"] = np.concatenate(
@@ -103,7 +103,7 @@ def examine(sources: Sequence[Source], track: str, pool: Workers) -> Examined:
     refusals = {int(start) + row: refusal for start, part in zip(starts, parts, strict=False)
                 for row, refusal in part.refusals.items()}  # fmt: skip
     ignored = frozenset[str]().union(*(part.ignored_fields for part in parts))
-    examined = Examined(clips, refusals, ignored, tuple(sources))
+    examined = ScanResult(clips, refusals, ignored, tuple(sources))
     _check_ids(examined)
     return _refuse_shared_audio(examined)
 
@@ -115,7 +115,7 @@ def hash_sources(clips: ClipTable, base: str = "") -> str:
     return hashlib.sha256((base + added).encode()).hexdigest() if base else added
 
 
-def find_orphans(examined: Examined, pool: Workers) -> list[str]:
+def find_orphans(examined: ScanResult, pool: Workers) -> list[str]:
     """Audio files that no row speaks of, as corpus/path, each on a line whatever its name."""
     sources, clips, orphans = examined.sources, examined.clips, []
     listings = pool.map(_list_audio, [source.layout for source in sources], [0] * len(sources), "listing")
@@ -128,13 +128,13 @@ def find_orphans(examined: Examined, pool: Workers) -> list[str]:
     return sorted(set(orphans))
 
 
-def hash_pair(text: str) -> tuple[int, int]:
+def hash_128(text: str) -> tuple[int, int]:
     high, low = divmod(xxhash.xxh3_128_intdigest(text.encode()), 2**64)
     return high, low
 
 
 def piece_order(utterance_id: str, piece: int) -> tuple[int, int]:
-    return hash_pair(piece_key(escape_key(utterance_id), piece))
+    return hash_128(piece_key(escape_key(utterance_id), piece))
 
 
 def speaker_hash(speaker: str) -> int:
@@ -145,21 +145,21 @@ def speaker_hash(speaker: str) -> int:
 # --- what workers do --------------------------------------------------------------------------------------------
 
 
-def _examine_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> Examined:
+def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
     layout, track, rows = job
     clips, refusals, ignored = [], {}, frozenset[str]()
     for row, (number, line) in enumerate(rows):
         utterance, others = layout.parse(line, number)
         ignored |= others
-        clip, refusal = _examine_one(utterance, layout.audio, track)
+        clip, refusal = _scan_one(utterance, layout.audio, track)
         clips.append(clip)
         if refusal:
             refusals[row] = refusal
         count_done()
-    return Examined(np.array(clips, CLIP_DTYPE), refusals, ignored)
+    return ScanResult(np.array(clips, CLIP_DTYPE), refusals, ignored)
 
 
-def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
+def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
     """The clip's row of the table, which does not know yet where it stands."""
     text = read_label(utterance.text, track)
     refusal, info, size = None, AudioInfo(0, False), 0
@@ -180,10 +180,10 @@ def _examine_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tu
     clip = {
         "source": 0,
         "row": 0,
-        "id": hash_pair(same_name(utterance.utterance_id)),
-        "key": hash_pair(escape_key(utterance.utterance_id)),
-        "said": hash_pair(repr((utterance.values, size))),
-        "path": _hash_path(spell(audio, utterance.audio_path)),
+        "id": hash_128(canonical_name(utterance.utterance_id)),
+        "key": hash_128(escape_key(utterance.utterance_id)),
+        "said": hash_128(repr((utterance.values, size))),
+        "path": _hash_path(actual_path(audio, utterance.audio_path)),
         "speaker": speaker_hash(utterance.speaker),
         "named": bool(utterance.group or utterance.child_id),
         "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(text),
@@ -210,7 +210,7 @@ def _hash_path(path: str) -> int:
     return xxhash.xxh3_64_intdigest(_plain(path).encode())
 
 
-def _check_ids(examined: Examined) -> None:
+def _check_ids(examined: ScanResult) -> None:
     ids = examined.clips["id"]
     order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of two the same the first given comes first
     twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]).all(axis=1))
@@ -227,7 +227,7 @@ def _check_ids(examined: Examined) -> None:
         )
 
 
-def _refuse_shared_audio(examined: Examined) -> Examined:
+def _refuse_shared_audio(examined: ScanResult) -> ScanResult:
     """Refuse clips whose audio file another row names, too: each label is of a part of it, or one of them is wrong.
 
     Both sides might hold it, too, and validation would be of what was trained on.
@@ -241,7 +241,7 @@ def _refuse_shared_audio(examined: Examined) -> Examined:
     rows = defaultdict[tuple[AudioRoot, str], dict[int, Utterance]](dict)
     for row in order[np.append(same, False) | np.append(False, same)].tolist():
         layout, utterance = sources[int(clips["source"][row])].layout, examined.find(row)[1]
-        rows[layout.audio, _plain(spell(layout.audio, utterance.audio_path))][row] = utterance
+        rows[layout.audio, _plain(actual_path(layout.audio, utterance.audio_path))][row] = utterance
     shared = {row: Refusal(utterance, f"{len(several)} rows name this audio file; cut it, and give each a file")
               for several in rows.values() if len(several) > 1 for row, utterance in several.items()}  # fmt: skip
     clips["refused"][list(shared)] = True

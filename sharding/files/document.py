@@ -25,7 +25,7 @@ MAX_UNPACKING = 100  # times its size: ours unpack to ten times theirs, a list o
 UNPACKED_FREELY = 2**20  # bytes, whatever the ratio
 BRACKETS_FREELY, BYTES_OF_BRACKET = 1_000, 16  # an empty list takes 3 bytes of a document, and 64 of memory
 PIECE_BYTES = 2**10  # of a frame at a time, which may unpack to 32 MB
-FAULTS_TOLD = 100
+MAX_FAULTS = 100
 
 STRICT = ConfigDict(extra="forbid")  # of files that are ours: a field that is not known may mean anything
 
@@ -34,7 +34,7 @@ Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]  # bytes, samples or s
 Hash = Annotated[int, Field(strict=True, ge=0, le=2**64 - 1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Second = Annotated[float, Field(strict=True, ge=0, le=10**9)]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # what a program that cuts texts by 16 bits leaves of an emoji
 Wanted = TypeVar("Wanted")
@@ -97,10 +97,10 @@ def parse_row(data: bytes) -> dict[str, Any]:
 
 def parse(data: bytes, wanted: TypeAdapter[Wanted]) -> Wanted:
     """Parse one JSON value that must fit a type. Raises DocumentError, which names the first field that does not."""
-    return check(parse_json(data), wanted)
+    return validate(parse_json(data), wanted)
 
 
-def check(value: Any, wanted: TypeAdapter[Wanted]) -> Wanted:
+def validate(value: Any, wanted: TypeAdapter[Wanted]) -> Wanted:
     """Return what a parsed document says, as a type. Raises DocumentError, which names the first field that differs."""
     try:
         return wanted.validate_python(value)
@@ -112,7 +112,7 @@ def unpack(data: bytes, most_times: int = MAX_UNPACKING) -> bytes:
     """Unpack a zstandard frame that says how long it is, as all of ours do. Raises DocumentError."""
     try:
         size = zstandard.frame_content_size(data)
-        if size < 0 or size > most_of(len(data), most_times):
+        if size < 0 or size > max_unpacked(len(data), most_times):
             said = "does not say how long it is" if size < 0 else f"says that it unpacks to {size:,} bytes"
             raise DocumentError(f"its frame of {len(data):,} bytes {said}")
         return zstandard.ZstdDecompressor().decompress(data)
@@ -127,8 +127,8 @@ def unpack_lines(file: BinaryIO) -> Iterator[bytes]:
         while piece := file.read(PIECE_BYTES):
             fresh = unpacker.decompress(piece)
             packed, unpacked = packed + len(piece), unpacked + len(fresh)
-            if unpacked > most_of(packed):
-                raise DocumentError(f"its first {packed:,} bytes unpack to more than {most_of(packed):,}")
+            if unpacked > max_unpacked(packed):
+                raise DocumentError(f"its first {packed:,} bytes unpack to more than {max_unpacked(packed):,}")
             begun.append(fresh)
             if b"\n" in fresh:  # joined once a line: a long one takes time in proportion to its length
                 *lines, left = b"".join(begun).split(b"\n")
@@ -140,7 +140,7 @@ def unpack_lines(file: BinaryIO) -> Iterator[bytes]:
         raise DocumentError("it ends in the middle")
 
 
-def most_of(packed: int, most_times: int = MAX_UNPACKING) -> int:
+def max_unpacked(packed: int, most_times: int = MAX_UNPACKING) -> int:
     """Return how many bytes some packed ones may unpack to."""
     return max(UNPACKED_FREELY, most_times * packed)
 
@@ -154,7 +154,7 @@ def _refuse_twice(pairs: Sequence[tuple[str, Any]]) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    if error.error_count() > FAULTS_TOLD:
+    if error.error_count() > MAX_FAULTS:
         return f"it has {error.error_count():,} faults: it is another kind of document"
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.files.document import SMALL_BYTES, DocumentError, parse
-from sharding.files.writing import own_file
+from sharding.files.writing import open_lock_file
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre mounted without flock, some FUSE and NFS
 SUFFIX = ".held"
@@ -40,7 +40,7 @@ class _Holder(TypedDict, total=False):
 _HOLDER = TypeAdapter(_Holder)
 
 
-class HeldError(Exception):
+class LockedError(Exception):
     """Another process holds the file: `holder`, if a lock file describes it, and what `remedy` adds to a hint then."""
 
     def __init__(self, holder: dict[str, Any] | None = None, remedy: str = "") -> None:
@@ -67,7 +67,7 @@ def exclusive(file: IO[Any], wait_sec: float = 0.0) -> Iterator[None]:
         try:
             lock_file = _hold(file)
             break
-        except HeldError:
+        except LockedError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(RETRY_SEC)
@@ -86,7 +86,7 @@ def _hold(file: IO[Any]) -> Path | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None
     except BlockingIOError as error:
-        raise HeldError from error
+        raise LockedError from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -112,7 +112,7 @@ def _remove_abandoned(lock_file: Path) -> None:
     holder = parse_holder(data)
     if holder.get("place") != this_process()["place"] or started(holder.get("pid", 0)) == holder.get("started"):
         remedy = f"; if that process or its machine is gone, delete {lock_file}"
-        raise HeldError(holder, remedy)
+        raise LockedError(holder, remedy)
     with socket.socket(socket.AF_UNIX) as sole:  # else two could judge it, and one remove what the other put there
         try:
             sole.bind(TAKING_OVER)
@@ -152,7 +152,7 @@ def started(pid: int) -> int:
 
 def read_lock_file(path: Path) -> bytes:
     """Return what a lock file says. Raises OSError, which says what it is instead, if it is a link or no file."""
-    with open(path, "rb", opener=own_file) as file:
+    with open(path, "rb", opener=open_lock_file) as file:
         return file.read(SMALL_BYTES)
 
 

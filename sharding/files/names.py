@@ -19,14 +19,14 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def same_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return the form in which names are compared: Unicode's NFC, without outer blanks."""
     return nfc(name).strip()
 
 
-def same_speaker(name: str) -> str:
+def canonical_speaker(name: str) -> str:
     """Return the form in which speakers and sessions are compared: 4.0 is 4, as pandas writes it beside empty cells."""
-    return re.sub(r"^(\d+)\.0$", r"\1", same_name(name))
+    return re.sub(r"^(\d+)\.0$", r"\1", canonical_name(name))
 
 
 def name_of(value: Any) -> Any:

@@ -17,7 +17,7 @@ from sharding.errors import StoreError
 STDOUT = Path("/dev/stdout")
 NAME_BYTES = 255  # of a name in a folder
 LINKS_FOLLOWED = 40  # as the kernel does
-NOT_ITS_OWN = errno.EMLINK  # of a file that is elsewhere, too or only
+FOREIGN_FILE = errno.EMLINK  # of a file that is elsewhere, too or only
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a folder, on some FUSE and network file systems
 HINTS = {
     errno.ENOSPC: "make room there, and give the same command again",
@@ -26,11 +26,11 @@ HINTS = {
     errno.EROFS: "it is mounted read-only: name another place",
     errno.EACCES: "name a place where you may write",
     errno.EPERM: "name a place where you may write",
-    NOT_ITS_OWN: "remove what has that name; where this folder came from, somebody may mean harm",
+    FOREIGN_FILE: "remove what has that name; where this folder came from, somebody may mean harm",
 }
 
 
-def cannot_write(path: Path, error: OSError, needed: int | None = None, hint: str | None = None) -> StoreError:
+def write_error(path: Path, error: OSError, needed: int | None = None, hint: str | None = None) -> StoreError:
     """Return what is told of a failed write: the path, the reason, the room if that is the reason, what to do."""
     said = error.strerror or str(error)
     there = next(above for above in (path, *path.absolute().parents) if os.path.exists(above))
@@ -48,7 +48,7 @@ def explaining(path: Path, needed: int | None = None) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise cannot_write(path, error, needed) from error
+        raise write_error(path, error, needed) from error
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` when it is whole. Raise StoreError if it cannot be written."""
-    partial = beside(path, f".{uuid.uuid4().hex}.part")  # another process may write the same name
+    partial = sibling(path, f".{uuid.uuid4().hex}.part")  # another process may write the same name
     with explaining(path, needed):
         if not os.path.exists(path.parent):  # if it is a file, what is opened below says so
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
                 partial.unlink()
 
 
-def beside(path: Path, ending: str) -> Path:
+def sibling(path: Path, ending: str) -> Path:
     """Return a hidden name beside a file, for what belongs to it; the name of the file is cut in there if need be."""
     room = NAME_BYTES - len(ending) - 1
     return path.with_name(f".{os.fsencode(path.name)[:room].decode(errors='ignore')}{ending}")
@@ -120,11 +120,11 @@ def write_inside(path: Path, data: bytes | str) -> None:
 
 def append(path: Path, text: str) -> None:
     """Add to the end of such a file. Raise StoreError if it cannot be written, or leads elsewhere."""
-    with explaining(path, len(text)), open(path, "a", encoding="utf-8", newline="", opener=own_file) as file:
+    with explaining(path, len(text)), open(path, "a", encoding="utf-8", newline="", opener=open_lock_file) as file:
         file.write(text)
 
 
-def own_file(name: str, flags: int) -> int:
+def open_lock_file(name: str, flags: int) -> int:
     """Open a file that is changed where it lies, for `open(…, opener=own_file)`; it waits for no pipe.
 
     Raises OSError if the name is a link, another name of some file, or no file: whoever made the folder decided that.
@@ -135,12 +135,12 @@ def own_file(name: str, flags: int) -> int:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         said = "is a link that leads elsewhere" if error.errno == errno.ELOOP else "is a pipe or a socket, not a file"
-        raise OSError(NOT_ITS_OWN, said, name) from error
+        raise OSError(FOREIGN_FILE, said, name) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
         said = "is also the file of another name" if stat.S_ISREG(status.st_mode) else "is not a file"
-        raise OSError(NOT_ITS_OWN, said, name)
+        raise OSError(FOREIGN_FILE, said, name)
     if flags & os.O_TRUNC:
         os.ftruncate(descriptor, 0)
     return descriptor
@@ -241,7 +241,7 @@ class _File(io.FileIO):
         except OSError as error:
             if not self._failed or isinstance(error, BrokenPipeError):
                 raise
-            raise cannot_write(path, error, needed) from error
+            raise write_error(path, error, needed) from error
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from sharding.shardset.store import Store
 SUMMARY_NAME = "report/summary.json"
 PLOT_NAME = "report/durations.png"
 FILES = (LEDGER_NAME, SUMMARY_NAME, ORPHANS_NAME, PLOT_NAME)
-SUMS_NAME = "report/SHA256SUMS"  # of these, and of which index they are
+CHECKSUMS_NAME = "report/SHA256SUMS"  # of these, and of which index they are
 COPY_HINT = "without it the report cannot grow; copy it again"
 
 
@@ -40,7 +40,7 @@ def publish(
         ORPHANS_NAME: "".join(f"{name}\n" for name in orphans).encode(),
         PLOT_NAME: plot_durations(index),
     }
-    for name, data in (files | {SUMS_NAME: _pack_sums(index, files)}).items():
+    for name, data in (files | {CHECKSUMS_NAME: _pack_sums(index, files)}).items():
         store.write(name, data)
     return summary
 
@@ -58,14 +58,14 @@ def read_summary(store: Store, index: ShardIndex) -> Summary | None:
 def check_report(store: Store, index: ShardIndex) -> list[str]:
     """Return what is wrong with the report. Nothing is if all of it is missing, as from a copy of the shards alone."""
     place = _place(store, index)
-    seen = {name: _read_if_there(store, place(name)) for name in (*FILES, SUMS_NAME)}
+    seen = {name: _read_if_there(store, place(name)) for name in (*FILES, CHECKSUMS_NAME)}
     if not any(data is not None for data in seen.values()):
         return []
     faults = [f"{store.url}/{place(name)}: is missing" for name, data in seen.items() if data is None]
-    sums = seen.pop(SUMS_NAME)
+    sums = seen.pop(CHECKSUMS_NAME)
     if sums is None:
         return faults
-    where, lines = f"{store.url}/{place(SUMS_NAME)}", [_sum(name, data or b"") for name, data in seen.items()]
+    where, lines = f"{store.url}/{place(CHECKSUMS_NAME)}", [_sum(name, data or b"") for name, data in seen.items()]
     said = sums.decode(errors="replace").split("\n")
     faults += [f"{store.url}/{place(name)}: its checksum is {line[:16]}…, {where} has another"
                for (name, data), line in zip(seen.items(), lines, strict=True)
@@ -78,12 +78,12 @@ def check_report(store: Store, index: ShardIndex) -> list[str]:
 # --- while a set is appended to -------------------------------------------------------------------------------------
 
 
-def is_kept(store: Store, index: ShardIndex) -> bool:
+def is_archived(store: Store, index: ShardIndex) -> bool:
     """Tell whether an append to this index has begun and not ended: what is in report/ may be of the next one."""
-    return store.exists(_kept(index, SUMS_NAME))
+    return store.exists(_archived_name(index, CHECKSUMS_NAME))
 
 
-def keep_old(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], list[str]]:
+def archive_report(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], list[str]]:
     """Return the ledger and the orphans of an index that is about to be appended to, and keep its report aside.
 
     It is the report of the index until the next one is there, also if this build is killed before. Raises ShardError
@@ -97,47 +97,47 @@ def keep_old(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], list[str
         raise ShardError(error.message, hint) from error
     except ValueError as error:
         raise ShardError(f"{store.url}/{LEDGER_NAME}: damaged ({error})", COPY_HINT) from error
-    if not is_kept(store, index):
+    if not is_archived(store, index):
         files = {name: data for name in FILES if (data := _read_if_there(store, name)) is not None}
-        sums = _read_if_there(store, SUMS_NAME) or _pack_sums(index, files)  # a set older than its sums has none
-        for name, data in (files | {SUMS_NAME: sums}).items():  # which come last: they say that the others are there
-            store.write(_kept(index, name), data)
+        sums = _read_if_there(store, CHECKSUMS_NAME) or _pack_sums(index, files)  # a set older than its sums has none
+        for name, data in (files | {CHECKSUMS_NAME: sums}).items():  # last: they vouch for the others
+            store.write(_archived_name(index, name), data)
     return rows, names
 
 
-def put_back(store: Store, index: ShardIndex) -> None:
+def restore_archived(store: Store, index: ShardIndex) -> None:
     """Undo `keep_old`, and what was published since then: no next index comes."""
-    if is_kept(store, index):
-        for name in (*FILES, SUMS_NAME):
-            if (data := _read_if_there(store, _kept(index, name))) is not None:
+    if is_archived(store, index):
+        for name in (*FILES, CHECKSUMS_NAME):
+            if (data := _read_if_there(store, _archived_name(index, name))) is not None:
                 store.write(name, data)
-        forget_old(store, index)
+        drop_archived(store, index)
 
 
-def forget_old(store: Store, index: ShardIndex) -> None:
+def drop_archived(store: Store, index: ShardIndex) -> None:
     """Delete the report of an index that was kept while it was appended to."""
-    for name in (SUMS_NAME, *FILES):
-        store.delete(_kept(index, name))
+    for name in (CHECKSUMS_NAME, *FILES):
+        store.delete(_archived_name(index, name))
 
 
-def _kept(index: ShardIndex, name: str) -> str:
+def _archived_name(index: ShardIndex, name: str) -> str:
     return name.replace("/", f"/{index.digest}-", 1)
 
 
 def _place(store: Store, index: ShardIndex) -> Callable[[str], str]:
     """Return under which name a file of the report of an index lies."""
-    return partial(_kept, index) if is_kept(store, index) else str
+    return partial(_archived_name, index) if is_archived(store, index) else str
 
 
 def _read(store: Store, index: ShardIndex, name: str) -> bytes:
     """Read a file of the report of an index. Raises MissingError, and ShardError if its sum is another."""
     place = _place(store, index)
-    data, sums = store.read(place(name), LARGE_BYTES), _read_if_there(store, place(SUMS_NAME))
+    data, sums = store.read(place(name), LARGE_BYTES), _read_if_there(store, place(CHECKSUMS_NAME))
     if sums is not None:  # of a set older than they are, there are none
         lines = sums.decode(errors="replace").split("\n")
         if _sum(name, data) not in lines or _head(index) not in lines:
             where = f"{store.url}/{place(name)}"
-            raise ShardError(f"{where}: damaged: its checksum, or its index, is not as {SUMS_NAME} says", COPY_HINT)
+            raise ShardError(f"{where}: damaged: its checksum or its index differs from {CHECKSUMS_NAME}", COPY_HINT)
     return data
 
 

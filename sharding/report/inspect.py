@@ -14,7 +14,7 @@ from sharding.audio.codec import SAMPLE_RATE, decode
 from sharding.errors import AudioError, ShardError
 from sharding.files.names import UNKNOWN, age_order
 from sharding.pool import Workers, count_done
-from sharding.shardset.index import ShardIndex, read_listed
+from sharding.shardset.index import ShardIndex, read_checked
 from sharding.shardset.schema import SPLITS, ShardEntry
 from sharding.shardset.store import Reader, Store, open_store
 from sharding.shardset.verify import check_shard
@@ -45,7 +45,7 @@ Tables = dict[str, pd.DataFrame]
 def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
     """A row for each sample, in the order of `index.samples`. Raises ShardError that names a damaged shard index."""
     shards = tqdm(index.shards, desc="reading", unit="shard", delay=1)
-    who = [row for shard in shards for row in read_listed(store, shard).who]
+    who = [row for shard in shards for row in read_checked(store, shard).speakers]
     samples, ends = index.samples, {split: np.array(index.bucket_ends(split)) for split in SPLITS}
     buckets = np.array([shard.bucket for shard in index.shards], np.int64)[samples["shard"]]
     splits = np.array([shard.split for shard in index.shards], object)[samples["shard"]]
@@ -161,7 +161,7 @@ def measure_shard(job: tuple[str, ShardEntry, str]) -> tuple[npt.NDArray[np.floa
     """The level of each clip of a shard, dBFS, and how often each symbol stands in its labels."""
     store, shard, track = open_store(job[0]), *job[1:]
     levels, counts = [], Counter[str]()
-    for sample in check_shard(store, read_listed(store, shard), track):
+    for sample in check_shard(store, read_checked(store, shard), track):
         count_done()
         try:
             waveform, _ = decode(sample.audio)

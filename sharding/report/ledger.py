@@ -12,14 +12,14 @@ import zstandard
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from sharding.files.document import DocumentError, Number, Share, check, parse_json, unpack
+from sharding.files.document import DocumentError, Fraction, Number, parse_json, unpack, validate
 from sharding.sources.manifest import Utterance
 
 LEDGER_NAME = "report/ledger.jsonl.zst"
-DECLARED_OFF_SEC = 0.1  # a declared duration further than this from the measured one is listed
+DURATION_TOLERANCE_SEC = 0.1  # a declared duration further than this from the measured one is listed
 FATES = ("written", "split", "rejected")
-WORST = 10  # files that the summary names
-SURE = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)  # edges of the probabilities in the reliability table
+MAX_LISTED = 10  # files that the summary names
+CONFIDENCE_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)  # edges of the probabilities in the reliability table
 NO_LABEL = "no label: kept, not trained on"
 TOO_DENSE = "label needs more frames than the clip has: kept without it"
 MAX_UNPACKING = 400  # times its size: rows of one refusal after another shrink to a hundredth
@@ -28,7 +28,7 @@ LedgerRow = dict[str, Any]
 
 
 class _Guess(TypedDict):
-    confidence: Share
+    confidence: Fraction
     right: bool
 
 
@@ -36,7 +36,7 @@ class _Piece(TypedDict):
     label_status: Literal["labelled", "unlabelled", "reference"]
     reason: str | None
     by: NotRequired[str | None]
-    guess: NotRequired[_Guess | None]
+    pass1: NotRequired[_Guess | None]
 
 
 class _Row(TypedDict):
@@ -101,8 +101,8 @@ class Tally:
     remarks: Counter[str] = field(default_factory=Counter)  # clips, by what is said of their sound or label
     unlabelled_pieces: Counter[str] = field(default_factory=Counter)  # of long recordings, by the kind of reason
     labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
-    guessed: Counter[int] = field(default_factory=Counter)  # pieces labelled by a model, by how sure pass 1 was (SURE)
-    guessed_wrong: Counter[int] = field(default_factory=Counter)  # of these, where pass 1 would have given other words
+    pass1_counts: Counter[int] = field(default_factory=Counter)  # segments labelled by a model, by pass 1's confidence
+    pass1_wrong: Counter[int] = field(default_factory=Counter)  # of these, where pass 1 would have given other words
     validation: Counter[str] = field(default_factory=Counter)  # clips, rejected
     worst: list[dict[str, Any]] = field(default_factory=list)
     declared_off: list[dict[str, Any]] = field(default_factory=list)
@@ -128,10 +128,10 @@ class Tally:
                 self.unlabelled_pieces[str(piece["reason"]).partition(":")[0]] += 1
             if piece["label_status"] == "labelled":
                 self.labelled_pieces[piece.get("by", "durations")] += 1  # as older ledgers mean
-            if guess := piece.get("guess"):
-                place = min(bisect_right(SURE, guess["confidence"]), len(SURE) - 1) - 1
-                self.guessed[place] += 1
-                self.guessed_wrong[place] += not guess["right"]
+            if guess := piece.get("pass1"):
+                place = min(bisect_right(CONFIDENCE_EDGES, guess["confidence"]), len(CONFIDENCE_EDGES) - 1) - 1
+                self.pass1_counts[place] += 1
+                self.pass1_wrong[place] += not guess["right"]
         if fate == "rejected":
             self.reasons[row["reason"]] += 1
             self.validation["rejected"] += row["split"] == "valid"
@@ -140,7 +140,7 @@ class Tally:
             )
         elif row["reason"]:
             self.unlabelled[row["reason"]] += 1
-        if fate != "rejected" and declared is not None and abs(declared - seconds) > DECLARED_OFF_SEC:
+        if fate != "rejected" and declared is not None and abs(declared - seconds) > DURATION_TOLERANCE_SEC:
             self.declared_off.append(
                 {"utterance_id": row["utterance_id"], "declared_sec": declared, "measured_sec": seconds}
             )
@@ -159,18 +159,18 @@ def write_ledger(rows: Iterable[LedgerRow]) -> LedgerPart:
     for row in rows:
         tally.count(row)
         lines.append(_write_json(row) + "\n")
-    tally.worst = longest(tally.worst)
+    tally.worst = longest_rejected(tally.worst)
     return LedgerPart(zstandard.compress("".join(lines).encode(), 3), tally)
 
 
-def add_up(parts: Iterable[LedgerPart]) -> Tally:
+def sum_tallies(parts: Iterable[LedgerPart]) -> Tally:
     total = Tally()
     for part in parts:
         total.add(part.tally)
     return total
 
 
-def tell_the_same(parts: Sequence[LedgerPart], rows: Iterable[LedgerRow]) -> bool:
+def same_rows(parts: Sequence[LedgerPart], rows: Iterable[LedgerRow]) -> bool:
     """Return whether parts of a ledger are some rows, in whatever order."""
     lines = (line for part in parts for line in zstandard.decompress(part.lines).splitlines())
     return sorted(lines) == sorted(_write_json(row).encode() for row in rows)
@@ -180,7 +180,7 @@ def parse_ledger(data: bytes) -> list[LedgerRow]:
     """Return the rows of a ledger file. Raises DocumentError."""
     rows = [parse_json(line) for line in unpack(data, MAX_UNPACKING).splitlines()]
     for row in rows:
-        check(row, _ROW)
+        validate(row, _ROW)
         if row["fate"] == "rejected" and row["reason"] is None:
             raise DocumentError("a clip was rejected for no 'reason'")
     return rows
@@ -194,5 +194,5 @@ def join_parts(parts: Sequence[bytes]) -> bytes:
     return b"".join([*chunks, compressor.flush()])
 
 
-def longest(rejected: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return heapq.nsmallest(WORST, rejected, key=lambda row: (-row["seconds"], row["utterance_id"]))
+def longest_rejected(rejected: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return heapq.nsmallest(MAX_LISTED, rejected, key=lambda row: (-row["seconds"], row["utterance_id"]))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform
-from sharding.audio.vad import HOP, Listening, Pause
+from sharding.audio.vad import HOP, Pause, SpeechActivity
 from sharding.labels.ipa import alphabet_of
 from sharding.segment.split import Segment
 from sharding.shardset.index import ShardIndex
@@ -78,7 +78,7 @@ def plot_symbols(index: ShardIndex, counts: Mapping[str, int]) -> bytes:
 
 
 def plot_split(
-    name: str, waveform: Waveform, heard: Listening, pauses: Sequence[Pause], segments: Sequence[Segment]
+    name: str, waveform: Waveform, activity: SpeechActivity, pauses: Sequence[Pause], segments: Sequence[Segment]
 ) -> bytes:
     """Where a recording is cut: its sound, where speech is heard, all pauses, the cuts, the words of each piece.
 
@@ -101,7 +101,7 @@ def plot_split(
         lows, highs = ([float(edge(block, initial=0)) for block in blocks] for edge in (np.min, np.max))
         axes.fill_between(times, lows, highs, color="#b0b8c0", linewidth=0)
         frames = slice(round(first * SAMPLE_RATE / HOP), round(last * SAMPLE_RATE / HOP))
-        speech = heard.speech[frames]
+        speech = activity.speech[frames]
         axes.plot(first + np.arange(len(speech)) * HOP / SAMPLE_RATE, speech, color=COLOURS["valid"], linewidth=1)
         for pause in pauses:
             axes.axvspan(pause.start / SAMPLE_RATE, pause.end / SAMPLE_RATE, color="black", alpha=0.06, linewidth=0)

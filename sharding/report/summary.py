@@ -9,8 +9,16 @@ from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import counted
-from sharding.files.document import Number, Share, Size, parse
-from sharding.report.ledger import DECLARED_OFF_SEC, FATES, LEDGER_NAME, SURE, WORST, Tally, longest
+from sharding.files.document import Fraction, Number, Size, parse
+from sharding.report.ledger import (
+    CONFIDENCE_EDGES,
+    DURATION_TOLERANCE_SEC,
+    FATES,
+    LEDGER_NAME,
+    MAX_LISTED,
+    Tally,
+    longest_rejected,
+)
 from sharding.shardset.index import ShardIndex
 from sharding.shardset.schema import SPLITS
 from sharding.sources.archive import MISSING
@@ -35,7 +43,7 @@ class _Rejected(TypedDict):
 class _Confidence(TypedDict):
     """How right pass 1 was where it was so sure."""
 
-    confidence: tuple[Share, Share]
+    confidence: tuple[Fraction, Fraction]
     pieces: Size
     wrong: Size
 
@@ -75,7 +83,7 @@ class Summary(TypedDict):
     declared_off: list[dict[str, Any]]
     splits: Annotated[dict[Literal["train", "valid", "unlabelled"], _Split], Field(min_length=3)]
     notes: _Notes
-    valid_fraction: NotRequired[Share | None]
+    valid_fraction: NotRequired[Fraction | None]
     aligned: NotRequired[bool]
 
 
@@ -94,13 +102,13 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "seconds_in": round(sum(tally.seconds.values()), 3),
         "fates": {fate: {"clips": tally.clips[fate], "seconds": round(tally.seconds[fate], 3)} for fate in FATES},
         "reasons": _commonest_first(tally.reasons),
-        "worst": longest(tally.worst),
+        "worst": longest_rejected(tally.worst),
         "remarks": _commonest_first(tally.remarks),
         "unlabelled_pieces": sum(tally.unlabelled_pieces.values()),
         "labelled_pieces": dict(sorted(tally.labelled_pieces.items())),
         "reliability": [
-            {"confidence": [SURE[place], SURE[place + 1]], "pieces": count, "wrong": tally.guessed_wrong[place]}
-            for place, count in sorted(tally.guessed.items())
+            {"confidence": [*CONFIDENCE_EDGES[place : place + 2]], "pieces": count, "wrong": tally.pass1_wrong[place]}
+            for place, count in sorted(tally.pass1_counts.items())
         ],
         "unlabelled_reasons": _commonest_first(tally.unlabelled + tally.unlabelled_pieces),
         "corpora": dict(sorted(tally.corpora.items())),
@@ -134,11 +142,11 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
             f"{split:>12} {row['samples']:9,} {row['hours']:8.2f} {row['shards']:7,} {row['mb']:8.1f}"
             f" {row['bucket_padding']:18.1%}"
         )
-    lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:WORST]]
+    lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:MAX_LISTED]]
     lines += _name_worst(summary, dry)
     lines += [f"{count:6,} noted: {remark}" for remark, count in summary.get("remarks", {}).items()]
     unlabelled = list(summary["unlabelled_reasons"].items())
-    lines += [f"{count:6,} unlabelled: {reason}" for reason, count in unlabelled[:WORST]]
+    lines += [f"{count:6,} unlabelled: {reason}" for reason, count in unlabelled[:MAX_LISTED]]
     lines += [f"{count:6,} labelled: pieces of long recordings, by {how}" for how, count in labelled.items()]
     lines += _tell_reliability(summary.get("reliability", []))
     if summary["unlabelled_pieces"]:
@@ -151,7 +159,7 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
     if summary["declared_off"]:
         count = len(summary["declared_off"])
         lines.append(
-            f"{count:,} declared durations are off by more than {DECLARED_OFF_SEC} s; the measured ones are used"
+            f"{count:,} declared durations are off by more than {DURATION_TOLERANCE_SEC} s; the measured ones are used"
         )
     lines += _tell_sides(summary)
     if not notes["validation"]["disjoint_by_speaker"]:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform
-from sharding.audio.vad import LONGEST_STOP_SEC, Stretch, find_pauses, find_stretches, listen, one_thread
+from sharding.audio.vad import MAX_STOP_SEC, Stretch, detect_speech, find_pauses, find_stretches, one_thread
 from sharding.labels.ipa import alphabet_of
-from sharding.segment.evidence import Evidence, hash_label, largest_gap
+from sharding.segment.evidence import Evidence, choose_max_gap, hash_label
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +31,18 @@ BANDS, CEPSTRA = 24, 13
 BAND_HZ = (60.0, 7_600.0)
 ROUNDS = 8  # of learning
 PRIOR_FRAMES = 20.0  # of all speech that are added to those of each symbol
-LEAST_VARIANCE = 0.1  # of all speech's
-LEARNING = 0.1  # what a log-density counts when it is learned from: the frames of a sound are not independent …
-HEARING = 0.2  # … and when it is told by it
+MIN_VARIANCE = 0.1  # of all speech's
+TRAIN_SCALE = 0.1  # what a log-density counts when it is learned from: the frames of a sound are not independent …
+DECODE_SCALE = 0.2  # … and when it is told by it
 QUIET_NATS = 50.0  # by which a symbol is unlikelier in a pause
 PAUSE_NATS = 10.0  # by which a pause is unlikelier within a word than between two …
-LONGEST_STOP = round(LONGEST_STOP_SEC * SAMPLE_RATE / FRAME_SAMPLES)  # … if it has more frames
+LONGEST_STOP = round(MAX_STOP_SEC * SAMPLE_RATE / FRAME_SAMPLES)  # … if it has more frames
 PIECE_FRAMES = 1_250  # 25 s
-LONGEST = 4e9  # frames × symbols of a recording that is listened to: three quarters of an hour
+MAX_SAMPLES = 4e9  # frames × symbols of a recording that is listened to: three quarters of an hour
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class TrainingExample:
     """A labelled recording, as it is learned from."""
 
     name: str
@@ -52,7 +52,7 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class Sounds:
+class PhoneGMM:
     """Symbols as ids: 0 is silence, which CTC takes for its blank. Spaces have none."""
 
     alphabet: str
@@ -92,26 +92,26 @@ class Sounds:
         values = np.stack([self.mean, self.precision]).astype("<f4")
         return {"alphabet": self.alphabet, "max_gap": self.max_gap, "values": b64encode(values.tobytes()).decode()}
 
-    def hear(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
+    def align(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
         """What a label's words sound like in a recording that is cut at these samples."""
         with one_thread():
             return self._hear(text, waveform, stretches, cuts)
 
     def _hear(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
-        from sharding.segment.ctc_align import AlignError, align, evidence_of, worst_gaps
+        from sharding.segment.ctc_align import AlignError, align, word_llrs, worst_gaps
 
         label = hash_label(text)
         unheard = Evidence(label, tuple(cuts), (), (), (), (), (), (), (), (), "not heard")
-        if len(waveform) // FRAME_SAMPLES * len(text) > LONGEST:
+        if len(waveform) // FRAME_SAMPLES * len(text) > MAX_SAMPLES:
             return unheard
-        features, quiet = listen_closely(waveform, stretches)
-        log_probs = self.log_probs(features, quiet, HEARING)
+        features, quiet = mfcc_features(waveform, stretches)
+        log_probs = self.log_probs(features, quiet, DECODE_SCALE)
         frames = [min(cut // FRAME_SAMPLES, len(log_probs) - 1) for cut in cuts]
         try:
             found = align(log_probs, text, self, frames)
         except AlignError:
             return unheard
-        words, order = evidence_of(log_probs, found.words, self)
+        words, order = word_llrs(log_probs, found.words, self)
         return Evidence(
             label=label,
             cuts=tuple(cuts),
@@ -127,20 +127,21 @@ class Sounds:
         )
 
 
-def unpack_sounds(packed: dict[str, Any]) -> Sounds:
+def unpack_model(packed: dict[str, Any]) -> PhoneGMM:
     """What `Sounds.pack` made."""
     values = np.frombuffer(b64decode(packed["values"]), "<f4").reshape(2, len(packed["alphabet"]) + 2, -1)
-    return Sounds(packed["alphabet"], values[0], values[1], packed["max_gap"])
+    return PhoneGMM(packed["alphabet"], values[0], values[1], packed["max_gap"])
 
 
-def example_of(name: str, text: str, waveform: Waveform) -> Example:
+def example_of(name: str, text: str, waveform: Waveform) -> TrainingExample:
     """A recording of 16 kHz and its normalised label."""
-    heard = listen(waveform)
-    return Example(name, text, *listen_closely(waveform, find_stretches(heard, find_pauses(heard), len(waveform))))
+    activity = detect_speech(waveform)
+    stretches = find_stretches(activity, find_pauses(activity), len(waveform))
+    return TrainingExample(name, text, *mfcc_features(waveform, stretches))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is too loud for a float is heard by nobody
-def listen_closely(waveform: Waveform, stretches: Sequence[Stretch]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def mfcc_features(waveform: Waveform, stretches: Sequence[Stretch]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Cepstra and their slopes every 20 ms, as deviations of the recording's speech; and which frames are quiet."""
     frames = len(waveform) // FRAME_SAMPLES
     around = np.pad(waveform, ((WINDOW - FRAME_SAMPLES) // 2, WINDOW))
@@ -175,13 +176,13 @@ def _mel_bands() -> Floats:
     return np.maximum(np.minimum(rising, falling), 0).astype(np.float32)
 
 
-def learn(examples: Sequence[Example], track: str, wrong_share: float) -> Sounds | None:
+def fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float) -> PhoneGMM | None:
     """What the symbols of these examples sound like; None where there is no speech."""
     with one_thread():
-        return _learn(examples, track, wrong_share)
+        return _fit(examples, track, max_false_accept)
 
 
-def _learn(examples: Sequence[Example], track: str, wrong_share: float) -> Sounds | None:
+def _fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float) -> PhoneGMM | None:
     alphabet = "".join(sorted(alphabet_of(track) - {" "}))
     spoken = [
         example
@@ -191,21 +192,21 @@ def _learn(examples: Sequence[Example], track: str, wrong_share: float) -> Sound
     if not spoken:
         return None
     sums = _Sums(len(alphabet) + 2, spoken[0].features.shape[1])
-    sounds = Sounds(alphabet, *np.zeros((2, *sums.values.shape), np.float32))  # to spell with
+    model = PhoneGMM(alphabet, *np.zeros((2, *sums.values.shape), np.float32))  # to spell with
     for example in spoken:
-        speech, ids = np.flatnonzero(~example.quiet), np.array(sounds.encode(example.text))
+        speech, ids = np.flatnonzero(~example.quiet), np.array(model.encode(example.text))
         owner = np.zeros((len(example.quiet), len(alphabet) + 2))
         owner[speech, ids[np.arange(len(speech)) * len(ids) // len(speech)]] = 1.0
         owner[example.quiet, 0] = 1.0
         sums.add(owner, example.features)
     for _ in tqdm(range(ROUNDS), desc="    sounds", unit="round", leave=False, disable=None):  # None: on a terminal
-        sounds, sums = sums.estimate(alphabet), _Sums(*sums.values.shape)
+        model, sums = sums.estimate(alphabet), _Sums(*sums.values.shape)
         for example in spoken:
-            sums.add(_owners(sounds, example), example.features)
+            sums.add(_occupancy(model, example), example.features)
         if not sums.frames[1:].sum():  # no label fits
             return None
-    sounds = sums.estimate(alphabet)
-    return _with_bound(sounds, spoken, wrong_share)
+    model = sums.estimate(alphabet)
+    return _calibrate(model, spoken, max_false_accept)
 
 
 class _Sums:
@@ -220,50 +221,50 @@ class _Sums:
         """`owner` (T, symbols) says with which probability each frame is whose."""
         import torch
 
-        whose, heard = torch.from_numpy(owner).T, torch.from_numpy(features).double()  # on one thread, unlike numpy
+        whose, activity = torch.from_numpy(owner).T, torch.from_numpy(features).double()  # on one thread, unlike numpy
         self.frames += owner.sum(axis=0)
-        self.values += (whose @ heard).numpy()
-        self.squares += (whose @ heard.square()).numpy()
+        self.values += (whose @ activity).numpy()
+        self.squares += (whose @ activity.square()).numpy()
 
-    def estimate(self, alphabet: str) -> Sounds:
+    def estimate(self, alphabet: str) -> PhoneGMM:
         mean, square = (sums[1:].sum(axis=0) / self.frames[1:].sum() for sums in (self.values, self.squares))
         variance = square - mean**2  # of all speech
         count = (self.frames + PRIOR_FRAMES)[:, None]
         means = (self.values + PRIOR_FRAMES * mean) / count
         variances = (self.squares + PRIOR_FRAMES * square) / count - means**2
-        precision = 1 / np.maximum(variances, LEAST_VARIANCE * np.maximum(variance, 1e-6))
-        return Sounds(alphabet, means.astype(np.float32), precision.astype(np.float32))
+        precision = 1 / np.maximum(variances, MIN_VARIANCE * np.maximum(variance, 1e-6))
+        return PhoneGMM(alphabet, means.astype(np.float32), precision.astype(np.float32))
 
 
-def _owners(sounds: Sounds, example: Example) -> npt.NDArray[np.float64]:
+def _occupancy(model: PhoneGMM, example: TrainingExample) -> npt.NDArray[np.float64]:
     """Whose each frame is, given the label; nobody's where no path spells it."""
     import torch
 
     from sharding.segment.ctc_align import AlignError, Lattice, posteriors
 
-    lattice = Lattice(example.text, sounds, torch.device("cpu"))
-    owner = torch.zeros(len(example.quiet), sounds.blank_inside + 1)
+    lattice = Lattice(example.text, model, torch.device("cpu"))
+    owner = torch.zeros(len(example.quiet), model.blank_inside + 1)
     try:
-        _, blocks = posteriors(sounds.log_probs(example.features, example.quiet, LEARNING), lattice)
+        _, blocks = posteriors(model.log_probs(example.features, example.quiet, TRAIN_SCALE), lattice)
     except AlignError:
         return owner[:, :-1].double().numpy()
     for first, likely in blocks:
         owner[first : first + len(likely)].index_add_(1, lattice.labels, likely)
-    owner[:, sounds.blank] += owner[:, sounds.blank_inside]
+    owner[:, model.blank] += owner[:, model.blank_inside]
     return owner[:, :-1].double().numpy()
 
 
-def _with_bound(sounds: Sounds, examples: Sequence[Example], wrong_share: float) -> Sounds:
+def _calibrate(model: PhoneGMM, examples: Sequence[TrainingExample], max_false_accept: float) -> PhoneGMM:
     """With the largest gap of a label that is believed: labels of the examples are tried with a word left out."""
-    from sharding.segment.ctc_align import AlignError, align, gaps_without, worst_gaps
+    from sharding.segment.ctc_align import AlignError, align, deletion_gaps, worst_gaps
 
     gaps, wrong = list[float](), list[float]()
     for example in examples:
-        log_probs = sounds.log_probs(example.features, example.quiet, HEARING)
+        log_probs = model.log_probs(example.features, example.quiet, DECODE_SCALE)
         try:
-            found = align(log_probs, example.text, sounds)
+            found = align(log_probs, example.text, model)
         except AlignError:
             continue
         gaps += worst_gaps(found.gap, range(PIECE_FRAMES, len(found.gap), PIECE_FRAMES))
-        wrong += gaps_without(log_probs, found.words, example.name, sounds)
-    return replace(sounds, max_gap=largest_gap(gaps, wrong, wrong_share))
+        wrong += deletion_gaps(log_probs, found.words, example.name, model)
+    return replace(model, max_gap=choose_max_gap(gaps, wrong, max_false_accept))

@@ -20,7 +20,7 @@ import xxhash
 
 Floats = npt.NDArray[np.float64]
 
-NEVER = -1e30  # a log-probability that no sum makes likely; infinities would become NaN
+LOG_ZERO = -1e30  # a log-probability that no sum makes likely; infinities would become NaN
 TAIL = 1e-3  # of a boundary's distribution: what lies below is taken for 0, and above its complement for 1
 NEAR_FRAMES = 3  # 60 ms: how far a boundary may lie from its time and still count as there
 BLOCK_VALUES = 2**23  # states × frames that are held at once
@@ -85,23 +85,23 @@ class Lattice:
         self.labels[1::2] = torch.as_tensor(ids, dtype=torch.int64, device=device)
         skips = torch.zeros(len(self.labels), dtype=torch.bool, device=device)  # from two states before, over a blank
         skips[3::2] = self.labels[3::2] != self.labels[1:-2:2]
-        self._no_skip = torch.where(skips, 0.0, NEVER)
+        self._no_skip = torch.where(skips, 0.0, LOG_ZERO)
 
     def start(self, emitted: torch.Tensor) -> torch.Tensor:
         """Log-probability of each state at the first frame, which emits `emitted` (S,)."""
-        here = torch.full_like(emitted, NEVER)
+        here = torch.full_like(emitted, LOG_ZERO)
         here[:2] = emitted[:2]
         return here
 
     def end(self) -> torch.Tensor:
         """Log-probability of what follows the last frame, from each state: a path ends in the last two."""
-        after = torch.full_like(self._no_skip, NEVER)
+        after = torch.full_like(self._no_skip, LOG_ZERO)
         after[-2:] = 0.0
         return after
 
     def forward(self, first: torch.Tensor, emitted: torch.Tensor) -> tuple[torch.Tensor, float]:
         """From the states of the first of some frames, which emit (T, S), to those of all; and what was taken off."""
-        states = torch.full((len(emitted), len(first) + 2), NEVER, device=first.device)
+        states = torch.full((len(emitted), len(first) + 2), LOG_ZERO, device=first.device)
         states[0, 2:] = first
         stay, one, two = (states[:, start : len(first) + start].unbind() for start in (2, 1, 0))
         skipping, taken_off = torch.empty_like(first), 0.0
@@ -120,7 +120,7 @@ class Lattice:
         count = len(last)
         after = last.new_empty(len(emitted) + 1, count)
         after[-1] = last
-        onward = torch.full((2, count + 2), NEVER, device=last.device)  # beyond the end nothing is likely
+        onward = torch.full((2, count + 2), LOG_ZERO, device=last.device)  # beyond the end nothing is likely
         stay, one, two = onward[0, :count], onward[0, 1 : count + 1], onward[1, 2:]
         rows = after.unbind()
         for frame, emits in zip(range(len(emitted) - 1, -1, -1), reversed(emitted.unbind()), strict=True):
@@ -194,7 +194,7 @@ def posteriors(log_probs: torch.Tensor, lattice: Lattice) -> tuple[float, Iterat
         states, taken_off = lattice.forward(kept[-1], log_probs[first:last, lattice.labels])
         here, total = states[-1], total + taken_off
     total += float(torch.logsumexp(here[-2:], 0))
-    if not total >= NEVER / 2:  # nor where it is no number
+    if not total >= LOG_ZERO / 2:  # nor where it is no number
         raise AlignError(f"{frames} frames cannot spell {len(lattice.labels) // 2} symbols")
     return total, _backward(log_probs, lattice, kept, size, states if len(kept) == 1 else None)
 
@@ -253,7 +253,7 @@ class _Boundaries:
 # --- how well a label is heard ----------------------------------------------------------------------------------
 
 
-def evidence_of(
+def word_llrs(
     log_probs: torch.Tensor, words: Sequence[AlignedWord], spelling: Spelling
 ) -> tuple[list[float], list[float]]:
     """By how many nats the frames (T, V) speak for each word, and for its order with the next.
@@ -308,7 +308,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         start += count
 
 
-def gaps_without(
+def deletion_gaps(
     log_probs: torch.Tensor, words: Sequence[AlignedWord], name: str, spelling: Spelling, width: int = GAP_FRAMES
 ) -> list[float]:
     """Leave out one word of every six, the first by the recording's name, and see how its surroundings look then."""

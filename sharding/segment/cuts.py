@@ -11,9 +11,9 @@ from itertools import pairwise
 import numpy as np
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform
-from sharding.audio.vad import Listening, Pause, find_pauses, listen, quietest_cut
+from sharding.audio.vad import Pause, SpeechActivity, detect_speech, find_pauses, quietest_cut
 
-LIMIT_SEC = 25.0  # of a piece that a model hears
+MAX_DURATION_SEC = 25.0  # of a piece that a model hears
 MIN_PIECE_SEC = 1.5
 SHORT_PIECE_SEC = 5.0  # shorter pieces cost something
 CUT_COST = 0.5  # every cut is a risk for the label
@@ -28,26 +28,27 @@ class Cut:
     forced: bool
 
 
-def pieces_of(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
+def split_at_pauses(waveform: Waveform) -> Iterator[tuple[int, Waveform]]:
     """Yield each piece of a recording, and the sample at which it begins; the whole of it if it is within the limit."""
     ends = [0, len(waveform)]
-    if len(waveform) > LIMIT_SEC * SAMPLE_RATE:
-        heard = listen(waveform)
-        ends[1:1] = [cut.position for cut in find_cuts(heard, find_pauses(heard), len(waveform), LIMIT_SEC)]
+    if len(waveform) > MAX_DURATION_SEC * SAMPLE_RATE:
+        activity = detect_speech(waveform)
+        cuts = find_cuts(activity, find_pauses(activity), len(waveform), MAX_DURATION_SEC)
+        ends[1:1] = [cut.position for cut in cuts]
     return ((start, waveform[start:end]) for start, end in pairwise(ends))
 
 
-def find_cuts(heard: Listening, pauses: Sequence[Pause], samples: int, limit_sec: float) -> list[Cut]:
+def find_cuts(activity: SpeechActivity, pauses: Sequence[Pause], samples: int, max_duration: float) -> list[Cut]:
     """Return the cuts of a recording of so many samples that leave no piece over the limit."""
-    return choose_cuts(samples, candidates(heard, pauses, limit_sec), round(limit_sec * SAMPLE_RATE))
+    return choose_cuts(samples, candidates(activity, pauses, max_duration), round(max_duration * SAMPLE_RATE))
 
 
-def candidates(heard: Listening, pauses: Sequence[Pause], limit_sec: float) -> list[Cut]:
+def candidates(activity: SpeechActivity, pauses: Sequence[Pause], max_duration: float) -> list[Cut]:
     """Every place worth cutting at: the pauses, and, as a last resort, the quietest moment of each half second."""
     cuts = {pause.cut: Cut(pause.cut, pause.quality, False) for pause in pauses}
-    grid = max(1, min(50, int(limit_sec * 100 / 4)))
-    for start in range(0, len(heard.level_db) - grid + 1, grid):
-        position = quietest_cut(heard, start, start + grid)
+    grid = max(1, min(50, int(max_duration * 100 / 4)))
+    for start in range(0, len(activity.level_db) - grid + 1, grid):
+        position = quietest_cut(activity, start, start + grid)
         cuts.setdefault(position, Cut(position, 0.0, True))
     return sorted(cuts.values(), key=lambda cut: cut.position)
 

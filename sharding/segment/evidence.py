@@ -17,14 +17,14 @@ from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.files.document import Count, DocumentError, Number, Second, Share, open_regular, parse, unpack_lines
-from sharding.files.names import same_name
+from sharding.files.document import Count, DocumentError, Fraction, Number, Second, open_regular, parse, unpack_lines
+from sharding.files.names import canonical_name
 
-WRONG_SHARE = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
-USUAL = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
-HARDLY_ANY = 0.1  # share of the pieces: where no more would pass, trials tell nothing
-ANY_GAP = 1e6  # nats
-BELIEVED = 0.4  # share of the pieces that are believed where trials tell nothing: labels are right, as a rule
+MAX_FALSE_ACCEPT = 0.02  # of labels that lack a word, those that may pass for how little differs from what is heard
+USUAL_QUANTILE = 0.99  # share of the pieces whose label differs from what is heard by no more than is usual
+MIN_PASSING = 0.1  # share of the pieces: where no more would pass, trials tell nothing
+NO_LIMIT = 1e6  # nats
+FALLBACK_SHARE = 0.4  # share of the pieces that are believed where trials tell nothing: labels are right, as a rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Evidence:
     ends: tuple[int, ...]
     error: str | None
 
-    def useless(self, text: str, cuts: tuple[int, ...]) -> str | None:
+    def why_unusable(self, text: str, cuts: tuple[int, ...]) -> str | None:
         """Why it says nothing of a recording with that label and these cuts, if it does not."""
         if self.error is not None:
             return f"not aligned: {self.error}"
@@ -55,7 +55,7 @@ class Evidence:
         """Whether a word is said, at least partly, between two samples."""
         return bisect_left(self.starts, end) > bisect_right(self.ends, start)
 
-    def word_over(self, start: int, end: int) -> int | None:
+    def word_across(self, start: int, end: int) -> int | None:
         """The word that begins before one sample and ends after another, if there is one."""
         word = bisect_left(self.starts, start) - 1
         return word if word >= 0 and self.ends[word] > end else None
@@ -67,41 +67,41 @@ class Alignments:
 
     by_id: dict[str, Evidence]
     digest: str
-    wrong_gaps: tuple[float, ...] = ()  # where a label had a word left out, as a trial
+    deletion_gaps: tuple[float, ...] = ()  # where a label had a word left out, as a trial
 
     def of(self, utterance_id: str) -> Evidence | None:
         """Return what was heard of a recording, if it was aligned."""
-        return self.by_id.get(same_name(utterance_id))
+        return self.by_id.get(canonical_name(utterance_id))
 
-    def bound(self, wrong_share: float) -> float:
+    def bound(self, max_false_accept: float) -> float:
         """The gap above which a label is refused."""
         gaps = [gap for evidence in self.by_id.values() if evidence.cuts for gap in evidence.gaps]
-        return largest_gap(gaps, self.wrong_gaps, wrong_share)
+        return choose_max_gap(gaps, self.deletion_gaps, max_false_accept)
 
 
-def largest_gap(gaps: Sequence[float], wrong_gaps: Sequence[float], wrong_share: float) -> float:
+def choose_max_gap(gaps: Sequence[float], wrong_gaps: Sequence[float], max_false_accept: float) -> float:
     """That a label may have: no more than the usual, and than all but a share of the labels with a word left out.
 
     Where these look as right as the others, so that hardly any label would pass, those that are heard best pass.
     """
-    if wrong_share >= 1:
-        return ANY_GAP
+    if max_false_accept >= 1:
+        return NO_LIMIT
     if not gaps or not wrong_gaps:
         return 0.0
-    believed, usual = np.quantile(gaps, (BELIEVED, USUAL))
-    bound = min(usual, np.quantile(wrong_gaps, wrong_share))
-    blind = wrong_share > 0 and np.mean(gaps <= bound) < HARDLY_ANY
+    believed, usual = np.quantile(gaps, (FALLBACK_SHARE, USUAL_QUANTILE))
+    bound = min(usual, np.quantile(wrong_gaps, max_false_accept))
+    blind = max_false_accept > 0 and np.mean(gaps <= bound) < MIN_PASSING
     return float(believed if blind else bound)
 
 
-NOTHING_ALIGNED = Alignments({}, "")
+NO_ALIGNMENTS = Alignments({}, "")
 
 
 class _Cut(TypedDict):
     at: Second
     words_before: Count
-    probability: Share
-    inside: Share
+    probability: Fraction
+    inside: Fraction
 
 
 class _Piece(TypedDict):
@@ -141,7 +141,7 @@ def read_alignments(path: Path) -> Alignments:
                 digest.update(line)
                 try:
                     row = parse(line, _ROW)
-                    by_id[same_name(row["utterance_id"])] = _evidence(row)
+                    by_id[canonical_name(row["utterance_id"])] = _evidence(row)
                 except DocumentError as error:
                     raise StreamtrainError(
                         f"{path}:{number}: no row of an alignment, or one of an older version ({error})", hint

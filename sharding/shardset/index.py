@@ -17,12 +17,12 @@ import zstandard
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import MissingError, ShardError, UnreachableError
-from sharding.files.document import LARGE_BYTES, DocumentError, check, parse, parse_json, unpack
+from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_json, unpack, validate
 from sharding.shardset.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
-from sharding.shardset.schema import FOREIGN, INDEX, OUTLINE, SHARD, IndexDocument, ShardEntry, check_document
+from sharding.shardset.schema import EXTERNAL, INDEX, OUTLINE, SHARD, IndexDocument, ShardEntry, check_document
 from sharding.shardset.store import Reader, Store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -40,7 +40,7 @@ SAMPLE_DTYPE = np.dtype(
 SampleTable = npt.NDArray[np.void]  # (N,) of SAMPLE_DTYPE
 
 
-class Who(NamedTuple):
+class SpeakerInfo(NamedTuple):
     """Whose clip a sample is: what the tables of a shard set are grouped by, so that none of them needs the audio."""
 
     corpus: str
@@ -60,7 +60,7 @@ class ShardIndex:
     shards: tuple[ShardEntry, ...]
     samples: SampleTable
     base: str = ""  # digest of the index that this one was appended to
-    sounds: dict[str, Any] | None = None  # by which the build gave words to pieces of long recordings
+    acoustic_model: dict[str, Any] | None = None  # by which the build gave words to pieces of long recordings
     digest: str = ""  # by which runs and caches know the set: see `pack_index`
 
     @property
@@ -68,9 +68,9 @@ class ShardIndex:
         return str(self.settings.get("track", "phonetic"))
 
     @property
-    def foreign(self) -> bool:
+    def external(self) -> bool:
         """Whether others wrote the tars."""
-        return FOREIGN in self.settings
+        return EXTERNAL in self.settings
 
     def split(self, name: str) -> npt.NDArray[np.int64]:
         """Rows of `samples` that belong to the shards of a split, in shard order, shape (n,)."""
@@ -84,14 +84,14 @@ class ShardIndex:
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
+class ShardRecord:
     """A shard that was just written, or its `.idx.zst` read back."""
 
     entry: ShardEntry
     keys: tuple[str, ...]
-    who: tuple[Who, ...]
+    speakers: tuple[SpeakerInfo, ...]
     samples: SampleTable  # its column `shard` is 0 until the index numbers the shards
-    made_of: str = ""  # digest of all it was made of, by which an interrupted build knows its own
+    inputs_digest: str = ""  # digest of all it was made of, by which an interrupted build knows its own
     refused: Mapping[str, str] = field(default_factory=dict)  # key → reason, of clips that were to be in it
     remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)  # key → what is said of its sound
 
@@ -101,15 +101,15 @@ def write_shard(
     name: str,
     bucket: int,
     contents: Iterable[tuple[Sample, int]],
-    made_of: str = "",
+    inputs_digest: str = "",
     refused: Mapping[str, str] | None = None,
     remarks: Mapping[str, Sequence[str]] | None = None,
-) -> Shard:
+) -> ShardRecord:
     """Write `(sample, length at 16 kHz)` pairs as one tar, then its `.idx.zst`, which marks the tar as whole.
 
     The pairs are drawn as the tar grows, and so may be the `remarks` and what there is to say of those `refused`.
     """
-    rows, keys, who, checksum = [], [], [], xxhash.xxh3_64()
+    rows, keys, speakers, checksum = [], [], [], xxhash.xxh3_64()
 
     def pack() -> Iterator[bytes]:
         position = 0
@@ -117,7 +117,7 @@ def write_shard(
             raw = sample_to_bytes(sample)
             rows.append((0, position, len(raw), length, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
-            who.append(Who(sample.corpus, sample.age_bucket, sample.child_id))
+            speakers.append(SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id))
             position += len(raw)
             checksum.update(raw)
             yield raw
@@ -135,10 +135,11 @@ def write_shard(
         samples=int(table["samples"].sum()),
         checksum=checksum.hexdigest(),
     )
-    return write_listed(store, Shard(entry, tuple(keys), tuple(who), table, made_of, refused or {}, remarks or {}))
+    record = ShardRecord(entry, tuple(keys), tuple(speakers), table, inputs_digest, refused or {}, remarks or {})
+    return write_shard_index(store, record)
 
 
-def write_listed(store: Store, shard: Shard) -> Shard:
+def write_shard_index(store: Store, shard: ShardRecord) -> ShardRecord:
     """Write the `.idx.zst` of a tar that is there."""
     idx = _compress(_idx_document(shard))
     store.write(_idx_name(shard.entry.name), idx)
@@ -151,21 +152,21 @@ def remove_shard(store: Store, name: str) -> None:
     store.delete(name)
 
 
-def read_shard_index(store: Reader, name: str) -> Shard:
+def read_shard_index(store: Reader, name: str) -> ShardRecord:
     """Read `<shard>.idx.zst`. Raises ShardError where it is damaged, StoreError where it is missing."""
     data = store.read(_idx_name(name), LARGE_BYTES)
     try:
         document = parse(unpack(data), SHARD)
-        keys, columns, who = document.keys, dict[str, Any](document.columns), dict[str, Any](document.who)
-        for column, values in (columns | who).items():
+        keys, columns, speakers = document.keys, dict[str, Any](document.columns), dict[str, Any](document.speakers)
+        for column, values in (columns | speakers).items():
             if len(values) != len(keys):
                 raise DocumentError(f"{column!r} has {len(values)} values for {len(keys)} keys")
         table = np.zeros(len(keys), SAMPLE_DTYPE)
         for column, values in columns.items():
             table[column] = np.array(values, SAMPLE_DTYPE[column])
         entry = replace(document.shard, idx_checksum=xxhash.xxh3_64_hexdigest(data))
-        whose = tuple(map(Who._make, zip(*(who[name] for name in Who._fields), strict=True)))
-        return Shard(entry, tuple(keys), whose, table, document.made_of, document.refused, document.remarks)
+        whose = tuple(map(SpeakerInfo._make, zip(*(speakers[name] for name in SpeakerInfo._fields), strict=True)))
+        return ShardRecord(entry, tuple(keys), whose, table, document.inputs_digest, document.refused, document.remarks)
     except DocumentError as error:
         raise ShardError(f"{store.url}/{_idx_name(name)}: damaged ({error})", VERIFY_HINT) from error
 
@@ -175,7 +176,7 @@ def check_presence(store: Store, index: ShardIndex) -> None:
 
     A server that lists nothing, or a listing of too many, is passed over: what is missing is told when it is read.
     """
-    if store.remote and (len(index.shards) > LISTED_REMOTELY or store.url.startswith("http")):
+    if store.remote and (len(index.shards) > REMOTE_INDEX_HINT or store.url.startswith("http")):
         return
     try:
         sizes = store.sizes(shard.name for shard in index.shards)
@@ -194,11 +195,11 @@ def check_presence(store: Store, index: ShardIndex) -> None:
 
 def read_keys(store: Reader, index: ShardIndex) -> npt.NDArray[np.object_]:
     """The key of every row of `index.samples`, shape (N,)."""
-    keys = [key for shard in index.shards for key in read_listed(store, shard).keys]
+    keys = [key for shard in index.shards for key in read_checked(store, shard).keys]
     return np.array(keys, object)
 
 
-def read_listed(store: Reader, shard: ShardEntry) -> Shard:
+def read_checked(store: Reader, shard: ShardEntry) -> ShardRecord:
     """A shard's `.idx.zst`, held against its row in index.json."""
     try:
         listed = read_shard_index(store, shard.name)
@@ -266,7 +267,7 @@ def pack_index(index: ShardIndex) -> PackedIndex:
         "sources_hash": index.sources_hash,
         "notes": index.notes,
         "base": index.base,
-        "sounds": index.sounds,
+        "acoustic_model": index.acoustic_model,
         "samples": {"name": name, "count": len(index.samples), "checksum": checksum},
         "shards": [asdict(shard) for shard in index.shards],
         "digest": "",
@@ -282,25 +283,25 @@ def write_index(store: Store, packed: PackedIndex) -> ShardIndex:
     return packed.index
 
 
-def keep_old_index(store: Store, index: ShardIndex) -> None:
+def archive_index(store: Store, index: ShardIndex) -> None:
     """Leave the index that is about to be replaced where a run that began with it finds it."""
-    store.write(old_index_name(index.digest), store.read(INDEX_NAME))
+    store.write(archived_index_name(index.digest), store.read(INDEX_NAME))
 
 
-def old_index_name(digest: str) -> str:
+def archived_index_name(digest: str) -> str:
     return f"index-{digest}.json"
 
 
-def read_outlines(store: Reader) -> Iterator[tuple[str, ShardIndex]]:
+def read_index_headers(store: Reader) -> Iterator[tuple[str, ShardIndex]]:
     """Every index of a shard set with its name, without samples: the one that counts, and those it grew from.
 
     Raises ShardError where one is damaged or missing.
     """
-    name, outline = INDEX_NAME, read_outline(store)
+    name, outline = INDEX_NAME, read_index_header(store)
     yield name, outline
     while outline.base:
-        name = old_index_name(outline.base)
-        outline = read_outline(store, name)
+        name = archived_index_name(outline.base)
+        outline = read_index_header(store, name)
         yield name, outline
 
 
@@ -321,7 +322,7 @@ def read_index(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     return _index_from(document, table)
 
 
-def read_outline(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
+def read_index_header(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     """The index without its samples, for those who find these damaged."""
     return _index_from(_read_document(store, name), np.zeros(0, SAMPLE_DTYPE))
 
@@ -330,7 +331,7 @@ def repair_samples(store: Store, name: str, samples: SampleTable) -> None:
     """Write the columns of an index anew. Raises ShardError if they come out otherwise than it says."""
     document, columns = _read_document(store, name), _pack_columns(samples)
     if xxhash.xxh3_64_hexdigest(columns) != document.samples["checksum"]:
-        raise ShardError(f"{store.url}/{name}: its sample columns cannot be made again as they were", REMADE_HINT)
+        raise ShardError(f"{store.url}/{name}: its sample columns cannot be made again as they were", REBUILT_HINT)
     store.write(document.samples["name"], columns)
 
 
@@ -347,16 +348,16 @@ def _read_document(store: Reader, name: str) -> IndexDocument:
         ) from error
     try:
         said = parse_json(text)
-        outline = check(said, OUTLINE)
+        outline = validate(said, OUTLINE)
         if outline["version"] != FORMAT_VERSION:
             seen = f"format version is {outline['version']}, this program reads {FORMAT_VERSION}"
             raise ShardError(f"{where}: {seen}", "build the shard set anew")
         wanted, seen = outline["digest"], _digest(text.replace(outline["digest"].encode(), b""))
         if seen != wanted:
             raise ShardError(f"{where}: its digest is {seen[:16]}…, it says {wanted[:16]}…", hint)
-        if name not in (INDEX_NAME, old_index_name(wanted)):
+        if name not in (INDEX_NAME, archived_index_name(wanted)):
             raise ShardError(f"{where}: is the index {wanted[:16]}… under another's name", hint)
-        document = check(said, INDEX)
+        document = validate(said, INDEX)
         check_document(document)
     except DocumentError as error:
         raise ShardError(f"{where}: damaged ({error})", hint) from error
@@ -387,17 +388,17 @@ INDEX_HINT = (
 )
 OLD_INDEX_HINT = "a training run that began with it needs it, and so does a repair; copy it again, if this is a copy"
 
-REMADE_HINT = "they were so made: copy the set again, or build it anew"
-LISTED_REMOTELY = 50_000  # shards: a request lists a thousand files, two of each shard
+REBUILT_HINT = "they were so made: copy the set again, or build it anew"
+REMOTE_INDEX_HINT = 50_000  # shards: a request lists a thousand files, two of each shard
 VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` makes it whole again"
 
 
 def _index_from(document: IndexDocument, table: SampleTable) -> ShardIndex:
-    same = {name: getattr(document, name) for name in _COPIED}
+    same = {name: getattr(document, name) for name in COPIED_FIELDS}
     return ShardIndex(**same, samples=table)
 
 
-_COPIED = (
+COPIED_FIELDS = (
     "duration_bins",
     "settings",
     "settings_hash",
@@ -405,7 +406,7 @@ _COPIED = (
     "notes",
     "shards",
     "base",
-    "sounds",
+    "acoustic_model",
     "digest",
 )
 
@@ -430,13 +431,13 @@ def _idx_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".idx.zst"
 
 
-def _idx_document(shard: Shard) -> bytes:
+def _idx_document(shard: ShardRecord) -> bytes:
     document = {
         "shard": asdict(shard.entry),
-        "made_of": shard.made_of,
+        "inputs_digest": shard.inputs_digest,
         "refused": shard.refused,
         "keys": shard.keys,
-        "who": {name: [getattr(row, name) for row in shard.who] for name in Who._fields},
+        "speakers": {name: [getattr(row, name) for row in shard.speakers] for name in SpeakerInfo._fields},
         "columns": {name: shard.samples[name].tolist() for name in SAMPLE_DTYPE.names or () if name != "shard"},
     }
     if shard.remarks:  # else the bytes are as they were before there were any

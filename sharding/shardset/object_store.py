@@ -31,7 +31,7 @@ log = logging.getLogger("streamtrain")
 PATIENCE_SEC = 90.0  # for which what fails is repeated
 READ_SHARE = 1 / 3  # of it: as long may an answer take, so that one which never comes is asked for twice more
 WRITE_SHARE = 1 / 2  # likewise, with a part on its way up: once more
-UNTOLD_SHARE = 1 / 18  # of it: as long obstore repeats what fails by itself, a part alone, before it is told
+QUIET_SHARE = 1 / 18  # of it: as long obstore repeats what fails by itself, a part alone, before it is told
 CONNECT_SEC = 10.0
 BODY_SEC = 3600.0  # for a body that keeps coming: obstore's 30 s would cut off a 64 MB shard on a line of 2 MB/s
 TRIES, PAUSE_SEC = 6, 0.5  # where an answer broke off
@@ -39,21 +39,21 @@ COALESCE_BYTES = 2**17  # two ranges no further apart are read as one: as long a
 PART_BYTES = 5 * 2**20  # the smallest that S3 takes: within those 45 s, 8 workers need 0.9 MB/s for one each
 
 NO_BUCKET = "<Code>NoSuchBucket</Code>"  # obstore hands on what a server answers as text alone
-ASKED_FOR_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
+NO_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
 LEFT_TO_LIFECYCLE = "unfinished uploads are left to the bucket's lifecycle rule"
 
 Result = TypeVar("Result")
 Range = tuple[int, int]  # of an object: offset, length
 Content = bytes | Iterable[bytes]  # of an object: at once, or part by part as it is made
-Tag = dict[str, str]  # what tells one version of an object from another
+ETag = dict[str, str]  # what tells one version of an object from another
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class VersionedObject:
     """An object, and what is needed to replace that very version of it."""
 
     data: bytes
-    tag: Tag
+    tag: ETag
     modified: datetime  # by the server's clock
 
 
@@ -109,7 +109,7 @@ class BucketStore:
         self._outage = _Outage(patience_sec)
         try:
             self._store, self._writer = (
-                _connect(url, patience_sec * share, patience_sec * UNTOLD_SHARE) for share in (READ_SHARE, WRITE_SHARE)
+                _connect(url, patience_sec * share, patience_sec * QUIET_SHARE) for share in (READ_SHARE, WRITE_SHARE)
             )
         except (BaseError, ValueError) as error:
             raise StoreError(f"{url}: {_first_line(error)}", "a bucket's URL is s3://bucket/prefix") from error
@@ -120,10 +120,10 @@ class BucketStore:
         def get() -> bytes:
             found = obstore.get(self._store, name)
             if limit is not None and found.meta["size"] > limit:
-                raise too_large(f"{self.url}/{name}", found.meta["size"], limit)
+                raise size_error(f"{self.url}/{name}", found.meta["size"], limit)
             return bytes(found.bytes())
 
-        return self._insist(name, get)
+        return self._retry(name, get)
 
     def read_ranges(self, name: str, ranges: Sequence[Range], asked: float | None = None) -> list[bytes]:
         """Ranges with little between them come with one request, the others in parallel.
@@ -143,17 +143,17 @@ class BucketStore:
                     return [b""] * len(starts)  # beyond the end, as of a file; checksums tell
                 raise
 
-        return self._insist(name, read, asked)
+        return self._retry(name, read, asked)
 
     def write(self, name: str, data: Content) -> None:
         check_name(self.url, name)
         whole = data if isinstance(data, bytes) else b"".join(data)
         if len(whole) <= PART_BYTES:
-            self._insist(name, lambda: obstore.put(self._writer, name, whole))
+            self._retry(name, lambda: obstore.put(self._writer, name, whole))
             return
         parts = _Parts(whole)
         # One part at a time: the workers of a build share the line as it is, and each part has the same time
-        self._insist(
+        self._retry(
             name,
             lambda: obstore.put(self._writer, name, iter(parts), chunk_size=PART_BYTES, max_concurrency=1),
             moved=lambda: parts.moved,
@@ -162,7 +162,7 @@ class BucketStore:
     def exists(self, name: str) -> bool:
         check_name(self.url, name)
         try:
-            self._insist(name, lambda: obstore.head(self._store, name))
+            self._retry(name, lambda: obstore.head(self._store, name))
         except MissingError:
             return False
         return True
@@ -176,34 +176,34 @@ class BucketStore:
         return {name: found[name] for name in names if name in found}
 
     def _list(self) -> dict[str, int]:
-        listed = self._insist("", lambda: obstore.list(self._store).collect())
+        listed = self._retry("", lambda: obstore.list(self._store).collect())
         return {entry["path"]: entry["size"] for entry in listed}
 
     def delete(self, name: str) -> None:
         check_name(self.url, name)
         try:
-            self._insist(name, lambda: obstore.delete(self._store, name))
+            self._retry(name, lambda: obstore.delete(self._store, name))
         except MissingError:
             return
 
     def clear(self) -> None:
         """Delete all that is there, a thousand objects with each request."""
         with suppress(MissingError):
-            self._insist("", lambda: obstore.delete(self._store, list(self.names())))
+            self._retry("", lambda: obstore.delete(self._store, list(self.names())))
 
-    def look(self, name: str) -> Found | None:
+    def get_versioned(self, name: str) -> VersionedObject | None:
         """An object with its version, or None where there is none."""
 
-        def get() -> Found:
+        def get() -> VersionedObject:
             result = obstore.get(self._store, name)
-            return Found(bytes(result.bytes()), _tag_of(result.meta), result.meta["last_modified"])
+            return VersionedObject(bytes(result.bytes()), _tag_of(result.meta), result.meta["last_modified"])
 
         try:
-            return self._insist(name, get)
+            return self._retry(name, get)
         except MissingError:
             return None
 
-    def write_if(self, name: str, data: bytes, tag: Tag | None) -> Tag | None:
+    def put_if_match(self, name: str, data: bytes, tag: ETag | None) -> ETag | None:
         """Write where the object still has that tag or, with None, where there is none; the new tag.
 
         None where that is not so, which an answer lost on the way may also cause: `look` tells. Raises
@@ -211,7 +211,7 @@ class BucketStore:
         """
         mode: Any = tag or "create"
         try:
-            return _tag_of(self._insist(name, lambda: obstore.put(self._writer, name, data, mode=mode)))
+            return _tag_of(self._retry(name, lambda: obstore.put(self._writer, name, data, mode=mode)))
         except StoreError as error:
             if isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
                 return None
@@ -257,7 +257,7 @@ class BucketStore:
         """Count the time since then as one in which this store has not answered, as another process has found."""
         self._outage.begin(since)
 
-    def _insist(
+    def _retry(
         self,
         name: str,
         act: Callable[[], Result],
@@ -282,7 +282,7 @@ class BucketStore:
                 if not isinstance(error, GenericError) or isinstance(explained, NoBucketError):
                     self._outage.end()  # the server has answered, and will not otherwise
                     raise explained from error
-                broken += moved() > tried or time.monotonic() - tried < self._patience_sec * UNTOLD_SHARE
+                broken += moved() > tried or time.monotonic() - tried < self._patience_sec * QUIET_SHARE
                 if moved() > tried:
                     self._outage.end()
                     begun = tried = moved()
@@ -304,7 +304,7 @@ class BucketStore:
             return NoBucketError(f"{where}: there is no such bucket", hint)
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or ASKED_FOR_CREDENTIALS in str(error):
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or NO_CREDENTIALS in str(error):
             hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud, set and right for it?"
             return UnreachableError(f"{where}: access denied", hint)
         return UnreachableError(f"{where}: {_first_line(error)}", "is the server up and in reach, and its URL right?")
@@ -323,7 +323,7 @@ class _Parts:
             yield self._whole[start : start + PART_BYTES]
 
 
-def too_large(where: str, size: int, limit: int) -> StoreError:
+def size_error(where: str, size: int, limit: int) -> StoreError:
     return StoreError(f"{where}: has {size:,} bytes, at most {limit:,} are expected", "is it another file?")
 
 
@@ -345,7 +345,7 @@ def _connect(url: str, silence_sec: float, repeat_sec: float) -> ObjectStore:
     return from_url(url, client_options=options, retry_config=retries)  # type: ignore[call-overload, no-any-return]
 
 
-def _tag_of(meta: Mapping[str, Any]) -> Tag:
+def _tag_of(meta: Mapping[str, Any]) -> ETag:
     return {key: meta[key] for key in ("e_tag", "version") if meta[key]}
 
 

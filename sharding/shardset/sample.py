@@ -18,11 +18,11 @@ from urllib.parse import quote
 from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import ShardError
 from sharding.files.document import parse_row
-from sharding.files.names import name_of, nfc, same_name, same_speaker
+from sharding.files.names import canonical_name, canonical_speaker, name_of, nfc
 from sharding.labels.ipa import TRACKS, label_remarks, read_label
 
 BLOCK = 512  # a tar is made of blocks of this many bytes
-SOUNDS = tuple(suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES)
+AUDIO_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES)
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, and UTF-8 cannot
 META = ("utterance_id", "child_id", "session_id", "corpus", "age_bucket")  # what another writer's JSON may say beside
 
@@ -132,7 +132,7 @@ def _bodies(raw: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[str, Any], track: str) -> Sample:
-    sounds = [kind for kind in SOUNDS if kind in bodies]
+    sounds = [kind for kind in AUDIO_EXTENSIONS if kind in bodies]
     if not sounds:
         raise ValueError(f"{key} has no sound, only {', '.join(bodies)}")
     if len(sounds) > 1:
@@ -153,10 +153,10 @@ def _sample_of_another(key: str, bodies: Mapping[str, bytes], document: Mapping[
         text=label,
         label_status="labelled" if label else "unlabelled",
         utterance_id=said["utterance_id"] or key,
-        child_id=same_speaker(said["child_id"]),
-        session_id=same_speaker(said["session_id"]),
-        corpus=same_name(said["corpus"]),
-        age_bucket=same_name(said["age_bucket"]),
+        child_id=canonical_speaker(said["child_id"]),
+        session_id=canonical_speaker(said["session_id"]),
+        corpus=canonical_name(said["corpus"]),
+        age_bucket=canonical_name(said["age_bucket"]),
         remarks=label_remarks("".join(texts), track),
     )
 

@@ -7,9 +7,9 @@ from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Share, Size
+from sharding.files.document import STRICT, Count, DocumentError, Fraction, Hash, Number, Size
 
-FOREIGN = "written by others"  # marks the settings of such a set
+EXTERNAL = "written by others"  # marks the settings of such a set
 SPLITS = ("train", "valid", "unlabelled")
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
 Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
@@ -41,16 +41,16 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 class _BuildSettings(TypedDict, total=False):
     """An older set lacks some."""
 
-    limit_sec: Annotated[Number, Field(ge=0.01, le=86_400)]
-    valid_fraction: Share
+    max_duration: Annotated[Number, Field(ge=0.01, le=86_400)]
+    valid_fraction: Fraction
     num_buckets: Annotated[Count, Field(ge=1, le=100)]
     shard_mb: Annotated[Number, Field(ge=0.0001, le=65_536)]
-    min_shards: Annotated[Count, Field(ge=1, le=100_000)]
+    min_shards_per_bucket: Annotated[Count, Field(ge=1, le=100_000)]
     track: Literal["phonetic", "word"]
     group_by: str
-    min_confidence: Share
-    wrong_share: Share
-    min_evidence: Annotated[Number, Field(ge=-1_000, le=1_000)]
+    min_confidence: Fraction
+    max_false_accept: Fraction
+    min_word_llr: Annotated[Number, Field(ge=-1_000, le=1_000)]
     alignments: str
 
 
@@ -65,8 +65,8 @@ class _Settings(_BuildSettings, _ForeignSettings):
 
 class _Validation(TypedDict):
     disjoint_by_speaker: Annotated[bool, Field(strict=True)]
-    stand_in: _SpeakerHash | None
-    spared: NotRequired[list[_SpeakerHash]]  # an older set has none
+    fallback_speaker: _SpeakerHash | None
+    kept_in_training: NotRequired[list[_SpeakerHash]]  # an older set has none
     clips: Size
     rejected: Size
 
@@ -89,7 +89,7 @@ class _SamplesDocument(TypedDict):
     checksum: Checksum
 
 
-class Outline(TypedDict):
+class IndexHeader(TypedDict):
     """What every version of an index has."""
 
     version: int
@@ -113,7 +113,7 @@ class IndexDocument:
     shards: Annotated[tuple[ShardEntry, ...], FailFast()]
     digest: Digest
     base: Digest = ""
-    sounds: _Sounds | None = None
+    acoustic_model: _Sounds | None = None
 
 
 class _Columns(TypedDict):
@@ -126,7 +126,7 @@ class _Columns(TypedDict):
     checksum: Annotated[list[Hash], FailFast()]
 
 
-class _WhoColumns(TypedDict):
+class _SpeakerColumns(TypedDict):
     """The fields of `Who`."""
 
     corpus: Annotated[list[str], FailFast()]
@@ -141,15 +141,15 @@ class ShardDocument:
     __pydantic_config__ = STRICT
 
     shard: ShardEntry
-    made_of: str
+    inputs_digest: str
     refused: dict[str, str]
     keys: Annotated[list[str], FailFast()]
-    who: _WhoColumns
+    speakers: _SpeakerColumns
     columns: _Columns
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
-OUTLINE, INDEX, SHARD = TypeAdapter(Outline), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
+OUTLINE, INDEX, SHARD = TypeAdapter(IndexHeader), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
 
 
 def check_document(document: IndexDocument) -> None:

@@ -11,7 +11,7 @@ from sharding.errors import MissingError, StoreError
 from sharding.files.document import open_regular
 from sharding.files.names import check_name
 from sharding.files.writing import replacing
-from sharding.shardset.object_store import PATIENCE_SEC, BucketStore, Content, Range, too_large
+from sharding.shardset.object_store import PATIENCE_SEC, BucketStore, Content, Range, size_error
 
 FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of it is made, and leaves the page cache
 
@@ -41,7 +41,7 @@ class Store(Reader, Protocol):
     def delete(self, name: str) -> None: ...
 
 
-def open_store(location: str | Path, dry: bool = False) -> Store:
+def open_store(location: str | Path, dry_run: bool = False) -> Store:
     """A store for a folder, or for an `s3://`, `gs://`, `az://` or `http(s)://` URL; a `dry` one is never changed.
 
     Credentials, endpoint and region of a bucket come from the usual environment (`AWS_ACCESS_KEY_ID`,
@@ -50,7 +50,7 @@ def open_store(location: str | Path, dry: bool = False) -> Store:
     text = str(location)
     bucket = "://" in text and not text.startswith("file://")
     store: Store = BucketStore(text, PATIENCE_SEC) if bucket else FolderStore(Path(text.removeprefix("file://")))
-    return DryStore(store) if dry else store
+    return DryStore(store) if dry_run else store
 
 
 class FolderStore:
@@ -72,7 +72,7 @@ class FolderStore:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if limit is not None and size > limit:
-                    raise too_large(str(path), size, limit)
+                    raise size_error(str(path), size, limit)
                 return file.read()
         except FileNotFoundError as error:
             raise MissingError(f"{path}: {error.strerror}") from error

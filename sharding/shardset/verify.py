@@ -17,11 +17,11 @@ from sharding.shardset.index import (
     SAMPLE_DTYPE,
     VERIFY_HINT,
     SampleTable,
-    Shard,
     ShardIndex,
-    old_index_name,
+    ShardRecord,
+    archived_index_name,
+    read_checked,
     read_index,
-    read_listed,
 )
 from sharding.shardset.sample import Sample, sample_from_bytes
 from sharding.shardset.schema import ShardEntry
@@ -64,7 +64,7 @@ def find_faults(url: str, index: ShardIndex, with_audio: bool, workers: int) -> 
 def _fault_of(job: _Job) -> Fault | None:
     store, where = open_store(job.url), f"{job.url}/{job.shard.name}"
     try:
-        listed = read_listed(store, job.shard)
+        listed = read_checked(store, job.shard)
         samples = check_shard(store, listed, job.track)
     except UnreachableError:
         raise
@@ -90,7 +90,7 @@ def _compare_columns(where: str, listed: SampleTable, rows: SampleTable) -> Faul
     return None
 
 
-def check_shard(store: Reader, listed: Shard, track: str = "phonetic") -> list[Sample]:
+def check_shard(store: Reader, listed: ShardRecord, track: str = "phonetic") -> list[Sample]:
     """Read the tar of a shard, check every promise that its own index makes, and return its samples."""
     shard = listed.entry
     data = store.read(shard.name, limit=shard.bytes + 2**20)  # a little more is told by its checksum
@@ -116,7 +116,7 @@ def check_older_indexes(store: Reader, index: ShardIndex) -> None:
     """Raise ShardError if an index that a set grew from is damaged, missing, or not what the newest begins with."""
     older = index
     while older.base:
-        name = old_index_name(older.base)
+        name = archived_index_name(older.base)
         older = read_index(store, name)
         same = older.shards == index.shards[: len(older.shards)]
         if not same or not np.array_equal(older.samples, index.samples[: len(older.samples)]):

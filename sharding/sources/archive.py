@@ -41,7 +41,7 @@ class AudioRoot:
 
     path: str  # a folder, or a zip
     below: str = AUDIO_FOLDER  # the folder in there where orphans are looked for
-    said: str = ""  # what audio paths begin with …
+    given_path: str = ""  # what audio paths begin with …
     packed: str = ""  # … where the members of the zip begin with this
     follow_links: bool = False  # wherever they lead
 
@@ -113,7 +113,7 @@ def list_files(root: AudioRoot) -> list[str]:
     """The same for files of any kind."""
     if _is_archive(root.path):
         length = len(root.packed)
-        names = [root.said + name[length:] if name.startswith(root.packed) else name
+        names = [root.given_path + name[length:] if name.startswith(root.packed) else name
                  for name in _read_members(root.path)]  # fmt: skip
     else:
         _check_presence(root)
@@ -135,7 +135,7 @@ def walk_files(top: str, follow_links: bool) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in files)
 
 
-def spell(root: AudioRoot, audio_path: str) -> str:
+def actual_path(root: AudioRoot, audio_path: str) -> str:
     """An audio path as `list_audio` spells it: what is there may have its name in another Unicode form."""
     same = [] if audio_path.isascii() or _leads_outside(audio_path) else _spell(root, audio_path)
     return same[0] if len(same) == 1 else audio_path
@@ -284,19 +284,19 @@ def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence
 
 def _spell_in_zip(root: AudioRoot, path: str) -> list[str]:
     """The same for a zip, each name as an audio_path would give it."""
-    members, said, form = _read_members(root.path), nfc(root.said), nfc(_plain(path))
-    exact = root.packed + _plain(path).removeprefix(root.said)
+    members, said, form = _read_members(root.path), nfc(root.given_path), nfc(_plain(path))
+    exact = root.packed + _plain(path).removeprefix(root.given_path)
     wanted = nfc(root.packed) + form.removeprefix(said)
     same = [exact] if exact in members else [wanted, *_decomposed(root.path).get(wanted, ())]
     found = [name for name in same if name in members and name.startswith(root.packed)]
-    return [root.said + name.removeprefix(root.packed) for name in found if form.startswith(said)]
+    return [root.given_path + name.removeprefix(root.packed) for name in found if form.startswith(said)]
 
 
 def _open_member(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
     name = _plain(path)
-    if not name.startswith(root.said):
+    if not name.startswith(root.given_path):
         raise KeyError(name)
-    member = _read_members(root.path)[root.packed + name.removeprefix(root.said)]
+    member = _read_members(root.path)[root.packed + name.removeprefix(root.given_path)]
     if member.file_size > min(MAX_MEMBER_BYTES, max(SMALL_BYTES, MAX_UNPACKING * member.compress_size)):
         raise AudioError(f"zip member of {member.compress_size} bytes would unpack to {member.file_size}")
     try:

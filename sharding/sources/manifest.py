@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from sharding.errors import ManifestError, counted
 from sharding.files.document import DocumentError, parse_row
-from sharding.files.names import name_of, same_name, same_speaker
+from sharding.files.names import canonical_name, canonical_speaker, name_of
 from sharding.labels.ipa import TRACKS
 from sharding.sources.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
 from sharding.sources.tables import is_table, read_lines
@@ -67,14 +67,14 @@ class Utterance:
     @property
     def speaker(self) -> str:
         """Whom a clip belongs to, as far as is told: the group, the child, the session, else the clip itself."""
-        return self.group or self.child_id or self.session_id or same_name(self.utterance_id)
+        return self.group or self.child_id or self.session_id or canonical_name(self.utterance_id)
 
 
 _values = operator.attrgetter(*(each.name for each in fields(Utterance)))
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ManifestOptions:
     """How the user says that transcripts are to be read."""
 
     track: str = "phonetic"
@@ -110,13 +110,13 @@ class Layout:
         )
         utterance = Utterance(
             utterance_id=text["utterance_id"],
-            child_id=same_speaker(text["child_id"]),
-            session_id=same_speaker(text["session_id"]),
-            group=same_speaker(text_of(group, self.group_by, where)),
+            child_id=canonical_speaker(text["child_id"]),
+            session_id=canonical_speaker(text["session_id"]),
+            group=canonical_speaker(text_of(group, self.group_by, where)),
             corpus=self.corpus,
             audio_path=text["audio_path"],
             duration_sec=seconds,
-            age_bucket=same_name(text["age_bucket"]),
+            age_bucket=canonical_name(text["age_bucket"]),
             md5_hash=text["md5_hash"].lower(),
             filesize_bytes=None if size is None else int(size),
             text=text["text"],
@@ -132,7 +132,7 @@ class Layout:
         """Return a row, its fields that are text, and the columns in it that are not ours."""
         where = f"{self.transcripts}:{number}"
         row = read_row(line, number, self.transcripts)
-        ignored, fault = _look_at_columns(self, tuple(row))
+        ignored, fault = _check_columns(self, tuple(row))
         if fault:
             raise ManifestError(f"{where}: {fault[0]}", fault[1])
         names = {name: name_of(row.get(column)) for name, column in self.columns if name in NAME_FIELDS}
@@ -154,7 +154,7 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=256)  # rows of a file have the same few sets of columns
-def _look_at_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str | None] | None]:
+def _check_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str | None] | None]:
     """The columns of a row that are not ours; and what is wrong with its columns, with a hint."""
     columns = dict(layout.columns)
     ignored = frozenset(row).difference(columns.values(), [layout.group_by])
@@ -227,12 +227,12 @@ class Source:
         return self.text[self.starts[row] : self.ends[row]]
 
 
-def read_sources(locations: Sequence[Path], reading: Reading) -> list[Source]:
+def read_sources(locations: Sequence[Path], reading: ManifestOptions) -> list[Source]:
     """Read every source. Raises ManifestError where one cannot be read."""
     return [read_source(location, reading) for location in locations]
 
 
-def read_source(location: Path, reading: Reading) -> Source:
+def read_source(location: Path, reading: ManifestOptions) -> Source:
     """A folder with its transcripts and audio, or the transcripts file itself. Raises ManifestError."""
     if location.is_file() and is_audio(location.name):
         raise ManifestError(f"{location}: is audio: a source is the table that names it", MAKE_TABLE)
@@ -249,7 +249,7 @@ def read_source(location: Path, reading: Reading) -> Source:
     if root and not os.path.isdir(root):
         raise ManifestError(f"--audio-root {reading.audio_root}: there is no such folder")
     layout = Layout(
-        corpus=same_name(printable(folder.resolve().name)),
+        corpus=canonical_name(printable(folder.resolve().name)),
         transcripts=str(transcripts),
         audio=AudioRoot(root or str(folder)),
         columns=tuple(columns.items()),
@@ -257,10 +257,10 @@ def read_source(location: Path, reading: Reading) -> Source:
         names_clips=True,
         absolute=tuple(os.path.join(path, "") for path in (root, os.path.realpath(root))) if root else (),
     )
-    return _look_around(Source(layout, lines.text, lines.starts, lines.ends, lines.numbers), reading)
+    return _check_rows(Source(layout, lines.text, lines.starts, lines.ends, lines.numbers), reading)
 
 
-def _look_around(source: Source, reading: Reading) -> Source:
+def _check_rows(source: Source, reading: ManifestOptions) -> Source:
     """Find out by some rows spread over the file where the audio is, and whether clips have names; a wrong file too."""
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_ROWS).astype(int))
     rows = [(source.line(row), int(source.numbers[row])) for row in chosen]

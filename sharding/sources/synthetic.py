@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError
-from sharding.files.writing import cannot_write, explaining, write
+from sharding.files.writing import explaining, write, write_error
 
 SAMPLE_RATE = 22_050  # espeak's own, so that the sharder has to resample
 CORPORA = ("hillside", "riverside")
@@ -75,7 +75,7 @@ class DemoError(StreamtrainError):
 
 
 @dataclass(frozen=True)
-class Child:
+class Speaker:
     """Who speaks, and in how noisy a room."""
 
     number: int
@@ -89,7 +89,7 @@ class Child:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """A line of `train_phon_transcripts.jsonl`, in the challenge's spelling and order."""
 
     utterance_id: str
@@ -113,7 +113,7 @@ def make_demo_corpus(out: Path, minutes: float = 30.0, children: int = 24, seed:
         raise DemoError(f"children must be at least 2 and minutes above 0, but are {children} and {minutes}")
     long_plan = plan_long_recordings(minutes, children)
     short_sec = max(minutes * 60 - sum(target for _, target in long_plan), minutes * 30)
-    rows: dict[str, list[Row]] = {corpus: [] for corpus in CORPORA}
+    rows: dict[str, list[DemoRow]] = {corpus: [] for corpus in CORPORA}
     for corpus in CORPORA:
         _check_own(out / corpus)
         with explaining(out):
@@ -148,7 +148,7 @@ def _check_own(folder: Path) -> None:
             raise DemoError(said, "name another folder")
 
 
-def plan_children(children: int, seed: int) -> list[Child]:
+def plan_children(children: int, seed: int) -> list[Speaker]:
     """The first half live in hillside, the others in riverside."""
     rng = np.random.default_rng(seed)
     voices = rng.permutation(VOICES)
@@ -157,7 +157,7 @@ def plan_children(children: int, seed: int) -> list[Child]:
         age_bucket = list(AGES)[rng.integers(len(AGES))]
         pitch, words_per_minute = (int(rng.integers(*span, endpoint=True)) for span in AGES[age_bucket])
         people.append(
-            Child(
+            Speaker(
                 number=number,
                 child_id=choose_child_id(number, seed),
                 corpus=CORPORA[number >= children // 2],
@@ -213,7 +213,7 @@ class Espeak:
             self._chunks.append(ctypes.string_at(samples, count * 2))
         return 0  # go on
 
-    def become(self, child: Child) -> None:
+    def become(self, child: Speaker) -> None:
         self.library.espeak_SetVoiceByName(child.voice.encode())
         self.library.espeak_SetParameter(PARAMETER_PITCH, child.pitch, 0)
         self.library.espeak_SetParameter(PARAMETER_RATE, child.words_per_minute, 0)
@@ -256,7 +256,7 @@ def open_espeak() -> Iterator[Espeak]:
             (Path(folder) / "espeak-ng-data").symlink_to(loader.get_data_path())
         except OSError as error:
             place = Path(tempfile.tempdir or os.environ.get("TMPDIR", "/tmp"))
-            raise cannot_write(place, error, hint="make room there, or have TMPDIR name another folder") from error
+            raise write_error(place, error, hint="make room there, or have TMPDIR name another folder") from error
         espeak = Espeak(library, Path(folder))
         yield espeak
         espeak.library.espeak_Terminate()
@@ -272,8 +272,8 @@ def challenge_spelling(ipa: str) -> str:
 
 
 def record_child(
-    espeak: Espeak, child: Child, long_targets: Sequence[float], short_sec: float, out: Path, seed: int
-) -> Iterator[Row]:
+    espeak: Espeak, child: Speaker, long_targets: Sequence[float], short_sec: float, out: Path, seed: int
+) -> Iterator[DemoRow]:
     """Write a child's short clips until they last `short_sec` together, then its long recordings."""
     rng = np.random.default_rng([seed, child.number])
     espeak.become(child)
@@ -314,7 +314,7 @@ def silence(seconds: float) -> Samples:
     return np.zeros(round(seconds * SAMPLE_RATE), np.int16)
 
 
-def room_sound(speech: Samples, child: Child, rng: np.random.Generator) -> Samples:
+def room_sound(speech: Samples, child: Speaker, rng: np.random.Generator) -> Samples:
     """The speech at some level, with margins of 0.1 to 0.3 s; the room's noise fills them and every pause."""
     framed = np.concatenate([silence(rng.uniform(0.1, 0.3)), speech, silence(rng.uniform(0.1, 0.3))])
     signal = framed.astype(np.float32) / np.abs(speech.astype(np.float32)).max()
@@ -325,10 +325,10 @@ def room_sound(speech: Samples, child: Child, rng: np.random.Generator) -> Sampl
     return sound
 
 
-def write_clip(sound: Samples, text: str, child: Child, number: int, out: Path, seed: int) -> Row:
+def write_clip(sound: Samples, text: str, child: Speaker, number: int, out: Path, seed: int) -> DemoRow:
     buffer = io.BytesIO()
     soundfile.write(buffer, sound, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    row = Row(
+    row = DemoRow(
         utterance_id=derive_id("U", seed, child.number, number),
         child_id=child.child_id,
         session_id=derive_id("S", seed, child.number, number // SESSION_CLIPS),
@@ -342,7 +342,7 @@ def write_clip(sound: Samples, text: str, child: Child, number: int, out: Path, 
     return store_audio(row, buffer.getvalue(), out / child.corpus)
 
 
-def write_header_only(row: Row, folder: Path, seed: int) -> Row:
+def write_header_only(row: DemoRow, folder: Path, seed: int) -> DemoRow:
     """A copy of a clip cut off where its audio frames begin; header and row still promise the whole."""
     flac = (folder / row.audio_path).read_bytes()
     position, is_last = 4, False
@@ -353,7 +353,7 @@ def write_header_only(row: Row, folder: Path, seed: int) -> Row:
     return store_audio(header_only, flac[:position], folder)
 
 
-def store_audio(row: Row, flac: bytes, folder: Path) -> Row:
+def store_audio(row: DemoRow, flac: bytes, folder: Path) -> DemoRow:
     """Write the file; the row with the path and the checksum of these bytes."""
     audio_path = f"audio/{row.utterance_id}.flac"
     with explaining(folder / audio_path, len(flac)):  # the manifest comes last, and says what is whole
@@ -362,7 +362,7 @@ def store_audio(row: Row, flac: bytes, folder: Path) -> Row:
     return replace(row, audio_path=audio_path, md5_hash=checksum, filesize_bytes=len(flac))
 
 
-def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
+def write_manifest(folder: Path, rows: Sequence[DemoRow]) -> None:
     """Write it last, so that a manifest never names a file that is not there."""
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
     write(folder / "train_phon_transcripts.jsonl", lines)

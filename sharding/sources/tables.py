@@ -20,12 +20,12 @@ import numpy.typing as npt
 import zstandard
 
 from sharding.errors import ManifestError
-from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, most_of, open_regular
+from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular
 
 READ_BYTES = 2**20
 ROW_BYTES = 16  # of a line that is a row, at least
 TABLE_TIMES = 30  # a table's size: the most that rows of empty cells take, which repeat their columns' names
-FREELY = 2**25  # bytes to unpack to, whatever the ratio: tables of a few words shrink a thousandfold
+FREE_BYTES = 2**25  # bytes to unpack to, whatever the ratio: tables of a few words shrink a thousandfold
 SEARCH_BYTES = 2**22  # looked at together: of bare line ends, numbers take eight times as much
 BLANK = np.isin(np.arange(256), np.frombuffer(string.whitespace.encode(), np.uint8))  # by byte
 DELIMITERS = (",", ";", "\t")  # of a CSV; Excel writes the second where the comma is for decimals
@@ -73,7 +73,7 @@ def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
     whole, line = io.BytesIO(), 0  # where the last line begins; what a BytesIO holds is not copied when it is taken
     for part in parts:
         size = whole.tell() + len(part)
-        if size > max(FREELY, most_of(packed)):
+        if size > max(FREE_BYTES, max_unpacked(packed)):
             raise DocumentError(f"its {packed:,} bytes unpack to more than {whole.tell():,}")
         end = max(part.rfind(b"\n"), part.rfind(b"\r"))
         line = line if end < 0 else whole.tell() + end
@@ -141,7 +141,7 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
                        for name, cell in zip(names, cells, strict=True)}  # fmt: skip
                 text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 numbers.append(start)
-                if text.tell() > max(FREELY, most_of(len(data), TABLE_TIMES)):
+                if text.tell() > max(FREE_BYTES, max_unpacked(len(data), TABLE_TIMES)):
                     raise csv.Error(f"its {len(names):,} columns repeat {len(numbers):,} times")
             start = reader.line_num + 1
     except UnicodeDecodeError as error:

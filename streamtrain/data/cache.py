@@ -31,8 +31,8 @@ from sharding.shardset.sample import Sample, escape_key
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import (Reader)
 from sharding.files.document import open_regular
-from sharding.files.writing import cannot_write, own_file
-from streamtrain.data.plan import Uses
+from sharding.files.writing import write_error, open_lock_file
+from streamtrain.data.plan import ShardSchedule
 
 log = logging.getLogger("streamtrain")
 
@@ -55,7 +55,7 @@ class FetchError(ShardError):
     """A shard whose bytes came wrong from the store, however often it was asked for them."""
 
 
-class _GivenUp(TypedDict):
+class _Abandoned(TypedDict):
     """What a lock file says of the fetch that its last holder gave up."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
@@ -65,7 +65,7 @@ class _GivenUp(TypedDict):
     hint: str | None
 
 
-_GIVEN_UP = TypeAdapter(_GivenUp)
+_ABANDONED = TypeAdapter(_Abandoned)
 
 
 @dataclass
@@ -136,7 +136,7 @@ class ShardCache:
 
     # --- what is to come --------------------------------------------------------------------------------------------
 
-    def follow(self, index: ShardIndex, uses: Uses) -> None:
+    def set_schedule(self, index: ShardIndex, uses: ShardSchedule) -> None:
         """Learn when this machine will need which shard."""
         names = [index.shards[shard].name for shard in uses.shard]
         with self._lock:
@@ -144,7 +144,7 @@ class ShardCache:
             self._spans = {self._path(name): (first, last) for first, last, name in self._uses}
             self._step = 0
 
-    def reach(self, step: int) -> None:
+    def prefetch_from(self, step: int) -> None:
         """Start to fetch what the steps from this one on need, as much of it as fits into the cache together."""
         with self._lock:
             self._step = max(self._step, step)
@@ -173,7 +173,7 @@ class ShardCache:
         with self._open(name) as file:
             return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
 
-    def drop(self, name: str) -> None:
+    def invalidate(self, name: str) -> None:
         """Remove a shard whose bytes have spoilt on this disk, so that it is fetched again."""
         log.warning("%s: spoilt in the cache, fetched again", self._path(name))
         self._count(retries=1)
@@ -225,17 +225,17 @@ class ShardCache:
         partial = path.with_suffix(".part")  # nobody else writes it: the shard's lock is held
         try:
             self._reserve(partial, shard.bytes)
-            with open(partial, "r+b", opener=own_file) as file:
+            with open(partial, "r+b", opener=open_lock_file) as file:
                 for _ in range(FETCH_TRIES):
                     self._fill(shard, file, self._ranges[ahead], asked)
                     seen = _checksum(file)
                     if seen == shard.checksum:
-                        kept = open(partial, "rb", opener=own_file)  # noqa: SIM115
+                        kept = open(partial, "rb", opener=open_lock_file)  # noqa: SIM115
                         os.replace(partial, path)
                         return kept
                     self._count(retries=1)
         except OSError as error:
-            raise cannot_write(path, error, shard.bytes, "is the disk of data.cache_dir full?") from error
+            raise write_error(path, error, shard.bytes, "is the disk of data.cache_dir full?") from error
         finally:
             partial.unlink(missing_ok=True)
         raise FetchError(
@@ -273,7 +273,7 @@ class ShardCache:
                 writing = sum(size for path, size in parts.items() if path not in shards)
                 if writing + needed <= self._limit:
                     self._evict(shards, self._limit - writing - needed)
-                    with open(partial, "wb", opener=own_file) as file:
+                    with open(partial, "wb", opener=open_lock_file) as file:
                         file.truncate(needed)
                     return
             time.sleep(WAIT_FOR_ROOM_SEC)
@@ -319,7 +319,7 @@ def _raise_if_given_up(lock: BinaryIO, asked: float) -> None:
     """Raise what a shard was given up for if that was after it was `asked` for."""
     lock.seek(0)
     with suppress(DocumentError):  # there is none, or it is cut off
-        given_up = parse(lock.read(SMALL_BYTES), _GIVEN_UP)
+        given_up = parse(lock.read(SMALL_BYTES), _ABANDONED)
         if given_up["at"] > asked:
             raise UnreachableError(given_up["message"], given_up["hint"])
 
@@ -334,7 +334,7 @@ def read_verified(store: Reader, index: ShardIndex, shard: ShardEntry, rows: npt
             raise
         except ShardError:
             if cache:
-                cache.drop(shard.name)
+                cache.invalidate(shard.name)
     return read_samples(store, index, shard, index.samples[rows])
 
 
@@ -355,7 +355,7 @@ def _size(path: Path) -> int:
 
 def _abandoned(part: Path) -> bool:
     """Whether a part was left behind by a process that is no more; then it is removed."""
-    with open(part.with_suffix(".lock"), "a", opener=own_file) as file:
+    with open(part.with_suffix(".lock"), "a", opener=open_lock_file) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -367,6 +367,6 @@ def _abandoned(part: Path) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """Hold, and yield, a file whose advisory lock the kernel releases when its holder dies."""
-    with open(path, "a+b", buffering=0, opener=own_file) as file:
+    with open(path, "a+b", buffering=0, opener=open_lock_file) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield cast(BinaryIO, file)

@@ -11,7 +11,7 @@ from sharding.errors import AudioError
 from sharding.shardset.sample import Sample
 from streamtrain.data.augment import change_speed, length_at
 from streamtrain.model.inference import zero_mean_unit_variance
-from streamtrain.data.plan import Sounds
+from streamtrain.data.plan import Perturbation
 from streamtrain.model.vocab import Vocab
 
 SILENT_SAMPLES = 4 * MIN_SAMPLES  # of a row that stands for no clip
@@ -28,7 +28,7 @@ class Batch:
     weights: torch.Tensor  # (B,) float32, 1 for a clip, 0 for a silent row
     keys: tuple[str, ...]  # "" for a silent row that stands for no clip
     failed: tuple[str, ...] = ()  # keys of clips that did not decode
-    crowded: tuple[str, ...] = ()  # keys of clips whose labels need more frames than the model makes of them
+    too_dense: tuple[str, ...] = ()  # keys of clips whose labels need more frames than the model makes of them
     time_mask: torch.Tensor | None = None  # (B, T) bool, frames that training hides from the encoder
     feature_mask: torch.Tensor | None = None  # (B, H) bool, features that it hides
 
@@ -49,7 +49,7 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: bool) -> Batch:
+def collate(samples: Sequence[Sample], sounds: Perturbation, vocab: Vocab, normalize: bool) -> Batch:
     """Decode and pad. A clip that has another length than the planned one is silenced, as one that does not decode.
 
     No sample at all makes one silent row, so that every rank runs as many forwards as the others.
@@ -81,7 +81,7 @@ def collate(samples: Sequence[Sample], sounds: Sounds, vocab: Vocab, normalize: 
     )
 
 
-def silence_crowded(batch: Batch, frames: torch.Tensor) -> Batch:
+def silence_too_dense(batch: Batch, frames: torch.Tensor) -> Batch:
     """Give no weight to clips whose label their `frames` (B,) cannot spell: CTC's loss of it would be infinite.
 
     It takes a frame for each symbol, and one for a blank between equal neighbours.
@@ -92,7 +92,7 @@ def silence_crowded(batch: Batch, frames: torch.Tensor) -> Batch:
     if not crowded.any():
         return batch
     keys = tuple(key for key, one in zip(batch.keys, crowded.tolist(), strict=True) if one)
-    return replace(batch, weights=batch.weights * ~crowded, crowded=keys)
+    return replace(batch, weights=batch.weights * ~crowded, too_dense=keys)
 
 
 def _decode_into(waveform: np.ndarray, audio: bytes, speed: float, gain: float) -> bool:

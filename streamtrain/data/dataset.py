@@ -26,8 +26,8 @@ from sharding.shardset.sample import Sample
 from sharding.shardset.store import Reader, open_store
 from streamtrain.data.cache import ShardCache, read_verified
 from streamtrain.data.collate import Batch, collate
-from streamtrain.data.patience import Patience
-from streamtrain.data.plan import EpochPlan, Sounds, Uses, find_uses, forwards_of
+from streamtrain.data.patience import Deadline
+from streamtrain.data.plan import EpochPlan, Perturbation, ShardSchedule, shard_schedule, group_micro_batches
 from streamtrain.model.vocab import Vocab
 from streamtrain.distributed import World
 
@@ -36,16 +36,16 @@ BATCHES_HELD = BATCHES_AHEAD + 2  # of memory for each: while it loads one, its 
 LEAVE_SEC = 2.0  # for loads under way that nobody wants any more: by then they end, or they hang
 
 
-def as_it_is(batch: Batch) -> Batch:
+def identity(batch: Batch) -> Batch:
     return batch
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerShard:
     """Every so-manyth batch, from one on."""
 
     number: int = 0
-    of: int = 1
+    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StepBatch:
     """What a rank computes in one forward: a micro-batch, or several merged, and their place in the plan."""
 
     step: int
-    numbers: tuple[int, ...]  # among the micro-batches of the step
+    micro_batch_ids: tuple[int, ...]  # among the micro-batches of the step
     last: bool  # of this rank's in the step
     batch: Batch
 
@@ -86,7 +86,7 @@ class ShardStream:
         self.normalize = normalize
         self.world = world
         self.workers = workers
-        self.patience = Patience()
+        self.patience = Deadline()
         self._counts = StreamCounts()
         self._lock = threading.Lock()
 
@@ -107,8 +107,8 @@ class ShardStream:
         plan: EpochPlan,
         first_step: int = 0,
         device_batch_seconds: float | None = None,
-        finish: Callable[[Batch], Batch] = as_it_is,
-        share: Share = Share(),
+        finish: Callable[[Batch], Batch] = identity,
+        share: WorkerShard = WorkerShard(),
     ) -> Iterator[StepBatch]:
         """What this rank runs in every step from `first_step` on, each batch finished where it was loaded.
 
@@ -118,24 +118,24 @@ class ShardStream:
         places = (
             (step, tuple(numbers), number_of == len(forwards))
             for step in range(first_step, plan.steps)
-            for forwards in [forwards_of(plan, step, self.world.size, device_batch_seconds)[self.world.rank]]
+            for forwards in [group_micro_batches(plan, step, self.world.size, device_batch_seconds)[self.world.rank]]
             for number_of, numbers in enumerate(forwards, start=1)
         )
         cache = self.store if isinstance(self.store, ShardCache) else None
         if cache:
-            cache.follow(self.index, self.uses(plan))
+            cache.set_schedule(self.index, self.schedule(plan))
 
         def load(place: tuple[int, tuple[int, ...], bool]) -> StepBatch:
             step, numbers, last = place
             if cache:
-                cache.reach(step)
-            batch = finish(self.load(plan.micro_batch(step, *numbers), plan.sounds(step, *numbers)))
+                cache.prefetch_from(step)
+            batch = finish(self.load(plan.micro_batch(step, *numbers), plan.perturbation(step, *numbers)))
             with self._lock:
-                self._counts.silent += len(batch.failed) + len(batch.crowded)
+                self._counts.silent += len(batch.failed) + len(batch.too_dense)
             return StepBatch(step, numbers, last, batch)
 
         try:
-            mine = islice(places, share.number, None, share.of)
+            mine = islice(places, share.number, None, share.num_workers)
             yield from read_ahead(
                 load, mine, self.workers, self._count_ready, self.patience, lambda place: self._name(place[0])
             )
@@ -143,10 +143,10 @@ class ShardStream:
             if cache:
                 cache.stop_prefetching()
 
-    def uses(self, plan: EpochPlan) -> Uses:
+    def schedule(self, plan: EpochPlan) -> ShardSchedule:
         """Find when the ranks of this machine need which shard."""
         here = {self.world.rank, *self.world.neighbours}
-        return find_uses(self.index, plan, [int(rank in here) for rank in range(self.world.size)]).of(1)
+        return shard_schedule(self.index, plan, [int(rank in here) for rank in range(self.world.size)]).of(1)
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Batch, list[Sample]]]:
         """The given batches of rows, in order, with their samples."""
@@ -160,7 +160,7 @@ class ShardStream:
 
         return read_ahead(load, iter(batches), self.workers, patience=self.patience, name=name)
 
-    def load(self, rows: np.ndarray, sounds: Sounds | None = None) -> Batch:
+    def load(self, rows: np.ndarray, sounds: Perturbation | None = None) -> Batch:
         """Read, verify, decode and pad the clips of these rows, to be heard so, or else as recorded."""
         started = time.perf_counter()
         samples = self._read(rows)
@@ -190,10 +190,10 @@ class ShardStream:
             samples.update(zip(chosen.tolist(), found, strict=True))
         return [samples[row] for row in rows.tolist()]
 
-    def _as_recorded(self, rows: np.ndarray) -> Sounds:
-        return Sounds.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
+    def _as_recorded(self, rows: np.ndarray) -> Perturbation:
+        return Perturbation.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
 
-    def _collate(self, samples: Sequence[Sample], sounds: Sounds) -> Batch:
+    def _collate(self, samples: Sequence[Sample], sounds: Perturbation) -> Batch:
         return collate(samples, sounds, self.vocab, self.normalize)
 
 
@@ -206,7 +206,7 @@ def read_ahead(
     places: Iterator[Place],
     workers: int,
     tell: Callable[[int], None] = lambda _: None,
-    patience: Patience | None = None,
+    patience: Deadline | None = None,
     name: Callable[[Place], str] = str,
 ) -> Iterator[Item]:
     """Yield `load` of every place, in order, a bounded number of them under way in `workers` threads; 0: none ahead.
@@ -214,7 +214,7 @@ def read_ahead(
     `tell` is given the number of those that are ready when one is taken. One that does not come is waited for with
     `patience`, and named by its place; by default as long as it takes.
     """
-    patience = patience or Patience(math.inf)
+    patience = patience or Deadline(math.inf)
     ahead = workers * BATCHES_AHEAD
     pool = ThreadPoolExecutor(max(workers, 1), "load")  # never in this thread, which signals must reach at once
     pending: deque[tuple[Place, Future[Item]]] = deque()

@@ -26,12 +26,12 @@ from sharding.errors import StreamtrainError
 from sharding.shardset.index import ShardIndex
 from sharding.pool import die_with_parent
 from streamtrain.data.collate import Batch
-from streamtrain.data.patience import Patience
+from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan
-from streamtrain.data.dataset import BATCHES_HELD, ShardStream, Share, StepBatch, StreamCounts, as_it_is
+from streamtrain.data.dataset import BATCHES_HELD, ShardStream, WorkerShard, StepBatch, StreamCounts, identity
 
-ARRIVED = 2  # batches of each process that wait in this one
-HELD_FOR_PROCESS = BATCHES_HELD + 1 + ARRIVED + 1  # in the process, one being sent, those here, one being received
+RECEIVED = 2  # batches of each process that wait in this one
+HELD_FOR_PROCESS = BATCHES_HELD + 1 + RECEIVED + 1  # in the process, one being sent, those here, one being received
 PROCESS_BYTES = 150 * 2**20  # that a process takes beside them, as measured: libraries above all
 FOR_THE_DEVICE = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
 TENSORS = (*FOR_THE_DEVICE, "input_lengths", "target_lengths", "weights")
@@ -45,21 +45,21 @@ class LoaderError(StreamtrainError):
 
 
 @dataclass(frozen=True)
-class Head:
+class BatchHeader:
     """What precedes the tensors of a batch, which are sent as they lie in memory: pickled, they would be shared."""
 
     step: int
-    numbers: tuple[int, ...]
+    micro_batch_ids: tuple[int, ...]
     last: bool
     keys: tuple[str, ...]
     failed: tuple[str, ...]
-    crowded: tuple[str, ...]
+    too_dense: tuple[str, ...]
     layout: dict[str, tuple[torch.Size, torch.dtype]]
     counts: StreamCounts  # since the batch before
 
 
 @dataclass(frozen=True)
-class Loader:
+class LoaderMemory:
     """Describe what a rank loads ahead: in the host's memory, so many of the largest batches, and bytes beside."""
 
     batches: float = 0.0
@@ -70,33 +70,33 @@ class Loader:
         return self.batches * SECOND_BYTES * seconds + self.beside
 
 
-NOTHING_AHEAD = Loader()
+NOTHING_AHEAD = LoaderMemory()
 
 
-def count_loaded(index: ShardIndex, workers: int, in_processes: bool) -> Loader:
+def loader_memory(index: ShardIndex, workers: int, in_processes: bool) -> LoaderMemory:
     """Count what waits in the host's memory; if processes load, an evaluation's threads do too, beside."""
     if not in_processes:
-        return Loader(workers * BATCHES_HELD)
+        return LoaderMemory(workers * BATCHES_HELD)
     copies = 2 * index.samples.nbytes  # the index and the plan, about, which each process has
-    return Loader(workers * (HELD_FOR_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
+    return LoaderMemory(workers * (HELD_FOR_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
 
 
-class LoadingProcesses(ShardStream):
+class LoaderProcesses(ShardStream):
     """A `ShardStream` whose epochs are loaded by as many processes as it has workers; evaluation still reads here."""
 
     def __init__(self, make: Callable[[], ShardStream]) -> None:
         here = make()
         super().__init__(here.index, here.store, here.vocab, here.normalize, here.world, here.workers)
         self._make = make
-        self._processes: list[LoadingProcess] = []
+        self._processes: list[LoaderProcess] = []
 
     def epoch(
         self,
         plan: EpochPlan,
         first_step: int = 0,
         device_batch_seconds: float | None = None,
-        finish: Callable[[Batch], Batch] = as_it_is,
-        share: Share = Share(),  # noqa: B008
+        finish: Callable[[Batch], Batch] = identity,
+        share: WorkerShard = WorkerShard(),  # noqa: B008
     ) -> Iterator[StepBatch]:
         """As a `ShardStream`'s; all of it must survive pickling. Batches lie in pinned memory where there is a GPU."""
         count = max(self.workers, 1)
@@ -104,9 +104,9 @@ class LoadingProcesses(ShardStream):
         finished = False
         try:
             if not self._processes:
-                self._processes = [LoadingProcess(self._make, pinned) for _ in range(count)]
+                self._processes = [LoaderProcess(self._make, pinned) for _ in range(count)]
             for number, process in enumerate(self._processes):
-                process.begin(plan, first_step, device_batch_seconds, finish, Share(number, count))
+                process.begin(plan, first_step, device_batch_seconds, finish, WorkerShard(number, count))
             step = first_step
             for number, process in cycle(enumerate(self._processes, start=1)):
                 what = f"{self._name(step)} (loading process {number} of {count})"
@@ -128,13 +128,13 @@ class LoadingProcesses(ShardStream):
                 self._processes = []
 
 
-class LoadingProcess:
+class LoaderProcess:
     """One process, and the thread here that takes what it sends."""
 
     def __init__(self, make: Callable[[], ShardStream], pinned: bool) -> None:
         self._make: Callable[[], ShardStream] | None = make  # what the process is not yet told
         self._pinned = pinned
-        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(ARRIVED)
+        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(RECEIVED)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -155,7 +155,7 @@ class LoadingProcess:
         self._receiver = threading.Thread(target=self._receive_all, args=request, daemon=True)
         self._receiver.start()
 
-    def next(self, patience: Patience, what: str) -> tuple[StepBatch, StreamCounts] | None:
+    def next(self, patience: Deadline, what: str) -> tuple[StepBatch, StreamCounts] | None:
         """Return the next batch and what it took, or None at the epoch's end."""
         item = patience.wait_for(lambda seconds: self._arrived.get(timeout=seconds), what, self.pid or 0)
         if isinstance(item, Exception):
@@ -188,8 +188,8 @@ class LoadingProcess:
 
     def _receive(self) -> tuple[StepBatch, StreamCounts] | None:
         try:
-            head: Head | Exception | None = self._connection.recv()
-            if isinstance(head, Head):
+            head: BatchHeader | Exception | None = self._connection.recv()
+            if isinstance(head, BatchHeader):
                 batch = self._receive_batch(head)
         except (EOFError, OSError) as error:
             raise LoaderError(
@@ -197,14 +197,14 @@ class LoadingProcess:
             ) from error
         if isinstance(head, Exception):
             raise head
-        return None if head is None else (StepBatch(head.step, head.numbers, head.last, batch), head.counts)
+        return None if head is None else (StepBatch(head.step, head.micro_batch_ids, head.last, batch), head.counts)
 
-    def _receive_batch(self, head: Head) -> Batch:
+    def _receive_batch(self, head: BatchHeader) -> Batch:
         tensors: dict[str, torch.Tensor] = {}
         for name, (shape, dtype) in head.layout.items():
             tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in FOR_THE_DEVICE)
             _read_into(self._connection, tensors[name])
-        return Batch(keys=head.keys, failed=head.failed, crowded=head.crowded, **tensors)
+        return Batch(keys=head.keys, failed=head.failed, too_dense=head.too_dense, **tensors)
 
 
 def _serve(connection: Connection) -> None:
@@ -236,7 +236,7 @@ def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None
     tensors = {name: tensor.contiguous() for name in TENSORS if (tensor := getattr(batch, name)) is not None}
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     try:
-        head = Head(item.step, item.numbers, item.last, batch.keys, batch.failed, batch.crowded, layout, counts)
+        head = BatchHeader(item.step, item.micro_batch_ids, item.last, batch.keys, batch.failed, batch.too_dense, layout, counts)
         connection.send(head)
         for tensor in tensors.values():
             left = _bytes_of(tensor)

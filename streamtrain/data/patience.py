@@ -9,7 +9,7 @@ from typing import TypeVar
 from sharding.errors import StreamtrainError
 from streamtrain.distributed import LostStepError
 
-PATIENCE_SEC = 480.0  # with one batch: other ranks give up on this one after 600 s, and could not tell why
+STALL_SEC = 480.0  # with one batch: other ranks give up on this one after 600 s, and could not tell why
 GRACE_SEC = 10.0  # of waiting once the rank is asked to stop: launchers kill after 30 s
 SLICE_SEC = 0.5  # between looks whether it is
 
@@ -20,12 +20,12 @@ class StallError(StreamtrainError):
     """Raised where data do not come in time."""
 
 
-class Patience:
+class Deadline:
     """Bound how long a rank waits: for one batch `seconds`, and `grace_sec` in all from when `stopped()` is true."""
 
     def __init__(
         self,
-        seconds: float = PATIENCE_SEC,
+        seconds: float = STALL_SEC,
         stopped: Callable[[], bool] = lambda: False,
         grace_sec: float = GRACE_SEC,
     ) -> None:

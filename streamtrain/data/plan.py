@@ -40,7 +40,7 @@ class PlanSettings:
 
     batch_seconds: PositiveFloat  # cap on clips × longest of a micro-batch
     micro_batches_per_step: PositiveInt
-    window_shards: PositiveInt = 4
+    shuffle_shards: PositiveInt = 4
     length_jitter: float = 0.004  # spread of the sort key, s
     seed: int = 0
     speed_factors: tuple[float, ...] = ()  # each clip is played at one of these
@@ -52,7 +52,7 @@ class PlanSettings:
         return cls(
             batch_seconds=config.data.batch_seconds,
             micro_batches_per_step=config.train.micro_batches_per_step,
-            window_shards=config.data.window_shards,
+            shuffle_shards=config.data.shuffle_shards,
             length_jitter=config.data.length_jitter,
             seed=config.train.seed,
             speed_factors=tuple(config.data.speed_factors),
@@ -61,7 +61,7 @@ class PlanSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Sounds:
+class Perturbation:
     """How the clips of a micro-batch are to be heard."""
 
     lengths: Rows  # (clips,) samples at 16 kHz, at that speed
@@ -69,7 +69,7 @@ class Sounds:
     gains: Floats  # (clips,) factors
 
     @classmethod
-    def as_recorded(cls, lengths: Rows) -> "Sounds":
+    def as_recorded(cls, lengths: Rows) -> "Perturbation":
         ones = np.ones(len(lengths))
         return cls(lengths, ones, ones)
 
@@ -109,11 +109,11 @@ class EpochPlan:
         bounds = [(self.starts[first + number], self.starts[first + number + 1]) for number in numbers]
         return np.concatenate([np.arange(start, end) for start, end in bounds])
 
-    def sounds(self, step: int, *numbers: int) -> Sounds:
+    def perturbation(self, step: int, *numbers: int) -> Perturbation:
         """How the clips of one or several micro-batches are to be heard, in the order of their rows."""
         here = self._places(step, numbers)
-        recorded = Sounds.as_recorded(self.lengths[here])
-        return Sounds(
+        recorded = Perturbation.as_recorded(self.lengths[here])
+        return Perturbation(
             recorded.lengths,
             recorded.speeds if self.speeds is None else self.speeds[here],
             recorded.gains if self.gains is None else self.gains[here],
@@ -173,13 +173,13 @@ def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
         )
 
 
-def numbers_of_rank(rank: int, world_size: int, micro_batches_per_step: int) -> range:
+def micro_batches_of_rank(rank: int, world_size: int, micro_batches_per_step: int) -> range:
     """Which micro-batches of a step a rank computes: every `world_size`-th. All ranks have equally many."""
     check_world_size(world_size, micro_batches_per_step)
     return range(rank, micro_batches_per_step, world_size)
 
 
-def forwards_of(
+def group_micro_batches(
     plan: EpochPlan, step: int, world_size: int, device_batch_seconds: float | None
 ) -> list[list[list[int]]]:
     """Which of its micro-batches each rank runs merged in one forward: numbers[rank][forward], equally many for each.
@@ -187,7 +187,7 @@ def forwards_of(
     As few forwards as all ranks can do within clips × longest ≤ `device_batch_seconds`; None: one for each micro-batch.
     """
     per_step = plan.micro_batches_per_step
-    numbers = [list(numbers_of_rank(rank, world_size, per_step)) for rank in range(world_size)]
+    numbers = [list(micro_batches_of_rank(rank, world_size, per_step)) for rank in range(world_size)]
     if device_batch_seconds is None:
         return [[[number] for number in mine] for mine in numbers]
     cap = round(device_batch_seconds * SAMPLE_RATE)
@@ -232,7 +232,7 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Row
         raise PlanError(
             f"a clip of {index.shards[index.samples['shard'][longest]].name} (row {longest} of the index) lasts "
             f"{lengths[longest] / SAMPLE_RATE:.2f} s, data.batch_seconds is {settings.batch_seconds:g}",
-            "raise data.batch_seconds, or build the shards with a lower --limit-sec",
+            "raise data.batch_seconds, or build the shards with a lower --max-duration",
         )
     speeds = _draw_speeds(index.samples, cap, settings, epoch)
     if speeds is not None:
@@ -260,14 +260,14 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Row
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class PlanPrefix:
     """How an epoch was planned at first, and how many of those steps were done before it was planned anew."""
 
     settings: PlanSettings
     steps: Count
 
 
-def plan_rest(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequence[Begun]) -> EpochPlan:
+def plan_remaining(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequence[PlanPrefix]) -> EpochPlan:
     """An epoch whose first steps were planned otherwise, maybe more than once: it still has each clip once.
 
     Its steps are those that are left.
@@ -281,7 +281,7 @@ def plan_rest(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequ
 
 
 @dataclass(frozen=True, eq=False)
-class Uses:
+class ShardSchedule:
     """Which node needs which shard, and from which step to which: one row for each pair of them, by node and shard."""
 
     node: Rows
@@ -289,12 +289,12 @@ class Uses:
     first: Rows  # step
     last: Rows
 
-    def of(self, node: int) -> "Uses":
+    def of(self, node: int) -> "ShardSchedule":
         here = self.node == node
-        return Uses(self.node[here], self.shard[here], self.first[here], self.last[here])
+        return ShardSchedule(self.node[here], self.shard[here], self.first[here], self.last[here])
 
 
-def find_uses(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> Uses:
+def shard_schedule(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> ShardSchedule:
     """Find when the ranks of each node need each shard, given the node of every rank; by default, all together."""
     per_step = plan.micro_batches_per_step
     batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
@@ -304,10 +304,10 @@ def find_uses(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,))
     _, from_the_end = np.unique(pair[::-1], return_index=True)
     last = len(pair) - 1 - from_the_end
     node, shard = np.divmod(pairs, len(index.shards))
-    return Uses(node, shard, batch[first] // per_step, batch[last] // per_step)
+    return ShardSchedule(node, shard, batch[first] // per_step, batch[last] // per_step)
 
 
-def meet_again(plan: EpochPlan, following: EpochPlan) -> float:
+def batch_overlap(plan: EpochPlan, following: EpochPlan) -> float:
     """Of the pairs of clips in one micro-batch of a plan, the share that the plan of the next epoch brings together."""
     before, after = (
         np.repeat(np.arange(len(each.starts) - 1), np.diff(each.starts))[np.argsort(each.rows)]  # batch of every clip
@@ -326,10 +326,10 @@ def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seco
     """
     values = np.asarray(lengths, np.int64)
     order = np.argsort(values, kind="stable")
-    return list(cut(order, values[order], round(batch_seconds * SAMPLE_RATE)))[::-1]
+    return list(cut_batches(order, values[order], round(batch_seconds * SAMPLE_RATE)))[::-1]
 
 
-def cut(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
+def cut_batches(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
     """Cut consecutive rows into batches whose clips × longest stay within `cap` samples; a longer clip stands alone.
 
     `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
@@ -355,10 +355,10 @@ def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: 
     factors = np.array(settings.speed_factors)
     speeds = factors[(drawn * len(factors)).astype(np.intp)]
     lengths = length_at(samples["samples"], speeds)
-    return np.where((lengths <= cap) & ((speeds < 1) | _spells(lengths, samples)), speeds, 1.0)
+    return np.where((lengths <= cap) & ((speeds < 1) | _can_spell(lengths, samples)), speeds, 1.0)
 
 
-def _spells(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
+def _can_spell(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
     """Tell whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
     frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
     needed: Rows = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
@@ -370,7 +370,7 @@ def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Ro
     shortest: Rows = samples["samples"].astype(np.int64)
     for factor in speed_factors:
         lengths = length_at(samples["samples"], factor)
-        shortest = np.where(_spells(lengths, samples), np.minimum(shortest, lengths), shortest)
+        shortest = np.where(_can_spell(lengths, samples), np.minimum(shortest, lengths), shortest)
     return shortest
 
 
@@ -409,7 +409,7 @@ def _cut_bucket(
         seconds = 0.0
         # at least two steps' worth, so that tiny shards still make full batches
         while position < len(shards) and (
-            len(window) <= settings.window_shards
+            len(window) <= settings.shuffle_shards
             or seconds < 2 * settings.micro_batches_per_step * settings.batch_seconds
         ):
             shard = shards[position]
@@ -427,7 +427,7 @@ def _cut_bucket(
         direction = -direction  # what a window leaves over is cut first in the next, and waits no longer
         rows, lengths = rows[order], lengths[order]
         first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
-        made = list(cut(rows, lengths, cap, first_cap))
+        made = list(cut_batches(rows, lengths, cap, first_cap))
         carried = made.pop() if position < len(shards) else np.zeros(0, np.int64)  # not full: on to the next window
         batches += [made[i] for i in random.permutation(len(made))]
     return batches
@@ -446,7 +446,7 @@ def _into_steps(
     """Group batches of about equal size into steps, so that no rank waits long for another."""
     block = BLOCK_STEPS * per_step
     tail = max(len(batches) // block - 1, 0) * block  # a whole block and what is over it: enough to split
-    batches = batches[:tail] + _fill_up(batches[tail:], per_step)
+    batches = batches[:tail] + _pad_batches(batches[tail:], per_step)
     sizes = np.array([len(batch) * int(lengths[batch].max()) if len(batch) else 0 for batch in batches])
     ordered: list[Rows] = []
     for start in range(0, len(batches), block):
@@ -456,7 +456,7 @@ def _into_steps(
     return ordered
 
 
-def _fill_up(batches: list[Rows], per_step: int) -> list[Rows]:
+def _pad_batches(batches: list[Rows], per_step: int) -> list[Rows]:
     """Split the batches with most clips until M divides their number; with fewer clips than M, add empty ones."""
     numbers = itertools.count()
     heap = [(-len(batch), next(numbers), batch) for batch in batches]

@@ -22,11 +22,11 @@ from streamtrain.config import load_config
 from streamtrain.data.plan import (
     EpochPlan,
     PlanError,
-    Uses,
+    ShardSchedule,
     check_world_size,
-    find_uses,
-    meet_again,
-    numbers_of_rank,
+    shard_schedule,
+    batch_overlap,
+    micro_batches_of_rank,
     plan_epoch,
     valid_world_sizes,
 )
@@ -35,7 +35,7 @@ COLOURS = ("#33658a", "#86bbd8", "#5b8c5a", "#c8553d")
 
 
 @dataclass(frozen=True, slots=True)
-class Machines:
+class Cluster:
     """What the run is to be run on."""
 
     world_size: int = 1
@@ -44,16 +44,16 @@ class Machines:
 
 
 @dataclass(frozen=True, eq=False)
-class Forecast:
+class PlanReport:
     index: ShardIndex
     shards: str
     plan: EpochPlan
-    machines: Machines
-    uses: Uses
+    cluster: Cluster
+    schedule: ShardSchedule
     summary: dict[str, Any]
 
 
-def forecast(shards: str | None, config: str, overrides: Sequence[str], machines: Machines, epoch: int = 0) -> Forecast:
+def report_plan(shards: str | None, config: str, overrides: Sequence[str], machines: Cluster, epoch: int = 0) -> PlanReport:
     """Plan one epoch of the configured run. Raises StreamtrainError where it cannot be run so."""
     if epoch < 0:
         raise PlanError(f"epoch {epoch}: epochs are counted from 0")
@@ -63,7 +63,7 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], machines
     per_step = settings.train.micro_batches_per_step
     check_world_size(machines.world_size, per_step)
     plan, next_plan = (plan_epoch(index, PlanSettings.of(settings), number) for number in (epoch, epoch + 1))
-    uses = find_uses(index, plan, [rank // machines.ranks_per_node for rank in range(machines.world_size)])
+    uses = shard_schedule(index, plan, [rank // machines.ranks_per_node for rank in range(machines.world_size)])
     cap = round(settings.data.batch_seconds * SAMPLE_RATE)
     seconds = float(plan.lengths.sum() / SAMPLE_RATE)
     duration = seconds / (machines.world_size * machines.speed * (1 - plan.rank_idle(machines.world_size)))
@@ -84,7 +84,7 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], machines
         "fill": float(plan.padded.sum() / (plan.padded.size * cap)),
         "rank_idle": plan.rank_idle(machines.world_size),
         "over_cap": int((plan.padded > cap).sum()),
-        "meet_again": meet_again(plan, next_plan),
+        "meet_again": batch_overlap(plan, next_plan),
         "other_speed": 0.0 if plan.speeds is None else float((plan.speeds != 1).mean()),
         "bytes_per_node": int(by_node.max()),
         "requests_per_second": float(requests.sum() / duration),
@@ -92,10 +92,10 @@ def forecast(shards: str | None, config: str, overrides: Sequence[str], machines
         "cache_gb_needed": max(live.max() for live in live_bytes(index, plan, uses, nodes)) / 2**30,
         "world_sizes": valid_world_sizes(per_step),
     }
-    return Forecast(index, shards, plan, machines, uses, summary)
+    return PlanReport(index, shards, plan, machines, uses, summary)
 
 
-def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> list[npt.NDArray[np.float64]]:
+def live_bytes(index: ShardIndex, plan: EpochPlan, uses: ShardSchedule, nodes: int) -> list[npt.NDArray[np.float64]]:
     """For each node, the bytes that its cache must hold at each step to fetch no shard twice, shape (steps,)."""
     sizes, curves = _sizes(index)[uses.shard], []
     for node in range(nodes):
@@ -107,7 +107,7 @@ def live_bytes(index: ShardIndex, plan: EpochPlan, uses: Uses, nodes: int) -> li
     return curves
 
 
-def render(summary: dict[str, Any], machines: Machines) -> str:
+def render(summary: dict[str, Any], machines: Cluster) -> str:
     """The forecast as a person reads it in a terminal."""
     sizes = ", ".join(map(str, summary["world_sizes"]))
     nodes, clips = counted(summary["nodes"], "node"), counted(summary["clips"], "clip")
@@ -143,9 +143,9 @@ def _told_bytes(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
-def write_fetches(prediction: Forecast, out: Path) -> None:
+def write_schedule(prediction: PlanReport, out: Path) -> None:
     """JSONL, a row for each node and shard: the steps at which it is needed first and last."""
-    uses, shards = prediction.uses, prediction.index.shards
+    uses, shards = prediction.schedule, prediction.index.shards
     columns = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
     with written(out) as lines:
         for node, shard, first, last in columns:
@@ -153,26 +153,26 @@ def write_fetches(prediction: Forecast, out: Path) -> None:
             lines.write(f"{json.dumps(row)}\n".encode())
 
 
-def write_keys(prediction: Forecast, out: Path) -> None:
+def write_keys(prediction: PlanReport, out: Path) -> None:
     """JSONL, a row per micro-batch: its step, its number, the rank that computes it, its keys."""
     keys = read_keys(open_store(prediction.shards), prediction.index)
-    plan, world_size = prediction.plan, prediction.machines.world_size
+    plan, world_size = prediction.plan, prediction.cluster.world_size
     with written(out) as lines:
         for step in range(plan.steps):
             for rank in range(world_size):
-                for number in numbers_of_rank(rank, world_size, plan.micro_batches_per_step):
+                for number in micro_batches_of_rank(rank, world_size, plan.micro_batches_per_step):
                     chosen = keys[plan.micro_batch(step, number)].tolist()
                     row = {"step": step, "micro_batch": number, "rank": rank, "keys": chosen}
                     lines.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
 
 
-def plot(prediction: Forecast, out: Path) -> None:
+def plot(prediction: PlanReport, out: Path) -> None:
     """How even the steps are, what the cache of the first node holds, and when it needs which shard."""
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    plan, uses, index = prediction.plan, prediction.uses, prediction.index
+    plan, uses, index = prediction.plan, prediction.schedule, prediction.index
     padded = plan.padded / SAMPLE_RATE
     edges = np.arange(plan.steps + 1) - 0.5  # a step is as wide as the number of it
     figure = Figure(figsize=(10, 9), layout="constrained")

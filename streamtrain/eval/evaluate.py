@@ -25,8 +25,8 @@ from streamtrain.eval.html import write_page
 from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
 from streamtrain.eval.scorecard import ClipScore, Evaluation, read_scorecard, render, scorecard, write_scorecard
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.decode import Hypothesis, join_pieces, read_out
-from streamtrain.model.inference import scoring
+from streamtrain.model.decode import Hypothesis, decode_log_probs, join_texts
+from streamtrain.model.inference import scoring_mode
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -34,7 +34,7 @@ PAGE_BYTES = 20_000_000  # of audio in scorecard.html
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class DecodedSegment:
     """What was decoded of one sample."""
 
     row: int  # of the index
@@ -77,15 +77,15 @@ def evaluate(
     mine = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     mine += [np.zeros(0, np.int64)] * (rounds - len(mine))
-    pieces: list[Piece] = []
+    pieces: list[DecodedSegment] = []
     bar = tqdm(
         total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=None if world.main else True
     )
-    with scoring(), bar:
+    with scoring_mode(), bar:
         for here, (batch, samples) in zip(mine, stream.batches(mine), strict=True):
             on_device = batch.to(world.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
-            hypotheses = read_out(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
+            hypotheses = decode_log_probs(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
             seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
             pieces += [
                 _piece(row, sample, hypothesis, length, sample.key not in batch.failed)
@@ -115,7 +115,7 @@ def evaluate_model(
     if beside is not None:
         _, other = read_scorecard(beside)
         if beside.resolve() == out.resolve():
-            raise StreamtrainError(f"--beside {beside}: is --out itself", "name another model's evaluation")
+            raise StreamtrainError(f"--compare-to {beside}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
     if not len(index.split(split)):
@@ -123,7 +123,7 @@ def evaluate_model(
             f"{shards}: has no clips in split {split!r}: nothing was scored",
             "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
         )
-    with world.main_alone("look for the shards") as mine:
+    with world.on_main("look for the shards") as mine:
         if mine:
             check_presence(store, index)
     with explaining(out):  # what cannot be written is better known before the work
@@ -134,7 +134,7 @@ def evaluate_model(
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
     card: dict[str, Any] = {}
-    with world.main_alone(f"write the scorecard to {out}") as mine:
+    with world.on_main(f"write the scorecard to {out}") as mine:
         if mine:
             card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
             write_scorecard(card, evaluation.clips, out)
@@ -142,12 +142,12 @@ def evaluate_model(
             compared = compare(other, evaluation.clips, str(beside)) if other is not None else None
             if compared:
                 print(render_comparison(compared))
-            sounds = _worst_sounds(card, evaluation, stream)
+            sounds = _worst_clip_audio(card, evaluation, stream)
             write_page(card, evaluation.clips, sounds, out / "scorecard.html", compared)
     return card
 
 
-def _worst_sounds(card: dict[str, Any], evaluation: Evaluation, stream: ShardStream) -> dict[str, list[bytes]]:
+def _worst_clip_audio(card: dict[str, Any], evaluation: Evaluation, stream: ShardStream) -> dict[str, list[bytes]]:
     """The audio of the worst clips, to listen to, as far as a page can hold it; what cannot be read is left out.
 
     Of a server that is away, no more is asked.
@@ -168,9 +168,9 @@ def _worst_sounds(card: dict[str, Any], evaluation: Evaluation, stream: ShardStr
     return sounds
 
 
-def _piece(row: int, sample: Sample, hypothesis: Hypothesis, seconds: float, decoded: bool) -> Piece:
+def _piece(row: int, sample: Sample, hypothesis: Hypothesis, seconds: float, decoded: bool) -> DecodedSegment:
     shared = sample.recording_id != sample.utterance_id
-    return Piece(
+    return DecodedSegment(
         row,
         sample.recording_id,
         sample.piece if shared else 0,
@@ -186,7 +186,7 @@ def _piece(row: int, sample: Sample, hypothesis: Hypothesis, seconds: float, dec
     )
 
 
-def _score(pieces: list[Piece], index: ShardIndex, expected: int, world: World) -> Evaluation:
+def _score(pieces: list[DecodedSegment], index: ShardIndex, expected: int, world: World) -> Evaluation:
     """Pieces of all ranks → recordings → counts. Each rank counts the recordings dealt to it, then all are summed."""
     everywhere = [piece for rank in world.gather(pieces) for piece in rank]
     seen = Counter((piece.recording_id, piece.piece) for piece in everywhere)
@@ -194,7 +194,7 @@ def _score(pieces: list[Piece], index: ShardIndex, expected: int, world: World) 
         raise StreamtrainError(
             f"{len(everywhere)} clips were decoded, {len(seen)} of them distinct, {expected} expected"
         )
-    recordings: dict[str, list[Piece]] = defaultdict(list)
+    recordings: dict[str, list[DecodedSegment]] = defaultdict(list)
     for piece in everywhere:
         recordings[piece.recording_id].append(piece)
     names = sorted(recordings)
@@ -211,20 +211,20 @@ def _sum_over_ranks(world: World, counts: Iterable[EditCounts]) -> EditCounts:
     return EditCounts(*world.sum(astuple(sum(counts, EditCounts()))))
 
 
-def _in_order(pieces: Iterable[Piece]) -> list[Piece]:
+def _in_order(pieces: Iterable[DecodedSegment]) -> list[DecodedSegment]:
     return sorted(pieces, key=lambda piece: piece.piece)
 
 
-def _count(pieces: Iterable[Piece], track: str) -> tuple[EditCounts, EditCounts | None]:
+def _count(pieces: Iterable[DecodedSegment], track: str) -> tuple[EditCounts, EditCounts | None]:
     """Edits of a recording over symbols, and of the word track over words."""
     ordered = _in_order(pieces)
     reference = normalize(ordered[0].reference, track)
-    hypothesis = normalize(join_pieces([piece.hypothesis for piece in ordered]), track)
+    hypothesis = normalize(join_texts([piece.hypothesis for piece in ordered]), track)
     words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if track == "word" else None
     return count_edits(reference, hypothesis), words
 
 
-def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts, words: EditCounts | None) -> ClipScore:
+def _clip(name: str, pieces: Sequence[DecodedSegment], counts: EditCounts, words: EditCounts | None) -> ClipScore:
     ordered = _in_order(pieces)
     first = ordered[0]
     return ClipScore(
@@ -236,7 +236,7 @@ def _clip(name: str, pieces: Sequence[Piece], counts: EditCounts, words: EditCou
         age_bucket=first.age_bucket,
         seconds=round(sum(piece.seconds for piece in ordered), 3),
         reference=first.reference,
-        hypothesis=join_pieces([piece.hypothesis for piece in ordered]),
+        hypothesis=join_texts([piece.hypothesis for piece in ordered]),
         confidence=sum(piece.confidence * piece.seconds for piece in ordered)
         / max(sum(piece.seconds for piece in ordered), 1e-9),
         counts=counts,

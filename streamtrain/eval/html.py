@@ -51,7 +51,7 @@ def write_page(
     comparison: Comparison | None = None,
 ) -> None:
     """Write the page. `sounds` are the FLAC pieces of the worst clips, by their id, as far as they could be read."""
-    said, heard, counts = tabulate_confusions(count_confusions(clips, card["track"]))
+    said, heard, counts = confusion_matrix(count_confusions(clips, card["track"]))
     changed = _comparison(comparison) if comparison else ""
     write_inside(
         path,
@@ -220,7 +220,7 @@ def _png(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 
-def tabulate_confusions(confusions: Counter[tuple[str, str]]) -> tuple[list[str], list[str], Floats]:
+def confusion_matrix(confusions: Counter[tuple[str, str]]) -> tuple[list[str], list[str], Floats]:
     """Return the symbols that were said, those that were heard, and how often each was for each, (said, heard).
 
     The most frequent have a row and a column, if they have anything in it, and so have all `OTHERS` together.

@@ -6,7 +6,7 @@ from typing import Any
 
 from sharding.errors import StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, open_regular, parse_json, read_document
-from sharding.files.names import same_name
+from sharding.files.names import canonical_name
 from sharding.labels.ipa import TRACKS, normalize_ipa
 from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
 
@@ -94,7 +94,7 @@ def _read(path: Path, label: str) -> dict[str, str]:
             raise ScoreError(f"{where}: it has {', '.join(row)}", hint) from error
         except (ValueError, TypeError) as error:
             raise ScoreError(f"{where} ({error})", "one JSON object per line") from error
-        name = same_name(written)
+        name = canonical_name(written)
         if name in texts:
             raise ScoreError(f"{path}:{number}: utterance_id {written!r} comes twice")
         texts[name] = text or ""

@@ -15,7 +15,17 @@ from rapidfuzz.distance import Levenshtein
 from typing_extensions import TypedDict
 
 from sharding.errors import StreamtrainError
-from sharding.files.document import LARGE_BYTES, STRICT, Number, Second, Size, check, parse, parse_json, read_document
+from sharding.files.document import (
+    LARGE_BYTES,
+    STRICT,
+    Number,
+    Second,
+    Size,
+    parse,
+    parse_json,
+    read_document,
+    validate,
+)
 from sharding.files.names import UNKNOWN, age_order
 from sharding.files.writing import write_inside
 from sharding.labels.ipa import normalize
@@ -137,7 +147,7 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
     """What `write_scorecard` wrote. Raises StreamtrainError where it is not there, or not that."""
     try:
         card = parse_json(read_document(folder / SCORECARD))
-        check(card, _CARD)
+        validate(card, _CARD)
         lines = read_document(folder / HYPOTHESES, LARGE_BYTES).split(b"\n")
         return card, [parse(line, _CLIP) for line in lines if line]
     except (OSError, ValueError) as error:

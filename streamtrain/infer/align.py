@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, ShardError, StreamtrainError
 from sharding.files.writing import written
-from sharding.segment.ctc_align import GAP_FRAMES, NEAR_FRAMES, AlignError, align, evidence_of, gaps_without, worst_gaps
+from sharding.segment.ctc_align import GAP_FRAMES, NEAR_FRAMES, AlignError, align, deletion_gaps, word_llrs, worst_gaps
 from sharding.shardset.index import ShardIndex, read_index
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import Store, open_store
@@ -26,8 +26,8 @@ from streamtrain.data.plan import plan_evaluation
 from streamtrain.distributed import World
 from streamtrain.infer.inputs import read_pieces, rows_of_recordings
 from streamtrain.model.ctc import CTCModel, count_frames
-from streamtrain.model.decode import join_pieces
-from streamtrain.model.inference import chunks_of, hear, usual_batch_seconds
+from streamtrain.model.decode import join_texts
+from streamtrain.model.inference import chunk_by_memory, compute_log_probs, usual_batch_seconds
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -38,7 +38,7 @@ READERS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class LabelledRecording:
     """A recording with its whole label, put together from its pieces."""
 
     utterance_id: str
@@ -94,7 +94,7 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
         zstandard.ZstdCompressor().stream_writer(file, closefd=False) as lines,
         tqdm(total=len(groups), unit="clip") as bar,
     ):
-        for chunk in chunks_of(loaded):
+        for chunk in chunk_by_memory(loaded):
             labelled = [recording for recording in chunk if recording.text or recording.error]
             for row in _align_chunk(model, labelled, seconds):
                 lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
@@ -103,21 +103,21 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     return count
 
 
-def _load(store: Store, index: ShardIndex, key: str, rows: Sequence[int]) -> Labelled:
+def _load(store: Store, index: ShardIndex, key: str, rows: Sequence[int]) -> LabelledRecording:
     try:
         samples = read_pieces(store, index, rows)
         pieces = [decode(sample.audio)[0] for sample in samples]
     except (ShardError, AudioError) as error:
-        return Labelled(unquote(key), "", np.zeros(0, np.float32), (), error.message)
+        return LabelledRecording(unquote(key), "", np.zeros(0, np.float32), (), error.message)
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     name = samples[0].parent_id or samples[0].utterance_id
-    return Labelled(name, _label_of(samples), np.concatenate(pieces), tuple(ends[:-1]))
+    return LabelledRecording(name, _label_of(samples), np.concatenate(pieces), tuple(ends[:-1]))
 
 
 def _label_of(samples: Sequence[Sample]) -> str:
     """The whole label of a recording: its pieces', or, where one is not certain of its own, the one that it keeps."""
     whole = [sample.parent_text for sample in samples if sample.parent_text is not None]
-    return whole[0] if whole else join_pieces([sample.text for sample in samples])
+    return whole[0] if whole else join_texts([sample.text for sample in samples])
 
 
 def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]) -> Iterator[Window]:
@@ -135,7 +135,7 @@ def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]
         yield Window(recording, (first - skip) * hop, min(end, samples), skip, first, kept)
 
 
-def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float) -> Iterator[dict[str, Any]]:
+def _align_chunk(model: CTCModel, recordings: Sequence[LabelledRecording], seconds: float) -> Iterator[dict[str, Any]]:
     whole = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
     cut = {number: list(windows_of(number, len(recording.waveform), model.geometry))
            for number, recording in whole.items()}  # fmt: skip
@@ -144,7 +144,8 @@ def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float
     windows = list(chain.from_iterable(cut.values()))
     for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
         chosen = [windows[i] for i in batch]
-        log_probs, _ = hear(model, [whole[window.recording].waveform[window.start : window.end] for window in chosen])
+        waveforms = [whole[window.recording].waveform[window.start : window.end] for window in chosen]
+        log_probs, _ = compute_log_probs(model, waveforms)
         for window, frames in zip(chosen, log_probs, strict=True):
             kept = frames[window.skip : window.skip + window.frames]
             heard[window.recording][window.first : window.first + window.frames] = kept
@@ -152,7 +153,7 @@ def _align_chunk(model: CTCModel, recordings: Sequence[Labelled], seconds: float
         yield _row(recording, heard.get(number), model)
 
 
-def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -> dict[str, Any]:
+def _row(recording: LabelledRecording, log_probs: torch.Tensor | None, model: CTCModel) -> dict[str, Any]:
     row: dict[str, Any] = {
         "utterance_id": recording.utterance_id,
         "text": recording.text,
@@ -173,8 +174,8 @@ def _row(recording: Labelled, log_probs: torch.Tensor | None, model: CTCModel) -
     except AlignError as error:
         return row | {"error": str(error)}
     second = model.frame_samples / SAMPLE_RATE  # of a frame
-    evidence, order = evidence_of(log_probs, found.words, model.vocab)
-    without = gaps_without(log_probs, found.words, recording.utterance_id, model.vocab, width) if cuts else []
+    evidence, order = word_llrs(log_probs, found.words, model.vocab)
+    without = deletion_gaps(log_probs, found.words, recording.utterance_id, model.vocab, width) if cuts else []
     return row | {
         "words": [
             {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),

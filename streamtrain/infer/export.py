@@ -24,7 +24,7 @@ from streamtrain.run_status import warn_unless_finished
 log = logging.getLogger("streamtrain")
 
 TOLERANCE = 1e-5
-BESIDE = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json",
+RUN_FILES = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json",
           "trained_on.json": "trained_on.json"}  # fmt: skip
 RECIPE = frozenset(  # the settings that a model card shows, where they are set
     ["pretrained", "scratch", "dropout", "freeze_cnn", "mask_time_prob", "mask_feature_prob", "batch_seconds",
@@ -101,7 +101,7 @@ def export_model(source: Path, out: Path) -> float:
     warn_unless_finished(source)
     with new_folder(Path(os.path.realpath(out)), _bytes_of(model)) as partial:  # a link stays, as with files
         save_model(model, partial)
-        for name, copied in BESIDE.items():
+        for name, copied in RUN_FILES.items():
             if (run / name).is_file():
                 shutil.copyfile(run / name, partial / copied)
         (partial / "README.md").write_text(_model_card(partial, run.name, model.vocab.track), encoding="utf-8")

@@ -17,12 +17,12 @@ import numpy as np
 from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import AudioError, StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, read_document
-from sharding.files.names import same_name
+from sharding.files.names import canonical_name
 from sharding.shardset.index import INDEX_NAME, ShardIndex, read_index, read_keys
 from sharding.shardset.sample import Sample, whole_key
 from sharding.shardset.store import Reader, Store, open_store
 from sharding.sources.archive import AudioRoot, is_audio, list_files, open_audio, walk_files
-from sharding.sources.manifest import Reading, read_source
+from sharding.sources.manifest import ManifestOptions, read_source
 from streamtrain.data.cache import read_verified
 
 MANIFEST = re.compile(r"(?i)\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
@@ -31,7 +31,7 @@ FIELDS = ("utterance_id", "audio_path")  # of a manifest
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AudioChunk:
     """Bytes of audio, and where in the recording they begin."""
 
     audio: bytes
@@ -45,7 +45,7 @@ class Recording:
 
     utterance_id: str
     audio_path: str  # as a person finds it
-    load: Callable[[], list[Piece]]  # raises AudioError, StoreError, ShardError or OSError
+    load: Callable[[], list[AudioChunk]]  # raises AudioError, StoreError, ShardError or OSError
     stamp: str = ""  # of a file: another one, another file
 
 
@@ -57,7 +57,7 @@ def find_recordings(
     Raises StreamtrainError where one holds nothing, or where two recordings would have one name.
     """
     chosen = {name: column for name, column in (columns or {}).items() if name in FIELDS}
-    reading = Reading(columns=chosen, follow_links=True, audio_root=audio_root, fields=FIELDS)
+    reading = ManifestOptions(columns=chosen, follow_links=True, audio_root=audio_root, fields=FIELDS)
     if (audio_root or columns) and not any(map(MANIFEST.search, sources)):
         raise StreamtrainError("no source is a transcripts file", "--audio-root and --columns tell how these are read")
     found: list[Recording] = []
@@ -66,7 +66,7 @@ def find_recordings(
         if not here:
             raise StreamtrainError(f"no audio in {source}", f"looked for {', '.join(AUDIO_SUFFIXES)}, and zips of them")
         found += here
-    names = Counter(same_name(one.utterance_id) for one in found)
+    names = Counter(canonical_name(one.utterance_id) for one in found)
     double = [name for name, count in names.items() if count > 1]
     if double:
         raise StreamtrainError(
@@ -77,7 +77,7 @@ def find_recordings(
     return found
 
 
-def _find(source: str, reading: Reading) -> Iterator[Recording]:
+def _find(source: str, reading: ManifestOptions) -> Iterator[Recording]:
     path = Path(source)
     if "://" in source and (MANIFEST.search(source) or source.lower().endswith(".zip")):
         raise StreamtrainError(f"{source}: is not read from a bucket", "copy it here first")
@@ -138,7 +138,7 @@ def _choose_audio(where: str, names: Iterable[str]) -> list[tuple[str, str]]:
     paths = list(map(PurePosixPath, audio))
     ids = [path.stem for path in paths]
     for longer in ([str(path.with_suffix("")) for path in paths], audio):
-        ids = ids if len(set(map(same_name, ids))) == len(ids) else longer
+        ids = ids if len(set(map(canonical_name, ids))) == len(ids) else longer
     return list(zip(audio, ids, strict=True))
 
 
@@ -150,21 +150,21 @@ def _file(path: Path, utterance_id: str) -> Recording:
     return Recording(_printable(utterance_id), _printable(str(path)), partial(_read_file, path), stamp)
 
 
-def _read_file(path: Path) -> list[Piece]:
+def _read_file(path: Path) -> list[AudioChunk]:
     try:
-        return [Piece(read_document(path, LARGE_BYTES))]
+        return [AudioChunk(read_document(path, LARGE_BYTES))]
     except DocumentError as error:
         raise AudioError(f"not audio that can be read: {error}") from error
 
 
 def _object(store: Reader, name: str, utterance_id: str) -> Recording:
-    return Recording(utterance_id, f"{store.url}/{name}", lambda: [Piece(store.read(name, LARGE_BYTES))])
+    return Recording(utterance_id, f"{store.url}/{name}", lambda: [AudioChunk(store.read(name, LARGE_BYTES))])
 
 
 def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:
-    def load() -> list[Piece]:
+    def load() -> list[AudioChunk]:
         with open_audio(root, name) as (file, size):
-            return [Piece(file.read(size))]
+            return [AudioChunk(file.read(size))]
 
     return Recording(_printable(utterance_id), _printable(f"{root.path}/{name}"), load)
 
@@ -175,7 +175,7 @@ def _in_store(store: Store) -> Iterator[Recording]:
     return (_object(store, name, utterance_id) for name, utterance_id in _choose_audio(store.url, store.names()))
 
 
-def _in_manifest(path: Path, reading: Reading) -> Iterator[Recording]:
+def _in_manifest(path: Path, reading: ManifestOptions) -> Iterator[Recording]:
     """The rows of a transcripts file, as a build names and finds them; no label is needed."""
     source = read_source(path, reading)
     for row, number in enumerate(source.numbers.tolist()):
@@ -194,7 +194,7 @@ def _in_shards(store: Reader) -> Iterator[Recording]:
 def rows_of_recordings(store: Reader, index: ShardIndex) -> Iterator[tuple[str, list[int]]]:
     """The rows of each recording, by its key: several where the build cut it into pieces, in no order."""
     keys = read_keys(store, index).tolist()
-    named = sorted((key if index.foreign else whole_key(key), row) for row, key in enumerate(keys))
+    named = sorted((key if index.external else whole_key(key), row) for row, key in enumerate(keys))
     for name, group in groupby(named, key=lambda one: one[0]):
         yield name, [row for _, row in group]
 
@@ -209,8 +209,8 @@ def read_pieces(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[S
     return sorted(samples, key=lambda sample: sample.start_sec or 0.0)
 
 
-def _load_rows(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[Piece]:
+def _load_rows(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[AudioChunk]:
     return [
-        Piece(sample.audio, sample.start_sec or 0.0, sample.parent_id or sample.utterance_id)
+        AudioChunk(sample.audio, sample.start_sec or 0.0, sample.parent_id or sample.utterance_id)
         for sample in read_pieces(store, index, rows)
     ]

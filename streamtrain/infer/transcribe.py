@@ -19,18 +19,18 @@ from typing_extensions import TypedDict
 from sharding.audio.codec import SAMPLE_RATE, Waveform, decode
 from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
-from sharding.files.exclusive import HeldError, exclusive
-from sharding.files.writing import beside, explaining, file_to_replace, own_file, sync, write_inside, written
+from sharding.files.exclusive import LockedError, exclusive
+from sharding.files.writing import explaining, file_to_replace, open_lock_file, sibling, sync, write_inside, written
 from sharding.labels.ipa import TRACKS
-from sharding.segment.cuts import pieces_of
+from sharding.segment.cuts import split_at_pauses
 from sharding.shardset.sample import escape_key
 from streamtrain.data.dataset import read_ahead
 from streamtrain.data.plan import plan_evaluation
 from streamtrain.distributed import World
 from streamtrain.infer.inputs import Recording
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.decode import Hypothesis, Word, find_words, join_alternatives, join_pieces, read_out
-from streamtrain.model.inference import chunks_of, hear, usual_batch_seconds
+from streamtrain.model.decode import Hypothesis, Word, decode_log_probs, join_nbest, join_texts, word_timestamps
+from streamtrain.model.inference import chunk_by_memory, compute_log_probs, usual_batch_seconds
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -40,17 +40,17 @@ LogProbs = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class DecodingOptions:
     """How recordings are read out."""
 
     batch_seconds: float | None = None  # padded seconds of a forward, or by the model; texts do not depend on it
     beam: int = 0  # prefixes; 0: the best path
-    alternatives: int = 0  # texts of each recording, of a beam
+    nbest: int = 0  # texts of each recording, of a beam
     log_probs: Path | None = None  # folder for each recording's log-probabilities
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Sound:
+class LoadedRecording:
     """A recording that was decoded and cut, or why it could not be."""
 
     recording: Recording
@@ -65,7 +65,7 @@ class Sound:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class Transcript:
     """What was read out of one piece."""
 
     hypothesis: Hypothesis
@@ -73,7 +73,9 @@ class Heard:
     log_probs: LogProbs | None  # (T, V), where it is to be kept
 
 
-def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, reading: Reading | None = None) -> int:
+def transcribe(
+    model_folder: Path, recordings: Sequence[Recording], out: Path, reading: DecodingOptions | None = None
+) -> int:
     """Write a JSONL row per recording; returns how many failed.
 
     Its fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (of the word track `orthographic_text`),
@@ -83,7 +85,7 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
     A recording that cannot be read gets a row with its error. What a killed run has done is not done again, where the
     same is asked for; the file is then the same as if nothing had been.
     """
-    reading = reading or Reading()
+    reading = reading or DecodingOptions()
     _check_free(out, recordings)
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
@@ -93,7 +95,7 @@ def transcribe(model_folder: Path, recordings: Sequence[Recording], out: Path, r
         left = recordings[progress.rows :]
         failed = progress.failed
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
-            for chunk in chunks_of(read_ahead(load, iter(left), READERS)):
+            for chunk in chunk_by_memory(read_ahead(load, iter(left), READERS)):
                 rows = _read_chunk(model, chunk, reading)
                 failed += sum(row["error"] is not None for row in rows)
                 progress.write(rows, failed)
@@ -141,16 +143,16 @@ class Progress:
         if place is None:  # a device or a pipe: what went there stays there, and a later run begins anew
             self._file = self._held.enter_context(written(out))
             return
-        self._partial, self._state = beside(place, ".part"), beside(place, ".part.json")
+        self._partial, self._state = sibling(place, ".part"), sibling(place, ".part.json")
         with explaining(out):
             if not place.parent.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._held.enter_context(open(self._partial, "ab", opener=own_file))  # noqa: SIM115
+            self._file = self._held.enter_context(open(self._partial, "ab", opener=open_lock_file))  # noqa: SIM115
         try:
             self._held.enter_context(exclusive(self._file))
-        except HeldError as error:
+        except LockedError as error:
             raise StreamtrainError(
-                f"{out}: another run is writing it{error.who}", f"wait for it, or name another file{error.remedy}"
+                f"{out}: another run is writing it{error.holder}", f"wait for it, or name another file{error.remedy}"
             ) from error
         size = 0
         if self._state.is_file() and self._partial.is_file():
@@ -195,7 +197,7 @@ class Progress:
             self._held.close()
 
 
-def load(recording: Recording) -> Sound:
+def load(recording: Recording) -> LoadedRecording:
     """Decode a recording and cut what is too long. What is wrong with it is told in `error`.
 
     Raises StoreError where the place it comes from fails, which is no fault of the recording.
@@ -206,38 +208,41 @@ def load(recording: Recording) -> Sound:
         starts: list[float] = []
         for piece in loaded:
             waveform, _ = decode(piece.audio, prove=True)
-            for start, segment in pieces_of(waveform):
+            for start, segment in split_at_pauses(waveform):
                 pieces.append(segment)
                 starts.append(piece.start_sec + start / SAMPLE_RATE)
-        return Sound(recording, loaded[0].utterance_id or recording.utterance_id, tuple(pieces), tuple(starts))
+        name = loaded[0].utterance_id or recording.utterance_id
+        return LoadedRecording(recording, name, tuple(pieces), tuple(starts))
     except (AudioError, MissingError, ShardError) as error:
         said = error.message
     except OSError as error:
         said = str(error.strerror or error)
-    return Sound(recording, recording.utterance_id, error=said)
+    return LoadedRecording(recording, recording.utterance_id, error=said)
 
 
-def _read_chunk(model: CTCModel, sounds: Sequence[Sound], reading: Reading) -> list[dict[str, Any]]:
+def _read_chunk(model: CTCModel, sounds: Sequence[LoadedRecording], reading: DecodingOptions) -> list[dict[str, Any]]:
     pieces = [piece for sound in sounds for piece in sound.pieces]
     heard = iter(_read_pieces(model, pieces, reading))
     return [_row(sound, [next(heard) for _ in sound.pieces], model, reading) for sound in sounds]
 
 
-def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: Reading) -> list[Heard]:
+def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: DecodingOptions) -> list[Transcript]:
     """Each piece, in batches of like length."""
-    heard: dict[int, Heard] = {}
+    heard: dict[int, Transcript] = {}
     seconds = reading.batch_seconds or usual_batch_seconds(model)
     for batch in plan_evaluation([len(piece) for piece in pieces], seconds):
-        log_probs, frames = hear(model, [pieces[i] for i in batch])
-        hypotheses = read_out(log_probs, frames, model.vocab, reading.beam)
+        log_probs, frames = compute_log_probs(model, [pieces[i] for i in batch])
+        hypotheses = decode_log_probs(log_probs, frames, model.vocab, reading.beam)
         rows = log_probs.cpu().numpy()
         for i, row, length, hypothesis in zip(batch.tolist(), rows, frames.tolist(), hypotheses, strict=True):
-            words = find_words(row[:length], hypothesis.text, model.vocab)
-            heard[i] = Heard(hypothesis, words, row[:length].copy() if reading.log_probs else None)
+            words = word_timestamps(row[:length], hypothesis.text, model.vocab)
+            heard[i] = Transcript(hypothesis, words, row[:length].copy() if reading.log_probs else None)
     return [heard[i] for i in range(len(pieces))]
 
 
-def _row(sound: Sound, heard: Sequence[Heard], model: CTCModel, reading: Reading) -> dict[str, Any]:
+def _row(
+    sound: LoadedRecording, heard: Sequence[Transcript], model: CTCModel, reading: DecodingOptions
+) -> dict[str, Any]:
     """The row of a recording, from its pieces."""
     track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
     row: dict[str, Any] = {"utterance_id": sound.utterance_id, "audio_path": sound.recording.audio_path}
@@ -246,7 +251,7 @@ def _row(sound: Sound, heard: Sequence[Heard], model: CTCModel, reading: Reading
     hypotheses = [piece.hypothesis for piece in heard]
     shares = [len(piece) / sum(map(len, sound.pieces)) for piece in sound.pieces]
     row |= {
-        TRACKS[track]: join_pieces([hypothesis.text for hypothesis in hypotheses]),
+        TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(one.confidence * share for one, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
             _timed(word, start, frame_sec)
@@ -255,9 +260,9 @@ def _row(sound: Sound, heard: Sequence[Heard], model: CTCModel, reading: Reading
         ],
         "error": None,
     }
-    if reading.alternatives:
-        joined = join_alternatives([hypothesis.alternatives for hypothesis in hypotheses])
-        row["alternatives"] = [asdict(one) for one in joined[: reading.alternatives]]
+    if reading.nbest:
+        joined = join_nbest([hypothesis.nbest for hypothesis in hypotheses])
+        row["nbest"] = [asdict(one) for one in joined[: reading.nbest]]
     if reading.log_probs:
         kept = np.concatenate([piece.log_probs for piece in heard if piece.log_probs is not None])
         array = io.BytesIO()
@@ -275,7 +280,7 @@ def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
     }
 
 
-def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], reading: Reading) -> str:
+def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], reading: DecodingOptions) -> str:
     """Of all that decides the rows."""
     state = xxhash.xxh3_128()
     for name in ("config.json", "model.safetensors", "vocab.json"):

@@ -35,10 +35,10 @@ class Word:
 class Hypothesis:
     text: str
     confidence: float  # geometric mean, over the frames that say something, of the probability of what they say
-    alternatives: tuple[Alternative, ...] = ()  # of a beam, best first: the text is the first one's
+    nbest: tuple[Alternative, ...] = ()  # of a beam, best first: the text is the first one's
 
 
-def read_out(log_probs: torch.Tensor, frames: torch.Tensor, vocab: Vocab, beam: int = 0) -> list[Hypothesis]:
+def decode_log_probs(log_probs: torch.Tensor, frames: torch.Tensor, vocab: Vocab, beam: int = 0) -> list[Hypothesis]:
     """What each row of (B, T, V) says; by its best path, or with a `beam` by what most of its paths spell."""
     hypotheses = greedy(log_probs, frames, vocab)
     if beam == 0:
@@ -69,7 +69,7 @@ def _collapse(ids: torch.Tensor, best: torch.Tensor, vocab: Vocab) -> Hypothesis
     return Hypothesis(text, float(heard.mean().exp()) if len(heard) else 0.0)
 
 
-def find_words(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab) -> list[Word]:
+def word_timestamps(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab) -> list[Word]:
     """When the words of a text are said, by the most probable path of the frames (T, V) that spells it."""
     path = log_probs.argmax(-1)
     if _spell(path, vocab) != text:  # it is not the best path's, but a beam's
@@ -191,18 +191,18 @@ class _Prefixes:
         return symbols[::-1]
 
 
-def join_pieces(texts: Sequence[str]) -> str:
+def join_texts(texts: Sequence[str]) -> str:
     """The text of a recording from its pieces', in order."""
     return " ".join(text for text in texts if text)
 
 
-def join_alternatives(pieces: Sequence[Sequence[Alternative]]) -> tuple[Alternative, ...]:
+def join_nbest(pieces: Sequence[Sequence[Alternative]]) -> tuple[Alternative, ...]:
     """Those of a recording, best first, as many as a piece has at most; each text once, by its best pieces."""
     joined: list[Alternative] = [Alternative("", 0.0)]
     for options in pieces:
         both: dict[str, float] = {}
         for before, after in itertools.product(joined, options):
-            text, log_prob = join_pieces([before.text, after.text]), before.log_prob + after.log_prob
+            text, log_prob = join_texts([before.text, after.text]), before.log_prob + after.log_prob
             both[text] = max(log_prob, both.get(text, -math.inf))
         best = heapq.nlargest(max(map(len, pieces)), both.items(), key=lambda one: one[1])
         joined = [Alternative(text, log_prob) for text, log_prob in best]

@@ -12,7 +12,7 @@ HUB = "https://huggingface.co"
 HUB_SEC = 8.0
 
 
-def is_asked(name: str) -> bool:
+def needs_hub(name: str) -> bool:
     """Whether a model is looked for on the hub: not a folder, nor where HF_HUB_OFFLINE forbids it."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     return not offline and not Path(name).is_dir() and not name.startswith(("/", ".", "~"))

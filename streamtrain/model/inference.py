@@ -43,7 +43,7 @@ def usual_batch_seconds(model: CTCModel) -> float:
     return min(max(CACHED_BYTES / bytes_a_second, 2.0), CPU_BATCH_SEC)
 
 
-def chunks_of(recordings: Iterator[Item]) -> Iterator[list[Item]]:
+def chunk_by_memory(recordings: Iterator[Item]) -> Iterator[list[Item]]:
     """Consecutive recordings; where a chunk ends depends on them alone, so a run that goes on makes the same ones."""
     chunk: list[Item] = []
     seconds = 0.0
@@ -58,7 +58,7 @@ def chunks_of(recordings: Iterator[Item]) -> Iterator[list[Item]]:
 
 
 @contextmanager
-def scoring() -> Iterator[None]:
+def scoring_mode() -> Iterator[None]:
     """Run a model as it is scored wherever that happens: fp32 weights, no autocast, no TF32, no gradients."""
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = convolutions.allow_tf32, products.allow_tf32
@@ -70,10 +70,10 @@ def scoring() -> Iterator[None]:
         convolutions.allow_tf32, products.allow_tf32 = before
 
 
-def hear(model: CTCModel, waveforms: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_log_probs(model: CTCModel, waveforms: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (B, T, V) of waveforms of like lengths, and the frames (B,) that each of them has."""
     rows = [zero_mean_unit_variance(waveform) if model.normalize else waveform for waveform in waveforms]
     lengths = torch.tensor([len(row) for row in rows])
     inputs = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-    with scoring():
+    with scoring_mode():
         return model(inputs.to(model.device), lengths), model.frame_counts(lengths)

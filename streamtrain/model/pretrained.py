@@ -25,7 +25,7 @@ from streamtrain.startup import collect_as_usual
 log = logging.getLogger("streamtrain")
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm")  # Transformers' model types that are run here as they are meant
-NOT_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden_states", "output_attentions")
+NEVER_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden_states", "output_attentions")
 MASKED_ATTENTION = "sdpa_always_masked"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MOST_LAYERS = 1_000
@@ -59,13 +59,13 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
         getattr(network, network.base_model_prefix).masked_spec_embed.requires_grad_(False)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    fix_graph(network)
+    make_graph_static(network)
     normalize = config.pretrained is None or _normalizes(config.pretrained) is not False  # wav2vec2's own default
     collect_as_usual()
     return CTCModel(network, vocab, normalize).train()
 
 
-def fix_graph(network: Any) -> None:
+def make_graph_static(network: Any) -> None:
     """Have attention masked also where no frame is padded, so that the autograd graph is the same for every batch.
 
     Transformers leaves out a mask that hides nothing, and looks for that at the values on the device.
@@ -131,10 +131,10 @@ def save_model(model: CTCModel, folder: Path) -> None:
     save_vocab(model.vocab, folder, model.normalize, attention_mask=model.wants_mask)
     write_sums(folder)
     for path in folder.iterdir():
-        give_usual_mode(path)
+        set_default_mode(path)
 
 
-def give_usual_mode(path: Path) -> None:
+def set_default_mode(path: Path) -> None:
     """What safetensors writes, its owner alone could read."""
     os.umask(umask := os.umask(0))
     path.chmod(0o666 & ~umask)
@@ -160,10 +160,10 @@ def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -
     if all(f"lm_head.{part} is missing" in random.values() for part in ("weight", "bias")):
         return network, vocab  # of its pretraining: the head is new
     if choice == "auto" and (random or not kept):
-        why = ", ".join(random.values()) if kept else f"the shard set's symbols are {_few(wanted.tokens)}"
+        why = ", ".join(random.values()) if kept else f"the shard set's symbols are {_shorten(wanted.tokens)}"
         raise ModelError(
             f"model {name!r} is a CTC model: its head is for symbols of its own "
-            f"({_few(tokens) or 'which are not told'}) and cannot be kept: {why}",
+            f"({_shorten(tokens) or 'which are not told'}) and cannot be kept: {why}",
             "to train its encoder with a new head, --set model.vocab=new; or build the shard set for the track that "
             "the model writes",
         )
@@ -173,7 +173,7 @@ def _to_train(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -
     return network, vocab
 
 
-def _few(tokens: Sequence[str]) -> str:
+def _shorten(tokens: Sequence[str]) -> str:
     return " ".join(tokens[:12]) + (" …" if len(tokens) > 12 else "")
 
 
@@ -201,7 +201,7 @@ def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:
     hint = "its keys are those of Transformers' Wav2Vec2Config"
     keys = Wav2Vec2Config().to_dict().keys()
     for key in scratch:  # Transformers would take any key, and ignore it
-        if key in NOT_RUN:
+        if key in NEVER_RUN:
             raise ModelError(f"model.scratch: {key!r} is not supported", hint)
         if key in settings:
             raise ModelError(f"model.scratch: {key!r} is not set here", "dropouts are model.dropout, the rest follows")

@@ -27,9 +27,9 @@ sys.path.insert(0, str(HERE))
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform, decode  # noqa: E402
 from sharding.errors import AudioError  # noqa: E402
-from sharding.segment.cuts import pieces_of  # noqa: E402
+from sharding.segment.cuts import split_at_pauses  # noqa: E402
 from streamtrain.model.ctc import CTCModel  # noqa: E402
-from streamtrain.model.inference import hear, usual_batch_seconds  # noqa: E402
+from streamtrain.model.inference import compute_log_probs, usual_batch_seconds  # noqa: E402
 
 LINES = 50  # of progress: the challenge keeps 500
 NAMED = 50  # clips with a fault
@@ -124,7 +124,7 @@ def load(path: Path) -> Clip:
         if rescued is None:
             raise
         waveform = rescued
-    return Clip([piece for _, piece in pieces_of(waveform)], fault)
+    return Clip([piece for _, piece in split_at_pauses(waveform)], fault)
 
 
 def rescue(data: bytes) -> Waveform | None:
@@ -177,7 +177,7 @@ class Recogniser:
     def read(self, pieces: Sequence[Waveform]) -> list[str]:
         """The best path of each piece, its repeats merged and its blanks dropped."""
         try:
-            log_probs, frames = hear(self._model, pieces)
+            log_probs, frames = compute_log_probs(self._model, pieces)
         except torch.OutOfMemoryError:
             if len(pieces) == 1:
                 raise

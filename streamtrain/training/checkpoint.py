@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from typing_extensions import TypedDict
 
 from sharding.errors import StreamtrainError
-from sharding.files.document import STRICT, Count, Number, Size, check, parse_json, read_document
-from streamtrain.atomic import new_folder, put_back
+from sharding.files.document import STRICT, Count, Number, Size, parse_json, read_document, validate
+from streamtrain.atomic import new_folder, recover_replaced
 from streamtrain.config import Config
-from streamtrain.data.plan import PLANNER_VERSION, Begun, PlanSettings
-from streamtrain.model.pretrained import give_usual_mode
-from streamtrain.training.zero_engine import Parts
+from streamtrain.data.plan import PLANNER_VERSION, PlanPrefix, PlanSettings
+from streamtrain.model.pretrained import set_default_mode
+from streamtrain.training.zero_engine import FullState
 
 log = logging.getLogger("streamtrain")
 
@@ -35,16 +35,16 @@ STATE_NAME = "state.json"
 NAMES = "step-*"
 NEWEST, BEST = "newest", "best"  # links in the folder of checkpoints
 FILES: Mapping[str, "FileName"] = {
-    "weights": "model.safetensors",
-    "moments": "optimizer.safetensors",
-    "average": "average.safetensors",
+    "params": "model.safetensors",
+    "optim": "optimizer.safetensors",
+    "ema": "average.safetensors",
 }
 CHUNK_BYTES = 8 * 2**20
 FULL_HINT = "the checkpoints before it are whole; make room, and the same command goes on from the newest"
 REPLANNED = frozenset(  # settings that may change on the way: they decide how the clips that are left come
     [
         "data.batch_seconds",
-        "data.window_shards",
+        "data.shuffle_shards",
         "data.length_jitter",
         "data.speed_factors",
         "data.gain_db",
@@ -71,7 +71,7 @@ class RunState:
     step: Count = 0  # optimizer steps done
     epoch: Count = 0
     step_in_epoch: Count = 0
-    begun: tuple[Begun, ...] = ()  # how this epoch was planned before it was planned anew
+    completed: tuple[PlanPrefix, ...] = ()  # how this epoch was planned before it was planned anew
     split: str = ""  # that the scores below are of
     evaluated: Annotated[int, Field(strict=True, ge=-1)] = -1  # step of the last evaluation
     best_cer: Number | None = None
@@ -99,7 +99,7 @@ class _Document(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     state: RunState
-    numbers: _Numbers
+    scalars: _Numbers
     files: dict[FileName, _File]
     digest: str
 
@@ -113,7 +113,7 @@ class Checkpoint:
 
     path: Path
     state: RunState
-    numbers: dict[str, Any]
+    scalars: dict[str, Any]
     files: Mapping[FileName, _File]
 
     @property
@@ -121,11 +121,11 @@ class Checkpoint:
         return self.path.name
 
 
-def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> Path:
+def save_checkpoint(parts: FullState, state: RunState, folder: Path, keep: int) -> Path:
     """Write `step-…` in `folder`, by one rank. Keeps the newest `keep` checkpoints, and that of the best score."""
     name = f"step-{state.step:07d}"
     final = folder / name
-    put_back(folder, NAMES)
+    recover_replaced(folder, NAMES)
     for left_behind in folder.glob(".step-*"):
         shutil.rmtree(left_behind, ignore_errors=True)
     saved = {file: tensors for part, file in FILES.items() if (tensors := getattr(parts, part))}
@@ -133,9 +133,9 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
     with new_folder(final, needed, FULL_HINT) as partial:
         for file, tensors in saved.items():
             save_file(tensors, partial / file)
-            give_usual_mode(partial / file)
+            set_default_mode(partial / file)
         files = {file: _describe(partial / file) for file in saved}
-        document = {"state": asdict(state), "numbers": parts.numbers, "files": files}
+        document = {"state": asdict(state), "scalars": parts.scalars, "files": files}
         (partial / STATE_NAME).write_text(json.dumps(document | {"digest": _digest(document)}, indent=1))
     _point(folder / NEWEST, name)
     if state.best_step is not None and (folder / f"step-{state.best_step:07d}").is_dir():
@@ -147,7 +147,7 @@ def save_checkpoint(parts: Parts, state: RunState, folder: Path, keep: int) -> P
     return final
 
 
-def drop_later(chosen: Path) -> None:
+def delete_later_checkpoints(chosen: Path) -> None:
     """Remove the checkpoints after the one that the run goes on from: they are of another future."""
     for later in list_checkpoints(chosen.parent):
         if later.name > chosen.name:
@@ -180,12 +180,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         try:
             seen = _describe(path / name)
         except OSError as error:
-            raise CheckpointError(f"{path / name}: {error.strerror}", _one_before(path)) from error
+            raise CheckpointError(f"{path / name}: {error.strerror}", _earlier_hint(path)) from error
         if seen != described:
             raise CheckpointError(
                 f"{path / name}: damaged: it has {seen['bytes']:,} bytes with checksum {seen['checksum']}, "
                 f"{STATE_NAME} says {described['bytes']:,} with {described['checksum']}",
-                _one_before(path),
+                _earlier_hint(path),
             )
     return checkpoint
 
@@ -195,52 +195,52 @@ def read_checkpoint(path: Path) -> Checkpoint:
     path = path.resolve()
     try:
         said = parse_json(read_document(path / STATE_NAME))
-        document = check(said, _DOCUMENT)
+        document = validate(said, _DOCUMENT)
         if said.pop("digest") != _digest(said):
             raise ValueError("its digest is another")
-        return Checkpoint(path, document["state"], {**document["numbers"]}, document["files"])
+        return Checkpoint(path, document["state"], {**document["scalars"]}, document["files"])
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _one_before(path)) from error
+        raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _earlier_hint(path)) from error
 
 
-def load_parts(checkpoint: Checkpoint) -> Parts:
+def load_state(checkpoint: Checkpoint) -> FullState:
     """The tensors of a checkpoint, mapped into memory."""
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for part, file in FILES.items():
         try:
             tensors[part] = load_file(checkpoint.path / file) if file in checkpoint.files else {}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{checkpoint.path / file}: {error}", _one_before(checkpoint.path)) from error
-    return Parts(**tensors, numbers=checkpoint.numbers)
+            raise CheckpointError(f"{checkpoint.path / file}: {error}", _earlier_hint(checkpoint.path)) from error
+    return FullState(**tensors, scalars=checkpoint.scalars)
 
 
-def go_on_from(checkpoint: Checkpoint, config: Config, index_digest: str, replan: bool) -> RunState:
+def resume_state(checkpoint: Checkpoint, config: Config, index_digest: str, replan: bool) -> RunState:
     """The state to go on with. Raises CheckpointError, and says what differs, where a checkpoint is of another run.
 
     With `replan` the settings of the plan may differ: what is left of the epoch is then planned by those of `config`.
     """
     state = checkpoint.state
-    here = {"config": config.decisive, "index_digest": index_digest, "planner_version": PLANNER_VERSION}
+    here = {"config": config.resume_key, "index_digest": index_digest, "planner_version": PLANNER_VERSION}
     saved = {name: getattr(state, name) for name in here}
     with suppress(ValidationError):  # settings that are younger than the checkpoint had their defaults
-        saved["config"] = Config.model_validate(state.config).decisive
+        saved["config"] = Config.model_validate(state.config).resume_key
     differ = dict(_differences(saved, here))
     if not differ:
         return state
     if not differ.keys() <= REPLANNED or not replan:
         said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
         said = said.replace("index_digest was", "the index of data.shards was")
-        hint = REPLAN_HINT if differ.keys() <= REPLANNED else _OTHERWISE
+        hint = REPLAN_HINT if differ.keys() <= REPLANNED else OTHER_RUN_HINT
         raise CheckpointError(f"{checkpoint.path}: belongs to another run: {said}", hint)
     try:
-        before = Begun(PlanSettings.of(Config.model_validate(state.config)), state.step_in_epoch)
+        before = PlanPrefix(PlanSettings.of(Config.model_validate(state.config)), state.step_in_epoch)
     except ValidationError as error:
         raise CheckpointError(
-            f"{checkpoint.path}: its settings are none: {error.errors()[0]['msg']}", _OTHERWISE
+            f"{checkpoint.path}: its settings are none: {error.errors()[0]['msg']}", OTHER_RUN_HINT
         ) from error
     if before.steps == 0 or before.settings == PlanSettings.of(config):
-        return replace(state, config=config.decisive)
-    return replace(state, config=config.decisive, step_in_epoch=0, begun=(*state.begun, before))
+        return replace(state, config=config.resume_key)
+    return replace(state, config=config.resume_key, step_in_epoch=0, completed=(*state.completed, before))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -251,13 +251,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 REPLAN_HINT = (
     "undo the change, or add --replan: what this epoch has left is then planned by the new settings, each clip once"
 )
-_OTHERWISE = (
+OTHER_RUN_HINT = (
     "undo the change, resume another checkpoint with --resume PATH, or start over with --resume none; "
     "another train.run_dir with model.pretrained=RUN/best starts from this run's weights"
 )
 
 
-def _one_before(path: Path) -> str:
+def _earlier_hint(path: Path) -> str:
     """The hint of an error about a checkpoint: where else the run can go on from."""
     earlier = [other for other in list_checkpoints(path.parent) if other.name < path.name]
     return f"--resume {earlier[-1]} goes on from the one before it" if earlier else "start over with --resume none"

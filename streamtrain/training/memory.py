@@ -13,7 +13,7 @@ import torch
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from streamtrain.data.collate import Batch
-from streamtrain.data.loader import NOTHING_AHEAD, Loader
+from streamtrain.data.loader import NOTHING_AHEAD, LoaderMemory
 from streamtrain.data.plan import EpochPlan, plan_evaluation
 from streamtrain.distributed import World
 
@@ -86,7 +86,7 @@ def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) ->
             for name, (clips, samples) in (("longest", longest), ("densest", densest))]  # fmt: skip
 
 
-def probe(run: Run, shapes: list[Shape], world: World, loader: Loader = NOTHING_AHEAD) -> Memory:
+def probe(run: Run, shapes: list[Shape], world: World, loader: LoaderMemory = NOTHING_AHEAD) -> Memory:
     """Run each shape, smaller ones before it; all ranks together.
 
     Raises ProbeError where one does not fit, or where what is loaded ahead does not.
@@ -133,7 +133,7 @@ def _line_through(seen: list[tuple[float, float]], limit: int) -> Memory:
     return Memory(limit, high - slope * most, slope)
 
 
-def render(memory: Memory, shapes: list[Shape], loader: Loader = NOTHING_AHEAD) -> str:
+def render(memory: Memory, shapes: list[Shape], loader: LoaderMemory = NOTHING_AHEAD) -> str:
     """One line for the log of a run."""
     largest = max(shapes, key=lambda shape: shape.seconds)
     return (
@@ -146,7 +146,7 @@ def _does_not_fit(shape: Shape, memory: Memory) -> ProbeError:
     longest, fits = shape.samples / SAMPLE_RATE, int(memory.largest) if memory.per_second else 0
     hint = f"data.batch_seconds={fits} would fit (and data.device_batch_seconds, where it is set)"
     if fits < longest:
-        hint = "model.gradient_checkpointing=true takes less, and so do shards built with a lower --limit-sec"
+        hint = "model.gradient_checkpointing=true takes less, and so do shards built with a lower --max-duration"
     return ProbeError(f"{shape}: more than the {memory.limit / GIB:.1f} GiB of memory that a rank has", hint)
 
 

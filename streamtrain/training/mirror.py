@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from sharding.errors import MissingError, StoreError
 from sharding.files.document import SMALL_BYTES, STRICT, parse
-from sharding.files.writing import explaining, own_file, remove, sync
+from sharding.files.writing import explaining, open_lock_file, remove, sync
 from sharding.shardset.store import Store
 from streamtrain.training.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints, open_checkpoint
 
@@ -30,7 +30,7 @@ log = logging.getLogger("streamtrain")
 
 POINTER, PIECES = "newest.json", "pieces/"
 PREVIOUS = "previous.json"  # the pointer before, whose pieces are kept: copied over the newest, it takes a run back
-PIECE_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has its place in the file
+CHUNK_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has its place in the file
 FETCHED_AT_ONCE = 8  # pieces, each held in memory until it is written
 NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
 PART = ".mirrored.part"  # in the run folder: what is being fetched, and what a broken-off attempt has fetched
@@ -77,7 +77,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def try_out(self) -> None:
+    def check_writable(self) -> None:
         """Write, read and delete a piece that no copy has. Raise StoreError if that fails, before there is any work."""
         name = _name(b"")
         try:
@@ -143,8 +143,8 @@ class Mirror:
                     raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
                 pieces = pointer["files"][name]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "ab", opener=own_file) as file:
-                    file.truncate(min(file.tell(), len(pieces) * PIECE_BYTES))
+                with open(path, "ab", opener=open_lock_file) as file:
+                    file.truncate(min(file.tell(), len(pieces) * CHUNK_BYTES))
                 places += [(path, number, pieces) for number in range(len(pieces))]
             with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
                 for _ in pool.map(lambda place: self._fetch_piece(*place), places):  # which cancels the rest on error
@@ -157,15 +157,15 @@ class Mirror:
 
     def _fetch_piece(self, path: Path, number: int, pieces: list[str]) -> None:
         """Put one piece of a file in its place, unless it is there."""
-        with open(path, "r+b", opener=own_file) as file:
-            file.seek(number * PIECE_BYTES)
-            if _name(file.read(PIECE_BYTES)) == pieces[number]:
+        with open(path, "r+b", opener=open_lock_file) as file:
+            file.seek(number * CHUNK_BYTES)
+            if _name(file.read(CHUNK_BYTES)) == pieces[number]:
                 return
             data = _read_piece(self._store, pieces[number])
             last = number == len(pieces) - 1
-            if len(data) != PIECE_BYTES and not last:
-                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {PIECE_BYTES:,}")
-            file.seek(number * PIECE_BYTES)
+            if len(data) != CHUNK_BYTES and not last:
+                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {CHUNK_BYTES:,}")
+            file.seek(number * CHUNK_BYTES)
             file.write(data)
             if last:
                 file.truncate()
@@ -179,7 +179,7 @@ class Mirror:
             hint = error.hint if error.hint == REPLAN_HINT else hint
             raise StoreError(f"{self._store.url}: {checkpoint.name} {said}", hint) from error
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Delete the pointer, after the copy that is under way: no machine goes on from either; the run starts over."""
         with self._changed:
             self._drop_waiting()
@@ -188,7 +188,7 @@ class Mirror:
         for name in (POINTER, PREVIOUS):
             self._store.delete(name)
 
-    def offer(self, checkpoint: Path) -> None:
+    def enqueue(self, checkpoint: Path) -> None:
         """Have a checkpoint copied, unless a newer one is offered before its turn comes.
 
         Called by the thread that writes the run's files: none of them changes while it is staged.
@@ -324,7 +324,7 @@ def _pieces_of(files: dict[str, list[str]]) -> set[str]:
 
 
 def _read_piece(store: Store, name: str) -> bytes:
-    data = store.read(name, PIECE_BYTES)
+    data = store.read(name, CHUNK_BYTES)
     if _name(data) != name:
         raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", NO_MIRROR)
     return data
@@ -332,7 +332,7 @@ def _read_piece(store: Store, name: str) -> bytes:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while data := file.read(PIECE_BYTES):
+        while data := file.read(CHUNK_BYTES):
             yield data
 
 

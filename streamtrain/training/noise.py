@@ -7,17 +7,17 @@ import torch
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform
 from streamtrain.data.augment import keyed_random
-from streamtrain.data.collate import Batch, silence_crowded
+from streamtrain.data.collate import Batch, silence_too_dense
 from streamtrain.model.ctc import count_frames
 from streamtrain.model.inference import zero_mean_unit_variance
-from streamtrain.training.spec_augment import Masking
+from streamtrain.training.spec_augment import SpecAugment
 
 DULL_HZ = (100.0, 8_000.0)  # above a frequency drawn from this range the noise falls by 6 dB an octave
 
 
-def change_for_training(masking: Masking, noise: "RoomNoise | None", epoch: int, batch: Batch) -> Batch:
+def augment_batch(masking: SpecAugment, noise: "RoomNoise | None", epoch: int, batch: Batch) -> Batch:
     """What the threads or processes that load a batch do to it last."""
-    batch = silence_crowded(batch, count_frames(batch.input_lengths, masking.geometry))
+    batch = silence_too_dense(batch, count_frames(batch.input_lengths, masking.geometry))
     return masking.hide(epoch, noise.add(epoch, batch) if noise else batch)
 
 

@@ -14,39 +14,39 @@ import numpy as np
 import torch
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.files.exclusive import HeldError, exclusive
-from sharding.files.writing import explaining, own_file, remove, write_inside
-from sharding.shardset.index import ShardIndex, check_presence, old_index_name, read_index
+from sharding.files.exclusive import LockedError, exclusive
+from sharding.files.writing import explaining, open_lock_file, remove, write_inside
+from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import Store, open_store
-from streamtrain.atomic import put_back
+from streamtrain.atomic import recover_replaced
 from streamtrain.config import Config
 from streamtrain.data.collate import SILENT_SAMPLES, Batch
 from streamtrain.data.dataset import open_stream
-from streamtrain.data.loader import LoadingProcesses, count_loaded
+from streamtrain.data.loader import LoaderProcesses, loader_memory
 from streamtrain.data.plan import PLANNER_VERSION, EpochPlan, PlanSettings, plan_epoch, shortest_lengths
 from streamtrain.distributed import World
 from streamtrain.model.checksums import ChecksumError, check_sums
 from streamtrain.model.ctc import CTCModel, ctc_sum
-from streamtrain.model.hub import is_asked, why_unreachable
-from streamtrain.model.inference import scoring
+from streamtrain.model.hub import needs_hub, why_unreachable
+from streamtrain.model.inference import scoring_mode
 from streamtrain.model.pretrained import load_model
-from streamtrain.run_status import forget_finish, reopened
+from streamtrain.run_status import discard_result, reopened
 from streamtrain.training.checkpoint import (
     NAMES,
     Checkpoint,
     RunState,
-    drop_later,
+    delete_later_checkpoints,
     find_checkpoint,
-    go_on_from,
     list_checkpoints,
-    load_parts,
+    load_state,
     open_checkpoint,
     read_checkpoint,
+    resume_state,
 )
 from streamtrain.training.memory import Memory, evaluation_shapes, largest_shapes, probe, render
 from streamtrain.training.mirror import PART, Mirror
-from streamtrain.training.schedule import make_recipe
+from streamtrain.training.schedule import make_schedule
 from streamtrain.training.trainer import Plans, Trainer, TrainError, check_order, is_stopped_early
 from streamtrain.training.zero_engine import Engine
 
@@ -68,29 +68,32 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
     With `replan`, what a resumed epoch has left may be planned by other settings than those it began with.
     """
     run = Path(config.train.run_dir)
-    with _only_run_in(run, world):
+    with _lock_run(run, world):
         store = open_store(config.data.shards)
         index = read_index(store)
         mirror = None
-        with world.main_alone("bring the run folder up to its mirror") as mine:
+        with world.on_main("bring the run folder up to its mirror") as mine:
             if mine:
                 check_presence(store, index)
-                put_back(run / "checkpoints", NAMES)
-                put_back(run, "best")
+                recover_replaced(run / "checkpoints", NAMES)
+                recover_replaced(run, "best")
                 mirror = _open_mirror(config, run, resume, partial(_check_mirrored, config, index, store, replan))
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
             index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
-        _agree(
-            world, json.dumps([config.decisive, config.eval.split]), index.digest, checkpoint.name if checkpoint else ""
+        _check_ranks_agree(
+            world,
+            json.dumps([config.resume_key, config.eval.split]),
+            index.digest,
+            checkpoint.name if checkpoint else "",
         )
         _check_run(run, index, config, checkpoint, resume)
-        state = RunState(config.decisive, index.digest, PLANNER_VERSION)
+        state = RunState(config.resume_key, index.digest, PLANNER_VERSION)
         if checkpoint is not None:
-            state = go_on_from(checkpoint, config, index.digest, replan)
+            state = resume_state(checkpoint, config, index.digest, replan)
         plans = Plans(index, config, state)
-        _agree(world, plans.epoch(state.epoch).hash)
+        _check_ranks_agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index, checkpoint, plans.total_steps, world)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
@@ -109,17 +112,18 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             log.info("%s: no better score in %d evaluations; a higher train.patience goes on",
                      run, state.evaluations_since_best)  # fmt: skip
         elif config.train.probe:
-            whole = plan_epoch(index, PlanSettings.of(config), state.epoch) if state.begun else plans.epoch(state.epoch)
+            fresh = plan_epoch(index, PlanSettings.of(config), state.epoch) if state.completed else None
+            whole = fresh or plans.epoch(state.epoch)
             log.info("%s", _probe(engine, whole, index, config)[0])
-        with world.main_alone("prepare the run folder") as mine:
+        with world.on_main("prepare the run folder") as mine:
             if mine:
                 _prepare(run, config, index, found, resume, mirror)
         data, model = config.data, engine.model
         make = partial(
-            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize, world.meet(),
-            data.workers,
+            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize,
+            world.find_neighbours(), data.workers,
         )  # fmt: skip
-        stream = LoadingProcesses(make) if _loads_in_processes(config, world) else make()
+        stream = LoaderProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 
@@ -127,16 +131,16 @@ def _prepare(
     run: Path, config: Config, index: ShardIndex, found: Path | None, resume: str, mirror: Mirror | None
 ) -> None:
     """Leave in the run folder, and in its mirror, what the run goes on from, and what it was asked for."""
-    forget_finish(run)
+    discard_result(run)
     if resume == "none":
         remove(run / "checkpoints")
         if mirror is not None:
-            mirror.forget()
+            mirror.clear()
     elif found is not None and found.resolve().parent == (run / "checkpoints").resolve():
         chosen = run / "checkpoints" / found.resolve().name
-        drop_later(chosen)
+        delete_later_checkpoints(chosen)
         if mirror is not None:
-            mirror.offer(chosen)  # else a later one would come back
+            mirror.enqueue(chosen)  # else a later one would come back
     write_inside(run / "config.json", json.dumps(config.model_dump(), indent=1))
     write_inside(run / "trained_on.json", json.dumps(_describe(index, config.data.shards), indent=1))
 
@@ -196,7 +200,7 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
     """
     engine.make_moments()
     shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
-    loader = count_loaded(index, config.data.workers, _loads_in_processes(config, engine.world))
+    loader = loader_memory(index, config.data.workers, _loads_in_processes(config, engine.world))
     a_step = plan.padded.max() / SAMPLE_RATE * plan.micro_batches_per_step / engine.world.size  # s, held together
     loader = replace(loader, batches=loader.batches + a_step / max(shape.seconds for shape in shapes))
     memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world, loader)
@@ -214,7 +218,7 @@ def _loads_in_processes(config: Config, world: World) -> bool:
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:
     """Raises CheckpointError where a checkpoint, of which the state alone is looked at, is not of this run."""
     checkpoint = read_checkpoint(path)
-    go_on_from(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
+    resume_state(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
 
 
 def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path], None]) -> Mirror | None:
@@ -222,12 +226,12 @@ def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path],
     if config.train.mirror is None:
         return None
     mirror = Mirror(open_store(config.train.mirror), run)
-    mirror.try_out()
+    mirror.check_writable()
     if resume != "none":
         fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
         _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)
         if mirror.check(check) and resume == "auto":
-            forget_finish(run)
+            discard_result(run)
             mirror.fetch()
     return mirror
 
@@ -243,16 +247,16 @@ def _run_unweighted(engine: Engine, batch: Batch) -> None:
 
 def _score_unweighted(model: CTCModel, batch: Batch) -> None:
     """Run a forward as an evaluation does."""
-    with scoring():
+    with scoring_mode():
         model(batch.inputs.to(model.device), batch.input_lengths)
 
 
 def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> ShardIndex:
     """The index that the run began with: of a shard set that has grown since, the old one, which was kept."""
     began_with = checkpoint.state.index_digest
-    if began_with == index.digest or not store.exists(old_index_name(began_with)):
+    if began_with == index.digest or not store.exists(archived_index_name(began_with)):
         return index
-    return read_index(store, old_index_name(began_with))
+    return read_index(store, archived_index_name(began_with))
 
 
 def _log_growth(used: ShardIndex, newest: ShardIndex, store: Store) -> ShardIndex:
@@ -274,17 +278,17 @@ def _start_engine(
     if config.data.gain_db and model.normalize:
         log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
     log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
-    parts = load_parts(checkpoint) if checkpoint else None
+    parts = load_state(checkpoint) if checkpoint else None
     if parts is not None:
-        model.network.load_state_dict(parts.weights)
-    recipe = make_recipe(model, config.train, config.peak_rate, total_steps)
+        model.network.load_state_dict(parts.params)
+    recipe = make_schedule(model, config.train, config.peak_rate, total_steps)
     engine = Engine(model.to(world.device), recipe, config.deepspeed, config.train.ema_decay, world)
     if parts is not None:
         engine.restore(parts)
     torch.manual_seed(world.rank)  # what draws at random must not decide which layers run
     orders: dict[str, list[str]] = {}
     for name, lengths in TRIED_LENGTHS.items():
-        tried = world.gather(engine.try_order(lengths))
+        tried = world.gather(engine.check_gradient_order(lengths))
         orders |= {f"rank {rank}, {name}": order for rank, order in enumerate(tried)}
         check_order(orders)  # at once: after another forward the ranks of ZeRO-3 may wait for one another
     return engine
@@ -292,7 +296,7 @@ def _start_engine(
 
 def _look_for_hub(name: str | None, world: World) -> None:
     """Have all ranks take the model from the cache if rank 0 cannot reach the hub that it would come from."""
-    reason = why_unreachable() if world.main and name is not None and is_asked(name) else None
+    reason = why_unreachable() if world.main and name is not None and needs_hub(name) else None
     reason = world.gather(reason)[0]
     if reason is not None:
         log.info("the model hub cannot be reached (%s): %s is looked for in the cache alone", reason, name)
@@ -327,7 +331,7 @@ def _check_best(run: Path, has_checkpoint: bool, resume: str) -> None:
 
 
 @contextmanager
-def _only_run_in(run: Path, world: World) -> Iterator[None]:
+def _lock_run(run: Path, world: World) -> Iterator[None]:
     """Hold the run folder, so that no second run writes into it. A start that failed leaves no new one behind."""
     if not world.main:
         yield
@@ -346,7 +350,7 @@ def _only_run_in(run: Path, world: World) -> Iterator[None]:
                 "remove the link; for more room, name another train.run_dir",
             )
     with explaining(run / LOCK_NAME):
-        file = open(run / LOCK_NAME, "a", opener=own_file)  # noqa: SIM115 (closed below)
+        file = open(run / LOCK_NAME, "a", opener=open_lock_file)  # noqa: SIM115 (closed below)
     try:
         with file, exclusive(file, LOCK_WAIT_SEC), reopened(run):
             try:
@@ -355,14 +359,14 @@ def _only_run_in(run: Path, world: World) -> Iterator[None]:
                 if new and all(path.name.startswith(LOCK_NAME) for path in run.iterdir()):
                     shutil.rmtree(run)
                 raise
-    except HeldError as error:
+    except LockedError as error:
         raise TrainError(
-            f"{run}: another run is writing here{error.who}",
+            f"{run}: another run is writing here{error.holder}",
             f"wait for it, stop it, or name another train.run_dir{error.remedy}",
         ) from error
 
 
-def _agree(world: World, *hashes: str) -> None:
+def _check_ranks_agree(world: World, *hashes: str) -> None:
     """Raises TrainError on every rank where ranks have other configurations or plans than rank 0."""
     everyone = world.gather(hashes)
     odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]

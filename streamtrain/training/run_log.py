@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sharding.errors import StreamtrainError, counted
 from sharding.files.writing import append, explaining, write_inside
 from streamtrain.eval.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
-from streamtrain.run_status import FINISH_NAME, read_finish
+from streamtrain.run_status import RESULT_NAME, read_result
 
 LINE_EVERY_SEC = 60.0  # where the output is no terminal
 SAMPLES_SHOWN = 8
@@ -58,7 +58,7 @@ class RankRow:
     silent: int  # clips that did not decode
 
 
-class Monitor:
+class RunLog:
     """Rank 0's view of a run. Rows of steps that a resume will compute again are dropped from the log."""
 
     def __init__(self, run_dir: Path, total_steps: int, done_steps: int) -> None:
@@ -106,7 +106,7 @@ class Monitor:
         if is_first or now - self._said >= LINE_EVERY_SEC or row.step == self._total:
             self._said = now
             left = (now - self._began) / (row.step - self._began_at) * (self._total - row.step)
-            self.say(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")
+            self.message(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")
 
     def ranks(self, rows: Sequence[RankRow]) -> None:
         append(self._ranks, _csv(list(asdict(row).values()) for row in rows))
@@ -117,9 +117,9 @@ class Monitor:
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         total, clips = evaluation.total, evaluation.clips
         words = f", WER {evaluation.words.rate:.4f}" if evaluation.words else ""
-        self.say(f"step {step}: CER {total.rate:.4f}{words} on {counted(len(clips), 'clip')}")
+        self.message(f"step {step}: CER {total.rate:.4f}{words} on {counted(len(clips), 'clip')}")
         if not any(clip.hypothesis for clip in clips):
-            self.say(SILENT_MODEL)
+            self.message(SILENT_MODEL)
         if self.rows and self.rows[-1].step == step:
             self.rows[-1] = replace(self.rows[-1], cer=total.rate)
             self._rewrite()
@@ -134,7 +134,7 @@ class Monitor:
         before = self._folder / "before.json"
         plot_curves(self.rows, self._folder / "curves.png", read_rate(before) if before.is_file() else None)
 
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         self._bar.write(line)
 
     def close(self) -> None:
@@ -242,12 +242,12 @@ def _cells(row: StepRow) -> list[object]:
 
 def render_run(run_dir: Path) -> str:
     """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
-    if (run_dir / FINISH_NAME).is_file() and not (run_dir / SCORECARD).exists():
+    if (run_dir / RESULT_NAME).is_file() and not (run_dir / SCORECARD).exists():
         return _render_unscored(run_dir)
     card, clips = read_scorecard(run_dir)
     before, page = run_dir / "before.json", run_dir / "scorecard.html"
     first = f"{read_rate(before):.3f}" if before.is_file() else "?"
-    ended = f"\n  {read_finish(run_dir)}" if (run_dir / FINISH_NAME).is_file() else ""
+    ended = f"\n  {read_result(run_dir)}" if (run_dir / RESULT_NAME).is_file() else ""
     shown = "\n".join(
         f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
@@ -273,7 +273,7 @@ def render_run(run_dir: Path) -> str:
 
 def _render_unscored(run_dir: Path) -> str:
     return f"""
-  {read_finish(run_dir)}
+  {read_result(run_dir)}
 
   Curves       {run_dir / "curves.png"}
   Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}

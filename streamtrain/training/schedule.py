@@ -40,7 +40,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class ParamGroup:
     """Parameters that learn at one rate."""
 
     parameters: list[nn.Parameter]
@@ -49,10 +49,10 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
+class LRSchedule:
     """The groups of a model and how their rates move."""
 
-    groups: list[Group]
+    groups: list[ParamGroup]
     schedule: Schedule
 
     @property
@@ -64,14 +64,14 @@ class Recipe:
         """The learning rate of each group at optimizer step `step`, counted from 0."""
         return [group.peak * self.schedule.at(step) * self._thawed(group, step) for group in self.groups]
 
-    def _thawed(self, group: Group, step: int) -> float:
+    def _thawed(self, group: ParamGroup, step: int) -> float:
         """What thaws later warms up anew: Adam's bias correction is over by then, and its first steps are too large."""
         if group.first_step == 0:
             return 1.0
         return min(1.0, max(0, step + 1 - group.first_step) / max(self.schedule.warmup_steps, 1))
 
 
-def make_recipe(model: CTCModel, settings: TrainConfig, peak: float, total_steps: int) -> Recipe:
+def make_schedule(model: CTCModel, settings: TrainConfig, peak: float, total_steps: int) -> LRSchedule:
     """Groups by layer where rates differ, one group where they do not. `peak` is the encoder's."""
     tri_stage = settings.schedule == "tri-stage"
     hold = settings.hold_steps if settings.hold_steps is not None else round(HOLD_SHARE * total_steps)
@@ -84,7 +84,7 @@ def make_recipe(model: CTCModel, settings: TrainConfig, peak: float, total_steps
         rate = head if below == 0 else peak * settings.layer_decay ** (below - 1)
         frozen = settings.freeze_encoder_steps if below else 0
         groups.setdefault((rate, frozen), []).append(parameter)
-    return Recipe([Group(parameters, rate, first) for (rate, first), parameters in groups.items()], schedule)
+    return LRSchedule([ParamGroup(parameters, rate, first) for (rate, first), parameters in groups.items()], schedule)
 
 
 def _by_depth(model: CTCModel) -> Iterator[tuple[int, nn.Parameter]]:

@@ -20,7 +20,7 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class Masking:
+class SpecAugment:
     """Drawn where batches are loaded, keyed by (seed, epoch, utterance)."""
 
     seed: int

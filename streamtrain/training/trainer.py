@@ -22,29 +22,29 @@ from streamtrain.config import Config
 from streamtrain.data.augment import keyed_random
 from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import ShardStream, StepBatch, StreamCounts
-from streamtrain.data.patience import Patience
-from streamtrain.data.plan import EpochPlan, PlanSettings, plan_rest
+from streamtrain.data.patience import Deadline
+from streamtrain.data.plan import EpochPlan, PlanSettings, plan_remaining
 from streamtrain.distributed import PreemptedError, Preemption, World
 from streamtrain.eval.evaluate import evaluate
 from streamtrain.eval.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.infer.export import save_best
 from streamtrain.model.checksums import check_sums
 from streamtrain.model.ctc import ctc_sum
-from streamtrain.run_status import Finish, check_mirrored, write_finish
+from streamtrain.run_status import RunResult, check_mirrored, write_result
 from streamtrain.training.checkpoint import RunState, save_checkpoint
 from streamtrain.training.mirror import Mirror
-from streamtrain.training.noise import RoomNoise, change_for_training
-from streamtrain.training.run_log import Monitor, RankRow, StepRow
-from streamtrain.training.spec_augment import Masking, Spans
+from streamtrain.training.noise import RoomNoise, augment_batch
+from streamtrain.training.run_log import RankRow, RunLog, StepRow
+from streamtrain.training.spec_augment import Spans, SpecAugment
 from streamtrain.training.zero_engine import Engine
 
 log = logging.getLogger("streamtrain")
 
-TELL_RANKS_EVERY = 20  # steps
+RANK_LOG_EVERY = 20  # steps
 MIRROR_GRACE_SEC = 10.0  # after SIGTERM: the launcher kills after 30 s
 SILENT = [field.name for field in fields(StreamCounts)].index("silent")
 MAX_SKIPPED = 20  # steps in a row; fp16 skips some at its start, until its loss scale fits
-MAX_SILENCED = 0.001  # share of clips that may train as silence though their bytes are right: above, something is wrong
+MAX_TOO_DENSE = 0.001  # share of clips that may train as silence though their bytes are right
 
 
 class TrainError(StreamtrainError):
@@ -82,7 +82,7 @@ class Plans:
     def __init__(self, index: ShardIndex, config: Config, state: RunState) -> None:
         self._index = index
         self._settings = PlanSettings.of(config)
-        self._began_in, self._begun = state.epoch, state.begun
+        self._began_in, self._begun = state.epoch, state.completed
         self._kept: tuple[int, EpochPlan] | None = None
         limit = config.train.max_steps or math.inf
         total = state.step - state.step_in_epoch
@@ -96,7 +96,7 @@ class Plans:
     def epoch(self, number: int) -> EpochPlan:
         if self._kept is None or self._kept[0] != number:
             begun = self._begun if number == self._began_in else ()
-            self._kept = (number, plan_rest(self._index, self._settings, number, begun))
+            self._kept = (number, plan_remaining(self._index, self._settings, number, begun))
         return self._kept[1]
 
 
@@ -117,7 +117,7 @@ class Trainer:
         self.config, self.world, self.engine, self.model = config, world, engine, engine.model
         self.stream, self.plans, self.state, self.mirror = stream, plans, state, mirror
         self.run_dir = Path(config.train.run_dir)
-        self._masking = Masking(
+        self._masking = SpecAugment(
             config.train.seed,
             Spans(config.model.mask_time_prob, config.model.mask_time_length),
             Spans(config.model.mask_feature_prob, config.model.mask_feature_length),
@@ -127,13 +127,13 @@ class Trainer:
         snr_db = config.data.noise_snr_db
         self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
         self._preemption = Preemption()
-        self.stream.patience = Patience(stopped=lambda: self._preemption.asked)
+        self.stream.patience = Deadline(stopped=lambda: self._preemption.asked)
         self._saved = saved  # what the newest checkpoint holds
         self._silenced = 0  # clips of this epoch, of all ranks, that trained as silence
         self._skipped_in_a_row = 0
         self._update_sec = 0.0  # of the optimizer, in the step before
         self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
-        self.monitor = Monitor(self.run_dir, plans.total_steps, state.step) if world.main else None
+        self.monitor = RunLog(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
         """Train to the last step; evaluate and save on the way and at the end, and when the machine is taken away."""
@@ -148,7 +148,7 @@ class Trainer:
             stopped.exit_code = self._preemption.exit_code
             raise stopped from error
         unmirrored = self._close(None)
-        with self.world.main_alone("end the run whole") as mine:
+        with self.world.on_main("end the run whole") as mine:
             if mine:
                 check_sums(self.run_dir / "best", must_have=True)  # it was verified when it was saved
                 self._write_finish(unmirrored)
@@ -157,15 +157,15 @@ class Trainer:
         """Write and tell, as the run's last act, what ended it. Raise StreamtrainError if its mirror lacks that."""
         state, patience = self.state, self.config.train.patience
         limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
-        finish = Finish(state.step, limit, state.best_cer, state.best_step, unmirrored)
+        finish = RunResult(state.step, limit, state.best_cer, state.best_step, unmirrored)
         log.info("%s", finish)
-        write_finish(self.run_dir, finish)
+        write_result(self.run_dir, finish)
         check_mirrored(self.run_dir, finish)
 
     def _close(self, wait_sec: float | None) -> str | None:
         """Let the mirror come to its end, for at most so long. Return on rank 0 why it lacks the last checkpoint."""
         unmirrored = None
-        with self.world.main_alone("copy the last checkpoint to the mirror"):
+        with self.world.on_main("copy the last checkpoint to the mirror"):
             if self.mirror is not None:
                 try:
                     self.mirror.close(wait_sec)
@@ -186,8 +186,8 @@ class Trainer:
                 row, asked = self._step(plan, forwards, waited)
                 if self.monitor is not None:
                     self.monitor.step(row)
-                if self._finished or self.state.step % TELL_RANKS_EVERY == 0:
-                    self._tell_ranks()
+                if self._finished or self.state.step % RANK_LOG_EVERY == 0:
+                    self._log_rank_stats()
                 if asked:
                     raise PreemptedError("stopped after a step")
                 self._evaluate_if_due()
@@ -211,7 +211,7 @@ class Trainer:
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
         """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
         merged = self.config.data.device_batch_seconds
-        finish = partial(change_for_training, self._masking, self._noise, self.state.epoch)
+        finish = partial(augment_batch, self._masking, self._noise, self.state.epoch)
         forwards: list[StepBatch] = []
         started = time.perf_counter()
         for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
@@ -232,14 +232,14 @@ class Trainer:
         self.model.encoder_frozen = state.step < self.config.train.freeze_encoder_steps
         nats = torch.zeros((), dtype=torch.float64, device=self.world.device)  # read once: each look waits for a GPU
         for item in forwards:
-            summed = self._forward(item.batch.to(self.world.device), item.numbers[0])
+            summed = self._forward(item.batch.to(self.world.device), item.micro_batch_ids[0])
             self.engine.backward(summed / symbols, last=item.last)
             nats += summed.detach()
         lost = float(nats)  # waits for the GPU, so that its time is this rank's own
         arrivals = self.engine.take_arrivals()
         counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
         failed = [key for item in forwards for key in item.batch.failed]
-        crowded = [key for item in forwards for key in item.batch.crowded]
+        crowded = [key for item in forwards for key in item.batch.too_dense]
         silenced = len(failed) + len(crowded)
         told = [lost, waited, waited + here_sec + self._update_sec, *astuple(counts)]
         everyone = self.world.gather_floats([silenced, _fingerprint(arrivals), self._preemption.asked, *told])
@@ -274,7 +274,7 @@ class Trainer:
         )
         return row, asked
 
-    def _tell_ranks(self) -> None:
+    def _log_rank_stats(self) -> None:
         """What each rank's data took since this was last told."""
         rows = []
         for rank, (_, waited, seconds, *values) in enumerate(self._told.tolist()):
@@ -328,7 +328,7 @@ class Trainer:
         for key in crowded:
             log.warning("%s has a label of more symbols and blanks than frames: trained as silence, without it", key)
         self._silenced = everywhere if first_step else self._silenced + everywhere
-        if self._silenced > MAX_SILENCED * len(self.stream.index.samples) + 1:
+        if self._silenced > MAX_TOO_DENSE * len(self.stream.index.samples) + 1:
             raise TrainError(
                 f"{self._silenced} clips of this epoch do not decode though their checksums hold, or have labels too "
                 "long for their frames; they are named above",
@@ -363,7 +363,7 @@ class Trainer:
                 log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
             return
         self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
-        with self.world.main_alone("save best/") as mine:
+        with self.world.on_main("save best/") as mine:
             if mine:
                 save_best(model.cpu(), self.run_dir / "best")
                 self._write_scorecard(evaluation)
@@ -376,7 +376,7 @@ class Trainer:
         self.state = replace(self.state, evaluated=self.state.step)
         if self.monitor is not None:
             self.monitor.draw_curves()
-        with self.world.main_alone("save best/") as mine:
+        with self.world.on_main("save best/") as mine:
             if mine:
                 save_best(model.cpu(), self.run_dir / "best")
 
@@ -395,12 +395,12 @@ class Trainer:
         if self.state == self._saved:
             return
         parts = self.engine.gather()
-        with self.world.main_alone(f"save step {self.state.step}") as mine:
+        with self.world.on_main(f"save step {self.state.step}") as mine:
             if mine:
                 folder, keep = self.run_dir / "checkpoints", self.config.train.keep_checkpoints
                 saved = save_checkpoint(parts, self.state, folder, keep)
                 if self.mirror is not None:
-                    self.mirror.offer(saved)
+                    self.mirror.enqueue(saved)
         self._saved = self.state
 
 
@@ -417,5 +417,5 @@ def is_stopped_early(state: RunState, patience: int | None) -> bool:
 def _advance(state: RunState, plan: EpochPlan, skipped: bool) -> RunState:
     state = replace(state, step=state.step + 1, skipped=state.skipped + skipped)
     if state.step_in_epoch + 1 == plan.steps:
-        return replace(state, epoch=state.epoch + 1, step_in_epoch=0, begun=())
+        return replace(state, epoch=state.epoch + 1, step_in_epoch=0, completed=())
     return replace(state, step_in_epoch=state.step_in_epoch + 1)

@@ -25,7 +25,7 @@ from streamtrain.distributed import World
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.pretrained import copy_of
 from streamtrain.precision import ConfigError, check_precision, offloads_of
-from streamtrain.training.schedule import Recipe
+from streamtrain.training.schedule import LRSchedule
 
 log = logging.getLogger("streamtrain")
 
@@ -34,20 +34,20 @@ MAX_BUCKET = 500_000_000  # elements, as the engine's own
 
 
 @dataclass(frozen=True)
-class Parts:
+class FullState:
     """What training has made so far, whole and in fp32: it fits any number of ranks and any ZeRO stage."""
 
-    weights: Tensors  # of the network, by name
-    moments: Tensors  # of the optimizer, "exp_avg.<name>" and the like
-    average: Tensors  # of the weights, where one is kept
-    numbers: dict[str, Any] = field(default_factory=dict)  # steps of the optimizer, state of the loss scaler
+    params: Tensors  # of the network, by name
+    optim: Tensors  # of the optimizer, "exp_avg.<name>" and the like
+    ema: Tensors  # of the weights, where one is kept
+    scalars: dict[str, Any] = field(default_factory=dict)  # steps of the optimizer, state of the loss scaler
 
 
 class Engine:
     """A model under ZeRO 1, 2 or 3. The losses of a step are summed over its forwards and over the ranks."""
 
     def __init__(
-        self, model: CTCModel, recipe: Recipe, settings: Mapping[str, Any], ema_decay: float, world: World
+        self, model: CTCModel, recipe: LRSchedule, settings: Mapping[str, Any], ema_decay: float, world: World
     ) -> None:
         self.model, self.world = model, world
         self._recipe = recipe
@@ -64,7 +64,7 @@ class Engine:
         if hasattr(self._engine.optimizer, "loss_scaler"):
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # it is told by the loop
         _leave_overflow_to_the_norm(self._engine.optimizer)
-        self._average = WeightAverage(model, ema_decay) if ema_decay else None
+        self._average = EMA(model, ema_decay) if ema_decay else None
         self._arrived: list[int] = []
         for number, (_, parameter) in enumerate(self._learning()):
             hook = partial(self._note_arrival, number)
@@ -78,7 +78,7 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)  # the engine takes the mean over the ranks
 
-    def try_order(self, lengths: list[int]) -> list[str]:
+    def check_gradient_order(self, lengths: list[int]) -> list[str]:
         """Return the order in which a backward pass over silent clips of these lengths (samples) reaches the weights.
 
         It runs on this rank alone: no gradient is summed over ranks or kept.
@@ -141,14 +141,14 @@ class Engine:
 
     # --- whole tensors ----------------------------------------------------------------------------------------------
 
-    def gather(self) -> Parts:
+    def gather(self) -> FullState:
         """All ranks call it together; the tensors come to rank 0's memory, elsewhere there are none."""
         moments = Tensors()
         self._link_moments()
         for name, parameter in self._learning():
             for kind in _moments_of(self._engine.optimizer.optimizer):
                 self._keep(moments, f"{kind}.{name}", safe_get_full_optimizer_state(parameter, kind))
-        return Parts(self._gather_weights(), moments, self._gather_average(), self._numbers())
+        return FullState(self._gather_weights(), moments, self._gather_average(), self._numbers())
 
     def make_moments(self) -> None:
         """Have the optimizer make its moments now, as zeros, which it does at its first step: one over silence.
@@ -202,21 +202,21 @@ class Engine:
     def _learning(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self.model.network.named_parameters() if weight.requires_grad]
 
-    def restore(self, parts: Parts) -> None:
+    def restore(self, parts: FullState) -> None:
         """Take up what `gather` gave. The model must have been made with those weights (`model.load_weights`)."""
-        if parts.moments:
+        if parts.optim:
             self.make_moments()
         kinds = _moments_of(self._engine.optimizer.optimizer)
         for name, parameter in self._learning():
-            self._give(parameter, parts.weights[name], None)
+            self._give(parameter, parts.params[name], None)
             for kind in kinds:
-                self._give(parameter, parts.moments[f"{kind}.{name}"], kind)
+                self._give(parameter, parts.optim[f"{kind}.{name}"], kind)
         optimizer = self._engine.optimizer
-        _set_steps(optimizer.optimizer, parts.numbers["optimizer_steps"])
+        _set_steps(optimizer.optimizer, parts.scalars["optimizer_steps"])
         if hasattr(optimizer, "loss_scaler"):
-            vars(optimizer.loss_scaler).update(parts.numbers["loss_scaler"])
+            vars(optimizer.loss_scaler).update(parts.scalars["loss_scaler"])
         if self._average is not None:
-            self._average.restore(parts.average or parts.weights, self.world)  # begun without, it begins here
+            self._average.restore(parts.ema or parts.params, self.world)  # begun without, it begins here
 
     def _keep(self, tensors: Tensors, name: str, whole: torch.Tensor) -> None:
         if self.world.main:
@@ -244,7 +244,7 @@ class Engine:
         }
 
 
-class WeightAverage:
+class EMA:
     """An exponential moving average of the weights (Polyak & Juditsky 1992); under ZeRO-3 each rank averages its part.
 
     It begins with what there is and forgets that soon: the first steps count as in a shorter average.

@@ -26,14 +26,14 @@ import soundfile
 import zstandard
 
 from sharding.audio.codec import SAMPLE_RATE, decode
-from sharding.audio.vad import listen
-from sharding.segment.split import LEAST_BETWEEN
+from sharding.audio.vad import detect_speech
+from sharding.segment.split import MIN_BETWEEN
 from sharding.sources.synthetic import SAMPLE_RATE as ESPEAK_RATE
 from sharding.sources.synthetic import (
-    Child,
+    DemoRow,
     Espeak,
-    Row,
     Samples,
+    Speaker,
     derive_id,
     open_espeak,
     plan_children,
@@ -42,8 +42,8 @@ from sharding.sources.synthetic import (
     write_manifest,
 )
 from streamtrain.eval.metrics import EditCounts, count_edits
-from streamtrain.model.decode import greedy, join_pieces
-from streamtrain.model.inference import hear
+from streamtrain.model.decode import greedy, join_texts
+from streamtrain.model.inference import compute_log_probs
 from streamtrain.model.pretrained import load_trained
 from tests.benchmarks.report import machine
 from tests.benchmarks.timing import ROOT, WORK
@@ -151,8 +151,8 @@ def make_recordings(folder: Path, hours: float, seed: int) -> None:
 
 
 def _record(
-    espeak: Espeak, child: Child, tier: str, drill: bool, rng: np.random.Generator, folder: Path, number: int
-) -> tuple[Row, Truth]:
+    espeak: Espeak, child: Speaker, tier: str, drill: bool, rng: np.random.Generator, folder: Path, number: int
+) -> tuple[DemoRow, Truth]:
     espeak.become(child)
     target = rng.uniform(*RECORDING_SEC)
     parts: list[Samples] = [np.zeros(round(rng.uniform(0.1, 0.3) * ESPEAK_RATE), np.int16)]
@@ -173,7 +173,7 @@ def _record(
     buffer = io.BytesIO()
     soundfile.write(buffer, sound, ESPEAK_RATE, format="FLAC", subtype="PCM_16")
     name = derive_id("U", "splitting", number)
-    row = Row(name, child.child_id, derive_id("S", "splitting", number), "", round(len(sound) / ESPEAK_RATE, 3),
+    row = DemoRow(name, child.child_id, derive_id("S", "splitting", number), "", round(len(sound) / ESPEAK_RATE, 3),
               child.age_bucket, "", 0, " ".join(words))  # fmt: skip
     return store_audio(row, buffer.getvalue(), folder), Truth(name, tier, tuple(joints))
 
@@ -227,7 +227,7 @@ def simpler_ways(waveform: np.ndarray, text: str) -> dict[str, list[Piece]]:
 
 def _greedy(waveform: np.ndarray) -> Iterator[float]:
     """The middle of the longest gap in each window of 25 s, from the last cut on."""
-    heard = listen(waveform)
+    heard = detect_speech(waveform)
     quiet, start = heard.speech < 0.3, 0
     while len(quiet) - start > LIMIT_SEC * 100:
         window = quiet[start + 150 : start + int(LIMIT_SEC * 100)]
@@ -415,7 +415,7 @@ def reliability(corpus: Path, alignments: Path) -> list[str]:
             for cut in row["cuts"]:
                 true = truths[row["utterance_id"]].words_before(cut["at"])
                 if true is not None:
-                    sure = min(cut["probability"] / max(1 - cut["inside"], LEAST_BETWEEN), 1.0)
+                    sure = min(cut["probability"] / max(1 - cut["inside"], MIN_BETWEEN), 1.0)
                     edges = next(edges for edges in bins if edges[0] <= sure < edges[1])
                     bins[edges].add(cut["words_before"] != true)
     return [f"  {low:.2f} ≤ P < {high:.2f}  {count} wrong" for (low, high), count in bins.items() if count.judged]
@@ -436,9 +436,9 @@ def joined_cer(corpus: Path, folder: Path, pieces: dict[str, list[Piece]]) -> di
             bounds = [round(second * SAMPLE_RATE) for second in (0.0, *ends)]
             texts = []
             for start, end in pairwise(bounds):
-                log_probs, frames = hear(model, [waveform[start:end]])
+                log_probs, frames = compute_log_probs(model, [waveform[start:end]])
                 texts.append(greedy(log_probs, frames, model.vocab)[0].text)
-            edits = count_edits(row["phonetic_text"], join_pieces(texts))
+            edits = count_edits(row["phonetic_text"], join_texts(texts))
             counts[name] = counts.get(name, EditCounts()) + edits
     return {name: count.rate for name, count in counts.items()}
 

@@ -22,7 +22,7 @@ from sharding.audio.codec import SAMPLE_RATE
 from sharding.labels.ipa import SYMBOLS
 from streamtrain.model.pretrained import ACTIVE_DROPOUTS
 from streamtrain.model.vocab import vocab_of
-from streamtrain.training.run_log import Monitor, StepRow, read_log
+from streamtrain.training.run_log import RunLog, StepRow, read_log
 from tests.benchmarks.report import Line, Quoted, machine, say
 from tests.benchmarks.timing import ROOT, WORK
 
@@ -146,7 +146,7 @@ def watching(steps: int = 2_000) -> float:
     """Seconds that the log, TensorBoard and the bar take of a step."""
     row = StepRow(*[1] * len(StepRow.__dataclass_fields__))
     with TemporaryDirectory() as home:
-        monitor = Monitor(Path(home), steps, 0)
+        monitor = RunLog(Path(home), steps, 0)
         started = time.perf_counter()
         for _ in range(steps):
             monitor.step(row)

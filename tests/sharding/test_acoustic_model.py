@@ -10,17 +10,17 @@ import torch
 from sharding.audio.codec import FRAME_SAMPLES
 from sharding.audio.vad import Stretch
 from sharding.segment.acoustic_model import (
-    HEARING,
+    DECODE_SCALE,
     PAUSE_NATS,
-    Sounds,
-    _owners,
+    PhoneGMM,
+    _occupancy,
     example_of,
-    learn,
-    listen_closely,
-    unpack_sounds,
+    fit,
+    mfcc_features,
+    unpack_model,
 )
 from sharding.segment.ctc_align import align
-from sharding.segment.evidence import BELIEVED, largest_gap
+from sharding.segment.evidence import FALLBACK_SHARE, choose_max_gap
 from sharding.segment.split import Segment, split_recording
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
@@ -65,24 +65,24 @@ def words_before(seed: int, words: list[str], second: float) -> int:
 
 
 @pytest.fixture(scope="module")
-def sounds() -> Sounds:
+def sounds() -> PhoneGMM:
     corpus = {f"{seed}": words_of(seed, 40) for seed in range(9)}
     examples = [example_of(name, " ".join(words), said(int(name), words)) for name, words in corpus.items()]
-    learned = learn(examples, "phonetic", wrong_share=0.02)
+    learned = fit(examples, "phonetic", max_false_accept=0.02)
     assert learned is not None
     return learned
 
 
-def split(sounds: Sounds, waveform: Sound, words: list[str]) -> list[Segment]:
-    return split_recording("parent", waveform, " ".join(words), sounds=sounds)
+def split(sounds: PhoneGMM, waveform: Sound, words: list[str]) -> list[Segment]:
+    return split_recording("parent", waveform, " ".join(words), acoustic_model=sounds)
 
 
 @pytest.mark.parametrize("seed", range(20, 24))
-def test_pieces_get_the_words_that_are_said_in_them(seed: int, sounds: Sounds) -> None:
+def test_pieces_get_the_words_that_are_said_in_them(seed: int, sounds: PhoneGMM) -> None:
     words = words_of(seed, 120)
     segments = split(sounds, said(seed, words), words)
     assert len(segments) > 2
-    assert {segment.by for segment in segments} == {"sounds"}
+    assert {segment.by for segment in segments} == {"acoustic_model"}
     assert any(segment.label_status == "labelled" for segment in segments)
     for segment in segments:
         first, last = (words_before(seed, words, second) for second in (segment.start_sec, segment.end_sec))
@@ -93,7 +93,7 @@ def test_pieces_get_the_words_that_are_said_in_them(seed: int, sounds: Sounds) -
 
 @pytest.mark.parametrize("seed", range(20, 24))
 @pytest.mark.parametrize("kind", ["dropped", "doubled", "swapped", "another's"])
-def test_a_wrong_label_is_refused_where_it_is_wrong(seed: int, kind: str, sounds: Sounds) -> None:
+def test_a_wrong_label_is_refused_where_it_is_wrong(seed: int, kind: str, sounds: PhoneGMM) -> None:
     words = words_of(seed, 120)
     wrong = {
         "dropped": words[:50] + words[51:],
@@ -115,7 +115,7 @@ def test_what_is_learned_does_not_depend_on_threads_and_leaves_them_as_they_were
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            learned.append(learn(examples, "phonetic", 0.02))
+            learned.append(fit(examples, "phonetic", 0.02))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -129,7 +129,7 @@ def test_what_is_learned_does_not_depend_on_threads_and_leaves_them_as_they_were
 def test_frames_are_as_many_as_the_sound_has_and_pauses_are_quiet() -> None:
     for samples in (1_600, 16_000, 25 * SAMPLE_RATE + 77, 60 * SAMPLE_RATE):
         sound = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
-        features, quiet = listen_closely(sound, [Stretch(samples // 2, samples, True)])
+        features, quiet = mfcc_features(sound, [Stretch(samples // 2, samples, True)])
         assert len(features) == len(quiet) == samples // FRAME_SAMPLES
         assert np.isfinite(features).all()
         assert quiet[: samples // 2 // FRAME_SAMPLES].all()
@@ -138,27 +138,27 @@ def test_frames_are_as_many_as_the_sound_has_and_pauses_are_quiet() -> None:
 
 
 @pytest.mark.parametrize(("phrases", "apart"), [(["kætɪ", "ʃumtə"], True), (["kætɪ ʃumtə"], False)])
-def test_a_pause_is_likelier_between_words_than_within_one(phrases: list[str], apart: bool, sounds: Sounds) -> None:
+def test_a_pause_is_likelier_between_words_than_within_one(phrases: list[str], apart: bool, sounds: PhoneGMM) -> None:
     """As two words or as one, the label spells the same."""
     example = example_of("parent", "kætɪʃumtə", recite(phrases, 0, np.random.default_rng(3)))
-    log_probs = sounds.log_probs(example.features, example.quiet, HEARING)
+    log_probs = sounds.log_probs(example.features, example.quiet, DECODE_SCALE)
     two, one = (align(log_probs, text, sounds).log_prob for text in ("kætɪ ʃumtə", "kætɪʃumtə"))
     assert two - one == pytest.approx(PAUSE_NATS if apart else 0.0, abs=0.5)
 
 
-def test_every_frame_is_learned_from_once(sounds: Sounds) -> None:
+def test_every_frame_is_learned_from_once(sounds: PhoneGMM) -> None:
     example = example_of("parent", "kætɪʃumtə", recite(["kætɪ", "ʃumtə"], 0, np.random.default_rng(3)))
-    assert _owners(sounds, example).sum(axis=1) == pytest.approx(np.ones(len(example.quiet)), abs=1e-5)
+    assert _occupancy(sounds, example).sum(axis=1) == pytest.approx(np.ones(len(example.quiet)), abs=1e-5)
 
 
-def test_nothing_is_learned_from_nothing(sounds: Sounds) -> None:
-    assert learn([], "phonetic", 0.02) is None
-    assert learn([example_of("mute", "", said(0, ["kæt"]))], "phonetic", 0.02) is None
+def test_nothing_is_learned_from_nothing(sounds: PhoneGMM) -> None:
+    assert fit([], "phonetic", 0.02) is None
+    assert fit([example_of("mute", "", said(0, ["kæt"]))], "phonetic", 0.02) is None
     crowded = example_of("crowded", " ".join(words_of(0, 60) * 40), said(0, words_of(0, 60)))
     burst = example_of("burst", "kæt", np.full(16_000, 1e30, np.float32))
     for useless in (crowded, burst):
-        assert learn([useless], "phonetic", 0.02) is None
-    mute = learn([example_of("silence", "kæt", np.zeros(16_000, np.float32))], "phonetic", 0.02)
+        assert fit([useless], "phonetic", 0.02) is None
+    mute = fit([example_of("silence", "kæt", np.zeros(16_000, np.float32))], "phonetic", 0.02)
     assert mute is not None
     assert np.isfinite(mute.precision).all()
     words = words_of(0, 60)
@@ -174,13 +174,13 @@ def test_labels_may_differ_from_what_is_heard_by_what_trials_allow_unless_these_
     gaps = [float(gap) for gap in range(1, 101)]
     telling, blind = [50.0 + gap for gap in gaps], [gap / 100 for gap in gaps]
     for share in (0.01, 0.1):
-        bound = largest_gap(gaps, telling, share)
+        bound = choose_max_gap(gaps, telling, share)
         assert np.mean(np.array(telling) <= bound) <= share
-        assert np.mean(np.array(gaps) <= largest_gap(gaps, blind, share)) == pytest.approx(BELIEVED, abs=0.01)
-    assert largest_gap(gaps, blind, 0.0) == min(blind)  # no exception
-    assert largest_gap(gaps, blind, 1.0) > max(gaps)  # all are believed
-    assert largest_gap(gaps, [1e3] * 9, 0.01) < max(gaps)  # the unusual is refused in any case
-    assert largest_gap(gaps, [], 0.01) == 0.0  # nothing was tried
+        assert np.mean(np.array(gaps) <= choose_max_gap(gaps, blind, share)) == pytest.approx(FALLBACK_SHARE, abs=0.01)
+    assert choose_max_gap(gaps, blind, 0.0) == min(blind)  # no exception
+    assert choose_max_gap(gaps, blind, 1.0) > max(gaps)  # all are believed
+    assert choose_max_gap(gaps, [1e3] * 9, 0.01) < max(gaps)  # the unusual is refused in any case
+    assert choose_max_gap(gaps, [], 0.01) == 0.0  # nothing was tried
 
 
 def read_tars(out: Path) -> dict[str, bytes]:
@@ -213,7 +213,7 @@ def test_a_build_learns_from_its_short_clips_and_labels_long_ones(tmp_path: Path
     assert read_tars(tmp_path / "out2") == one
 
 
-def test_an_index_keeps_all_that_was_learned(sounds: Sounds) -> None:
-    kept = unpack_sounds(json.loads(json.dumps(sounds.pack())))
+def test_an_index_keeps_all_that_was_learned(sounds: PhoneGMM) -> None:
+    kept = unpack_model(json.loads(json.dumps(sounds.pack())))
     words = words_of(30, 100)
     assert split(kept, said(30, words), words) == split(sounds, said(30, words), words)

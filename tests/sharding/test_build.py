@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.audio.codec import encode, frame_count
-from sharding.build.assign import Exceptions, choose_exceptions, is_validation
+from sharding.build.assign import SplitExceptions, choose_exceptions, is_validation
 from sharding.build.scan import speaker_hash
 from sharding.cli import main
 from sharding.errors import ManifestError
@@ -131,7 +131,7 @@ def bad_build(tmp_path_factory: pytest.TempPathFactory, run_sharding: Command) -
             bad.place(path)
     write_manifest(folder, rows)
     out = folder.parent / "shards"
-    done = run_sharding("build", folder, "--out", out, "--valid-fraction", 0, "--limit-sec", 1000)
+    done = run_sharding("build", folder, "--out", out, "--valid-fraction", 0, "--max-duration", 1000)
     assert done.returncode == 1
     return out, done.stdout + done.stderr
 
@@ -154,7 +154,7 @@ def test_bad_clips_do_not_keep_the_good_ones_from_being_published(bad_build: tup
 def test_too_many_bad_clips_make_the_command_fail_and_say_where_to_look(bad_build: tuple[Path, str]) -> None:
     _, said = bad_build
     share = len(BAD_CLIPS) / (len(BAD_CLIPS) + 3)
-    assert f"{share:.1%} of the clips were rejected, --max-rejected allows 1.0%" in said
+    assert f"{share:.1%} of the clips were rejected, --max-reject-rate allows 1.0%" in said
     assert "report/ledger.jsonl.zst has the reason for each" in said
 
 
@@ -162,7 +162,7 @@ def test_max_rejected_is_the_share_that_is_forgiven(tmp_path: Path, run_sharding
     folder = make_corpus(tmp_path / "corpus", clips=4)
     (folder / read_manifest(folder)[0]["audio_path"]).write_bytes(b"")
     for forgiven, code in ((0.24, 1), (0.25, 0), (0.24, 1)):  # the second and third find it built already
-        done = run_sharding("build", folder, "--out", tmp_path / "out", "--max-rejected", forgiven)
+        done = run_sharding("build", folder, "--out", tmp_path / "out", "--max-reject-rate", forgiven)
         assert done.returncode == code
         assert_balanced(tmp_path / "out")
 
@@ -376,7 +376,9 @@ def test_an_unfinished_build_with_other_settings_leaves_no_shard_behind(
 ) -> None:
     out = shutil.copytree(mixed_build, tmp_path / "out")
     (out / "index.json").unlink()
-    assert run_sharding("build", *mixed_sources, "--out", out, "--num-buckets", 2, "--max-rejected", 1).returncode == 0
+    assert (
+        run_sharding("build", *mixed_sources, "--out", out, "--num-buckets", 2, "--max-reject-rate", 1).returncode == 0
+    )
     index = read_index(open_store(out))
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.tar")} == {shard.name for shard in index.shards}
     assert run_sharding("verify", out, "--decode").returncode == 0
@@ -468,7 +470,7 @@ def test_the_same_build_again_has_nothing_to_do(small_corpus: Path, small_shards
     ("arguments", "difference"),
     [
         (["--num-buckets", 3, "--shard-mb", 0.1], "num_buckets 2 there, 3 asked"),
-        (["--num-buckets", 2, "--shard-mb", 0.1, "--limit-sec", 20], "limit_sec 25.0 there, 20.0 asked"),
+        (["--num-buckets", 2, "--shard-mb", 0.1, "--max-duration", 20], "limit_sec 25.0 there, 20.0 asked"),
     ],
 )
 def test_an_out_that_was_built_otherwise_is_left_alone(
@@ -506,9 +508,9 @@ def test_an_out_that_cannot_be_written_is_named(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--limit-sec", "0"], ["--limit-sec", "nan"], ["--limit-sec", "long"], ["--shard-mb", "0"],
+        ["--max-duration", "0"], ["--max-duration", "nan"], ["--max-duration", "long"], ["--shard-mb", "0"],
         ["--shard-mb", "inf"], ["--num-buckets", "0"], ["--num-buckets", "101"], ["--valid-fraction", "1.5"],
-        ["--max-rejected", "-1"], ["--workers", "0"], ["--workers", "two"], ["--worker", "1", "--no-such-flag"],
+        ["--max-reject-rate", "-1"], ["--workers", "0"], ["--workers", "two"], ["--worker", "1", "--no-such-flag"],
     ],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused_at_once(
@@ -529,7 +531,7 @@ def hashes(children: set[str]) -> npt.NDArray[np.uint64]:
     return np.array([speaker_hash(name) for name in sorted(children)], np.uint64)
 
 
-def chosen(children: set[str], fraction: float, exceptions: Exceptions | None = None) -> set[str]:
+def chosen(children: set[str], fraction: float, exceptions: SplitExceptions | None = None) -> set[str]:
     exceptions = exceptions or choose_exceptions(hashes(children), fraction)
     mask = is_validation(hashes(children), fraction, exceptions)
     return {name for name, valid in zip(sorted(children), mask, strict=True) if valid}
@@ -543,7 +545,7 @@ def test_a_child_stays_on_its_side_when_data_is_added(children: set[str], more: 
     if exceptions == choose_exceptions(hashes(children | more), fraction):
         assert chosen(children | more, fraction) & children == before
     if not before:  # as if they were appended
-        later = choose_exceptions(hashes(children | more), fraction, exceptions.spared)
+        later = choose_exceptions(hashes(children | more), fraction, exceptions.kept_in_training)
         assert not chosen(children | more, fraction, later) & children
         assert bool(chosen(children | more, fraction, later)) == bool(more - children)
 

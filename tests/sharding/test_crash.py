@@ -29,7 +29,7 @@ from tests.tools.shard_sets import assert_balanced, read_ledger, read_summary
 
 TEXT = "kæt sæt"
 UNCHECKED: dict[str, object] = {"md5_hash": None, "filesize_bytes": None}
-SETTINGS = ("--shard-mb", 0.1, "--max-rejected", 1)
+SETTINGS = ("--shard-mb", 0.1, "--max-reject-rate", 1)
 MOMENTS = 20
 ORDINARY_MOMENTS = 4  # of those, when time is short
 GONE_SEC = 5.0  # in which nobody of a killed build may be left
@@ -340,7 +340,7 @@ def test_a_clip_that_was_refused_and_then_mended_is_in_the_build_that_goes_on(
         names.append(f"{number}.wav")
         (folder / "audio" / names[-1]).write_bytes(noise(1 + number / 2, format="WAV", subtype="PCM_16"))
     write_manifest(folder, [describe(folder, f"audio/{name}", TEXT, **UNCHECKED) for name in names])
-    arguments = ["--limit-sec", 100, "--shard-mb", 2, "--valid-fraction", 0, "--workers", 1]
+    arguments = ["--max-duration", 100, "--shard-mb", 2, "--valid-fraction", 0, "--workers", 1]
     assert run_sharding("build", folder, "--out", tmp_path / "whole", *arguments).returncode == 0
     (folder / "audio/mended.flac").write_bytes(damage(data))
     process = start("build", folder, "--out", tmp_path / "out", *arguments)

@@ -18,8 +18,8 @@ import soundfile
 
 from sharding.build import dask as cluster
 from sharding.build.dask import ClusterWorkers
-from sharding.build.lock import sole_build
-from sharding.build.write import MADE_BY, ShardJob, Where, make_shard
+from sharding.build.lock import exclusive_build
+from sharding.build.write import ENCODER_VERSIONS, BuildContext, ShardJob, make_shard
 from sharding.errors import ManifestError, ShardError, StoreError, StreamtrainError
 from sharding.pool import die_with_parent
 from sharding.shardset.store import FolderStore, open_store
@@ -32,7 +32,7 @@ from tests.tools.shard_sets import digest_of, read_ledger
 pytest.importorskip("distributed")
 
 READY_SEC = 60.0
-SETTINGS = ("--shard-mb", 0.02, "--max-rejected", 1)  # a shard for every clip or two, so that a build takes a while
+SETTINGS = ("--shard-mb", 0.02, "--max-reject-rate", 1)  # a shard for every clip or two, so that a build takes a while
 
 
 @dataclass
@@ -278,14 +278,15 @@ def test_half_a_wish_for_a_cluster_is_refused_in_a_line(
 # --- machines that are no help --------------------------------------------------------------------------------------
 
 
-def a_job(out: Path, token: str, made_by: tuple[int, str, str] = MADE_BY) -> ShardJob:
-    return ShardJob(Where(str(out), "", (), "phonetic", False, token, made_by), "train/b00-00000.tar", 0, "train", ())
+def a_job(out: Path, token: str, made_by: tuple[int, str, str] = ENCODER_VERSIONS) -> ShardJob:
+    context = BuildContext(str(out), "", (), "phonetic", False, token, made_by)
+    return ShardJob(context, "train/b00-00000.tar", 0, "train", ())
 
 
 def test_a_worker_without_out_or_of_a_build_that_ended_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="does not see the build that it works for"):
         make_shard(a_job(tmp_path / "elsewhere", "token"))
-    with sole_build(FolderStore(tmp_path)) as lease:
+    with exclusive_build(FolderStore(tmp_path)) as lease:
         make_shard(a_job(tmp_path, lease.token))
         with pytest.raises(StoreError, match=f"now held by another build .pid {os.getpid()} on host"):
             make_shard(a_job(tmp_path, "of-a-build-that-ended"))

@@ -132,7 +132,7 @@ def test_what_cannot_be_trained_on_is_left_out_with_its_reason(run_sharding: Com
     with webdataset.ShardWriter(str(tmp_path / "train-%d.tar"), verbose=0) as writer:
         for key, members in clips.items():
             writer.write({"__key__": key} | members)
-    done = run_sharding("index", tmp_path, "--max-rejected", 0.5)
+    done = run_sharding("index", tmp_path, "--max-reject-rate", 0.5)
     assert done.returncode == 1
     assert "85.7% of the clips were rejected" in done.stderr
     for reason in ("no label", "deaf has no sound, only txt", "cut off", "outside the alphabet: 'λ'",
@@ -177,7 +177,7 @@ def test_one_key_with_two_sounds_or_two_labels_is_rejected(run_sharding: Command
     members |= {"b.flac": sound, "b.txt": b"bd", "b.json": b'{"phonetic_text": "db"}'}
     members |= {"c.flac": sound, "c.txt": b"bd", "c.json": b'{"phonetic_text": "bd", "text": "bead"}'}
     (tmp_path / "x.tar").write_bytes(plain_tar(members))
-    done = run_sharding("index", tmp_path, "--max-rejected", 1)
+    done = run_sharding("index", tmp_path, "--max-reject-rate", 1)
     assert "3 clips in" in done.stdout
     assert "= 1 written" in done.stdout
     for reason in ("a has 2 sounds, flac, wav", "b has two labels"):
@@ -247,7 +247,7 @@ def test_odd_labels_are_rejected_and_names_of_any_length_read(run_sharding: Comm
     (tmp_path / "train.tar").write_bytes(
         plain_tar(members | {f"{long}.flac": good, f"{long}.text": b"", f"{long}.txt": "k@æt".encode()})
     )
-    done = run_sharding("index", tmp_path, "--max-rejected", 1)
+    done = run_sharding("index", tmp_path, "--max-reject-rate", 1)
     assert done.returncode == 0, done.stderr
     assert "= 1 written + 0 split + 5 rejected" in done.stdout
     assert "1 noted: '@' is left out of the label, as by the official scorer" in done.stdout
@@ -261,7 +261,9 @@ def test_an_index_that_is_there_is_not_overwritten(small_shards: Path, run_shard
     assert "has an index.json already" in done.stderr
     assert (out / "index.json").read_bytes() == before
     (out / "index.json").unlink()
-    assert run_sharding("index", out, "--valid", "valid/*", "--max-rejected", 1).returncode == 0  # ours are tars, too
+    assert (
+        run_sharding("index", out, "--valid", "valid/*", "--max-reject-rate", 1).returncode == 0
+    )  # ours are tars, too
     assert run_sharding("verify", out, "--decode").returncode == 0
 
 

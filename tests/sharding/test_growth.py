@@ -12,7 +12,7 @@ import pytest
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.cli import main
-from sharding.shardset.index import read_index, read_keys, read_outlines
+from sharding.shardset.index import read_index, read_index_headers, read_keys
 from sharding.shardset.store import open_store
 from tests.tools.commands import Command
 from tests.tools.corpus import describe, make_corpus, read_manifest, write_manifest
@@ -167,10 +167,10 @@ def test_a_rejected_clip_that_was_mended_is_added_later(tmp_path: Path, run_shar
     path.write_bytes(sound[:-50])
     rows[2] = describe(folder, rows[2]["audio_path"], rows[2]["phonetic_text"], **rows[2] | {"md5_hash": None})
     write_manifest(folder, rows)
-    assert run_sharding("build", folder, "--out", out, "--max-rejected", 1).returncode == 0
+    assert run_sharding("build", folder, "--out", out, "--max-reject-rate", 1).returncode == 0
     assert read_summary(out)["fates"]["rejected"]["clips"] == 1
     path.write_bytes(sound)
-    assert run_sharding("build", folder, "--out", out, "--append", "--max-rejected", 0).returncode == 0
+    assert run_sharding("build", folder, "--out", out, "--append", "--max-reject-rate", 0).returncode == 0
     assert_balanced(out)
     assert len(read_all(out)) == 6
     assert all(row["fate"] == "written" for row in read_ledger(out))
@@ -238,7 +238,7 @@ def test_what_is_refused_again_makes_no_other_index_and_counts_by_itself(
 ) -> None:
     bad = make_corpus(tmp_path / "bad", clips=2, seed=3)
     (bad / read_manifest(bad)[0]["audio_path"]).write_bytes(b"")
-    arguments = ("build", bad, "--out", built, "--append", "--shard-mb", 0.2, "--max-rejected", 0.4)
+    arguments = ("build", bad, "--out", built, "--append", "--shard-mb", 0.2, "--max-reject-rate", 0.4)
     indexes = []
     for _ in range(3):
         done = run_sharding(*arguments)
@@ -246,7 +246,7 @@ def test_what_is_refused_again_makes_no_other_index_and_counts_by_itself(
         indexes.append((built / "index.json").read_bytes())
         assert_balanced(built)
     assert indexes[0] == indexes[1] == indexes[2]
-    assert "50.0% of the clips were rejected, --max-rejected allows 40.0%" in done.stderr
+    assert "50.0% of the clips were rejected, --max-reject-rate allows 40.0%" in done.stderr
     good = make_corpus(tmp_path / "good", clips=3, seed=4)
     assert run_sharding("build", good, *arguments[2:]).returncode == 0
     assert {row["source"] for row in read_ledger(built)} == {"first", "bad", "good"}
@@ -296,7 +296,7 @@ def test_every_bucket_has_so_many_shards_as_far_as_it_has_clips(
     min_shards: int, sources: list[Path], run_sharding: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert run_sharding("build", sources[0], "--out", out, "--min-shards", min_shards).returncode == 0
+    assert run_sharding("build", sources[0], "--out", out, "--min-shards-per-bucket", min_shards).returncode == 0
     index = read_index(open_store(out))
     shards, clips = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     for shard in index.shards:
@@ -344,14 +344,14 @@ def test_what_was_appended_is_made_again_too(
     first, out = shutil.copytree(sources[0], tmp_path / "first"), tmp_path / "out"
     refused = first / read_manifest(first)[0]["audio_path"]
     refused.write_bytes(b"")
-    build = ("build", "--out", out, "--max-rejected", 1, *SMALL_SHARDS)
+    build = ("build", "--out", out, "--max-reject-rate", 1, *SMALL_SHARDS)
     assert run_sharding(*build, first).returncode == 0
     if given_again == "mended":
         shutil.copy(sources[0] / refused.relative_to(first), refused)
     given = [first, sources[1]] if given_again else [sources[1]]
     assert run_sharding(*build, *given, "--append").returncode == 0
     before = digest_of(out)
-    latest, first_index = (outline for _, outline in read_outlines(open_store(out)))
+    latest, first_index = (outline for _, outline in read_index_headers(open_store(out)))
     old = {shard.name for shard in first_index.shards}
     new = {shard.name for shard in latest.shards} - old
     doomed = [out / min(old), out / min(new), next(out.glob("samples-*.bin.zst")), out / "samples.bin.zst",

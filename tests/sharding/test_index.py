@@ -19,10 +19,10 @@ from sharding.errors import ShardError, StreamtrainError
 from sharding.report.files import check_report
 from sharding.shardset.index import (
     FORMAT_VERSION,
-    Who,
+    SpeakerInfo,
+    read_checked,
     read_index,
     read_keys,
-    read_listed,
     read_sample,
     read_shard_index,
 )
@@ -113,7 +113,8 @@ def test_the_columns_of_a_shard_and_of_the_index_agree(small_shards: Path) -> No
         assert all((shard.samples[name] == rows[name]).all() for name in columns)
         samples = check_shard(store, shard)
         assert [sample.key for sample in samples] == list(shard.keys)
-        assert [Who(sample.corpus, sample.age_bucket, sample.child_id) for sample in samples] == list(shard.who)
+        speakers = [SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id) for sample in samples]
+        assert speakers == list(shard.speakers)
     assert (index.samples["samples"].sum(), len(index.samples)) == (
         sum(entry.samples for entry in index.shards),
         sum(entry.count for entry in index.shards),
@@ -147,7 +148,7 @@ def test_verify_names_the_file_with_a_flipped_byte(
 def check_all(store: Store) -> None:
     index = read_index(store)
     for shard in index.shards:
-        check_shard(store, read_listed(store, shard))
+        check_shard(store, read_checked(store, shard))
     if faults := check_report(store, index):
         raise ShardError("\n".join(faults))
 

@@ -18,7 +18,7 @@ import obstore
 import pytest
 
 from sharding.build import lock
-from sharding.build.lock import LOCK_NAME, sole_build
+from sharding.build.lock import LOCK_NAME, exclusive_build
 from sharding.errors import StoreError
 from sharding.files.exclusive import this_process
 from sharding.shardset.object_store import BucketStore
@@ -65,7 +65,7 @@ def holder(out: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def enter(out: str) -> None:
-    with sole_build(open_store(out)) as lease:
+    with exclusive_build(open_store(out)) as lease:
         lease.check()
 
 
@@ -104,7 +104,7 @@ def test_a_killed_build_no_longer_keeps_others_out(out: str) -> None:
 
 def test_a_build_that_fails_gives_its_place_back(out: str) -> None:
     def fail() -> None:
-        with sole_build(open_store(out)):
+        with exclusive_build(open_store(out)):
             raise RuntimeError("of its own")
 
     with pytest.raises(RuntimeError, match="of its own"):
@@ -117,7 +117,7 @@ def test_of_many_that_come_and_go_never_two_are_in(out: str, tmp_path: Path) -> 
 
     def run() -> None:
         for _ in range(rounds):
-            with suppress(StoreError), sole_build(open_store(out)) as lease:
+            with suppress(StoreError), exclusive_build(open_store(out)) as lease:
                 os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails where another is in
                 lease.check()
                 entered.append(1)
@@ -157,9 +157,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_somebody_removed_is_noticed(tmp_path: Path) -> None:
-    with sole_build(open_store(tmp_path)) as first:
+    with exclusive_build(open_store(tmp_path)) as first:
         (tmp_path / LOCK_NAME).unlink()
-        with sole_build(open_store(tmp_path)) as second:
+        with exclusive_build(open_store(tmp_path)) as second:
             second.check()
             with pytest.raises(StoreError, match="was removed during this build"):
                 first.check()
@@ -178,7 +178,7 @@ def test_a_lock_that_the_build_before_removes_while_it_is_being_taken_is_taken_a
         real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with sole_build(open_store(tmp_path)) as lease:
+    with exclusive_build(open_store(tmp_path)) as lease:
         lease.check()
         with pytest.raises(StoreError, match="another build is running"):
             enter(str(tmp_path))
@@ -186,10 +186,10 @@ def test_a_lock_that_the_build_before_removes_while_it_is_being_taken_is_taken_a
 
 
 def test_the_lock_of_another_is_not_removed(tmp_path: Path) -> None:
-    first = sole_build(open_store(tmp_path))
+    first = exclusive_build(open_store(tmp_path))
     first.__enter__()
     (tmp_path / LOCK_NAME).unlink()
-    with sole_build(open_store(tmp_path)) as second:
+    with exclusive_build(open_store(tmp_path)) as second:
         first.__exit__(None, None, None)
         second.check()
 
@@ -200,7 +200,7 @@ def test_the_lock_of_another_is_not_removed(tmp_path: Path) -> None:
 def test_a_lease_of_another_host_holds_while_it_is_renewed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "RENEW_SEC", 0.3)
     monkeypatch.setattr(lock, "ABANDONED_SEC", 2.0)
-    with sole_build(open_store(url)) as lease:
+    with exclusive_build(open_store(url)) as lease:
         elsewhere(monkeypatch)
         for _ in range(5):
             with pytest.raises(StoreError, match=r"last seen [0-2] s ago"):
@@ -213,10 +213,10 @@ def test_a_lease_of_another_host_holds_while_it_is_renewed(url: str, monkeypatch
 
 def test_a_lease_of_another_host_is_taken_over_once_it_is_silent(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "ABANDONED_SEC", 2.0)
-    with sole_build(open_store(url)) as first:
+    with exclusive_build(open_store(url)) as first:
         elsewhere(monkeypatch)
         time.sleep(3.5)
-        with sole_build(open_store(url)) as second:
+        with exclusive_build(open_store(url)) as second:
             second.check()
             with pytest.raises(StoreError, match=r"this build has lost its place: now held by .* on host elsewhere"):
                 first.check()
@@ -225,7 +225,7 @@ def test_a_lease_of_another_host_is_taken_over_once_it_is_silent(url: str, monke
 
 def test_the_lease_of_another_is_not_removed(url: str) -> None:
     theirs = json.dumps({"token": "theirs", "pid": 7, "host": "far", "since": "noon"}).encode()
-    with sole_build(open_store(url)) as lease:
+    with exclusive_build(open_store(url)) as lease:
         obstore.put(BucketStore(url)._store, LOCK_NAME, theirs)
         for _ in range(2):
             with pytest.raises(StoreError, match="now held by pid 7 on host far since noon"):
@@ -234,7 +234,7 @@ def test_the_lease_of_another_is_not_removed(url: str) -> None:
 
 
 def test_a_lease_that_somebody_removed_is_noticed(url: str) -> None:
-    with sole_build(open_store(url)) as lease:
+    with exclusive_build(open_store(url)) as lease:
         BucketStore(url).delete(LOCK_NAME)
         with pytest.raises(StoreError, match="lost its place: somebody removed it"):
             lease.check()
@@ -265,7 +265,7 @@ def test_of_many_that_would_take_over_one_does(url: str, monkeypatch: pytest.Mon
         def run(start: threading.Barrier = start, end: threading.Barrier = end, entered: list[int] = entered) -> None:
             start.wait()
             try:
-                with sole_build(open_store(url)) as lease:
+                with exclusive_build(open_store(url)) as lease:
                     entered.append(1)
                     end.wait()
                     lease.check()
@@ -286,7 +286,7 @@ def test_a_lease_outlives_what_gets_lost_on_the_way(
 ) -> None:
     monkeypatch.setattr(lock, "RENEW_SEC", 0.2)
     proxy.plan(Fault(action, r"(PUT|GET) .*\.building", times=3))
-    with sole_build(open_store(url)) as lease:
+    with exclusive_build(open_store(url)) as lease:
         for _ in range(4):
             proxy.plan(Fault(action, r"(PUT|GET) .*\.building"))
             time.sleep(0.3)
@@ -298,7 +298,7 @@ def test_a_lease_outlives_what_gets_lost_on_the_way(
 def test_a_server_that_is_away_is_told(url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_SEC", 2.0)
     monkeypatch.setattr(lock, "RENEW_SEC", 0.2)
-    with sole_build(open_store(url)) as lease:
+    with exclusive_build(open_store(url)) as lease:
         proxy.down()
         with pytest.raises(StoreError, match=rf"{url}/\.building: "):
             lease.check()
@@ -313,7 +313,7 @@ def test_a_stalled_renewal_does_not_hold_up_the_build(
     url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "RENEW_SEC", 0.2)
-    with sole_build(open_store(url)):
+    with exclusive_build(open_store(url)):
         proxy.plan(Fault("stall", r"PUT .*\.building", seconds=2))
         ends = time.monotonic() + 2
         longest, last = 0.0, time.monotonic()
@@ -372,7 +372,7 @@ def test_without_conditional_writes_a_build_goes_on_and_says_that_it_is_unguarde
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        with sole_build(open_store(url)) as lease:
+        with exclusive_build(open_store(url)) as lease:
             lease.check()
         server.shutdown()
     assert capsys.readouterr().err == f"{url}: no conditional writes here, so see to it that no other build runs\n"

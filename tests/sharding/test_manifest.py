@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.sources.manifest import Reading, read_source
+from sharding.sources.manifest import ManifestOptions, read_source
 from tests.tools.commands import Command
 from tests.tools.corpus import MANIFEST, make_corpus, read_manifest, write_manifest
 
@@ -147,10 +147,10 @@ def test_a_broken_zip_is_refused(corpus: Path, refuse: Callable[..., str]) -> No
 def test_windows_line_ends_byte_order_mark_and_blank_lines_are_read(corpus: Path) -> None:
     text = (corpus / MANIFEST).read_bytes()
     (corpus / MANIFEST).write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n\r\n"))
-    source = read_source(corpus, Reading())
+    source = read_source(corpus, ManifestOptions())
     rows = [source.layout.parse(source.line(row), 0)[0].utterance_id for row in range(len(source))]
     assert rows == [row["utterance_id"] for row in map(json.loads, text.splitlines())]
-    assert source.numbers.tolist() == [1, 3, 5]
+    assert source.micro_batch_ids.tolist() == [1, 3, 5]
 
 
 def test_orphans_on_both_sides_are_listed(corpus: Path, run_sharding: Command, tmp_path: Path) -> None:

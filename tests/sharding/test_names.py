@@ -16,10 +16,10 @@ from sharding.audio.codec import encode
 from sharding.build.external import index_tars
 from sharding.build.scan import speaker_hash
 from sharding.cli import _find_sources, main
-from sharding.files.names import age_order, name_of, same_name
+from sharding.files.names import age_order, canonical_name, name_of
 from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
 from sharding.shardset.store import open_store
-from sharding.sources.manifest import Reading, Utterance, read_source
+from sharding.sources.manifest import ManifestOptions, Utterance, read_source
 from streamtrain.infer.inputs import find_recordings
 from tests.tools.corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
@@ -31,14 +31,14 @@ Sizes = Mapping[str, bytes]
 
 def build(*sources: object, out: Path, code: int = 0) -> dict[str, str | None]:
     """Build in this process; returns the reason of each clip's rejection, None of one that was taken."""
-    command = ["build", *sources, "--out", out, "--workers", 1, "--valid-fraction", 0, "--max-rejected", 1]
+    command = ["build", *sources, "--out", out, "--workers", 1, "--valid-fraction", 0, "--max-reject-rate", 1]
     assert main([str(part) for part in command]) == code
     assert_balanced(out)
     return {row["utterance_id"]: row["reason"] for row in read_ledger(out)}
 
 
 def parse(folder: Path, rows: list[Row], group_by: str = "") -> list[Utterance]:
-    source = read_source(write_manifest(folder, rows), Reading(group_by=group_by))
+    source = read_source(write_manifest(folder, rows), ManifestOptions(group_by=group_by))
     return [source.layout.parse(source.line(row), row + 1)[0] for row in range(len(source))]
 
 
@@ -58,7 +58,7 @@ def test_two_spellings_of_a_name_are_one_speaker(column: str, one: object, other
             for row, name in zip(read_manifest(corpus), (one, other), strict=False)]  # fmt: skip
     first, second = parse(corpus, rows, "school")
     assert speaker_hash(first.speaker) == speaker_hash(second.speaker)
-    assert first.speaker == same_name(str(name_of(one)))
+    assert first.speaker == canonical_name(str(name_of(one)))
 
 
 @pytest.mark.parametrize("other", ["anna", "An na", "Anna\u0308", "Ann"])
@@ -190,7 +190,7 @@ def tar(members: Mapping[str, bytes], form: int = tarfile.USTAR_FORMAT, encoding
 def index_one(folder: Path, data: bytes) -> tuple[ShardIndex, dict[str, str | None]]:
     """Index a tar in this process; with the reason of each sample's rejection."""
     (folder / "train.tar").write_bytes(data)
-    assert main(["index", str(folder), "--workers", "1", "--max-rejected", "1"]) == 0
+    assert main(["index", str(folder), "--workers", "1", "--max-reject-rate", "1"]) == 0
     index = read_index(open_store(folder))
     return index, {row["utterance_id"]: row["reason"] for row in read_ledger(folder)}
 

@@ -163,7 +163,7 @@ DOOMED: list[Callable[[BucketStore], object]] = [
     *verbs("train/b00.tar"),
     lambda store: store.write("train/b00.tar", LARGE[::-1]),
     lambda store: store.write("small", b"small"),  # a request that stalls may arrive in the end
-    lambda store: store.write_if("lock", b"mine", None),
+    lambda store: store.put_if_match("lock", b"mine", None),
     lambda store: store.exists("train/b00.tar"),
     lambda store: store.delete("small"),
     lambda store: store.names(),

@@ -27,7 +27,7 @@ from sharding.labels.ipa import LETTERS, foreign_symbols, name_symbols, normaliz
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from sharding.sources.archive import AudioRoot, find_audio, open_audio
-from sharding.sources.manifest import Reading, Utterance, read_source
+from sharding.sources.manifest import ManifestOptions, Utterance, read_source
 from tests.tools.commands import Command
 from tests.tools.corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
@@ -106,9 +106,9 @@ def rename(rows: Iterable[Row], **columns: str) -> list[Row]:
     return [{columns.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def parse_all(path: Path, reading: Reading = Reading()) -> list[Utterance]:  # noqa: B008
+def parse_all(path: Path, reading: ManifestOptions = ManifestOptions()) -> list[Utterance]:  # noqa: B008
     source = read_source(path, reading)
-    return [source.layout.parse(source.line(row), int(source.numbers[row]))[0] for row in range(len(source))]
+    return [source.layout.parse(source.line(row), int(source.micro_batch_ids[row]))[0] for row in range(len(source))]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_compressed_file_that_is_cut_short_is_refused(name: str, kept: float, 
     data = PACKERS[name]((corpus / MANIFEST).read_bytes() * 10_000)
     (tmp_path / "copy" / name).write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(ManifestError, match=rf"{name}: damaged .*\nhint: it may not have been copied whole"):
-        read_source(tmp_path / "copy", Reading())
+        read_source(tmp_path / "copy", ManifestOptions())
 
 
 def test_rubbish_in_a_compressed_file_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_rubbish_in_a_compressed_file_is_refused(corpus: Path, tmp_path: Path) -
     for name, data in (("x.jsonl.gz", bytes(packed)), ("x.jsonl.gz", b"no gzip"), ("x.jsonl.zst", b"no zstandard")):
         (tmp_path / "copy" / name).write_bytes(data)
         with pytest.raises(ManifestError, match=f"{name}: damaged"):
-            read_source(tmp_path / "copy" / name, Reading())
+            read_source(tmp_path / "copy" / name, ManifestOptions())
 
 
 HEADER = "utterance_id,audio_path,phonetic_text"
@@ -246,12 +246,12 @@ def test_a_table_of_excel_is_read_whatever_parts_its_cells_and_its_paths(delimit
     rows = [["audio_path", "phonetic_text", "child_id", "Dauer; s, etwa"], ["Übung\\1.wav", TEXT, "Jörg, 5", "2,58"]]
     with open(tmp_path / "x.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
-    source = read_source(tmp_path / "x.csv", Reading())
+    source = read_source(tmp_path / "x.csv", ManifestOptions())
     utterance, _ = source.layout.parse(source.line(0), 2)
     assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Übung/1.wav", TEXT, "Jörg, 5")
     with open_audio(source.layout.audio, utterance.audio_path) as (_, size):
         assert size > 0
-    source = read_source(tmp_path / "x.csv", Reading(columns={"audio_duration_sec": "Dauer; s, etwa"}))
+    source = read_source(tmp_path / "x.csv", ManifestOptions(columns={"audio_duration_sec": "Dauer; s, etwa"}))
     with pytest.raises(ManifestError, match=r"(?s)'2,58', a number.*leave the column out: audio is measured"):
         source.layout.parse(source.line(0), 2)
 
@@ -267,7 +267,7 @@ def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "csv.writer" in code)
     exec(recipe)
-    source = read_source(folder, Reading())
+    source = read_source(folder, ManifestOptions())
     utterance, _ = source.layout.parse(source.line(0), 2)
     assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Zoë/1.wav", TEXT, "Zoë")
 
@@ -291,7 +291,7 @@ def test_a_table_without_ids_is_named_by_its_audio(corpus: Path, tmp_path: Path)
     utterances = parse_all(table)
     assert [utterance.utterance_id for utterance in utterances] == ["audio/meadow-0000", "audio/meadow-0001"]
     assert [utterance.text for utterance in utterances] == ["k", ""]
-    assert read_source(table, Reading()).numbers.tolist() == [2, 4]
+    assert read_source(table, ManifestOptions()).micro_batch_ids.tolist() == [2, 4]
 
 
 def test_json_lines_without_ids_are_named_by_their_audio_like_a_table(corpus: Path, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_no_path_escapes_the_audio_root(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "manifests"
     folder.mkdir()
     command = ["build", str(write_manifest(folder, rows)), "--audio-root", str(root), "--out", str(tmp_path / "out")]
-    assert main([*command, "--workers", "1", "--max-rejected", "1"]) == 0
+    assert main([*command, "--workers", "1", "--max-reject-rate", "1"]) == 0
     reasons = {row["utterance_id"]: row["reason"] for row in read_ledger(tmp_path / "out")}
     for number, reason in enumerate(paths.values()):
         assert (reasons[str(number)] or "").startswith(reason or ""), reasons
@@ -448,7 +448,7 @@ def make_common_voice(folder: Path, clips: int = 16, clients: int = 8) -> Path:
 
 def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Command, tmp_path: Path) -> None:
     folder = make_common_voice(tmp_path / "en")
-    arguments = ("--track", "word", "--group-by", "client_id", "--valid-fraction", 0.4, "--max-rejected", 1)
+    arguments = ("--track", "word", "--group-by", "client_id", "--valid-fraction", 0.4, "--max-reject-rate", 1)
     out = build(run_sharding, folder, *arguments, out=tmp_path / "out")
     samples = read_all(out)
     stored = {sample.utterance_id: (split, sample) for split, sample in samples.values()}
@@ -494,8 +494,8 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
             read_manifest(corpus)]  # fmt: skip
     (folder / "train_word_transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "._train_word_transcripts.jsonl").write_bytes(b"\0what macOS leaves on other disks")
-    assert Path(read_source(folder, Reading("word")).layout.transcripts).name == "train_word_transcripts.jsonl"
-    assert Path(read_source(folder, Reading()).layout.transcripts).name == MANIFEST
+    assert Path(read_source(folder, ManifestOptions("word")).layout.transcripts).name == "train_word_transcripts.jsonl"
+    assert Path(read_source(folder, ManifestOptions()).layout.transcripts).name == MANIFEST
 
 
 @pytest.mark.parametrize(
@@ -754,7 +754,7 @@ def test_audio_of_any_kind_becomes_16_khz_mono(run_sharding: Command, tmp_path: 
         soundfile.write(folder / "audio" / name, noise.normal(0, 0.1, frames), rate)
     names = [*FORMATS, *REFUSED_FORMATS]
     write_manifest(folder, [describe(folder, f"audio/{name}", "k", utterance_id=name) for name in names])
-    out = build(run_sharding, folder, "--max-rejected", 1, out=tmp_path / "out")
+    out = build(run_sharding, folder, "--max-reject-rate", 1, out=tmp_path / "out")
     reasons = {row["utterance_id"]: row["reason"] for row in read_ledger(out) if row["fate"] == "rejected"}
     assert reasons.keys() == REFUSED_FORMATS.keys()
     assert all(REFUSED_FORMATS[name][2] in reason for name, reason in reasons.items())
@@ -783,7 +783,18 @@ def test_what_was_done_to_a_sound_or_a_label_is_in_the_ledger_and_the_summary(
     texts = {"long": f"{TEXT}:", "usual": f"@{TEXT}:@"}  # which SAMPA means as phones
     write_manifest(folder, [describe(folder, f"audio/{path.name}", texts.get(path.stem, TEXT))
                             for path in (folder / "audio").iterdir()])  # fmt: skip
-    command = ("build", folder, "--out", tmp_path / "out", "--workers", 1, "--valid-fraction", 0, "--max-rejected", 1)
+    command = (
+        "build",
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        1,
+        "--valid-fraction",
+        0,
+        "--max-reject-rate",
+        1,
+    )
     at = "'@' is left out of the label, as by the official scorer"
     colon = "':' is left out of the label, as by the official scorer; length is 'ː' U+02D0"
     cancelled = "channels that cancel out: the loudest alone is used"

@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from sharding.audio.vad import HOP, VAD_WINDOW, Stretch, find_pauses, find_stretches, listen
+from sharding.audio.vad import HOP, VAD_WINDOW, Stretch, detect_speech, find_pauses, find_stretches
 from sharding.report.ledger import Tally, ledger_row
 from sharding.report.plots import DPI
-from sharding.segment.acoustic_model import example_of, learn
+from sharding.segment.acoustic_model import example_of, fit
 from sharding.segment.cuts import Cut, choose_cuts
 from sharding.segment.evidence import Evidence, hash_label
 from sharding.segment.split import split_recording, words_by_evidence
@@ -122,7 +122,7 @@ def long_samples(long_corpus: Path, run_sharding: Command) -> list[Sample]:
     No word of it is so well heard that a piece gets its words.
     """
     out = long_corpus.parent / "shards"
-    done = run_sharding("build", long_corpus, "--out", out, "--min-evidence", 1_000)
+    done = run_sharding("build", long_corpus, "--out", out, "--min-word-llr", 1_000)
     assert done.returncode == 0, done.stderr
     store = open_store(out)
     index = read_index(store)
@@ -167,7 +167,7 @@ def test_a_training_piece_without_a_sure_label_keeps_the_whole_text_beside_it(
 
 def test_the_split_command_shows_every_piece(long_corpus: Path, run_sharding: Command) -> None:
     row = read_manifest(long_corpus)[-1]
-    done = run_sharding("split", long_corpus / row["audio_path"], "--text", row["phonetic_text"], "--limit-sec", 10)
+    done = run_sharding("split", long_corpus / row["audio_path"], "--text", row["phonetic_text"], "--max-duration", 10)
     head, *lines = done.stdout.splitlines()
     assert head == f"{row['audio_duration_sec']:.2f} s in {len(lines)} pieces"
     assert len(lines) >= 3
@@ -196,14 +196,14 @@ def heard(text: str, cuts: list[int], words_before: list[int], probability: floa
 def test_what_sounds_say_is_checked_where_a_model_has_labelled() -> None:
     words = [word for number in range(30) for word in ("kætɪ", "ʃuzən", "dɑgzɪ")]
     waveform, text = recite(words, 0, np.random.default_rng(5)), " ".join(words)
-    sounds = learn([example_of("parent", text, waveform)], "phonetic", wrong_share=1.0)
-    first = split_recording("parent", waveform, text, sounds=sounds)
-    assert {segment.by for segment in first} == {"sounds"}
-    assert all(segment.guess is None for segment in first)
+    sounds = fit([example_of("parent", text, waveform)], "phonetic", max_false_accept=1.0)
+    first = split_recording("parent", waveform, text, acoustic_model=sounds)
+    assert {segment.by for segment in first} == {"acoustic_model"}
+    assert all(segment.pass1 is None for segment in first)
     assert " ".join(segment.text for segment in first).split() == words
     cuts = [round(segment.end_sec * SAMPLE_RATE) for segment in first[:-1]]
     before = list(itertools.accumulate(len(segment.text.split()) for segment in first[:-1]))
-    listening = listen(waveform)
+    listening = detect_speech(waveform)
     stretches = find_stretches(listening, find_pauses(listening), len(waveform))
     for shift, right in ((0, True), (1, False)):
         evidence = replace(
@@ -211,14 +211,14 @@ def test_what_sounds_say_is_checked_where_a_model_has_labelled() -> None:
             words_before=tuple(count + shift for count in before),
             gaps=(0.0,) * len(first),
         )
-        second = split_recording("parent", waveform, text, evidence=evidence, sounds=sounds)
-        assert [segment.guess and segment.guess.confidence for segment in second] == [s.confidence for s in first]
-        assert {segment.guess and segment.guess.right for segment in second} == {right}
+        second = split_recording("parent", waveform, text, evidence=evidence, acoustic_model=sounds)
+        assert [segment.pass1 and segment.pass1.confidence for segment in second] == [s.confidence for s in first]
+        assert {segment.pass1 and segment.pass1.right for segment in second} == {right}
         utterance = Utterance("u", "", "", "", "corpus", "u.flac", 60.0, "", "", None, text)
         tally = Tally()
         tally.count(ledger_row(utterance, "train", "split", 60.0, pieces=[asdict(segment) for segment in second]))
-        assert sum(tally.guessed.values()) == len(second)
-        assert sum(tally.guessed_wrong.values()) == (0 if right else len(second))
+        assert sum(tally.pass1_counts.values()) == len(second)
+        assert sum(tally.pass1_wrong.values()) == (0 if right else len(second))
 
 
 def test_a_cut_in_a_pause_is_between_words_whatever_the_model_hears_there() -> None:
@@ -417,14 +417,14 @@ def test_all_windows_at_once_are_heard_as_one_by_one(seconds: float) -> None:
         alone = silero_vad.load_silero_vad().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)[0].numpy()
     assert seconds < 1 or (alone > 0.9).any()
     windows = np.minimum(np.arange(max(len(waveform) // HOP, 1)) * HOP // VAD_WINDOW, len(alone) - 1)
-    np.testing.assert_allclose(listen(waveform).speech, alone[windows], atol=1e-4)
+    np.testing.assert_allclose(detect_speech(waveform).speech, alone[windows], atol=1e-4)
 
 
 def test_threads_that_listen_at_once_hear_what_one_hears() -> None:
     """The voice detector remembers: two recordings must not pass through it mixed."""
     sounds = [recite([f"kæt{'s' * number} ðɪʃu mowɛs"] * 6, 0, np.random.default_rng(number)) for number in range(8)]
-    alone = [listen(sound).speech for sound in sounds]
+    alone = [detect_speech(sound).speech for sound in sounds]
     with ThreadPoolExecutor(8) as pool:
-        together = [heard.speech for heard in pool.map(listen, sounds)]
+        together = [heard.speech for heard in pool.map(detect_speech, sounds)]
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import sharding.segment.ctc_align
 from sharding.audio.codec import CONV_LAYERS, SAMPLE_RATE
 from sharding.labels.ipa import normalize_ipa
-from sharding.segment.ctc_align import CERTAIN_NATS, AlignError, align, evidence_of
+from sharding.segment.ctc_align import CERTAIN_NATS, AlignError, align, word_llrs
 from sharding.segment.evidence import read_alignments
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
@@ -125,7 +125,7 @@ def test_evidence_for_an_only_word_is_its_probability_over_that_of_silence(text:
     log_probs = frames_of(seed, frames)
     said, silence = (sum(weight for _, weight in every_path(log_probs, label)) for label in (text, ""))
     tensor = torch.from_numpy(log_probs).float()
-    ((evidence,), _) = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
+    ((evidence,), _) = word_llrs(tensor, align(tensor, text, VOCAB).words, VOCAB)
     assert evidence == pytest.approx(np.log(said / silence), abs=1e-3)
 
 
@@ -143,9 +143,9 @@ def test_a_word_that_is_not_said_has_evidence_against_it(label: str, unsaid: int
     """Nothing but "ab a" is said."""
     log_probs = sure_frames([0, 0, 2, 0, 3, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0])
     found = align(log_probs, label, VOCAB)
-    evidence, _ = evidence_of(log_probs, found.words, VOCAB)
+    evidence, _ = word_llrs(log_probs, found.words, VOCAB)
     assert len(evidence) == len(label.split())
-    assert min(evidence_of(log_probs, align(log_probs, "ab a", VOCAB).words, VOCAB)[0]) > 10
+    assert min(word_llrs(log_probs, align(log_probs, "ab a", VOCAB).words, VOCAB)[0]) > 10
     assert (min(evidence, default=0) < -1) == bool(unsaid)
 
 
@@ -156,7 +156,7 @@ def test_evidence_for_an_order_is_its_probability_over_that_of_the_other(text: s
     back = " ".join(reversed(text.split()))
     said, swapped = (sum(weight for _, weight in every_path(log_probs, label)) for label in (text, back))
     tensor = torch.from_numpy(log_probs).float()
-    _, order = evidence_of(tensor, align(tensor, text, VOCAB).words, VOCAB)
+    _, order = word_llrs(tensor, align(tensor, text, VOCAB).words, VOCAB)
     assert order == [pytest.approx(np.log(said / swapped), abs=1e-3), CERTAIN_NATS]
 
 
@@ -297,8 +297,8 @@ def test_a_build_takes_up_what_was_aligned(rows: tuple[Path, dict[str, Row], dic
     for out, workers in (("one", 1), ("two", 2)):
         done = run_module(
             "sharding", "build", folder / "raw", "--out", tmp_path / out, "--workers", workers,
-            "--alignments", folder / "a/out.jsonl.zst", "--min-confidence", 0, "--wrong-share", 1,
-            "--min-evidence", -1_000,
+            "--alignments", folder / "a/out.jsonl.zst", "--min-confidence", 0, "--max-false-accept", 1,
+            "--min-word-llr", -1_000,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, two = (

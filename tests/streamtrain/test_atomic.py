@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from streamtrain.atomic import put_back, put_in_place
+from streamtrain.atomic import recover_replaced, replace_dir
 
 
 def make(folder: Path, what: str) -> Path:
@@ -20,7 +20,7 @@ def read(folder: Path) -> list[str]:
 def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     make(tmp_path / "best", "old")
     for what in ("new", "newer"):
-        put_in_place(make(tmp_path / ".best.part", what), tmp_path / "best")
+        replace_dir(make(tmp_path / ".best.part", what), tmp_path / "best")
         assert read(tmp_path / "best") == [what, what]
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
@@ -28,18 +28,18 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
 def test_after_a_kill_one_of_the_two_is_there_whole(tmp_path: Path) -> None:
     """The states of the disk between the steps: the old one aside; the new one in place; the old one half removed."""
     make(tmp_path / ".best.old", "old")
-    put_back(tmp_path, "best")
+    recover_replaced(tmp_path, "best")
     assert read(tmp_path / "best") == ["old", "old"]
 
     shutil.copytree(make(tmp_path / "new", "new"), tmp_path / "best", dirs_exist_ok=True)
     half = make(tmp_path / ".best.old", "old")
     (half / "a").unlink()
-    put_back(tmp_path, "best")
+    recover_replaced(tmp_path, "best")
     assert read(tmp_path / "best") == ["new", "new"]
     assert not half.exists()
 
 
 def test_what_has_another_name_stays(tmp_path: Path) -> None:
     make(tmp_path / ".worst.old", "old")
-    put_back(tmp_path, "best")
+    recover_replaced(tmp_path, "best")
     assert [path.name for path in tmp_path.iterdir()] == [".worst.old"]

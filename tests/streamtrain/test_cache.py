@@ -15,7 +15,7 @@ from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.object_store import BucketStore
 from sharding.shardset.store import open_store
 from streamtrain.data.dataset import ShardStream, open_for_reading
-from streamtrain.data.plan import PlanSettings, Uses, find_uses, plan_epoch
+from streamtrain.data.plan import PlanSettings, ShardSchedule, plan_epoch, shard_schedule
 from streamtrain.data.plan_report import live_bytes
 from streamtrain.distributed import World
 from tests.tools.stream_sets import (
@@ -123,8 +123,8 @@ def test_with_the_room_that_the_forecast_tells_each_shard_is_fetched_once(
     write_set(tmp_path / "set", clips=400, per_shard=5)
     bucket = upload(tmp_path / "set", url)
     index = read_index(bucket)
-    plan = plan_epoch(index, PlanSettings(batch_seconds=2, micro_batches_per_step=1, window_shards=1), 0)
-    uses = find_uses(index, plan)
+    plan = plan_epoch(index, PlanSettings(batch_seconds=2, micro_batches_per_step=1, shuffle_shards=1), 0)
+    uses = shard_schedule(index, plan)
     needed = int(max(live_bytes(index, plan, uses, nodes=1)[0]))
     total = sum(index.shards[shard].bytes for shard in uses.shard)
     assert needed < 0.7 * total
@@ -140,8 +140,9 @@ def test_what_the_plan_needs_last_is_evicted_first(bucket: BucketStore, tmp_path
     shards = [shard for shard in index.shards if shard.split == "train" and shard.bucket == 1][:4]
     rows = np.array([index.shards.index(shard) for shard in shards])
     cache = cached(bucket, tmp_path / "cache", sum(shard.bytes for shard in shards[:3]) + 2_000)
-    cache.follow(index, Uses(np.zeros(4, int), rows, np.array([0, 50, 60, 70]), np.array([0, 99, 99, 99])))
-    cache.reach(20)
+    first, last = np.array([0, 50, 60, 70]), np.array([0, 99, 99, 99])
+    cache.set_schedule(index, ShardSchedule(np.zeros(4, int), rows, first, last))
+    cache.prefetch_from(20)
     for shard in (shards[1], shards[0], shards[3]):  # the first is behind us, the second needed at 50, the last at 70
         cache.read_ranges(shard.name, [(0, 1)])
     cache.read_ranges(shards[2].name, [(0, 1)])
@@ -159,7 +160,7 @@ def test_validation_stays_in_a_cache_that_training_has_filled(bucket: BucketStor
     rows = np.array([index.shards.index(shard) for shard in train])
     room = max(sum(shard.bytes for shard in train[:4]), 2 * max(shard.bytes for shard in index.shards))
     cache = cached(bucket, tmp_path / "cache", room + 2_000)
-    cache.follow(index, Uses(np.zeros_like(rows), rows, np.zeros_like(rows), np.full_like(rows, 99)))
+    cache.set_schedule(index, ShardSchedule(np.zeros_like(rows), rows, np.zeros_like(rows), np.full_like(rows, 99)))
     for shard in train:
         cache.read_ranges(shard.name, [(0, 1)])
     cache.take_counts()
@@ -176,8 +177,8 @@ def test_what_will_be_needed_is_fetched_ahead_into_whatever_room_there_is(bucket
     rows = np.array([index.shards.index(shard) for shard in shards])
     for folder in (tmp_path / str(round_) for round_ in range(40)):
         cache = cached(bucket, folder, sum(shard.bytes for shard in shards) + 2_000)
-        cache.follow(index, Uses(np.zeros(5, int), rows, np.array([0, 0, 0, 0, 20]), np.full(5, 99)))
-        cache.reach(0)
+        cache.set_schedule(index, ShardSchedule(np.zeros(5, int), rows, np.array([0, 0, 0, 0, 20]), np.full(5, 99)))
+        cache.prefetch_from(0)
         deadline = time.monotonic() + 20
         while len(files(folder)) < 5 and time.monotonic() < deadline:
             time.sleep(0.02)

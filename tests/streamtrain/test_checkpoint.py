@@ -16,24 +16,24 @@ import torch
 
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
-from streamtrain.atomic import put_back
+from streamtrain.atomic import recover_replaced
 from streamtrain.config import load_config
-from streamtrain.data.plan import Begun, PlanSettings, plan_rest
+from streamtrain.data.plan import PlanPrefix, PlanSettings, plan_remaining
 from streamtrain.eval.metrics import EditCounts
 from streamtrain.eval.scorecard import Evaluation
 from streamtrain.training.checkpoint import (
     CheckpointError,
     RunState,
     _digest,
-    drop_later,
+    delete_later_checkpoints,
     find_checkpoint,
     list_checkpoints,
-    load_parts,
+    load_state,
     open_checkpoint,
     save_checkpoint,
 )
-from streamtrain.training.run_log import Monitor
-from streamtrain.training.zero_engine import Parts
+from streamtrain.training.run_log import RunLog
+from streamtrain.training.zero_engine import FullState
 from tests.tools.commands import own_mounts
 from tests.tools.corpus import make_corpus
 from tests.tools.seaweed import Seaweed
@@ -108,7 +108,7 @@ def test_a_run_killed_at_random_moments_repeats_the_undisturbed_losses_to_the_bi
 
 
 def average_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_parts(open_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])).average
+    return load_state(open_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])).ema
 
 
 def test_a_run_goes_on_at_other_numbers_of_ranks_and_under_other_zero_stages(work: Path, whole: list[float]) -> None:
@@ -174,10 +174,10 @@ def test_a_run_that_was_asked_to_stop_says_so_to_its_scheduler_and_may_go_on_by_
         read_index(open_store(work / "shards")),
         *(settings_of(each) for each in (one_epoch, larger)),
     )
-    rest = plan_rest(index, large, 0, [Begun(small, stopped_at)])
+    rest = plan_remaining(index, large, 0, [PlanPrefix(small, stopped_at)])
     assert len(losses(folder)) == stopped_at + rest.steps
     last = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state
-    assert (last.step, last.epoch, last.step_in_epoch, last.begun) == (stopped_at + rest.steps, 1, 0, ())
+    assert (last.step, last.epoch, last.step_in_epoch, last.completed) == (stopped_at + rest.steps, 1, 0, ())
 
 
 def settings_of(overrides: Sequence[str]) -> PlanSettings:
@@ -214,8 +214,8 @@ def state(step: int, **values: object) -> RunState:
     return RunState({"train": {"seed": 0}}, "digest", 1, step=step, **values)  # type: ignore[arg-type]
 
 
-def parts(step: int) -> Parts:
-    return Parts(
+def parts(step: int) -> FullState:
+    return FullState(
         {"weight": torch.full((5,), float(step))},
         {"exp_avg.weight": torch.zeros(5)},
         {},
@@ -240,13 +240,13 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
         open_checkpoint(tmp_path / "step-0000002")
     assert str(tmp_path / "step-0000002" / name) in refused.value.message
     assert f"--resume {tmp_path / 'step-0000001'}" in str(refused.value.hint)
-    assert load_parts(open_checkpoint(tmp_path / "step-0000001")).weights["weight"].tolist() == [1.0] * 5
+    assert load_state(open_checkpoint(tmp_path / "step-0000001")).params["weight"].tolist() == [1.0] * 5
 
 
 def test_what_comes_after_the_chosen_checkpoint_is_dropped(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_checkpoint(parts(step), state(step), tmp_path, keep=9)
-    drop_later(tmp_path / "step-0000002")
+    delete_later_checkpoints(tmp_path / "step-0000002")
     assert steps_saved_in(tmp_path) == [1, 2]
 
 
@@ -262,7 +262,7 @@ def test_any_byte_of_a_state_matters(tmp_path: Path) -> None:
 def test_a_checkpoint_that_a_kill_caught_while_it_was_replaced_is_put_back(tmp_path: Path) -> None:
     only = save_checkpoint(parts(1), state(1), tmp_path, keep=1)
     only.rename(tmp_path / ".step-0000001.old")
-    put_back(tmp_path, "step-*")
+    recover_replaced(tmp_path, "step-*")
     assert find_checkpoint("auto", tmp_path) == only
     save_checkpoint(parts(1), state(1, best_cer=0.5), tmp_path, keep=1)
     assert open_checkpoint(only).state.best_cer == 0.5
@@ -275,7 +275,7 @@ def test_the_last_checkpoints_are_kept_and_that_of_the_best_score(tmp_path: Path
     assert steps_saved_in(tmp_path) == [3, 6, 7]
     assert (tmp_path / "newest").resolve() == tmp_path / "step-0000007"
     assert open_checkpoint(tmp_path / "best").state.step == 3
-    assert open_checkpoint(tmp_path / "best").numbers == {"optimizer_steps": 3, "loss_scaler": {}}
+    assert open_checkpoint(tmp_path / "best").scalars == {"optimizer_steps": 3, "loss_scaler": {}}
 
 
 def steps_saved_in(folder: Path) -> list[int]:
@@ -527,7 +527,7 @@ def test_each_evaluation_stands_in_the_samples_once_wherever_a_run_is_resumed(tm
     nothing = Evaluation(EditCounts(reference_length=1), None, (), "phonetic", {})
 
     def go_on(done: int, scored: list[int]) -> list[int]:
-        monitor = Monitor(tmp_path, 9, done)
+        monitor = RunLog(tmp_path, 9, done)
         for step in scored:
             monitor.evaluated(step, nothing)
         monitor.close()

@@ -216,14 +216,14 @@ def test_json_that_is_no_configuration_is_named(content: str, tmp_path: Path) ->
 )
 def test_where_a_run_lies_and_how_it_reads_is_no_part_of_what_a_step_computes(override: str, load: Load) -> None:
     """So a checkpoint resumes from a copy of the shards, or with more threads; of the shards the digest is compared."""
-    assert load(override).decisive == load().decisive
+    assert load(override).resume_key == load().resume_key
 
 
 @pytest.mark.parametrize(
     "override",
     [
         "data.batch_seconds=12",
-        "data.window_shards=9",
+        "data.shuffle_shards=9",
         "data.length_jitter=0.1",
         "model.dropout=0.3",
         "model.scratch.hidden_size=32",
@@ -236,7 +236,7 @@ def test_where_a_run_lies_and_how_it_reads_is_no_part_of_what_a_step_computes(ov
     ],
 )
 def test_what_decides_a_step_is_compared(override: str, load: Load) -> None:
-    assert load(override).decisive != load().decisive
+    assert load(override).resume_key != load().resume_key
 
 
 @pytest.mark.parametrize(

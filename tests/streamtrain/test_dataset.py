@@ -21,10 +21,10 @@ from sharding.labels.ipa import ctc_frames_needed
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import FolderStore
-from streamtrain.data.collate import collate, silence_crowded
+from streamtrain.data.collate import collate, silence_too_dense
 from streamtrain.data.dataset import BATCHES_AHEAD, ShardStream, read_ahead
-from streamtrain.data.patience import Patience, StallError
-from streamtrain.data.plan import PlanError, PlanSettings, Sounds, numbers_of_rank, plan_epoch
+from streamtrain.data.patience import Deadline, StallError
+from streamtrain.data.plan import Perturbation, PlanError, PlanSettings, micro_batches_of_rank, plan_epoch
 from streamtrain.distributed import LostStepError, World
 from streamtrain.model.ctc import ctc_sum
 from tests.tools.ports import free_port
@@ -50,7 +50,7 @@ def test_every_clip_is_seen_once_by_all_ranks_together(world_size: int, workers:
     items = run_epoch(meadow, world_size, workers, plan)
     assert keys_of(items) == training_keys(meadow)
     assert set(keys_of(items).values()) == {1}
-    places = Counter((item.step, *item.numbers) for item in items)
+    places = Counter((item.step, *item.micro_batch_ids) for item in items)
     assert places == {(step, number): 1 for step in range(plan.steps) for number in range(8)}
 
 
@@ -68,7 +68,7 @@ def test_a_corpus_smaller_than_the_world_gives_each_rank_a_silent_row(
     silent = [item.batch for item in items if item.batch.keys == ("",)]
     assert len(silent) == max(0, 8 - clips)
     for batch in silent:
-        assert batch.weights.tolist() == [0.0]
+        assert batch.params.tolist() == [0.0]
         assert batch.target_lengths.tolist() == [0]
         assert not batch.inputs.any()
 
@@ -76,9 +76,9 @@ def test_a_corpus_smaller_than_the_world_gives_each_rank_a_silent_row(
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_a_micro_batch_is_the_same_whoever_computes_it(world_size: int, meadow: Path) -> None:
     plan = plan_of(meadow)
-    alone = {(item.step, *item.numbers): item.batch for item in run_epoch(meadow, 1, 3, plan)}
+    alone = {(item.step, *item.micro_batch_ids): item.batch for item in run_epoch(meadow, 1, 3, plan)}
     for item in run_epoch(meadow, world_size, 1, plan):
-        other = alone[item.step, *item.numbers]
+        other = alone[item.step, *item.micro_batch_ids]
         assert item.batch.keys == other.keys
         assert torch.equal(item.batch.inputs, other.inputs)
         assert torch.equal(item.batch.targets, other.targets)
@@ -88,11 +88,12 @@ def test_batches_come_in_the_plans_order(meadow: Path) -> None:
     plan = plan_of(meadow)
     stream = stream_of(meadow, rank=1, size=4, workers=3)
     items = list(stream.epoch(plan))
-    assert [(item.step, *item.numbers) for item in items] == [(step, n) for step in range(plan.steps) for n in (1, 5)]
+    expected = [(step, n) for step in range(plan.steps) for n in (1, 5)]
+    assert [(item.step, *item.micro_batch_ids) for item in items] == expected
     store = FolderStore(meadow)
     keys = read_keys(store, read_index(store))
     for item in items:
-        assert list(item.batch.keys) == keys[plan.micro_batch(item.step, *item.numbers)].tolist()
+        assert list(item.batch.keys) == keys[plan.micro_batch(item.step, *item.micro_batch_ids)].tolist()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1), (8, 2, 4)])
@@ -103,13 +104,13 @@ def test_stopped_twice_at_any_step_it_goes_on_as_if_uninterrupted(
     """With other ranks and other threads each time."""
     plan = plan_of(meadow)
     assert plan.steps >= 3
-    whole = {(item.step, *item.numbers): item.batch.keys for item in run_epoch(meadow, 1, 2, plan)}
+    whole = {(item.step, *item.micro_batch_ids): item.batch.keys for item in run_epoch(meadow, 1, 2, plan)}
     for stops in combinations(range(plan.steps + 1), 2):
         seen = []
         for size, threads, first, last in zip(sizes, workers, (0, *stops), (*stops, plan.steps), strict=True):
             seen += [item for item in run_epoch(meadow, size, threads, plan, first) if item.step < last]
         assert len(seen) == len(whole)
-        assert {(item.step, *item.numbers): item.batch.keys for item in seen} == whole
+        assert {(item.step, *item.micro_batch_ids): item.batch.keys for item in seen} == whole
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3), st.lists(st.floats(0.1, 3), min_size=1))
@@ -122,7 +123,7 @@ def test_a_machine_knows_when_its_own_ranks_read_which_shard_however_many_the_ot
         ranks = range(sum(slots[:node]), sum(slots[: node + 1]))
         read = defaultdict(set)
         for step, rank in product(range(plan.steps), ranks):
-            for number in numbers_of_rank(rank, size, plan.micro_batches_per_step):
+            for number in micro_batches_of_rank(rank, size, plan.micro_batches_per_step):
                 for shard in index.samples["shard"][plan.micro_batch(step, number)].tolist():
                     read[shard].add(step)
         for rank in ranks:
@@ -172,13 +173,13 @@ def test_a_batch_holds_each_clip_normalised_padded_and_labelled(meadow: Path) ->
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
     assert batch.input_lengths.tolist() == stream.index.samples["samples"][rows].tolist()
     assert batch.inputs.shape == (len(rows), batch.input_lengths.max())
-    raw = collate(samples, Sounds.as_recorded(batch.input_lengths.numpy()), VOCAB, normalize=False)
+    raw = collate(samples, Perturbation.as_recorded(batch.input_lengths.numpy()), VOCAB, normalize=False)
     for row, (sample, length) in enumerate(zip(samples, batch.input_lengths.tolist(), strict=True)):
         expected = extractor(raw.inputs[row, :length].numpy(), sampling_rate=SAMPLE_RATE)["input_values"][0]
         assert torch.allclose(batch.inputs[row, :length], torch.from_numpy(expected), atol=1e-6)
         assert not batch.inputs[row, length:].any()
         assert VOCAB.decode(batch.targets[row, : batch.target_lengths[row]].tolist()) == sample.text
-    assert batch.weights.tolist() == [1.0] * len(rows)
+    assert batch.params.tolist() == [1.0] * len(rows)
 
 
 @given(st.lists(st.text("kaæ", max_size=8), min_size=1, max_size=4), st.integers(1, 16))
@@ -187,14 +188,14 @@ def test_a_clip_without_frames_for_its_label_weighs_nothing_and_is_named(texts: 
     audio = encode(np.zeros(400, np.float32))
     samples = [Sample(f"clip-{row}", audio, text, "labelled", f"clip-{row}") for row, text in enumerate(texts)]
     lengths = torch.full((len(texts),), frames)
-    whole = collate(samples, Sounds.as_recorded(np.full(len(texts), 400)), VOCAB, normalize=False)
-    batch = silence_crowded(whole, lengths)
+    whole = collate(samples, Perturbation.as_recorded(np.full(len(texts), 400)), VOCAB, normalize=False)
+    batch = silence_too_dense(whole, lengths)
     crowded = [ctc_frames_needed(text) > frames for text in texts]
-    assert batch.weights.tolist() == [float(not one) for one in crowded]
-    assert batch.crowded == tuple(sample.key for sample, one in zip(samples, crowded, strict=True) if one)
+    assert batch.params.tolist() == [float(not one) for one in crowded]
+    assert batch.too_dense == tuple(sample.key for sample, one in zip(samples, crowded, strict=True) if one)
     scores = torch.zeros(len(texts), frames, len(VOCAB)).log_softmax(-1)
     before, after = (
-        ctc_sum(scores, lengths, one.targets, one.target_lengths, one.weights, VOCAB.blank) for one in (whole, batch)
+        ctc_sum(scores, lengths, one.targets, one.target_lengths, one.params, VOCAB.blank) for one in (whole, batch)
     )
     assert torch.isfinite(after)
     assert bool(torch.isfinite(before)) == (not any(crowded))
@@ -247,9 +248,9 @@ def test_gain_changes_loudness_alone_and_nothing_where_the_model_normalises(mead
 
 def test_a_resume_hears_the_same_whoever_computes_it_and_the_next_epoch_something_else(meadow: Path) -> None:
     plan = plan_epoch(read_index(FolderStore(meadow)), LOUD_AND_FAST, 0)
-    whole = {(item.step, *item.numbers): item.batch for item in run_epoch(meadow, 1, 2, plan)}
+    whole = {(item.step, *item.micro_batch_ids): item.batch for item in run_epoch(meadow, 1, 2, plan)}
     for item in run_epoch(meadow, 4, 1, plan, first_step=1):
-        assert torch.equal(item.batch.inputs, whole[item.step, *item.numbers].inputs)
+        assert torch.equal(item.batch.inputs, whole[item.step, *item.micro_batch_ids].inputs)
         assert not item.batch.failed
     now, then = heard(meadow, LOUD_AND_FAST), heard(meadow, LOUD_AND_FAST, epoch=1)
     assert now.keys() == then.keys()
@@ -283,10 +284,10 @@ def test_a_clip_that_does_not_decode_is_a_silent_row_of_its_planned_length(audio
     (batch,) = [item.batch for item in items if "clip-0-005" in item.batch.keys]
     row = batch.keys.index("clip-0-005")
     assert batch.failed == ("clip-0-005",)
-    assert batch.weights[row] == 0
+    assert batch.params[row] == 0
     assert not batch.inputs[row].any()
     assert batch.input_lengths[row] == plan.lengths[np.flatnonzero(plan.rows == 12 // 2 + 2)[0]]
-    weights = sum(float(item.batch.weights.sum()) for item in items)
+    weights = sum(float(item.batch.params.sum()) for item in items)
     assert weights == 11
 
 
@@ -365,25 +366,25 @@ def test_an_error_comes_where_its_batch_would_have_and_the_threads_stop() -> Non
 
 
 @pytest.mark.parametrize(("workers", "patience", "error", "words"), [
-    (2, Patience(1), StallError, r"rank 0's batch of step \d+ of this epoch has not come in [12] s(?s:.*)dump --pid"),
-    (0, Patience(60, lambda: True, 1), LostStepError, r"step \d+ of this epoch has not come in [12] s: the step"),
+    (2, Deadline(1), StallError, r"rank 0's batch of step \d+ of this epoch has not come in [12] s(?s:.*)dump --pid"),
+    (0, Deadline(60, lambda: True, 1), LostStepError, r"step \d+ of this epoch has not come in [12] s: the step"),
 ])  # fmt: skip
 def test_a_read_that_hangs_is_told_in_time_and_keeps_nobody(
-    workers: int, patience: Patience, error: type[Exception], words: str, tmp_path: Path
+    workers: int, patience: Deadline, error: type[Exception], words: str, tmp_path: Path
 ) -> None:
     index = write_set(tmp_path)
     stream, plan = stream_of(tmp_path, workers=workers), plan_of(tmp_path)
     stream.patience = patience
     with opened_by_nobody(tmp_path / index.shards[0].name), pytest.raises(error, match=words):
         list(stream.epoch(plan))
-    stream.patience = Patience()
+    stream.patience = Deadline()
     assert keys_of(list(stream.epoch(plan))) == training_keys(tmp_path)
 
 
 def test_a_batch_of_validation_that_hangs_is_told_too(tmp_path: Path) -> None:
     index = write_set(tmp_path)
     stream = stream_of(tmp_path)
-    stream.patience = Patience(1)
+    stream.patience = Deadline(1)
     with opened_by_nobody(tmp_path / index.shards[-1].name), pytest.raises(StallError, match="rank 0's batch of 2"):
         list(stream.batches([index.split("valid")]))
 

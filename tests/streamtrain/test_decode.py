@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from streamtrain.model.decode import (
     Alternative,
     best_alignment,
-    find_words,
+    decode_log_probs,
     greedy,
-    join_alternatives,
+    join_nbest,
     prefix_beam,
-    read_out,
+    word_timestamps,
 )
 from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab
 
@@ -92,16 +92,16 @@ def test_a_certain_clip_is_what_greedy_decoding_says() -> None:
 def test_a_batch_is_decoded_row_by_row_over_its_true_frames() -> None:
     log_probs = torch.randn(3, 9, len(VOCAB), generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     frames = torch.tensor([9, 4, 0])
-    for row, hypothesis in enumerate(read_out(log_probs, frames, VOCAB, beam=5)):
+    for row, hypothesis in enumerate(decode_log_probs(log_probs, frames, VOCAB, beam=5)):
         alone = prefix_beam(log_probs[row, : frames[row]].numpy(), VOCAB, 5)
-        assert hypothesis.alternatives == tuple(alone)
+        assert hypothesis.nbest == tuple(alone)
         assert hypothesis.text == alone[0].text
         assert hypothesis.confidence == greedy(log_probs, frames, VOCAB)[row].confidence
 
 
 def test_alternatives_of_pieces_join_into_those_of_the_recording() -> None:
     pieces = [[Alternative("a", -1.0), Alternative("b", -1.5)], [Alternative("c", -2.0), Alternative("", -2.2)]]
-    joined = [(one.text, round(one.log_prob, 6)) for one in join_alternatives(pieces)]
+    joined = [(one.text, round(one.log_prob, 6)) for one in join_nbest(pieces)]
     assert joined == [("a c", -3.0), ("a", -3.2)]
 
 
@@ -129,16 +129,16 @@ def test_a_word_lasts_from_its_first_symbol_to_its_last() -> None:
     log_probs[10, b] = np.log(0.5)
     found = [
         (one.text, one.first_frame, one.end_frame, round(one.confidence, 6))
-        for one in find_words(log_probs, "aab b", VOCAB)
+        for one in word_timestamps(log_probs, "aab b", VOCAB)
     ]
     assert found == [("aab", 1, 6, 0.9), ("b", 10, 11, 0.5)]
-    assert [one.text for one in find_words(log_probs, "ab", VOCAB)] == ["ab"]  # of a beam: not what the best path says
-    assert find_words(log_probs[:1], "", VOCAB) == []
+    assert [one.text for one in word_timestamps(log_probs, "ab", VOCAB)] == ["ab"]  # a beam's
+    assert word_timestamps(log_probs[:1], "", VOCAB) == []
 
 
 def test_a_text_that_pieces_spell_in_two_ways_is_listed_once() -> None:
     pieces = [[Alternative("a", -1.0), Alternative("", -1.5)], [Alternative("a", -2.0), Alternative("", -2.6)]]
-    joined = [(one.text, round(one.log_prob, 6)) for one in join_alternatives(pieces)]
+    joined = [(one.text, round(one.log_prob, 6)) for one in join_nbest(pieces)]
     assert joined == [("a a", -3.0), ("a", -3.5)]
 
 

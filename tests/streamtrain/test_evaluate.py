@@ -170,7 +170,7 @@ def test_a_model_beside_itself_differs_in_nothing_and_beside_another_as_the_scor
     assert len(found["changed"]) <= 20
     shown = run_module("streamtrain", "compare", tmp_path / "before", tmp_path / "after").stdout
     assert f"{total['difference']:+.4f}" in shown
-    evaluate_model(str(model), str(shards), "valid", 10, tmp_path / "back", World(), beside=tmp_path / "after")
+    evaluate_model(str(model), str(shards), "valid", 10, tmp_path / "back", World(), compare_to=tmp_path / "after")
     assert f"{-total['difference']:+.4f}" in (tmp_path / "back" / "scorecard.html").read_text("utf-8")
 
 
@@ -225,7 +225,7 @@ def test_another_score_to_compare_with_is_looked_at_before_the_work(shards: Path
             score(model, shards, tmp_path / "out")
         before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         with pytest.raises(StreamtrainError, match=said):
-            evaluate_model(str(model), str(shards), "valid", 10, tmp_path / "out", World(), beside=beside)
+            evaluate_model(str(model), str(shards), "valid", 10, tmp_path / "out", World(), compare_to=beside)
         assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -248,7 +248,7 @@ def test_the_matrix_of_confusions_has_all_that_was_said_and_heard(shown: int, mo
     """Also a symbol that no label has: heard for another, or where nothing was said."""
     monkeypatch.setattr(page, "SHOWN_SYMBOLS", shown)
     confusions = Counter({("a", "a"): 5, ("a", "x"): 2, ("", "x"): 3, ("b", ""): 1, ("b", "b"): 4})
-    said, heard, counts = page.tabulate_confusions(confusions)
+    said, heard, counts = page.confusion_matrix(confusions)
     assert counts.sum() == confusions.total()
     rows = dict(zip(said, counts.sum(axis=1), strict=True))
     assert (rows["a"], rows[""]) == (7, 3)

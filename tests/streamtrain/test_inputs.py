@@ -14,7 +14,7 @@ from sharding.errors import AudioError, StreamtrainError
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import whole_key
 from sharding.shardset.store import open_store
-from sharding.sources.manifest import Reading, read_source
+from sharding.sources.manifest import ManifestOptions, read_source
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.model.vocab import save_vocab, vocab_of
 from tests.tools.commands import run_module
@@ -194,7 +194,7 @@ def test_a_manifest_names_and_finds_clips_as_a_build_does(
     (folder / "rows.jsonl").write_text("".join(json.dumps(each | {"phonetic_text": "kæt"}) + "\n" for each in rows))
     if "audio_root" in options:
         options = {"audio_root": str(root)}
-    built = read_source(folder / "rows.jsonl", Reading(**options))
+    built = read_source(folder / "rows.jsonl", ManifestOptions(**options))
     wanted = [built.layout.parse(built.line(number), number)[0].utterance_id for number in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = find_recordings([str(folder / "rows.jsonl")], **options)

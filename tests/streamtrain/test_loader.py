@@ -24,16 +24,16 @@ from sharding.shardset.index import read_index
 from sharding.shardset.store import FolderStore
 from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import StepBatch, open_stream
-from streamtrain.data.loader import LoaderError, LoadingProcesses, _read_into, count_loaded
-from streamtrain.data.patience import Patience, StallError
+from streamtrain.data.loader import LoaderError, LoaderProcesses, _read_into, loader_memory
+from streamtrain.data.patience import Deadline, StallError
 from streamtrain.data.plan import PlanSettings, plan_epoch
 from streamtrain.distributed import LostStepError, World
-from streamtrain.training.noise import change_for_training
-from streamtrain.training.spec_augment import Masking, Spans
+from streamtrain.training.noise import augment_batch
+from streamtrain.training.spec_augment import Spans, SpecAugment
 from tests.tools.stream_sets import VOCAB, plan_of, stream_of, write_set
 
 GEOMETRY = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
-MASKING = Masking(3, Spans(0.3, 4), Spans(0.2, 8), features=64, geometry=GEOMETRY)
+MASKING = SpecAugment(3, Spans(0.3, 4), Spans(0.2, 8), features=64, geometry=GEOMETRY)
 
 
 @pytest.fixture
@@ -42,18 +42,18 @@ def meadow(tmp_path: Path) -> Path:
     return tmp_path / "meadow"
 
 
-def processes_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> LoadingProcesses:
+def processes_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> LoaderProcesses:
     index, world = read_index(FolderStore(folder)), World(rank, size)
-    return LoadingProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, world, workers))
+    return LoaderProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, world, workers))
 
 
-def child_of(loading: LoadingProcesses) -> psutil.Process:
+def child_of(loading: LoaderProcesses) -> psutil.Process:
     return psutil.Process(loading._processes[-1].pid)
 
 
 def assert_alike(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
-    assert [(item.step, item.numbers, item.last) for item in ours] == [
-        (item.step, item.numbers, item.last) for item in theirs
+    assert [(item.step, item.micro_batch_ids, item.last) for item in ours] == [
+        (item.step, item.micro_batch_ids, item.last) for item in theirs
     ]
     for mine, other in zip(ours, theirs, strict=True):
         for named in ("keys", "failed", "crowded"):
@@ -106,11 +106,9 @@ def test_its_epochs_are_those_of_a_stream(rank: int, size: int, merged: float | 
 def test_a_label_too_long_for_its_frames_is_silenced_and_counted_there_too(meadow: Path) -> None:
     loading, stream, plan = processes_of(meadow, workers=1), stream_of(meadow), plan_of(meadow)
     slow = replace(MASKING, geometry=((400, 1600),))
-    ours, theirs = (
-        list(one.epoch(plan, finish=partial(change_for_training, slow, None, 0))) for one in (loading, stream)
-    )
+    ours, theirs = (list(one.epoch(plan, finish=partial(augment_batch, slow, None, 0))) for one in (loading, stream))
     assert_alike(ours, theirs)
-    silent = sum(len(item.batch.crowded) for item in ours)
+    silent = sum(len(item.batch.too_dense) for item in ours)
     assert 0 < silent == stream.take_counts().silent == loading.take_counts().silent < 60
 
 
@@ -212,22 +210,22 @@ def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow
     loading, plan = processes_of(meadow, workers=1), plan_of(meadow)
     step = r"rank 0's batch of step \d+ of this epoch .loading process 1 of 1. has not come in"
 
-    def expect(items: Iterator[StepBatch], patience: Patience, error: type[Exception], words: str) -> None:
+    def expect(items: Iterator[StepBatch], patience: Deadline, error: type[Exception], words: str) -> None:
         child = child_of(loading)
         child.suspend()
         loading.patience = patience
         with pytest.raises(error, match=words.replace("{pid}", str(child.pid))):
             list(items)
         child.wait(10)
-        loading.patience = Patience()
+        loading.patience = Deadline()
 
     next(items := loading.epoch(plan))
-    expect(items, Patience(1), StallError, step + r" 1 s(?s:.*)py-spy dump --pid {pid}")
+    expect(items, Deadline(1), StallError, step + r" 1 s(?s:.*)py-spy dump --pid {pid}")
     next(items := loading.epoch(plan))
-    expect(items, Patience(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command")
+    expect(items, Deadline(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command")
     assert len(list(loading.epoch(plan))) == plan.steps * 8
     more_than_a_pipe_holds = partial(weigh, bytes(8_000_000))
-    expect(loading.epoch(plan, finish=more_than_a_pipe_holds), Patience(1), StallError, step)
+    expect(loading.epoch(plan, finish=more_than_a_pipe_holds), Deadline(1), StallError, step)
 
 
 def weigh(_: bytes, batch: Batch) -> Batch:
@@ -251,7 +249,7 @@ def fill_look_ahead(folder: Path, workers: int, in_processes: bool) -> tuple[flo
     index = read_index(FolderStore(folder))
     plan = plan_epoch(index, PlanSettings(batch_seconds=160, micro_batches_per_step=1), 0)
     make = partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, World(), workers)
-    stream, me = LoadingProcesses(make) if in_processes else make(), psutil.Process()
+    stream, me = LoaderProcesses(make) if in_processes else make(), psutil.Process()
 
     def taken() -> int:
         children = [psutil.Process(one.pid) for one in stream._processes] if in_processes else []
@@ -265,9 +263,9 @@ def fill_look_ahead(folder: Path, workers: int, in_processes: bool) -> tuple[flo
         seen.append(taken())
     items.close()  # type: ignore[attr-defined]
     largest = int(plan.padded.max()) / SAMPLE_RATE
-    foretold = count_loaded(index, workers, in_processes).at(largest)
+    foretold = loader_memory(index, workers, in_processes).at(largest)
     if in_processes:  # an evaluation's, beside, is not under way
-        foretold -= count_loaded(index, workers, False).at(largest)
+        foretold -= loader_memory(index, workers, False).at(largest)
     return foretold, seen[-1] - seen[0]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sharding.audio.codec import SAMPLE_RATE
 from streamtrain.data.collate import Batch
-from streamtrain.data.loader import SECOND_BYTES, Loader
+from streamtrain.data.loader import SECOND_BYTES, LoaderMemory
 from streamtrain.data.plan import EpochPlan
 from streamtrain.distributed import World
 from streamtrain.training.memory import GIB, Memory, ProbeError, Shape, largest_shapes, probe, render
@@ -35,13 +35,13 @@ def test_every_shape_is_run_by_doubling_up_to_its_size() -> None:
 
 def test_batches_loaded_ahead_are_counted_and_refused_where_the_memory_does_not_hold_them() -> None:
     free = psutil.virtual_memory().available
-    many = Loader(free / MANY.seconds / SECOND_BYTES, beside=2**20)
+    many = LoaderMemory(free / MANY.seconds / SECOND_BYTES, compare_to=2**20)
     with pytest.raises(
         ProbeError, match=r"loaded ahead take up to [\d.]+ GiB, [\d.]+ GiB of this.*\nhint: lower data.w"
     ):
         probe(lambda _: None, [MANY], World(), many)
-    loader = Loader(batches=64)
-    alone, beside = (probe(lambda _: None, [MANY], World(), one) for one in (Loader(), loader))
+    loader = LoaderMemory(batches=64)
+    alone, beside = (probe(lambda _: None, [MANY], World(), one) for one in (LoaderMemory(), loader))
     assert beside.at(MANY.seconds) - alone.at(MANY.seconds) == pytest.approx(loader.at(MANY.seconds), rel=0.1)
     assert beside.largest < alone.largest
     assert f"loaded ahead take up to {loader.at(MANY.seconds) / GIB:.2f} GiB of the host's" in render(

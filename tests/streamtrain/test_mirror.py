@@ -20,7 +20,7 @@ from streamtrain.training import mirror as mirror_module
 from streamtrain.training.checkpoint import RunState, open_checkpoint, read_checkpoint, save_checkpoint
 from streamtrain.training.mirror import FETCHED_AT_ONCE, PART, POINTER, PREVIOUS, STAGING, Mirror
 from streamtrain.training.run import _open_mirror
-from streamtrain.training.zero_engine import Parts
+from streamtrain.training.zero_engine import FullState
 from tests.tools.commands import ROOT
 from tests.tools.fault_proxy import Fault, FaultProxy
 
@@ -52,7 +52,7 @@ def save(run: Path, step: int, seed: int) -> Path:
     (run / "best" / "model.safetensors").write_bytes(weights["weight"].numpy().tobytes())
     (run / "log.csv").write_text(f"step,loss\n{step},{seed}\n")
     numbers = {"optimizer_steps": step, "loss_scaler": {}}
-    return save_checkpoint(Parts(weights, moments, {}, numbers), state, run / "checkpoints", keep=9)
+    return save_checkpoint(FullState(weights, moments, {}, numbers), state, run / "checkpoints", keep=9)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -83,7 +83,7 @@ def pieces_of(store: Store) -> set[str]:
 
 def offer(store: Store, run: Path, checkpoint: Path) -> None:
     mirror = Mirror(store, run)
-    mirror.offer(checkpoint)
+    mirror.enqueue(checkpoint)
     mirror.close()
 
 
@@ -117,10 +117,10 @@ def test_a_step_that_is_offered_again_while_its_first_copy_is_under_way_ends_as_
     was = copied(run, first)
     proxy.plan(Fault("stall response" if where == PIECE_GET else "stall", where))
     mirror = Mirror(store, run)
-    mirror.offer(first)
+    mirror.enqueue(first)
     wait_for(lambda: proxy.count(where) > 0)
     second = save(run, 1, seed=2)
-    mirror.offer(second)
+    mirror.enqueue(second)
     proxy.clear()
     mirror.close()
     here = copied(run, second)
@@ -204,7 +204,7 @@ def test_a_copy_of_which_a_piece_is_deleted_meanwhile_is_not_pointed_to_and_made
     checkpoint = save(run, 1, seed=1)
     proxy.plan(Fault("slow", PIECE_PUT), Fault("stall", PIECE_PUT))
     mirror = Mirror(store, run)
-    mirror.offer(checkpoint)
+    mirror.enqueue(checkpoint)
     wait_for(lambda: proxy.count(PIECE_PUT) == 2)
     (piece,) = (name for name in store.names() if name != POINTER)
     store.delete(piece)
@@ -221,10 +221,10 @@ def test_a_copy_that_failed_is_told_with_the_age_of_the_newest_and_tried_once_mo
 ) -> None:
     (tmp_path / "bucket" / PREVIOUS).mkdir(parents=True)  # in the way of the second pointer
     mirror = Mirror(folder_store, run)
-    mirror.offer(save(run, 1, seed=1))
+    mirror.enqueue(save(run, 1, seed=1))
     wait_for(lambda: folder_store.exists(POINTER))
     newest = save(run, 2, seed=2)
-    mirror.offer(newest)
+    mirror.enqueue(newest)
     wait_for(lambda: bool(caplog.records))
     assert "step-0000002 has not reached the mirror (the newest copy is step-0000001, of 0 min ago)" in caplog.text
     (tmp_path / "bucket" / PREVIOUS).rmdir()
@@ -238,10 +238,10 @@ def test_nothing_is_pointed_to_after_it_was_to_be_forgotten(where: str, run: Pat
     store = BucketStore(f"{url}/run")
     mirror = Mirror(store, run)
     proxy.plan(Fault("stall", where, seconds=0.5))
-    mirror.offer(save(run, 1, seed=1))
+    mirror.enqueue(save(run, 1, seed=1))
     wait_for(lambda: proxy.count(where) > 0)
-    mirror.offer(save(run, 2, seed=2))  # waits for its turn
-    mirror.forget()
+    mirror.enqueue(save(run, 2, seed=2))  # waits for its turn
+    mirror.clear()
     assert not store.exists(POINTER)
     mirror.close()
     assert not store.exists(POINTER)
@@ -254,12 +254,12 @@ def test_a_copy_that_outlasts_its_mirror_points_to_a_whole_checkpoint_or_to_none
     checkpoint = save(run, 1, seed=1)
     mirror = Mirror(store, run)
     proxy.plan(Fault("stall", PIECE_PUT))
-    mirror.offer(checkpoint)
+    mirror.enqueue(checkpoint)
     wait_for(lambda: proxy.count(PIECE_PUT) > 0)
     with pytest.raises(StoreError, match=r"has not reached the mirror in 0\.1 s"):
         mirror.close(0.1)
     with pytest.raises(RuntimeError, match="closed"):
-        mirror.offer(checkpoint)
+        mirror.enqueue(checkpoint)
     assert not store.exists(POINTER)
     proxy.clear()
     mirror.close()
@@ -388,8 +388,8 @@ def test_a_mirror_that_cannot_be_written_is_told_before_the_first_step(
         _open_mirror(config, run, "none", read_checkpoint)
     proxy.plan(Fault("503", "PUT", times=1_000))
     with pytest.raises(StoreError, match=f"^train.mirror cannot be used: {url}/pieces/.* 503 .*\nhint: is the server"):
-        Mirror(BucketStore(url, PATIENCE_SEC), run).try_out()
+        Mirror(BucketStore(url, PATIENCE_SEC), run).check_writable()
     proxy.clear()
     store = BucketStore(url)
-    Mirror(store, run).try_out()
+    Mirror(store, run).check_writable()
     assert not list(store.names())

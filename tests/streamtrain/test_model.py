@@ -24,7 +24,7 @@ from streamtrain.data.augment import keyed_random, span_mask
 from streamtrain.infer.export import ExportError, export_model, verify
 from streamtrain.model.checksums import ChecksumError
 from streamtrain.model.ctc import CTCModel, MaskedGroupNorm, convolve_blocks, convolve_frames, ctc_sum
-from streamtrain.model.decode import greedy, join_pieces
+from streamtrain.model.decode import greedy, join_texts
 from streamtrain.model.pretrained import ModelError, load_model, load_trained
 from tests.tools.models import FAMILIES, TINY, VOCAB, decode, make_network, save, talkative
 
@@ -352,8 +352,8 @@ def test_greedy_merges_repeats_drops_blanks_and_stops_at_the_clips_end() -> None
 
 
 def test_pieces_are_joined_with_single_spaces() -> None:
-    assert join_pieces(["kæt", "", "ʃi sɛz"]) == "kæt ʃi sɛz"
-    assert join_pieces([]) == ""
+    assert join_texts(["kæt", "", "ʃi sɛz"]) == "kæt ʃi sɛz"
+    assert join_texts([]) == ""
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sharding.audio.codec import decode, encode
-from sharding.build.lock import LOCK_NAME, sole_build
+from sharding.build.lock import LOCK_NAME, exclusive_build
 from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
 from sharding.files.writing import append, write_inside
@@ -24,9 +24,9 @@ from streamtrain.cli import main
 from streamtrain.config import load_config
 from streamtrain.distributed import World
 from streamtrain.infer.inputs import find_recordings
-from streamtrain.infer.transcribe import Reading, transcribe
+from streamtrain.infer.transcribe import DecodingOptions, transcribe
 from streamtrain.training.run import train
-from streamtrain.training.run_log import Monitor
+from streamtrain.training.run_log import RunLog
 from tests.tools.commands import ROOT
 from tests.tools.corpus import sound
 from tests.tools.models import save, talkative
@@ -76,7 +76,7 @@ def test_a_lock_is_a_file_of_its_folder_or_refused(kind: str, victim: Path, tmp_
     PUT[kind](out / LOCK_NAME, victim)
     with (
         pytest.raises(StoreError, match=rf"{LOCK_NAME}: is (a|also|not) (?s:.*)hint: remove"),
-        sole_build(open_store(out)),
+        exclusive_build(open_store(out)),
     ):
         pass
 
@@ -139,7 +139,7 @@ def test_a_log_does_not_go_on_in_a_file_elsewhere(name: str, victim: Path, tmp_p
     run = tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to("../victim/none")
-    Monitor(run, 10, 0).close()
+    RunLog(run, 10, 0).close()
     assert not (run / name).is_symlink()
 
 
@@ -186,10 +186,10 @@ def test_rows_are_not_written_where_a_link_leads(model: Path, victim: Path, tmp_
     clip.write_bytes(encode(sound(1, 0)))
     (tmp_path / ".out.jsonl.part").symlink_to(victim)
     with pytest.raises(StoreError, match=r"\.out\.jsonl\.part: is a link that leads elsewhere|out.jsonl: is a link"):
-        transcribe(model, find_recordings([str(clip)]), out, Reading(30.0))
+        transcribe(model, find_recordings([str(clip)]), out, DecodingOptions(30.0))
     (tmp_path / ".out.jsonl.part").unlink()
     (tmp_path / ".out.jsonl.part.json").symlink_to(victim)
-    assert transcribe(model, find_recordings([str(clip)]), out, Reading(30.0)) == 0
+    assert transcribe(model, find_recordings([str(clip)]), out, DecodingOptions(30.0)) == 0
     assert json.loads(out.read_text())["error"] is None
 
 

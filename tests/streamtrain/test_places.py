@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.build.place import check_place
+from sharding.build.place import check_output
 from sharding.cli import main
 from sharding.errors import ShardError
 from sharding.shardset.index import read_index
@@ -55,14 +55,14 @@ def test_a_build_stays_apart_from_its_sources(place: Callable[[Path], Path], sai
     (tmp_path / "raw/corpus").mkdir(parents=True)
     corpus = tmp_path / "raw/corpus"
     with pytest.raises(ShardError, match=said):
-        check_place(open_store(place(corpus)), [corpus])
-    check_place(open_store(corpus / "shards"), [corpus])
+        check_output(open_store(place(corpus)), [corpus])
+    check_output(open_store(corpus / "shards"), [corpus])
 
 
 @pytest.mark.parametrize("names", [[], [".gitkeep"], [".building", "train/b00-00000.tar"],
                                    [f"train/.b00-00000.tar.{32 * 'a'}.part"]])  # fmt: skip
 def test_a_build_takes_an_empty_place_and_what_a_killed_one_has_left(names: list[str], tmp_path: Path) -> None:
-    check_place(open_store(fill(tmp_path / "out", *names)), [tmp_path / "corpus"])
+    check_output(open_store(fill(tmp_path / "out", *names)), [tmp_path / "corpus"])
 
 
 def test_tars_are_not_indexed_over_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

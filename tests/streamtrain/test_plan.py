@@ -19,18 +19,18 @@ from sharding.shardset.index import ShardIndex, read_index, read_keys
 from sharding.shardset.store import open_store
 from streamtrain.data.plan import (
     BLOCK_STEPS,
-    Begun,
     EpochPlan,
     PlanError,
+    PlanPrefix,
     PlanSettings,
-    cut,
-    find_uses,
-    forwards_of,
-    meet_again,
-    numbers_of_rank,
+    batch_overlap,
+    cut_batches,
+    group_micro_batches,
+    micro_batches_of_rank,
     plan_epoch,
     plan_evaluation,
-    plan_rest,
+    plan_remaining,
+    shard_schedule,
     shortest_lengths,
     valid_world_sizes,
 )
@@ -50,7 +50,7 @@ plan_settings = st.builds(
     PlanSettings,
     batch_seconds=st.sampled_from([8.0, 12.3, 30.0, 160.0]),
     micro_batches_per_step=st.integers(1, 9),
-    window_shards=st.integers(1, 5),
+    shuffle_shards=st.integers(1, 5),
     length_jitter=st.sampled_from([0.0, 0.02, 0.5]),
     seed=st.integers(0, 2**31),
     speed_factors=st.sampled_from([(), (0.9, 1.0, 1.1), (0.5, 2.0)]),
@@ -81,14 +81,14 @@ def test_each_labelled_training_clip_comes_exactly_once(index: ShardIndex, wante
 def test_an_epoch_that_is_planned_anew_on_its_way_still_has_each_clip_once(
     index: ShardIndex, stops: list[tuple[PlanSettings, float]], wanted: PlanSettings, epoch: int
 ) -> None:
-    begun: list[Begun] = []
+    begun: list[PlanPrefix] = []
     done: list[int] = []
     for other, share in stops:
-        plan = plan_rest(index, other, epoch, begun)
+        plan = plan_remaining(index, other, epoch, begun)
         steps = int(share * (plan.steps - 1))  # at least one step is left
         done += [row for step in range(steps) for batch in batches_of(plan, step) for row in batch]
-        begun.append(Begun(other, steps))
-    rest = plan_rest(index, wanted, epoch, begun)
+        begun.append(PlanPrefix(other, steps))
+    rest = plan_remaining(index, wanted, epoch, begun)
     assert sorted([*done, *rest.rows.tolist()]) == index.split("train").tolist()
     assert rest.padded.max() <= wanted.batch_seconds * SAMPLE_RATE
     assert rest.label_characters.sum() == index.samples["label_length"][rest.rows].sum()
@@ -105,7 +105,7 @@ def test_each_step_has_m_micro_batches_and_each_rank_equally_many(
     assert len(plan.starts) == plan.steps * per_step + 1
     assert plan.padded.shape == (plan.steps, per_step)
     for size in valid_world_sizes(per_step):
-        assert {len(numbers_of_rank(rank, size, per_step)) for rank in range(size)} == {per_step // size}
+        assert {len(micro_batches_of_rank(rank, size, per_step)) for rank in range(size)} == {per_step // size}
 
 
 @settings(max_examples=300)
@@ -163,11 +163,11 @@ def test_a_node_uses_a_shard_from_the_first_to_the_last_step_at_which_one_of_its
     steps: dict[tuple[int, int], list[int]] = {}
     for step in range(plan.steps):
         for rank in range(world_size):
-            for number in numbers_of_rank(rank, world_size, wanted.micro_batches_per_step):
+            for number in micro_batches_of_rank(rank, world_size, wanted.micro_batches_per_step):
                 for row in plan.micro_batch(step, number).tolist():
                     key = rank // ranks_per_node, int(index.samples["shard"][row])
                     steps.setdefault(key, []).append(step)
-    uses = find_uses(index, plan, [rank // ranks_per_node for rank in range(world_size)])
+    uses = shard_schedule(index, plan, [rank // ranks_per_node for rank in range(world_size)])
     found = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
     assert {(node, shard): (first, last) for node, shard, first, last in found} == {
         key: (min(seen), max(seen)) for key, seen in steps.items()
@@ -182,10 +182,10 @@ def test_merged_forwards_hold_each_micro_batch_once_within_the_cap_and_are_equal
     plan = plan_epoch(index, wanted, epoch)
     cap = None if times is None else times * wanted.batch_seconds
     for step, size in itertools.product(range(plan.steps), valid_world_sizes(wanted.micro_batches_per_step)):
-        ranks = forwards_of(plan, step, size, cap)
+        ranks = group_micro_batches(plan, step, size, cap)
         assert len({len(forwards) for forwards in ranks}) == 1
         for rank, forwards in enumerate(ranks):
-            mine = numbers_of_rank(rank, size, wanted.micro_batches_per_step)
+            mine = micro_batches_of_rank(rank, size, wanted.micro_batches_per_step)
             assert sorted(number for forward in forwards for number in forward) == list(mine)
             assert all(forwards)
             assert cap is not None or all(len(forward) == 1 for forward in forwards)
@@ -210,11 +210,11 @@ def test_padding_and_idle_are_shares_and_one_rank_never_waits(index: ShardIndex,
 def test_the_ranks_of_every_valid_world_size_share_a_step_between_them(per_step: int) -> None:
     for size in range(-1, per_step + 3):
         if size > 0 and per_step % size == 0:
-            shares = [numbers_of_rank(rank, size, per_step) for rank in range(size)]
+            shares = [micro_batches_of_rank(rank, size, per_step) for rank in range(size)]
             assert sorted(number for share in shares for number in share) == list(range(per_step))
         else:
             with pytest.raises(PlanError) as refused:
-                numbers_of_rank(0, size, per_step)
+                micro_batches_of_rank(0, size, per_step)
             named = str(refused.value).split("hint: run ")[1].split(" ranks")[0]
             assert [int(number) for number in named.split(", ")] == valid_world_sizes(per_step)
             assert f"{size} ranks cannot share {per_step} micro-batches" in str(refused.value)
@@ -399,7 +399,7 @@ def test_the_share_of_pairs_that_meet_again_is_what_counting_them_gives(
     index: ShardIndex, wanted: PlanSettings
 ) -> None:
     plans = [plan_epoch(index, wanted, epoch) for epoch in (0, 1)]
-    assert meet_again(plans[0], plans[1]) == pytest.approx(count_pairs_that_meet_again(plans[0], plans[1]))
+    assert batch_overlap(plans[0], plans[1]) == pytest.approx(count_pairs_that_meet_again(plans[0], plans[1]))
 
 
 def test_most_clips_meet_other_companions_in_the_next_epoch() -> None:
@@ -407,9 +407,9 @@ def test_most_clips_meet_other_companions_in_the_next_epoch() -> None:
     padding, again = [], []
     for jitter in (0.0, REAL.length_jitter, 0.02):
         plans = [plan_epoch(pasketti_index(), replace(REAL, length_jitter=jitter), epoch) for epoch in (0, 1)]
-        assert meet_again(plans[0], plans[0]) == 1
+        assert batch_overlap(plans[0], plans[0]) == 1
         padding.append(plans[0].padding)
-        again.append(meet_again(*plans))
+        again.append(batch_overlap(*plans))
     assert padding == sorted(padding)
     assert again == sorted(again, reverse=True)
     assert again[1] <= 0.4
@@ -437,15 +437,15 @@ def shards_in_use(index: ShardIndex, plan: EpochPlan, cap: float) -> dict[int, i
     return most
 
 
-@pytest.mark.parametrize("window_shards", [1, 2, 4])
+@pytest.mark.parametrize("shuffle_shards", [1, 2, 4])
 @pytest.mark.parametrize("shard_mb", [1, 16])
-def test_only_a_window_of_each_bucket_and_the_next_are_in_use_at_a_time(shard_mb: float, window_shards: int) -> None:
+def test_only_a_window_of_each_bucket_and_the_next_are_in_use_at_a_time(shard_mb: float, shuffle_shards: int) -> None:
     """Beyond that only what a block of steps spans, in which batches change places."""
     index = pasketti_index(shard_mb)
-    settings = PlanSettings(batch_seconds=40, micro_batches_per_step=2, window_shards=window_shards)
+    settings = PlanSettings(batch_seconds=40, micro_batches_per_step=2, shuffle_shards=shuffle_shards)
     used = shards_in_use(index, plan_epoch(index, settings, 0), settings.batch_seconds)
     step_sec, shard_sec = 2 * settings.batch_seconds, shard_mb * 2**20 / BYTES_PER_SECOND
-    window = max(window_shards, ceil(2 * step_sec / shard_sec))  # never less than two steps' worth
+    window = max(shuffle_shards, ceil(2 * step_sec / shard_sec))  # never less than two steps' worth
     seconds = {b: sum(shard.seconds for shard in index.shards if shard.bucket == b) for b in used}
     for b, most in used.items():
         block = ceil(BLOCK_STEPS * step_sec * seconds[b] / sum(seconds.values()) / shard_sec)
@@ -500,7 +500,7 @@ def test_the_forecast_tells_what_the_plan_does_and_lists_every_clip_once(small_s
 
 
 def test_the_forecast_draws_and_lists_when_which_shard_is_needed(small_shards: Path, tmp_path: Path) -> None:
-    out = ["--plot", tmp_path / "plan.png", "--fetches", tmp_path / "fetches.jsonl"]
+    out = ["--plot", tmp_path / "plan.png", "--shard-schedule", tmp_path / "fetches.jsonl"]
     done = forecast(small_shards, "--world-size", 2, "--ranks-per-node", 1, "--set", "data.batch_seconds=5", *out)
     assert done.returncode == 0, done.stderr
     for said in ("2 on 2 nodes", "MiB a node and epoch", "meet again in the next epoch", "to fetch each shard once"):
@@ -548,7 +548,7 @@ def test_evaluation_takes_each_clip_once_and_pads_beyond_the_cap_only_a_clip_alo
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 300), st.integers(50, 300))
 def test_a_cut_is_made_only_where_one_clip_more_would_not_fit(lengths: list[int], cap: int, first_cap: int) -> None:
     rows, values = np.arange(len(lengths)), np.array(lengths)
-    batches = list(cut(rows, values, cap, first_cap))
+    batches = list(cut_batches(rows, values, cap, first_cap))
     assert [row for batch in batches for row in batch] == rows.tolist()
     for number, batch in enumerate(batches):
         limit = cap if number else first_cap

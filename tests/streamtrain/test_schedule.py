@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from streamtrain.config import ModelConfig, TrainConfig
 from streamtrain.model.pretrained import load_model
-from streamtrain.training.schedule import Recipe, Schedule, make_recipe
+from streamtrain.training.schedule import LRSchedule, Schedule, make_schedule
 
 SCRATCH = {
     "hidden_size": 16,
@@ -45,10 +45,10 @@ def test_the_rate_is_at_its_peak_after_the_warm_up_and_at_its_end_after_the_last
         assert schedule.at(55) == pytest.approx(middle[kind])
 
 
-def recipe(**settings: object) -> Recipe:
+def recipe(**settings: object) -> LRSchedule:
     model = load_model(ModelConfig(scratch=SCRATCH, freeze_cnn=True, mask_time_prob=0.1))
     train = TrainConfig(warmup_steps=4, schedule="constant", **settings)  # type: ignore[arg-type]
-    made = make_recipe(model, train, 1e-3, 100)
+    made = make_schedule(model, train, 1e-3, 100)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     grouped = [weight for group in made.groups for weight in group.parameters]
     assert len(grouped) == len(set(map(id, grouped))) == len(learning)  # each once

@@ -17,8 +17,8 @@ from streamtrain.infer.export import save_best
 from streamtrain.model import hub
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.vocab import save_vocab, vocab_of
-from streamtrain.run_status import Finish, forget_finish, read_finish, warn_unless_finished, write_finish
-from streamtrain.training.run import _check_best, _only_run_in, train
+from streamtrain.run_status import RunResult, discard_result, read_result, warn_unless_finished, write_result
+from streamtrain.training.run import _check_best, _lock_run, train
 from streamtrain.training.trainer import TrainError
 from tests.tools.commands import run_module
 from tests.tools.models import make_network
@@ -117,11 +117,11 @@ def test_a_hub_that_never_answers_is_waited_for_once_and_not_for_long(monkeypatc
 
 def test_the_hub_is_asked_for_names_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert hub.is_asked("facebook/wav2vec2-base")
-    assert not hub.is_asked(str(tmp_path))
-    assert not hub.is_asked(str(tmp_path / "nowhere"))
+    assert hub.needs_hub("facebook/wav2vec2-base")
+    assert not hub.needs_hub(str(tmp_path))
+    assert not hub.needs_hub(str(tmp_path / "nowhere"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not hub.is_asked("facebook/wav2vec2-base")
+    assert not hub.needs_hub("facebook/wav2vec2-base")
 
 
 def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,19 +158,19 @@ def test_a_finished_run_is_unfinished_from_its_next_start_on_unless_that_fails_i
     failure: BaseException | None, tmp_path: Path
 ) -> None:
     """`deepspeed` may return 0 for a launcher that is killed: what follows must not take the old end for a new one."""
-    write_finish(tmp_path, Finish(40, "train.epochs=3", 0.25, 20))
-    with suppress(BaseException), _only_run_in(tmp_path, World()):
+    write_result(tmp_path, RunResult(40, "train.epochs=3", 0.25, 20))
+    with suppress(BaseException), _lock_run(tmp_path, World()):
         with pytest.raises(StreamtrainError, match="has not finished"):
-            read_finish(tmp_path)
+            read_result(tmp_path)
         if failure is not None:
             raise failure
-        forget_finish(tmp_path)
+        discard_result(tmp_path)
         raise TrainError("too late to change nothing")
     assert (tmp_path / "finished.json").is_file() == isinstance(failure, TrainError)
 
 
 def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(work: Path, tmp_path: Path) -> None:
-    write_finish(tmp_path, Finish(40, "train.epochs=3", 0.25, 20))
+    write_result(tmp_path, RunResult(40, "train.epochs=3", 0.25, 20))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     places = [f"data.shards={work / 'shards'}", f"train.run_dir={tmp_path}"]
     for wrong, said in (("eval.split=no", "eval.split is 'no'"), (f"data.shards={tmp_path}", "no shard set here")):
@@ -181,11 +181,11 @@ def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(work: Path, tmp
 
 @pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_cer": 0.1, "best_step": 0}'])
 def test_a_finish_that_is_damaged_is_none(content: str, tmp_path: Path) -> None:
-    write_finish(tmp_path, Finish(40, "train.epochs=3", 0.25, 20))
-    assert str(read_finish(tmp_path)) == "finished at step 40, by train.epochs=3; best CER 0.2500 at step 20"
+    write_result(tmp_path, RunResult(40, "train.epochs=3", 0.25, 20))
+    assert str(read_result(tmp_path)) == "finished at step 40, by train.epochs=3; best CER 0.2500 at step 20"
     (tmp_path / "finished.json").write_text(content)
     with pytest.raises(StreamtrainError, match=r"finished\.json: damaged"):
-        read_finish(tmp_path)
+        read_result(tmp_path)
 
 
 @pytest.mark.parametrize(("chosen", "spins"), [({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])

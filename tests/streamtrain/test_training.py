@@ -26,9 +26,9 @@ from sharding.labels.ipa import normalize_ipa
 from sharding.shardset.index import (
     join_samples,
     pack_index,
+    read_checked,
     read_index,
     read_keys,
-    read_listed,
     read_sample,
     write_index,
     write_shard,
@@ -37,15 +37,15 @@ from sharding.shardset.store import open_store
 from sharding.shardset.verify import check_shard
 from streamtrain.config import ModelConfig
 from streamtrain.data.patience import GRACE_SEC
-from streamtrain.distributed import TAKEN_AWAY
+from streamtrain.distributed import PREEMPTED
 from streamtrain.eval.metrics import EditCounts, spoken_words
 from streamtrain.eval.scorecard import ClipScore, Evaluation
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.pretrained import load_model, save_model
 from streamtrain.model.vocab import vocab_of
-from streamtrain.training.checkpoint import list_checkpoints, load_parts, open_checkpoint
+from streamtrain.training.checkpoint import list_checkpoints, load_state, open_checkpoint
 from streamtrain.training.run import _check_frames
-from streamtrain.training.run_log import Monitor, RankRow, StepRow, read_log, render_run
+from streamtrain.training.run_log import RankRow, RunLog, StepRow, read_log, render_run
 from streamtrain.training.trainer import TrainError
 from tests.tools.corpus import make_corpus, read_manifest, write_manifest
 from tests.tools.models import SLOW, TINY, make_network
@@ -151,7 +151,7 @@ class Outcome:
 
     losses: list[float]
     norms: list[float]  # of the gradients
-    weights: dict[str, torch.Tensor]
+    params: dict[str, torch.Tensor]
     score: list[object]
 
 
@@ -172,7 +172,7 @@ def outcome(work: Path, name: str, ranks: int, config: str, *settings: str) -> O
     return Outcome(
         losses(work / name),
         [float(row["grad_norm"]) for row in rows],
-        load_parts(open_checkpoint(list_checkpoints(work / name / "checkpoints")[-1])).weights,
+        load_state(open_checkpoint(list_checkpoints(work / name / "checkpoints")[-1])).params,
         [card[name] for name in ("cer", "edits", "reference_length", "clips", "step")],
     )
 
@@ -181,11 +181,11 @@ def assert_equal(found: Outcome, expected: Outcome) -> None:
     assert len(set(found.losses)) == 20
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.norms == pytest.approx(expected.norms, rel=1e-4)
-    assert found.weights.keys() == expected.weights.keys()
-    for name, weight in found.weights.items():
+    assert found.params.keys() == expected.params.keys()
+    for name, weight in found.params.items():
         if not name.endswith("k_proj.bias"):  # softmax cancels it: its gradient is rounding, which Adam makes large
-            distance = torch.linalg.vector_norm(weight - expected.weights[name])
-            assert distance <= 1e-4 * torch.linalg.vector_norm(expected.weights[name]), name
+            distance = torch.linalg.vector_norm(weight - expected.params[name])
+            assert distance <= 1e-4 * torch.linalg.vector_norm(expected.params[name]), name
     assert found.score == expected.score
 
 
@@ -294,7 +294,7 @@ def test_a_set_without_validation_clips_trains_and_says_that_nothing_is_scored(w
     assert "no clips in split 'valid': nothing is scored" in done.stderr
     assert "finished at step 2, by train.max_steps=2; nothing was scored: best/ holds the last weights" in done.stderr
     [newest] = list_checkpoints(folder / "checkpoints")[-1:]
-    last = load_parts(open_checkpoint(newest)).weights
+    last = load_state(open_checkpoint(newest)).params
     kept = load_model(ModelConfig(pretrained=str(folder / "best")), "phonetic").network.state_dict()
     assert newest.name == "step-0000002"
     assert all(torch.equal(last[name], kept[name]) for name in last)
@@ -390,7 +390,7 @@ def test_clips_that_do_not_decode_though_their_checksums_hold_stop_the_run_when_
     store = open_store(shutil.copytree(work / "shards", work / "undecodable"))
     index, made = read_index(store), []
     for shard in index.shards:
-        samples = check_shard(store, read_listed(store, shard))
+        samples = check_shard(store, read_checked(store, shard))
         if shard.split == "train":
             samples = [replace(sample, audio=sample.audio[:100]) for sample in samples]
         lengths = index.samples["samples"][index.samples["shard"] == len(made)].tolist()
@@ -440,7 +440,7 @@ def test_a_log_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_words(tmp_path: Path) -> None:
     """A full disk may cut a symbol in two; the same command, given again, must not stop at that."""
-    log = Monitor(tmp_path, total_steps=9, done_steps=0)
+    log = RunLog(tmp_path, total_steps=9, done_steps=0)
     counts = EditCounts(1, 1, 1, 4)
     clip = ClipScore("a", "", "", "", "", 1.0, True, "ðə ʃɪp", "ðə ʃiːp", 0.5, counts, None)
     for step in (1, 2):
@@ -452,12 +452,12 @@ def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_wor
         whole = (tmp_path / name).read_bytes()
         for end in range(len(whole) - 50, len(whole) + 1):
             (tmp_path / name).write_bytes(whole[:end])
-            Monitor(tmp_path, total_steps=9, done_steps=2).close()
+            RunLog(tmp_path, total_steps=9, done_steps=2).close()
             assert (tmp_path / name).read_bytes() == whole[: whole.rfind(b"\n", 0, end) + 1]
         for damage in (b"\xff", b"9" * 200_000):
             (tmp_path / name).write_bytes(whole.replace(b"2,", damage + b","))
             with pytest.raises(StreamtrainError, match=rf"{name}: is not the log of a run"):
-                Monitor(tmp_path, total_steps=9, done_steps=2)
+                RunLog(tmp_path, total_steps=9, done_steps=2)
         (tmp_path / name).write_bytes(whole)
 
 
@@ -481,7 +481,7 @@ def test_a_rank_whose_data_hang_stops_within_seconds_of_a_sigterm(work: Path) ->
         wait_until((work / "mute-run" / "before.json").is_file, process, log)
         time.sleep(1)
         process.terminate()
-        assert process.wait(GRACE_SEC + 10) == TAKEN_AWAY
+        assert process.wait(GRACE_SEC + 10) == PREEMPTED
     assert "stopped, though rank 0's batch of step 1 of this epoch has not come in" in log.read_text()
     assert "the same command goes on from the newest checkpoint" in log.read_text()
 

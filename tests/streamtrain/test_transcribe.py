@@ -19,15 +19,15 @@ import torch
 from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.audio.codec import decode as decode_audio
 from sharding.errors import StreamtrainError
-from sharding.segment.cuts import LIMIT_SEC
+from sharding.segment.cuts import MAX_DURATION_SEC
 from sharding.segment.split import split_recording
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import whole_key
 from sharding.shardset.store import open_store
 from streamtrain.infer.inputs import find_recordings
-from streamtrain.infer.transcribe import Progress, Reading, transcribe
+from streamtrain.infer.transcribe import DecodingOptions, Progress, transcribe
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.decode import join_pieces
+from streamtrain.model.decode import join_texts
 from streamtrain.model.inference import zero_mean_unit_variance
 from streamtrain.model.pretrained import load_trained
 from tests.tools.commands import ROOT, run_module
@@ -68,7 +68,7 @@ def half_a_wav() -> bytes:
 
 
 def rows_of(folder: Path, sources: list[Path], out: Path, batch_seconds: float = 30.0) -> list[Row]:
-    transcribe(folder, find_recordings([str(source) for source in sources]), out, Reading(batch_seconds))
+    transcribe(folder, find_recordings([str(source) for source in sources]), out, DecodingOptions(batch_seconds))
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
 
 
@@ -87,11 +87,11 @@ def test_every_file_of_a_folder_gets_the_text_it_has_alone(
 
 
 def test_alternatives_come_with_their_probabilities_best_first(folder: Path, clips: Path, tmp_path: Path) -> None:
-    done = run_module("streamtrain", "transcribe", folder, clips, "--out", tmp_path / "out.jsonl", "--alternatives", 3)
+    done = run_module("streamtrain", "transcribe", folder, clips, "--out", tmp_path / "out.jsonl", "--nbest", 3)
     assert done.returncode == 0, done.stderr
     for row in map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines()):
-        texts = [one["text"] for one in row["alternatives"]]
-        scores = [one["log_prob"] for one in row["alternatives"]]
+        texts = [one["text"] for one in row["nbest"]]
+        scores = [one["log_prob"] for one in row["nbest"]]
         assert len(texts) == len(set(texts)) == 3
         assert texts[0] == row["phonetic_text"]
         assert scores == sorted(scores, reverse=True)
@@ -154,12 +154,12 @@ def test_a_long_recording_is_decoded_in_pieces_cut_at_pauses(folder: Path, model
     (tmp_path / "short.flac").write_bytes(encode(long[: 3 * SAMPLE_RATE]))
     rows = rows_of(folder, [tmp_path], tmp_path / "out.jsonl")
     waveform, _ = decode_audio((tmp_path / "long.flac").read_bytes())
-    ends = np.cumsum([0] + [segment.samples for segment in split_recording("", waveform, "", LIMIT_SEC)])
+    ends = np.cumsum([0] + [segment.samples for segment in split_recording("", waveform, "", MAX_DURATION_SEC)])
     assert len(ends) > 2
     assert ends[-1] == len(waveform)
-    assert np.diff(ends).max() <= LIMIT_SEC * SAMPLE_RATE
+    assert np.diff(ends).max() <= MAX_DURATION_SEC * SAMPLE_RATE
     pieces = [decode(model, waveform[start:end]) for start, end in pairwise(ends)]
-    assert rows[0]["phonetic_text"] == join_pieces(pieces)
+    assert rows[0]["phonetic_text"] == join_texts(pieces)
     assert 0 < rows[0]["confidence"] <= 1
     assert rows[1]["error"] is None
 
@@ -190,7 +190,7 @@ def test_the_command_says_how_many_failed_and_exits_so(folder: Path, clips: Path
 def test_words_are_said_where_the_model_hears_them(folder: Path, model: CTCModel, clips: Path, tmp_path: Path) -> None:
     """The frames of a word spell it, and nothing but it and silence."""
     rows = rows_of(folder, [clips], tmp_path / "out.jsonl")
-    transcribe(folder, find_recordings([str(clips)]), tmp_path / "beam.jsonl", Reading(beam=8))
+    transcribe(folder, find_recordings([str(clips)]), tmp_path / "beam.jsonl", DecodingOptions(beam=8))
     beam = [json.loads(line) for line in (tmp_path / "beam.jsonl").open(encoding="utf-8")]
     for row in rows + beam:
         waveform: np.ndarray = soundfile.read(row["audio_path"], dtype="float32")[0]
@@ -228,7 +228,8 @@ def log_probs_of(model: CTCModel, path: str) -> torch.Tensor:
 def test_log_probabilities_are_kept_beside_their_vocabulary(
     folder: Path, model: CTCModel, clips: Path, tmp_path: Path
 ) -> None:
-    transcribe(folder, find_recordings([str(clips)]), tmp_path / "out.jsonl", Reading(log_probs=tmp_path / "kept"))
+    options = DecodingOptions(log_probs=tmp_path / "kept")
+    transcribe(folder, find_recordings([str(clips)]), tmp_path / "out.jsonl", options)
     assert (tmp_path / "kept" / "vocab.json").read_bytes() == (folder / "vocab.json").read_bytes()
     for path in clips.rglob("*.flac"):
         kept = np.load(tmp_path / "kept" / f"{path.stem}.npy")

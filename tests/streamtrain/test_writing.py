@@ -23,12 +23,12 @@ import zstandard
 from sharding.audio.codec import encode
 from sharding.cli import main as sharding_main
 from sharding.errors import StoreError, StreamtrainError
-from sharding.files.writing import append, beside, is_stdout, replacing, write, written
+from sharding.files.writing import append, is_stdout, replacing, sibling, write, written
 from streamtrain.cli import main
 from streamtrain.distributed import World
 from streamtrain.eval.evaluate import evaluate_model
 from streamtrain.training.checkpoint import RunState, save_checkpoint
-from streamtrain.training.zero_engine import Parts
+from streamtrain.training.zero_engine import FullState
 from tests.tools.commands import ROOT, own_mounts
 from tests.tools.corpus import sound
 from tests.tools.models import save, talkative
@@ -164,7 +164,7 @@ def test_any_name_that_the_system_takes_is_written_and_a_longer_one_is_told(name
     write(tmp_path / name, b"new")
     write(tmp_path / name, b"newer")
     assert (tmp_path / name).read_bytes() == b"newer"
-    assert beside(tmp_path / name, ".part").name.encode()
+    assert sibling(tmp_path / name, ".part").name.encode()
     with pytest.raises(StoreError, match="File name too long\nhint: name a place"):
         write(tmp_path / f"{name}ɑ", b"new")
     assert names(tmp_path) == [name]
@@ -316,7 +316,7 @@ FILES = {
     "align": (align, is_compressed_jsonl),
     "package": (package, is_zip),
     "plan --keys": (plan("--keys"), is_jsonl),
-    "plan --fetches": (plan("--fetches"), is_jsonl),
+    "plan --shard-schedule": (plan("--shard-schedule"), is_jsonl),
     "plan --plot": (plan("--plot"), is_png),
     "split --plot": (plot, is_png),
 }
@@ -373,7 +373,7 @@ def evaluate(made: Path, out: Path) -> int:
 
 
 def checkpoint(made: Path, out: Path) -> int:
-    parts = Parts({"weight": torch.zeros(300_000)}, {}, {}, {})
+    parts = FullState({"weight": torch.zeros(300_000)}, {}, {}, {})
     return told(lambda: save_checkpoint(parts, RunState({}, "", 1), out, keep=2))
 
 

@@ -24,13 +24,13 @@ COLLECTIVE_SEC, WORK_SEC = 2, 5
 def main() -> None:
     mode = sys.argv[-1]
     ranks.BEAT_SEC, ranks.SILENT_SEC, rank.LET_RANK_0_SPEAK_SEC = 0.5, 3.0, 0.1
-    with ranks.running() as world:
+    with ranks.process_group() as world:
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=COLLECTIVE_SEC))
         if mode == "collective":
             time.sleep(WORK_SEC * world.main)
             world.barrier()
             return
-        with world.main_alone("fetch the copy") as mine:
+        with world.on_main("fetch the copy") as mine:
             if mine and mode == "fails":
                 raise StoreError("s3://bucket/run: no such bucket", "create it")
             if mine and mode == "frozen":

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 from sharding.audio.vad import Stretch
 from sharding.build.external import TarJob, index_tar
-from sharding.build.pipeline import BuildSettings, HowToRun, build
+from sharding.build.pipeline import BuildConfig, RunOptions, build
 from sharding.errors import AudioError, StreamtrainError
 from sharding.files.exclusive import parse_holder, this_process
 from sharding.report import files as report
@@ -42,13 +42,13 @@ from sharding.report.ledger import write_ledger
 from sharding.report.summary import render
 from sharding.segment.cuts import Cut
 from sharding.segment.evidence import read_alignments
-from sharding.segment.split import Gates, words_by_evidence
-from sharding.shardset.index import read_index, read_listed, read_outlines, read_shard_index
+from sharding.segment.split import LabelThresholds, words_by_evidence
+from sharding.shardset.index import read_checked, read_index, read_index_headers, read_shard_index
 from sharding.shardset.sample import escape_key, sample_from_bytes
 from sharding.shardset.store import FolderStore
 from sharding.shardset.verify import check_shard
 from sharding.sources import archive as archives
-from sharding.sources.manifest import Reading, read_source
+from sharding.sources.manifest import ManifestOptions, read_source
 from streamtrain.config import ModelConfig, load_config
 from streamtrain.eval.compare import compare_folders
 from streamtrain.eval.score import score_files
@@ -58,7 +58,7 @@ from streamtrain.infer.transcribe import Progress, load
 from streamtrain.model.checksums import check_sums
 from streamtrain.model.pretrained import load_model, load_trained, save_model
 from streamtrain.model.vocab import load_vocab, vocab_of
-from streamtrain.run_status import FINISH_NAME, Finish, read_finish, write_finish
+from streamtrain.run_status import RESULT_NAME, RunResult, read_result, write_result
 from streamtrain.submission.package import _check_rows, _field_of
 from streamtrain.training.checkpoint import RunState, read_checkpoint
 from streamtrain.training.checkpoint import _digest as digest_state
@@ -172,7 +172,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     """Write a document of each kind below a folder."""
     shards = folder / "shards"
     build(
-        [make_corpus(folder / "corpus")], str(shards), BuildSettings(num_buckets=2, shard_mb=0.1), HowToRun(workers=1)
+        [make_corpus(folder / "corpus")], str(shards), BuildConfig(num_buckets=2, shard_mb=0.1), RunOptions(workers=1)
     )
     store = FolderStore(shards)
     index = read_index(store)
@@ -211,17 +211,17 @@ def make_documents(folder: Path) -> dict[str, Document]:
     (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
     ids = {token: number for number, token in enumerate(vocab_of("phonetic").tokens)}
     (vocab / "vocab.json").write_text(json.dumps(ids))
-    settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "window_shards": 2, "length_jitter": 0.0, "seed": 0,
+    settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "shuffle_shards": 2, "length_jitter": 0.0, "seed": 0,
                 "speed_factors": [1.0], "gain_db": 0.0}  # fmt: skip
-    state = vars(RunState({}, "", 2, best_cer=0.5, best_step=1)) | {"begun": [{"settings": settings, "steps": 1}]}
-    written = {"state": state, "numbers": {"optimizer_steps": 1.0, "loss_scaler": {}},
+    state = vars(RunState({}, "", 2, best_cer=0.5, best_step=1)) | {"completed": [{"settings": settings, "steps": 1}]}
+    written = {"state": state, "scalars": {"optimizer_steps": 1.0, "loss_scaler": {}},
                "files": {"model.safetensors": {"bytes": 1, "checksum": "0"}}}  # fmt: skip
     (checkpoint / "state.json").write_text(json.dumps(written | {"digest": digest_state(written)}))
 
     def read_set() -> None:
         index = read_index(store)
-        list(read_outlines(store))
-        check_shard(store, read_listed(store, index.shards[0]), index.track)
+        list(read_index_headers(store))
+        check_shard(store, read_checked(store, index.shards[0]), index.track)
 
     def pack_columns(data: bytes) -> bytes:
         columns = pack(data)
@@ -230,7 +230,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         (shards / "index.json").write_bytes(with_digest(json.dumps(document).encode()))
         return columns
 
-    (shards / report.SUMS_NAME).unlink()  # which refuse all else before it is looked at
+    (shards / report.CHECKSUMS_NAME).unlink()  # which refuse all else before it is looked at
 
     def show_summary() -> None:
         if summary := report.read_summary(store, index):  # what is read can be shown
@@ -238,18 +238,18 @@ def make_documents(folder: Path) -> dict[str, Document]:
 
     def append_to_ledger() -> None:
         try:
-            rows, _ = report.keep_old(store, index)
+            rows, _ = report.archive_report(store, index)
             write_ledger(row for row in rows if escape_key(row["utterance_id"]))
         finally:
-            report.forget_old(store, index)
+            report.drop_archived(store, index)
 
     def label_pieces() -> None:
         stretches = [Stretch(0, 7_000, voiced=True), Stretch(9_000, 16_000, voiced=True)]
         for evidence in read_alignments(files["aligned"]).by_id.values():
             for text in ("a b", ""):
                 cuts = [Cut(position, 1.0, forced=False) for position in evidence.cuts]
-                if not evidence.useless(text, evidence.cuts) and evidence.cuts == (8_000,):
-                    words_by_evidence(text, evidence, cuts, stretches, 16_000, Gates(max_gap=9.0))
+                if not evidence.why_unusable(text, evidence.cuts) and evidence.cuts == (8_000,):
+                    words_by_evidence(text, evidence, cuts, stretches, 16_000, LabelThresholds(max_gap=9.0))
 
     return {
         "index.json": Document(shards / "index.json", read_set, bytes, with_digest),
@@ -281,9 +281,9 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
     manifest, found = corpus / MANIFEST, {}
 
     def read_rows(path: Path) -> None:
-        source = read_source(path, Reading("phonetic"))
+        source = read_source(path, ManifestOptions("phonetic"))
         for row in range(len(source)):
-            source.layout.parse(source.line(row), int(source.numbers[row]))
+            source.layout.parse(source.line(row), int(source.micro_batch_ids[row]))
         find_recordings([str(path)])
 
     rows = list(map(json.loads, manifest.read_bytes().splitlines()))
@@ -362,8 +362,8 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     for name, document in beside.items():
         (run / name).write_text(json.dumps(document))
         found[f"card's {name}"] = Document(run / name, partial(_model_card, run, "name", "word"))
-    write_finish(run, Finish(3, "train.max_steps=3", 0.5, 2))
-    found["finished.json"] = Document(run / FINISH_NAME, partial(read_finish, run))
+    write_result(run, RunResult(3, "train.max_steps=3", 0.5, 2))
+    found["finished.json"] = Document(run / RESULT_NAME, partial(read_result, run))
     names = [field.name for field in fields(StepRow)]
     (run / "log.csv").write_text("\n".join([",".join(names), *[",".join("1" * len(names))] * 3, ""]))
     found["log.csv"] = Document(run / "log.csv", partial(read_log, run / "log.csv"))

@@ -62,7 +62,7 @@ def assert_balanced(out: Path) -> None:
     assert stored == pytest.approx(kept, abs=1e-4 * len(ledger))
 
 
-SMALL_SHARDS = ("--shard-mb", 0.2, "--max-rejected", 1)
+SMALL_SHARDS = ("--shard-mb", 0.2, "--max-reject-rate", 1)
 
 
 BYTES_PER_SECOND = 17_300  # of FLAC, as measured on the challenge's clips

@@ -31,7 +31,7 @@ from streamtrain.distributed import World
 from streamtrain.model.vocab import vocab_of
 
 VOCAB = vocab_of("phonetic")
-SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, window_shards=2)
+SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, shuffle_shards=2)
 
 
 def write_set(
@@ -75,7 +75,8 @@ def write_set(
     entries = tuple(shard.entry for shard in shards)
     samples = join_samples([shard.samples for shard in shards])
     valid = sum(entry.count for entry in entries if entry.split == "valid")
-    validation = {"disjoint_by_speaker": True, "stand_in": None, "clips": valid, "rejected": 0}
+    validation = {"disjoint_by_speaker": True, "fallback_speaker": None, "kept_in_training": [], "clips": valid,
+                  "rejected": 0}  # fmt: skip
     notes = {"clips": len(samples), "rejected": 0, "validation": validation}
     return write_index(store, pack_index(ShardIndex((1.0, 2.0), {}, "", str(seed), notes, entries, samples)))
 

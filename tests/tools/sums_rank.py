@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from streamtrain.config import ModelConfig, TrainConfig
-from streamtrain.distributed import running
+from streamtrain.distributed import process_group
 
 TINY = {"conv_dim": [16] * 7, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 64, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}  # fmt: skip
@@ -20,14 +20,14 @@ TINY = {"conv_dim": [16] * 7, "hidden_size": 32, "num_hidden_layers": 2, "num_at
 
 def main() -> None:
     stage, precision, count = int(sys.argv[-3]), sys.argv[-2], int(sys.argv[-1])
-    with running() as world:
+    with process_group() as world:
         from streamtrain.model.pretrained import load_model
-        from streamtrain.training.schedule import make_recipe
+        from streamtrain.training.schedule import make_schedule
         from streamtrain.training.zero_engine import Engine
 
         torch.manual_seed(0)
         model = load_model(ModelConfig(scratch=TINY, dropout=0.0, freeze_cnn=False))
-        recipe = make_recipe(model, TrainConfig(run_dir="unused", epochs=1), 0.0, 10)  # no weight moves
+        recipe = make_schedule(model, TrainConfig(run_dir="unused", epochs=1), 0.0, 10)  # no weight moves
         deepspeed = {"zero_optimization": {"stage": stage}, precision: {"enabled": True},
                      "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
         engine = Engine(model, recipe, deepspeed, 0.0, world)
