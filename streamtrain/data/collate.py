@@ -49,15 +49,15 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[Sample], sounds: Perturbation, vocab: Vocab, normalize: bool) -> Batch:
+def collate(samples: Sequence[Sample], perturbation: Perturbation, vocab: Vocab, normalize: bool) -> Batch:
     """Decode and pad. A clip that has another length than the planned one is silenced, as one that does not decode.
 
     No sample at all makes one silent row, so that every rank runs as many forwards as the others.
     """
-    lengths = sounds.lengths.tolist()
+    lengths = perturbation.lengths.tolist()
     inputs = np.zeros((max(len(samples), 1), max(lengths, default=SILENT_SAMPLES)), np.float32)
     failed = []
-    heard = zip(lengths, sounds.speeds.tolist(), sounds.gains.tolist(), strict=True)
+    heard = zip(lengths, perturbation.speeds.tolist(), perturbation.gains.tolist(), strict=True)
     for row, sample, (length, speed, gain) in zip(inputs, samples, heard, strict=bool(samples)):
         waveform = row[:length]
         if not _decode_into(waveform, sample.audio, speed, gain):

@@ -160,12 +160,12 @@ class ShardStream:
 
         return read_ahead(load, iter(batches), self.workers, patience=self.patience, name=name)
 
-    def load(self, rows: np.ndarray, sounds: Perturbation | None = None) -> Batch:
+    def load(self, rows: np.ndarray, perturbation: Perturbation | None = None) -> Batch:
         """Read, verify, decode and pad the clips of these rows, to be heard so, or else as recorded."""
         started = time.perf_counter()
         samples = self._read(rows)
         read = time.perf_counter()
-        batch = self._collate(samples, sounds or self._as_recorded(rows))
+        batch = self._collate(samples, perturbation or self._as_recorded(rows))
         with self._lock:
             self._counts.batches += 1
             self._counts.clips += len(samples)
@@ -193,8 +193,8 @@ class ShardStream:
     def _as_recorded(self, rows: np.ndarray) -> Perturbation:
         return Perturbation.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
 
-    def _collate(self, samples: Sequence[Sample], sounds: Perturbation) -> Batch:
-        return collate(samples, sounds, self.vocab, self.normalize)
+    def _collate(self, samples: Sequence[Sample], perturbation: Perturbation) -> Batch:
+        return collate(samples, perturbation, self.vocab, self.normalize)
 
 
 Place = TypeVar("Place")

@@ -216,7 +216,7 @@ def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -
     return groups
 
 
-def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Rows | None = None) -> EpochPlan:
+def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows: Rows | None = None) -> EpochPlan:
     """Every labelled clip of the training split exactly once, in steps of M micro-batches under the cap.
 
     Rows that are `spent` are left out. Raises PlanError where a clip alone exceeds the cap, or where there is nothing
@@ -239,9 +239,9 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, spent: Row
         lengths = length_at(lengths, speeds)
     random = np.random.default_rng([settings.seed, epoch])
     left = None
-    if spent is not None:
+    if seen_rows is not None:
         left = np.ones(len(lengths), bool)
-        left[spent] = False
+        left[seen_rows] = False
     cuts = [_cut_bucket(index, lengths, left, bucket, cap, settings, random) for bucket in _buckets(index)]
     batches = _interleave([batches for batches in cuts if batches], random)
     ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
@@ -267,17 +267,17 @@ class PlanPrefix:
     steps: Count
 
 
-def plan_remaining(index: ShardIndex, settings: PlanSettings, epoch: int, begun: Sequence[PlanPrefix]) -> EpochPlan:
+def plan_remaining(index: ShardIndex, settings: PlanSettings, epoch: int, completed: Sequence[PlanPrefix]) -> EpochPlan:
     """An epoch whose first steps were planned otherwise, maybe more than once: it still has each clip once.
 
     Its steps are those that are left.
     """
-    spent = None
-    for before in begun:
-        plan = plan_epoch(index, before.settings, epoch, spent)
+    seen_rows = None
+    for before in completed:
+        plan = plan_epoch(index, before.settings, epoch, seen_rows)
         done = plan.rows[: plan.starts[before.steps * plan.micro_batches_per_step]]
-        spent = done if spent is None else np.concatenate([spent, done])
-    return plan_epoch(index, settings, epoch, spent)
+        seen_rows = done if seen_rows is None else np.concatenate([seen_rows, done])
+    return plan_epoch(index, settings, epoch, seen_rows)
 
 
 @dataclass(frozen=True, eq=False)

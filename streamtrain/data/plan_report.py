@@ -63,14 +63,14 @@ def report_plan(shards: str | None, config: str, overrides: Sequence[str], machi
     per_step = settings.train.micro_batches_per_step
     check_world_size(machines.world_size, per_step)
     plan, next_plan = (plan_epoch(index, PlanSettings.of(settings), number) for number in (epoch, epoch + 1))
-    uses = shard_schedule(index, plan, [rank // machines.ranks_per_node for rank in range(machines.world_size)])
+    schedule = shard_schedule(index, plan, [rank // machines.ranks_per_node for rank in range(machines.world_size)])
     cap = round(settings.data.batch_seconds * SAMPLE_RATE)
     seconds = float(plan.lengths.sum() / SAMPLE_RATE)
     duration = seconds / (machines.world_size * machines.speed * (1 - plan.rank_idle(machines.world_size)))
     sizes = _sizes(index)
     nodes = math.ceil(machines.world_size / machines.ranks_per_node)
-    by_node = np.bincount(uses.node, sizes[uses.shard], nodes)
-    requests = np.bincount(uses.node, np.ceil(sizes[uses.shard] / RANGE_BYTES), nodes)
+    by_node = np.bincount(schedule.node, sizes[schedule.shard], nodes)
+    requests = np.bincount(schedule.node, np.ceil(sizes[schedule.shard] / RANGE_BYTES), nodes)
     summary = {
         "epoch": epoch,
         "world_size": machines.world_size,
@@ -89,20 +89,20 @@ def report_plan(shards: str | None, config: str, overrides: Sequence[str], machi
         "bytes_per_node": int(by_node.max()),
         "requests_per_second": float(requests.sum() / duration),
         "requests_per_second_uncached": len(plan.rows) / duration,
-        "cache_gb_needed": max(live.max() for live in live_bytes(index, plan, uses, nodes)) / 2**30,
+        "cache_gb_needed": max(live.max() for live in live_bytes(index, plan, schedule, nodes)) / 2**30,
         "world_sizes": valid_world_sizes(per_step),
     }
-    return PlanReport(index, shards, plan, machines, uses, summary)
+    return PlanReport(index, shards, plan, machines, schedule, summary)
 
 
-def live_bytes(index: ShardIndex, plan: EpochPlan, uses: ShardSchedule, nodes: int) -> list[npt.NDArray[np.float64]]:
+def live_bytes(index: ShardIndex, plan: EpochPlan, schedule: ShardSchedule, nodes: int) -> list[npt.NDArray[np.float64]]:
     """For each node, the bytes that its cache must hold at each step to fetch no shard twice, shape (steps,)."""
-    sizes, curves = _sizes(index)[uses.shard], []
+    sizes, curves = _sizes(index)[schedule.shard], []
     for node in range(nodes):
-        here = uses.node == node
+        here = schedule.node == node
         change = np.zeros(plan.steps + 1)
-        np.add.at(change, np.maximum(uses.first[here] - STEPS_AHEAD, 0), sizes[here])
-        np.add.at(change, np.minimum(uses.last[here] + STEPS_BEHIND + 1, plan.steps), -sizes[here])
+        np.add.at(change, np.maximum(schedule.first[here] - STEPS_AHEAD, 0), sizes[here])
+        np.add.at(change, np.minimum(schedule.last[here] + STEPS_BEHIND + 1, plan.steps), -sizes[here])
         curves.append(np.cumsum(change)[:-1])
     return curves
 
@@ -145,8 +145,8 @@ def _told_bytes(size: float) -> str:
 
 def write_schedule(prediction: PlanReport, out: Path) -> None:
     """JSONL, a row for each node and shard: the steps at which it is needed first and last."""
-    uses, shards = prediction.schedule, prediction.index.shards
-    columns = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
+    schedule, shards = prediction.schedule, prediction.index.shards
+    columns = zip(schedule.node.tolist(), schedule.shard.tolist(), schedule.first.tolist(), schedule.last.tolist(), strict=True)
     with written(out) as lines:
         for node, shard, first, last in columns:
             row = {"node": node, "shard": shards[shard].name, "first_step": first, "last_step": last}
@@ -172,7 +172,7 @@ def plot(prediction: PlanReport, out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    plan, uses, index = prediction.plan, prediction.schedule, prediction.index
+    plan, schedule, index = prediction.plan, prediction.schedule, prediction.index
     padded = plan.padded / SAMPLE_RATE
     edges = np.arange(plan.steps + 1) - 0.5  # a step is as wide as the number of it
     figure = Figure(figsize=(10, 9), layout="constrained")
@@ -182,15 +182,15 @@ def plot(prediction: PlanReport, out: Path) -> None:
     even.stairs(padded.mean(axis=1), edges, baseline=None, color=COLOURS[0], linewidth=0.8, label="mean")
     even.set(title="padded seconds of the micro-batches of a step", ylim=(0, None))
     even.legend(frameon=False, loc="lower right")
-    held = live_bytes(index, plan, uses, 1)[0]
+    held = live_bytes(index, plan, schedule, 1)[0]
     unit, name = (2**30, "GiB") if held.max() >= 2**30 else (2**20, "MiB")
     cache.stairs(held / unit, edges, baseline=None, color=COLOURS[2])
     cache.set(title=f"what the cache of the first node must hold, {name}", ylim=(0, None))
-    here = np.flatnonzero(uses.node == 0)
-    here = here[np.lexsort((uses.last[here], uses.first[here]))]
-    spans = zip(uses.first[here].tolist(), uses.last[here].tolist(), strict=True)
+    here = np.flatnonzero(schedule.node == 0)
+    here = here[np.lexsort((schedule.last[here], schedule.first[here]))]
+    spans = zip(schedule.first[here].tolist(), schedule.last[here].tolist(), strict=True)
     lines = [((first - 0.5, y), (last + 0.5, y)) for y, (first, last) in enumerate(spans)]
-    buckets = np.array([shard.bucket for shard in index.shards])[uses.shard[here]]
+    buckets = np.array([shard.bucket for shard in index.shards])[schedule.shard[here]]
     bars = LineCollection(lines, linewidths=max(0.3, min(6.0, 180 / max(len(lines), 1))), cmap="viridis")
     bars.set_array(buckets)
     shards.add_collection(bars)

@@ -105,17 +105,17 @@ def evaluate_model(
     out: Path,
     world: World,
     beam: int = 0,
-    beside: Path | None = None,
+    compare_to: Path | None = None,
 ) -> dict[str, Any]:
     """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out`, prints and returns it.
 
     `beside` is the folder of another model's scorecard on the same clips, to compare it with.
     """
     other = None
-    if beside is not None:
-        _, other = read_scorecard(beside)
-        if beside.resolve() == out.resolve():
-            raise StreamtrainError(f"--compare-to {beside}: is --out itself", "name another model's evaluation")
+    if compare_to is not None:
+        _, other = read_scorecard(compare_to)
+        if compare_to.resolve() == out.resolve():
+            raise StreamtrainError(f"--compare-to {compare_to}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
     if not len(index.split(split)):
@@ -139,7 +139,7 @@ def evaluate_model(
             card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
             write_scorecard(card, evaluation.clips, out)
             print(render(card))
-            compared = compare(other, evaluation.clips, str(beside)) if other is not None else None
+            compared = compare(other, evaluation.clips, str(compare_to)) if other is not None else None
             if compared:
                 print(render_comparison(compared))
             sounds = _worst_clip_audio(card, evaluation, stream)

@@ -74,7 +74,7 @@ class Transcript:
 
 
 def transcribe(
-    model_folder: Path, recordings: Sequence[Recording], out: Path, reading: DecodingOptions | None = None
+    model_folder: Path, recordings: Sequence[Recording], out: Path, options: DecodingOptions | None = None
 ) -> int:
     """Write a JSONL row per recording; returns how many failed.
 
@@ -85,18 +85,18 @@ def transcribe(
     A recording that cannot be read gets a row with its error. What a killed run has done is not done again, where the
     same is asked for; the file is then the same as if nothing had been.
     """
-    reading = reading or DecodingOptions()
+    options = options or DecodingOptions()
     _check_free(out, recordings)
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
-    if reading.log_probs:
-        write_inside(reading.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
-    with closing(Progress(out, _digest(model_folder, model.normalize, recordings, reading))) as progress:
+    if options.log_probs:
+        write_inside(options.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
+    with closing(Progress(out, _digest(model_folder, model.normalize, recordings, options))) as progress:
         left = recordings[progress.rows :]
         failed = progress.failed
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
             for chunk in chunk_by_memory(read_ahead(load, iter(left), READERS)):
-                rows = _read_chunk(model, chunk, reading)
+                rows = _read_chunk(model, chunk, options)
                 failed += sum(row["error"] is not None for row in rows)
                 progress.write(rows, failed)
                 bar.update(len(rows))
@@ -220,28 +220,28 @@ def load(recording: Recording) -> LoadedRecording:
     return LoadedRecording(recording, recording.utterance_id, error=said)
 
 
-def _read_chunk(model: CTCModel, sounds: Sequence[LoadedRecording], reading: DecodingOptions) -> list[dict[str, Any]]:
+def _read_chunk(model: CTCModel, sounds: Sequence[LoadedRecording], options: DecodingOptions) -> list[dict[str, Any]]:
     pieces = [piece for sound in sounds for piece in sound.pieces]
-    heard = iter(_read_pieces(model, pieces, reading))
-    return [_row(sound, [next(heard) for _ in sound.pieces], model, reading) for sound in sounds]
+    heard = iter(_read_pieces(model, pieces, options))
+    return [_row(sound, [next(heard) for _ in sound.pieces], model, options) for sound in sounds]
 
 
-def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], reading: DecodingOptions) -> list[Transcript]:
+def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], options: DecodingOptions) -> list[Transcript]:
     """Each piece, in batches of like length."""
     heard: dict[int, Transcript] = {}
-    seconds = reading.batch_seconds or usual_batch_seconds(model)
+    seconds = options.batch_seconds or usual_batch_seconds(model)
     for batch in plan_evaluation([len(piece) for piece in pieces], seconds):
         log_probs, frames = compute_log_probs(model, [pieces[i] for i in batch])
-        hypotheses = decode_log_probs(log_probs, frames, model.vocab, reading.beam)
+        hypotheses = decode_log_probs(log_probs, frames, model.vocab, options.beam)
         rows = log_probs.cpu().numpy()
         for i, row, length, hypothesis in zip(batch.tolist(), rows, frames.tolist(), hypotheses, strict=True):
             words = word_timestamps(row[:length], hypothesis.text, model.vocab)
-            heard[i] = Transcript(hypothesis, words, row[:length].copy() if reading.log_probs else None)
+            heard[i] = Transcript(hypothesis, words, row[:length].copy() if options.log_probs else None)
     return [heard[i] for i in range(len(pieces))]
 
 
 def _row(
-    sound: LoadedRecording, heard: Sequence[Transcript], model: CTCModel, reading: DecodingOptions
+    sound: LoadedRecording, heard: Sequence[Transcript], model: CTCModel, options: DecodingOptions
 ) -> dict[str, Any]:
     """The row of a recording, from its pieces."""
     track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
@@ -260,14 +260,14 @@ def _row(
         ],
         "error": None,
     }
-    if reading.nbest:
+    if options.nbest:
         joined = join_nbest([hypothesis.nbest for hypothesis in hypotheses])
-        row["nbest"] = [asdict(one) for one in joined[: reading.nbest]]
-    if reading.log_probs:
+        row["nbest"] = [asdict(one) for one in joined[: options.nbest]]
+    if options.log_probs:
         kept = np.concatenate([piece.log_probs for piece in heard if piece.log_probs is not None])
         array = io.BytesIO()
         np.save(array, kept.astype(np.float16))
-        write_inside(reading.log_probs / f"{escape_key(sound.utterance_id)}.npy", array.getvalue())
+        write_inside(options.log_probs / f"{escape_key(sound.utterance_id)}.npy", array.getvalue())
     return row
 
 
@@ -280,7 +280,7 @@ def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
     }
 
 
-def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], reading: DecodingOptions) -> str:
+def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], options: DecodingOptions) -> str:
     """Of all that decides the rows."""
     state = xxhash.xxh3_128()
     for name in ("config.json", "model.safetensors", "vocab.json"):
@@ -289,5 +289,5 @@ def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], readi
                 state.update(data)
     for recording in recordings:
         state.update(f"{recording.utterance_id}\0{recording.audio_path}\0{recording.stamp}\n".encode())
-    state.update(repr((reading, normalize)).encode())
+    state.update(repr((options, normalize)).encode())
     return state.hexdigest()

@@ -108,7 +108,7 @@ def rename(rows: Iterable[Row], **columns: str) -> list[Row]:
 
 def parse_all(path: Path, reading: ManifestOptions = ManifestOptions()) -> list[Utterance]:  # noqa: B008
     source = read_source(path, reading)
-    return [source.layout.parse(source.line(row), int(source.micro_batch_ids[row]))[0] for row in range(len(source))]
+    return [source.layout.parse(source.line(row), int(source.numbers[row]))[0] for row in range(len(source))]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_a_table_without_ids_is_named_by_its_audio(corpus: Path, tmp_path: Path)
     utterances = parse_all(table)
     assert [utterance.utterance_id for utterance in utterances] == ["audio/meadow-0000", "audio/meadow-0001"]
     assert [utterance.text for utterance in utterances] == ["k", ""]
-    assert read_source(table, ManifestOptions()).micro_batch_ids.tolist() == [2, 4]
+    assert read_source(table, ManifestOptions()).numbers.tolist() == [2, 4]
 
 
 def test_json_lines_without_ids_are_named_by_their_audio_like_a_table(corpus: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_what_sounds_say_is_checked_where_a_model_has_labelled() -> None:
     stretches = find_stretches(listening, find_pauses(listening), len(waveform))
     for shift, right in ((0, True), (1, False)):
         evidence = replace(
-            sounds.hear(text, waveform, stretches, cuts),
+            sounds.align(text, waveform, stretches, cuts),
             words_before=tuple(count + shift for count in before),
             gaps=(0.0,) * len(first),
         )

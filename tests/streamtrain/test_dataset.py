@@ -68,7 +68,7 @@ def test_a_corpus_smaller_than_the_world_gives_each_rank_a_silent_row(
     silent = [item.batch for item in items if item.batch.keys == ("",)]
     assert len(silent) == max(0, 8 - clips)
     for batch in silent:
-        assert batch.params.tolist() == [0.0]
+        assert batch.weights.tolist() == [0.0]
         assert batch.target_lengths.tolist() == [0]
         assert not batch.inputs.any()
 
@@ -128,7 +128,7 @@ def test_a_machine_knows_when_its_own_ranks_read_which_shard_however_many_the_ot
                     read[shard].add(step)
         for rank in ranks:
             world = World(rank, size, rank % count, count, frozenset(ranks))
-            uses = ShardStream(index, FolderStore(Path()), VOCAB, True, world).uses(plan)
+            uses = ShardStream(index, FolderStore(Path()), VOCAB, True, world).schedule(plan)
             found = zip(uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
             assert {shard: (first, last) for shard, first, last in found} == {
                 shard: (min(steps), max(steps)) for shard, steps in read.items()
@@ -179,7 +179,7 @@ def test_a_batch_holds_each_clip_normalised_padded_and_labelled(meadow: Path) ->
         assert torch.allclose(batch.inputs[row, :length], torch.from_numpy(expected), atol=1e-6)
         assert not batch.inputs[row, length:].any()
         assert VOCAB.decode(batch.targets[row, : batch.target_lengths[row]].tolist()) == sample.text
-    assert batch.params.tolist() == [1.0] * len(rows)
+    assert batch.weights.tolist() == [1.0] * len(rows)
 
 
 @given(st.lists(st.text("kaæ", max_size=8), min_size=1, max_size=4), st.integers(1, 16))
@@ -191,11 +191,11 @@ def test_a_clip_without_frames_for_its_label_weighs_nothing_and_is_named(texts: 
     whole = collate(samples, Perturbation.as_recorded(np.full(len(texts), 400)), VOCAB, normalize=False)
     batch = silence_too_dense(whole, lengths)
     crowded = [ctc_frames_needed(text) > frames for text in texts]
-    assert batch.params.tolist() == [float(not one) for one in crowded]
+    assert batch.weights.tolist() == [float(not one) for one in crowded]
     assert batch.too_dense == tuple(sample.key for sample, one in zip(samples, crowded, strict=True) if one)
     scores = torch.zeros(len(texts), frames, len(VOCAB)).log_softmax(-1)
     before, after = (
-        ctc_sum(scores, lengths, one.targets, one.target_lengths, one.params, VOCAB.blank) for one in (whole, batch)
+        ctc_sum(scores, lengths, one.targets, one.target_lengths, one.weights, VOCAB.blank) for one in (whole, batch)
     )
     assert torch.isfinite(after)
     assert bool(torch.isfinite(before)) == (not any(crowded))
@@ -284,10 +284,10 @@ def test_a_clip_that_does_not_decode_is_a_silent_row_of_its_planned_length(audio
     (batch,) = [item.batch for item in items if "clip-0-005" in item.batch.keys]
     row = batch.keys.index("clip-0-005")
     assert batch.failed == ("clip-0-005",)
-    assert batch.params[row] == 0
+    assert batch.weights[row] == 0
     assert not batch.inputs[row].any()
     assert batch.input_lengths[row] == plan.lengths[np.flatnonzero(plan.rows == 12 // 2 + 2)[0]]
-    weights = sum(float(item.batch.params.sum()) for item in items)
+    weights = sum(float(item.batch.weights.sum()) for item in items)
     assert weights == 11
 
 

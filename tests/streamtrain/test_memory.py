@@ -35,7 +35,7 @@ def test_every_shape_is_run_by_doubling_up_to_its_size() -> None:
 
 def test_batches_loaded_ahead_are_counted_and_refused_where_the_memory_does_not_hold_them() -> None:
     free = psutil.virtual_memory().available
-    many = LoaderMemory(free / MANY.seconds / SECOND_BYTES, compare_to=2**20)
+    many = LoaderMemory(free / MANY.seconds / SECOND_BYTES, beside=2**20)
     with pytest.raises(
         ProbeError, match=r"loaded ahead take up to [\d.]+ GiB, [\d.]+ GiB of this.*\nhint: lower data.w"
     ):

@@ -126,7 +126,7 @@ def test_padded_seconds_never_exceed_the_cap(index: ShardIndex, wanted: PlanSett
     lengths = dict(zip(plan.rows.tolist(), plan.lengths.tolist(), strict=True))  # as heard
     for step in range(plan.steps):
         for number, batch in enumerate(batches_of(plan, step)):
-            assert plan.sounds(step, number).lengths.tolist() == [lengths[row] for row in batch]
+            assert plan.perturbation(step, number).lengths.tolist() == [lengths[row] for row in batch]
             padded = len(batch) * max((int(lengths[row]) for row in batch), default=0)
             assert padded == plan.padded[step, number]
             assert plan.true[step, number] == sum(int(lengths[row]) for row in batch)

@@ -283,7 +283,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
     def read_rows(path: Path) -> None:
         source = read_source(path, ManifestOptions("phonetic"))
         for row in range(len(source)):
-            source.layout.parse(source.line(row), int(source.micro_batch_ids[row]))
+            source.layout.parse(source.line(row), int(source.numbers[row]))
         find_recordings([str(path)])
 
     rows = list(map(json.loads, manifest.read_bytes().splitlines()))
