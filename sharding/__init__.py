@@ -1,1 +1,1 @@
-"""Audio and IPA labels become tar shards bucketed by duration, with an index. Knows nothing of training."""
+"""Convert audio and IPA labels into indexed tar shards bucketed by duration. Training code is never imported."""

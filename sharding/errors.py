@@ -1,13 +1,13 @@
-"""The errors a user can act on: what, where, seen, wanted, next. Entry points print them without a traceback."""
+"""Define the errors that a user can act on: what, where, seen, wanted, next. Entry points print no traceback."""
 
 
 def counted(count: int, noun: str) -> str:
-    """Return `1 file`, `2 files`."""
+    """Return a count with its noun, as in `1 file`, `2 files`."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 class StreamtrainError(Exception):
-    """A mistake or a fault outside the program, told in one message and, where there is one, a hint."""
+    """Report a user's mistake or a fault outside the program: one message and, optionally, a hint."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)  # both stay in `args`, so the error survives pickling between processes
@@ -19,24 +19,24 @@ class StreamtrainError(Exception):
 
 
 class ManifestError(StreamtrainError):
-    """A transcripts file that cannot be read as one."""
+    """Report a transcripts file that cannot be read."""
 
 
 class AudioError(StreamtrainError):
-    """Audio that cannot be used; the message is the reason written to the ledger."""
+    """Report audio that cannot be used; the message is the reason written to the ledger."""
 
 
 class ShardError(StreamtrainError):
-    """A shard or an index whose bytes are not what they should be."""
+    """Report a shard or an index with unexpected bytes."""
 
 
 class StoreError(StreamtrainError):
-    """Bytes that could not be read from or written to where they live."""
+    """Report that bytes could not be read from or written to a file or an object."""
 
 
 class MissingError(StoreError):
-    """There is nothing under that name."""
+    """Report that nothing exists under a name."""
 
 
 class UnreachableError(StoreError):
-    """A server that does not answer, or lets nobody in: nothing is known of what lies there."""
+    """Report a server that does not answer or denies access, so that the state of its objects is unknown."""

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, also while a command is still being imported: one line, exit code 130, no traceback."""
+"""Handle Ctrl-C at any moment, also during imports: one line, exit code 130, no traceback."""
 
 import os
 import signal
@@ -10,17 +10,17 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
 def handle_interrupts() -> None:
-    """Have Ctrl-C end this process at once while a module is imported, and raise KeyboardInterrupt otherwise.
+    """Make Ctrl-C end this process at once during an import, and raise KeyboardInterrupt otherwise.
 
-    Raised in an import, it would come out of libraries as another error, or not at all. Where nobody catches it, which
-    may be between any two lines of a command, it ends the process in the same way.
+    Libraries may turn a KeyboardInterrupt raised in an import into another error, or suppress it. An uncaught one,
+    which may occur between any two lines of a command, ends the process in the same way.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as a script's background job is
-        signal.signal(signal.SIGINT, _interrupted)
-    sys.excepthook = _uncaught
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in background jobs of scripts
+        signal.signal(signal.SIGINT, _handle_sigint)
+    sys.excepthook = _handle_uncaught
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
+def _handle_sigint(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _stop()
@@ -28,9 +28,9 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _handle_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        with suppress(Exception, KeyboardInterrupt):  # it may be closed, or full
+        with suppress(Exception, KeyboardInterrupt):  # stdout may be closed, or its disk full
             print(end="", flush=True)
         _stop()
     sys.__excepthook__(kind, error, traceback)

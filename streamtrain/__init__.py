@@ -1,1 +1,1 @@
-"""Plan, stream, train, evaluate: from a shard set to a CER. Stands on sharding.{format, store, ipa, audio}."""
+"""Plan, stream, train, evaluate: from a shard set to a CER. Builds on the lower rooms of sharding."""

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: a kill loses neither what was there nor what takes its place."""
+"""Write folders that are complete or absent: a kill loses neither the old folder nor the one that replaces it."""
 
 import os
 import re
@@ -16,9 +16,9 @@ ASIDE = ".old"
 
 @contextmanager
 def new_folder(final: Path, needed: int | None = None, hint: str | None = None) -> Iterator[Path]:
-    """Yield a folder to fill, of which nothing is left if that fails, and which takes the place of `final` when whole.
+    """Yield a folder to fill, which replaces `final` once it is complete, and is deleted if that fails.
 
-    Raise StoreError, with the `hint` if there is one, if it cannot be written; `needed` are the bytes to come.
+    Raises StoreError, with the `hint` if there is one, if it cannot be written; `needed` is the number of bytes.
     """
     partial = final.with_name(f".{final.name}.part")
     try:
@@ -36,7 +36,7 @@ def new_folder(final: Path, needed: int | None = None, hint: str | None = None) 
 
 
 def replace_dir(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; what had that name before stays at hand until then."""
+    """Rename a finished folder to `final`; a folder that had this name is available until then."""
     aside = aside_of(final)
     remove(aside)
     if final.exists():
@@ -47,23 +47,23 @@ def replace_dir(partial: Path, final: Path) -> None:
 
 
 def move_aside(final: Path) -> None:
-    """Take the name of a file or folder, if there is one, until `put_back` gives it back."""
+    """Set a file or folder aside under a hidden name, if it exists, until `recover_replaced` restores it."""
     with suppress(FileNotFoundError):
         os.replace(final, aside_of(final))
 
 
 def recover_replaced(folder: Path, pattern: str) -> None:
-    """Give what lies aside its name again, such as folders that a kill caught while they were replaced."""
+    """Restore the names of what was set aside, such as folders that a kill interrupted while they were replaced."""
     for aside in folder.glob(aside_of(Path(pattern)).name):
         final = folder / aside.name[1:].removesuffix(ASIDE)
-        if final.exists():  # the kill came later: what is aside may be half removed
+        if final.exists():  # the kill came later: the old one may be half removed
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(aside, final)
 
 
 def _system_error(error: OSError | SafetensorError) -> OSError:
-    """Return the error of the system; safetensors tells it in words alone."""
+    """Return the system's error, which safetensors reports in text alone."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"os error (\d+)", str(error))
@@ -71,5 +71,5 @@ def _system_error(error: OSError | SafetensorError) -> OSError:
 
 
 def aside_of(final: Path) -> Path:
-    """Return where a file or folder lies that has lost its name for the moment."""
+    """Return the path at which a file or folder is set aside."""
     return final.with_name(f".{final.name}{ASIDE}")

@@ -1,4 +1,4 @@
-"""One JSON file becomes checked sections. Each default has its one home here; a misspelt key stops the run."""
+"""Read one JSON file into checked sections. Each default has its one home here; a misspelt key stops the run."""
 
 import difflib
 from collections.abc import Sequence
@@ -27,59 +27,59 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _name_a_place(value: str) -> str:
+def _check_place(value: str) -> str:
     if value.strip() in ("", "-"):
-        raise ValueError("the name of a folder, or a URL, is expected")
+        raise ValueError("the name of a folder or a URL is expected")
     return expand_home(value)
 
 
-Place = Annotated[str, AfterValidator(_name_a_place)]
-Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; beyond these it is no longer speech
+Place = Annotated[str, AfterValidator(_check_place)]
+Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; outside this range it is no longer speech
 
 
 class DataConfig(Section):
     shards: Place = "data/shards"  # folder or URL of a shard set
-    batch_seconds: PositiveFloat = 40.0  # cap on a micro-batch, padding included: clips × longest
-    device_batch_seconds: PositiveFloat | None = None  # up to this size a rank's micro-batches of a step run merged
-    shuffle_shards: PositiveInt = 4  # shards of a bucket that are mixed: more mix better, fewer need less cache
-    length_jitter: float = Field(0.004, ge=0)  # spread of the sort key, s: trades padding for other company each epoch
-    cache_dir: Place | None = None  # where shards of a bucket are kept; none: ranged reads
+    batch_seconds: PositiveFloat = 40.0  # maximum of a micro-batch, padding included: clips × longest
+    device_batch_seconds: PositiveFloat | None = None  # a rank's micro-batches of a step are merged up to this size
+    shuffle_shards: PositiveInt = 4  # shards of a bucket shuffled together: more mix better, fewer need less cache
+    length_jitter: float = Field(0.004, ge=0)  # noise on the sort key, s: more padding, but other batches each epoch
+    cache_dir: Place | None = None  # where shards from an object store are cached; none: ranged reads
     cache_gb: PositiveFloat = 100.0
-    workers: NonNegativeInt = 2  # threads per rank that read ahead, or processes where it has a GPU; 0: nothing ahead
-    speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at one of them, each epoch anew
-    noise_snr_db: list[float] = []  # such as [5, 40]: noise so much below each clip, each epoch anew
-    gain_db: float = Field(0.0, ge=0, le=60)  # and up to so much louder or softer, where the model hears loudness
+    workers: NonNegativeInt = 2  # read-ahead threads per rank, or processes if it has a GPU; 0: no read-ahead
+    speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at a random one of them in each epoch
+    noise_snr_db: list[float] = []  # such as [5, 40]: range of the random SNR of noise in each clip and epoch
+    gain_db: float = Field(0.0, ge=0, le=60)  # maximum random gain, ±dB, if the model's inputs are not normalised
 
     @model_validator(mode="after")
-    def _a_micro_batch_fits(self) -> "DataConfig":
+    def _check_device_batch(self) -> "DataConfig":
         if self.device_batch_seconds is not None and self.device_batch_seconds < self.batch_seconds:
-            raise ValueError("data.device_batch_seconds must hold a micro-batch, of data.batch_seconds")
+            raise ValueError("data.device_batch_seconds must be at least data.batch_seconds, one micro-batch")
         return self
 
     @field_validator("noise_snr_db")
     @classmethod
-    def _a_range(cls, value: list[float]) -> list[float]:
+    def _check_range(cls, value: list[float]) -> list[float]:
         if value and (len(value) != 2 or value[0] > value[1]):
-            raise ValueError("give the least and the most, dB: [5, 40]")
+            raise ValueError("give the minimum and the maximum in dB, such as [5, 40]")
         return value
 
 
 class ModelConfig(Section):
     pretrained: Place | None = None  # a hub name or a local folder
-    scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of its configuration
-    vocab: Literal["auto", "new"] = "auto"  # auto: a model that has a CTC head keeps it; new: it gets a new one
+    scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of Wav2Vec2Config
+    vocab: Literal["auto", "new"] = "auto"  # auto: keep the model's CTC head if it has one; new: replace it
     dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
     freeze_cnn: bool = True
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     mask_time_prob: float = Field(0.0, ge=0, lt=1)  # share of a clip's frames that masked spans cover
-    mask_time_length: PositiveInt = 10  # frames of a span; a clip that is shorter stays as it is
+    mask_time_length: PositiveInt = 10  # frames of a span; shorter clips are not masked
     mask_feature_prob: float = Field(0.0, ge=0, lt=1)  # share of the encoder's input features that masked spans cover
     mask_feature_length: PositiveInt = 10  # features of a span
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "ModelConfig":
+    def _check_origin(self) -> "ModelConfig":
         if (self.pretrained is None) == (self.scratch is None):
-            raise ValueError("give either model.pretrained (a name or folder) or model.scratch, one of the two")
+            raise ValueError("give either model.pretrained (a name or folder) or model.scratch, exactly one of the two")
         return self
 
 
@@ -90,19 +90,19 @@ class TrainConfig(Section):
     micro_batches_per_step: PositiveInt = 8  # over all ranks: the number of ranks must divide it
     schedule: Literal["linear", "cosine", "tri-stage", "constant"] = "linear"  # of the rate, after the warm-up
     warmup_steps: NonNegativeInt = 500
-    hold_steps: NonNegativeInt | None = None  # at the peak, of tri-stage; none: 40 % of all
-    final_lr_ratio: float | None = Field(None, gt=0, le=1)  # where the rate ends; none: at 0, tri-stage at 5 %
+    hold_steps: NonNegativeInt | None = None  # at the peak rate, of tri-stage; none: 40 % of all steps
+    final_lr_ratio: float | None = Field(None, gt=0, le=1)  # final share of the peak rate; none: 0, of tri-stage 5 %
     head_lr: PositiveFloat | None = (
         None  # peak rate of the new head; none: deepspeed.optimizer.params.lr, as the encoder
     )
-    layer_decay: float = Field(1.0, gt=0, le=1)  # each layer of the encoder learns at this share of the next one's rate
-    freeze_encoder_steps: NonNegativeInt = 0  # at first only the head learns
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # average the weights, evaluate and save the average; 0: do not
-    patience: PositiveInt | None = None  # stop after so many evaluations without a better score
-    checkpoint_every: PositiveInt = 500  # steps; the best score makes one too
-    keep_checkpoints: PositiveInt = 2  # the newest, beside that of the best score
+    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of each encoder layer, as a share of the next layer's
+    freeze_encoder_steps: NonNegativeInt = 0  # only the head is trained in the first steps
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # average the weights, evaluate and save the average; 0: off
+    patience: PositiveInt | None = None  # stop after this number of evaluations without a better score
+    checkpoint_every: PositiveInt = 500  # steps; each new best score makes one too
+    keep_checkpoints: PositiveInt = 2  # the newest, besides that of the best score
     mirror: Place | None = None  # such as s3://bucket/run: checkpoints are copied there, to resume on another machine
-    probe: bool = True  # run the largest batches before the first step, to see that the memory holds them
+    probe: bool = True  # run the largest batches before the first step, to check that they fit in memory
     seed: int = Field(0, ge=0)
 
 
@@ -119,47 +119,45 @@ class Config(Section):
     deepspeed: dict[str, Any]
 
     @model_validator(mode="after")
-    def _a_mirror_of_its_own(self) -> "Config":
+    def _check_mirror(self) -> "Config":
         for key, other in (("data.shards", self.data.shards), ("train.run_dir", self.train.run_dir)):
-            if self.train.mirror is not None and _place(self.train.mirror).startswith(_place(other)):
-                raise ValueError(
-                    f"train.mirror, {self.train.mirror!r}, lies in {key}, {other!r}: it needs a place of its own"
-                )
+            if self.train.mirror is not None and _comparable(self.train.mirror).startswith(_comparable(other)):
+                raise ValueError(f"train.mirror, {self.train.mirror!r}, lies in {key}, {other!r}: it must lie outside")
         return self
 
     @property
     def peak_rate(self) -> float:
-        """The encoder's learning rate at its peak."""
+        """Return the encoder's peak learning rate."""
         return float(self.deepspeed["optimizer"]["params"]["lr"])
 
     @property
     def resume_key(self) -> dict[str, Any]:
-        """All that decides what a step computes: not where things lie, nor when a run is evaluated or saved."""
-        where = {"shards", "cache_dir", "cache_gb", "workers"}  # of the shards, the index's digest is compared
-        how = {"device_batch_seconds"}  # the same step, up to rounding, as on another number of ranks or ZeRO stage
-        rhythm = {"run_dir", "keep_checkpoints", "checkpoint_every", "mirror", "patience", "probe"}
+        """Return all settings that decide what a step computes: no paths, nor when a run is evaluated or saved."""
+        places = {"shards", "cache_dir", "cache_gb", "workers"}  # shards are compared by the index's digest
+        merging = {"device_batch_seconds"}  # the same step, up to rounding, as on another number of ranks or ZeRO stage
+        timing = {"run_dir", "keep_checkpoints", "checkpoint_every", "mirror", "patience", "probe"}
         return self.model_dump(
             exclude={
-                "data": where | how,
+                "data": places | merging,
                 "model": {"gradient_checkpointing"},
-                "train": rhythm,
+                "train": timing,
                 "eval": True,
                 "deepspeed": {"zero_optimization", "wall_clock_breakdown", "steps_per_print"},
             }
         )
 
 
-# What a test has seen at the top of the engine's section. It would ignore what it does not know without a word, and
-# much of what it knows changes what a step computes.
+# Keys at the top of the engine's section that a test covers. DeepSpeed silently ignores unknown keys, and many known
+# ones change what a step computes.
 _TOP_LEVEL = """
     activation_checkpointing aio bf16 comms_logger communication_data_type csv_monitor data_types dump_state
     flops_profiler fp16 gradient_clipping memory_breakdown monitor_config optimizer steps_per_print tensorboard timers
     torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     zero_optimization
 """
-DEEPEST = 20  # dots in the name of a setting
+MAX_DOTS = 20  # in the name of a setting
 DEEPSPEED_KEYS = frozenset(_TOP_LEVEL.split())
-OURS = {
+DERIVED = {
     "train_batch_size": "data.batch_seconds and train.micro_batches_per_step",
     "train_micro_batch_size_per_gpu": "data.batch_seconds",
     "gradient_accumulation_steps": "train.micro_batches_per_step",
@@ -187,13 +185,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(document)
     except ValidationError as error:
         raise _explain(error, path) from error
-    for key, instead in OURS.items():
+    for key, source in DERIVED.items():
         if key in config.deepspeed:
-            raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {instead}")
-    for key in config.deepspeed.keys() - DEEPSPEED_KEYS:  # the engine would ignore it
+            raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {source}")
+    for key in config.deepspeed.keys() - DEEPSPEED_KEYS:  # DeepSpeed would ignore it
         near = difflib.get_close_matches(key[:100], DEEPSPEED_KEYS, 1, 0.5)
-        hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"these are: {', '.join(sorted(DEEPSPEED_KEYS))}"
-        raise ConfigError(f"{path}: key 'deepspeed.{key:.200}' is not known, or not supported", hint)
+        hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"known keys: {', '.join(sorted(DEEPSPEED_KEYS))}"
+        raise ConfigError(f"{path}: key 'deepspeed.{key:.200}' is unknown or not supported", hint)
     check_precision(config.deepspeed)
     if "lr" not in config.deepspeed.get("optimizer", {}).get("params", {}):
         raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json")
@@ -201,10 +199,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _set(document: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not all(name.split(".")) or name.count(".") > DEEPEST:
-        said = f"--set {override:.200}: section.key=value is expected"
-        raise ConfigError(said, "what is no setting stands before --set")
+    name, separator, text = override.partition("=")
+    if not separator or not all(name.split(".")) or name.count(".") > MAX_DOTS:
+        message = f"--set {override:.200}: section.key=value is expected"
+        raise ConfigError(message, "put other arguments before --set")
     *path, last = name.split(".")
     node = document
     for key in path:
@@ -221,20 +219,20 @@ def _set(document: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, path: str | Path) -> ConfigError:
     first = error.errors()[0]
-    where, seen = ".".join(str(part) for part in first["loc"])[:200], f"{first['input']!r:.200}"
+    key, value = ".".join(str(part) for part in first["loc"])[:200], f"{first['input']!r:.200}"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, _all_keys(), 1, 0.5)
-        return ConfigError(f"{path}: unknown key {where!r}", f"did you mean {near[0]!r}?" if near else None)
+        matches = difflib.get_close_matches(key, _all_keys(), 1, 0.5)
+        return ConfigError(f"{path}: unknown key {key!r}", f"did you mean {matches[0]!r}?" if matches else None)
     if first["type"] == "list_type":
-        return ConfigError(f"{path}: {where!r} is {seen}, not a list", f"write --set '{where}=[0.9,1,1.1]'")
+        return ConfigError(f"{path}: {key!r} is {value}, not a list", f"write --set '{key}=[0.9,1,1.1]'")
     if first["type"] == "missing":
-        return ConfigError(f"{path}: {where!r} is missing")
-    said = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{path}: {where!r} is {seen}: {said}" if where not in ("", "model") else f"{path}: {said}")
+        return ConfigError(f"{path}: {key!r} is missing")
+    reason = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{path}: {key!r} is {value}: {reason}" if key not in ("", "model") else f"{path}: {reason}")
 
 
-def _place(location: str) -> str:
-    """Return a URL or a folder in the one form in which what lies in it begins so too."""
+def _comparable(location: str) -> str:
+    """Return a URL or folder in one form, so that whatever lies in it starts with this text."""
     path = location.removeprefix("file://")
     return f"{location.rstrip('/') if '://' in path else Path(path).resolve()}/"
 

@@ -1,4 +1,4 @@
-"""Who I am among the ranks, the few things ranks tell one another, and how a rank comes up and goes down."""
+"""Provide rank identity, small collectives, and the set-up and shutdown of a rank's process group."""
 
 import ctypes
 import itertools
@@ -32,9 +32,9 @@ from streamtrain.startup import env_int, report_error, report_errors
 log = logging.getLogger("streamtrain")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PREEMPTED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop, and goes on when started again
-RANK_LOST = "look above for what that rank said; the same command goes on from the newest checkpoint"
-LOST_HINT = (  # what gloo and NCCL say then
+PREEMPTED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop; started again, it resumes
+RANK_LOST = "see that rank's error above; run the same command again to resume from the newest checkpoint"
+LOST_RANK_TEXTS = (  # in the errors of gloo and NCCL
     "gloo",
     "connection closed by peer",
     "connection reset by peer",
@@ -47,26 +47,26 @@ LOST_HINT = (  # what gloo and NCCL say then
     "ncclremoteerror",
     "remote process exited",
 )
-BEAT_SEC, SILENT_SEC = 5.0, 60.0  # of rank 0, while the others wait for it
-LATE_SEC = 600.0  # that rank 0 may come later than another to work of its own
+BEAT_SEC, SILENT_SEC = 5.0, 60.0  # period of rank 0's heartbeat while the others wait, and the silence they accept
+LATE_SEC = 600.0  # by which rank 0 may reach its own work later than another rank
 LET_OTHERS_READ_SEC = 1.0
 
 
 class PreemptedError(StreamtrainError):
-    """Raised on all ranks at the same step, where one of them was asked to stop."""
+    """Report that a rank was asked to stop; raised on all ranks at the same step."""
 
     exit_code = PREEMPTED
 
 
 class LostStepError(StreamtrainError):
-    """Raised on one rank that was asked to stop while its data hang: others wait in this step, so nothing is saved."""
+    """Report that one rank was asked to stop while its data hang: others wait in this step, so nothing is saved."""
 
 
 class Preemption:
-    """From now on SIGTERM, once or often, only sets `asked`, and so do Ctrl-C and the end of the `deepspeed` command.
+    """Turn SIGTERM, Ctrl-C and the end of the `deepspeed` command into the flag `asked`, from now on.
 
-    That command dies of a SIGTERM without a word to the launcher that it has started, which would train on. A second
-    Ctrl-C is answered as before.
+    A SIGTERM ends that command without any notice to the launcher that it started, which would train on. A second
+    Ctrl-C acts as before.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Preemption:
         self._command = _command_of(self._launcher)
         signal.signal(signal.SIGTERM, self._ask)
         self._interrupted = signal.getsignal(signal.SIGINT)
-        if self._interrupted is not signal.SIG_IGN:  # as a script's background job has it
+        if self._interrupted is not signal.SIG_IGN:  # as in a script's background job
             signal.signal(signal.SIGINT, self._ask_once)
 
     def _ask(self, *_: object) -> None:
@@ -87,7 +87,7 @@ class Preemption:
         signal.signal(signal.SIGINT, self._interrupted)
         if env_int("RANK") == 0:
             with suppress(OSError):
-                os.write(2, b"\nstopping: this step is saved first; Ctrl-C again ends at once\n")
+                os.write(2, b"\nstopping once this step is saved; press Ctrl-C again to end at once\n")
 
     @property
     def asked(self) -> bool:
@@ -97,7 +97,7 @@ class Preemption:
 
 
 def _command_of(launcher: psutil.Process) -> int | None:
-    """The process of the `deepspeed` command that waits for this launcher; None where there is none."""
+    """Return the PID of the `deepspeed` command that waits for this launcher; None if there is none."""
     try:
         if "deepspeed.launcher.launch" not in launcher.cmdline():
             return None
@@ -109,13 +109,13 @@ def _command_of(launcher: psutil.Process) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Passed in, never discovered: `rank` of `size`, and the rank's number on its own machine."""
+    """Identify a rank: `rank` of `size`, and its number on its own machine. Passed in, never discovered."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    neighbours: frozenset[int] = frozenset()  # all ranks of this machine, where they have met
+    neighbours: frozenset[int] = frozenset()  # all ranks of this machine, once they are found
 
     @property
     def main(self) -> bool:
@@ -126,20 +126,20 @@ class World:
         return torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
 
     def find_neighbours(self) -> "World":
-        """Return this rank with its neighbours; all ranks call it together.
+        """Return this rank with its neighbours; all ranks must call it together.
 
-        No rank knows them by itself: deepspeed's local rank is rank modulo slots, and machines may differ in slots.
+        No rank can derive them alone: deepspeed's local rank is rank modulo slots, and machines may differ in slots.
         """
-        machine = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK")  # of deepspeed, of torchrun
+        machine = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK")  # set by deepspeed, by torchrun
         nodes = self.gather(machine or self.rank - self.local_rank)
         return replace(self, neighbours=frozenset(rank for rank, node in enumerate(nodes) if node == nodes[self.rank]))
 
     def sum(self, counts: Sequence[int]) -> list[int]:
-        """Return integer counts summed over the ranks, exactly: one reduction of int64."""
+        """Return integer counts summed over the ranks, exactly, by one all-reduce of int64."""
         return [int(total) for total in self._reduce(torch.tensor(counts, dtype=torch.int64)).tolist()]
 
     def gather_floats(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """The values of every rank, on every rank, shape (ranks, values)."""
+        """Return the values of every rank, on every rank, shape (ranks, values)."""
         row = torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
             return row[None].numpy()
@@ -148,7 +148,7 @@ class World:
         return torch.stack(rows).cpu().numpy()
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in rank order, on every rank."""
+        """Return the value of every rank, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -157,14 +157,14 @@ class World:
 
     @contextmanager
     def on_main(self, work: str) -> Iterator[bool]:
-        """Let rank 0 do some work, for as long as it takes; the other ranks wait for its end. True on rank 0.
+        """Let rank 0 do some work of any duration while the other ranks wait for its end. Yields True on rank 0.
 
-        In a collective they would give up after ten minutes, so they wait at the store of the process group, where
-        rank 0 shows every few seconds that it lives. Raise StreamtrainError on the others if its work failed, or if it
-        has been silent for a minute.
+        In a collective they would time out after ten minutes, so they wait at the store of the process group, where
+        rank 0 sends a heartbeat every few seconds. Raises StreamtrainError on the others if the work failed, or if
+        rank 0 has been silent for a minute.
 
-            with world.main_alone("save step 20") as mine:
-                if mine:
+            with world.on_main("save step 20") as is_main:
+                if is_main:
                     …
         """
         if self.size == 1:
@@ -176,20 +176,20 @@ class World:
             _wait_for_main(store, key, work)
             return
         store.add(f"{key}/alive", 1)
-        done = threading.Event()
-        beating = threading.Thread(target=_beat, args=(store, key, done), daemon=True)
-        beating.start()
+        finished = threading.Event()
+        heartbeat = threading.Thread(target=_beat, args=(store, key, finished), daemon=True)
+        heartbeat.start()
         try:
             yield True
         except BaseException as error:
             store.set(key, f"{type(error).__name__}: {error}")
-            time.sleep(LET_OTHERS_READ_SEC)  # at the store that ends with this rank
+            time.sleep(LET_OTHERS_READ_SEC)  # from the store, which ends with this rank
             raise
         else:
             store.set(key, "")
         finally:
-            done.set()
-            beating.join()
+            finished.set()
+            heartbeat.join()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -202,59 +202,59 @@ class World:
         return tensor.cpu()
 
 
-_WORKS = itertools.count()  # of rank 0 alone: every rank counts them alike
+_WORKS = itertools.count()  # numbers the calls of on_main; equal on all ranks
 
 
-def _beat(store: Any, key: str, done: threading.Event) -> None:
-    while not done.wait(BEAT_SEC):
+def _beat(store: Any, key: str, finished: threading.Event) -> None:
+    while not finished.wait(BEAT_SEC):
         store.add(f"{key}/alive", 1)
 
 
 def _wait_for_main(store: Any, key: str, work: str) -> None:
-    """Wait until rank 0 has set the key. Raise StreamtrainError if it holds an error, or if rank 0 is silent."""
-    seen: Queue[str | Exception | None] = Queue()
-    threading.Thread(target=_watch_main, args=(store, key, seen), daemon=True).start()
-    heard, limit = time.monotonic(), LATE_SEC
+    """Wait until rank 0 has set the key. Raises StreamtrainError if the key holds an error, or if rank 0 is silent."""
+    events: Queue[str | Exception | None] = Queue()
+    threading.Thread(target=_watch_main, args=(store, key, events), daemon=True).start()
+    last_beat, limit = time.monotonic(), LATE_SEC
     while True:
         try:
-            news = seen.get(timeout=BEAT_SEC)
+            event = events.get(timeout=BEAT_SEC)
         except Empty:
-            if (silent := time.monotonic() - heard) > limit:
-                told = f"rank 0 has been silent for {silent:.0f} s, it was to {work}"
-                raise StreamtrainError(told, RANK_LOST) from None
+            if (silent := time.monotonic() - last_beat) > limit:
+                message = f"rank 0 has been silent for {silent:.0f} s; its work: {work}"
+                raise StreamtrainError(message, RANK_LOST) from None
             continue
-        if isinstance(news, Exception):
-            raise news
-        if news is not None:
+        if isinstance(event, Exception):
+            raise event
+        if event is not None:
             break
-        heard, limit = time.monotonic(), SILENT_SEC
-    if news:
-        raise StreamtrainError(f"rank 0 could not {work}: {news.splitlines()[0]}", "look above for all it said")
+        last_beat, limit = time.monotonic(), SILENT_SEC
+    if event:
+        raise StreamtrainError(f"rank 0 could not {work}: {event.splitlines()[0]}", "see its full error above")
 
 
-def _watch_main(store: Any, key: str, seen: "Queue[str | Exception | None]") -> None:
-    """Report each beat of rank 0 (None), and what it sets in the end, maybe ""; or the error of a store that is gone.
+def _watch_main(store: Any, key: str, events: "Queue[str | Exception | None]") -> None:
+    """Queue None for each beat of rank 0, and finally the value that it sets, maybe "", or the error of a lost store.
 
-    In a thread: rank 0 keeps the store, so where rank 0 is frozen no call returns, whatever its time-out.
+    Runs in a thread: rank 0 hosts the store, so if rank 0 is frozen no call returns, whatever its time-out.
     """
     beats = 0
     try:
         while True:
             try:
                 store.wait([key], timedelta(seconds=BEAT_SEC))
-                seen.put(store.get(key).decode())
+                events.put(store.get(key).decode())
                 return
-            except torch.distributed.DistStoreError:  # not yet
-                now = store.add(f"{key}/alive", 0)
-            if now != beats:
-                seen.put(None)
-                beats = now
-    except Exception as error:  # raised again in the thread that waits
-        seen.put(error)
+            except torch.distributed.DistStoreError:  # not set yet
+                count = store.add(f"{key}/alive", 0)
+            if count != beats:
+                events.put(None)
+                beats = count
+    except Exception as error:  # re-raised in the waiting thread
+        events.put(error)
 
 
 def world_from_environment() -> World:
-    """What the launcher (deepspeed or torchrun) says of this process; one rank where there is none."""
+    """Return the rank that the launcher (deepspeed or torchrun) has set for this process; rank 0 of 1 without one."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
     rank, size, local_rank, *local_sizes = map(env_int, names)
     size = max(size, 1)
@@ -262,20 +262,20 @@ def world_from_environment() -> World:
 
 
 def on_gpu() -> bool:
-    """Whether ranks compute on GPUs: where there are some, unless DS_ACCELERATOR=cpu says otherwise."""
+    """Return whether ranks compute on GPUs: if there are any, unless DS_ACCELERATOR=cpu forbids it."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """All around a rank's one function: log, threads, process group; a user's error told once, without a traceback.
+    """Set up log, threads and process group around a rank's main function, and end the process afterwards.
 
-    Ends the process.
+    A user's error is reported once, without a traceback.
 
     Works under the `deepspeed` launcher, under torchrun, and as a plain process of one rank; on GPUs with NCCL, on CPUs
     with gloo and nothing compiled.
     """
-    die_with_parent()  # the launcher: ranks that outlive it would train on beside the next run
+    die_with_parent()  # ranks that outlive their launcher would train on beside the next run
     world = world_from_environment()
     _quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO if world.main else logging.WARNING, force=True)
@@ -295,40 +295,40 @@ def process_group() -> Iterator[World]:
         with report_errors():
             raise
     except Exception as error:
-        if not _lost_a_rank(error):
+        if not _is_rank_loss(error):
             traceback.print_exc()
-            os._exit(1)  # the interpreter would wait for threads that read ahead, and they may hang
-        said = str(error).splitlines()[0].partition(". ")[0]
-        report_error(StreamtrainError(f"another rank is gone, or hangs: {said}", RANK_LOST))
+            os._exit(1)  # the interpreter would wait for read-ahead threads, which may hang
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        report_error(StreamtrainError(f"a peer rank exited or hangs: {reason}", RANK_LOST))
         os._exit(1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     logging.shutdown()
     print(end="", flush=True)
     print(end="", flush=True, file=sys.stderr)
-    os._exit(0)  # as the interpreter ends, threads of its libraries now and then abort a rank that has done all
+    os._exit(0)  # at interpreter exit, library threads occasionally abort a rank that has finished
 
 
-def _lost_a_rank(error: Exception) -> bool:
-    """Whether a collective failed because of another rank: gloo and NCCL each say it in words alone."""
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    of_the_line = (torch.distributed.DistStoreError, torch.distributed.DistNetworkError)
-    return isinstance(error, of_the_line) or any(word in said for word in LOST_HINT)
+def _is_rank_loss(error: Exception) -> bool:
+    """Return whether a collective failed because of another rank, which gloo and NCCL report in text alone."""
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    network_errors = (torch.distributed.DistStoreError, torch.distributed.DistNetworkError)
+    return isinstance(error, network_errors) or any(part in text for part in LOST_RANK_TEXTS)
 
 
 def _start_process_group(world: World) -> None:
     if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # oneDNN keeps a kernel with its memory for every shape it meets, and each batch has a shape of its own:
-        # 1.9 GB a rank after 600 steps of the demo at the default of 1,024
+        # oneDNN caches a kernel with its memory for every shape, and each batch has its own shape:
+        # 1.9 GB per rank after 600 steps of the demo at the default of 1,024
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
-        # On cores with AMX, its bf16 gradient of a convolution's weights now and then has in it what lies behind the
-        # input: where that is no number, a step is lost, and another run loses another one
+        # On cores with AMX, its bf16 gradient of a convolution's weights occasionally includes memory behind the
+        # input: if that is not a number, a step is lost, and at another step in another run
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(world.local_size, 1)))
-        log.info("threads of each rank: %d (OMP_NUM_THREADS sets another number)", torch.get_num_threads())
+        log.info("threads per rank: %d (set OMP_NUM_THREADS to change it)", torch.get_num_threads())
     else:
         torch.cuda.set_device(world.local_rank)
     if "MASTER_ADDR" not in os.environ:  # started without a launcher
@@ -341,21 +341,21 @@ def _start_process_group(world: World) -> None:
     from deepspeed.constants import default_pg_timeout
     from torch.distributed import distributed_c10d
 
-    # DEEPSPEED_TIMEOUT for the groups that DeepSpeed makes too: they would wait as long as torch does, half an hour
+    # Apply DEEPSPEED_TIMEOUT to the groups that DeepSpeed creates too: torch's own default is half an hour
     distributed_c10d.default_pg_timeout = default_pg_timeout
     distributed_c10d.default_pg_nccl_timeout = default_pg_timeout  # type: ignore[attr-defined]
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and needs a compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference only, and needs a compiler
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu() else "gloo", verbose=False)
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise StreamtrainError(
-            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            "have all of them started? does another run use that port? this one's own: deepspeed --master_port 29501 …",
+            f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            "start all of them; if another run uses that port, choose another: deepspeed --master_port 29501 …",
         ) from error
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse what a step has freed: given back and asked for anew, each page costs a fault and is zeroed."""
+    """Let glibc reuse freed memory: returned to the kernel and requested again, each page costs a fault and zeroing."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -363,7 +363,7 @@ def _keep_freed_memory() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep what the libraries say about themselves out of a log that people read."""
+    """Keep the libraries' messages about themselves out of the log."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,7 +1,7 @@
-"""Which combinations of precision, ZeRO stage and offload are trained. What no test covers is refused, in words.
+"""Check the combination of precision, ZeRO stage and offload; reject with an error what no test covers.
 
-DeepSpeed takes many more, and some of them train wrongly without a word: torch_autocast in float16 scales the loss but
-clips and measures gradients that are still scaled. Needs no torch, so that a mistake is told at once.
+DeepSpeed accepts many more, and some of them silently train wrongly: torch_autocast in float16 scales the loss but
+clips and measures gradients that are still scaled. Needs no torch, so that a mistake is reported at once.
 """
 
 import sys
@@ -12,24 +12,24 @@ from sharding.errors import StreamtrainError
 
 
 class ConfigError(StreamtrainError):
-    """A configuration that cannot be run as it stands."""
+    """Report a configuration that cannot be run."""
 
 
-PRECISIONS = {  # how weights are kept and how a forward computes, by the section of `deepspeed` that asks for it
+PRECISIONS = {  # storage of weights and arithmetic of a forward, by the section of `deepspeed` that enables it
     "fp32": "weights and arithmetic in fp32",
     "torch_autocast": "weights in fp32, products in bfloat16",
     "bf16": "weights in bf16 with an fp32 copy in the optimizer",
     "fp16": "weights in fp16 with an fp32 copy in the optimizer, and a loss scale",
 }
-OFFLOADS = {  # what may lie in the machine's memory rather than the GPU's, by ZeRO stage
+OFFLOADS = {  # what may be moved to the host's memory, by ZeRO stage
     1: [(), ("offload_optimizer",)],
     2: [(), ("offload_optimizer",)],
     3: [(), ("offload_optimizer",), ("offload_optimizer", "offload_param")],
 }
 NEVER: dict[tuple[str, int, tuple[str, ...]], str] = {
-    ("bf16", 1, ("offload_optimizer",)): "take stage 2, which costs no more"
+    ("bf16", 1, ("offload_optimizer",)): "use stage 2, which costs no more"
 }
-KEYS = {  # of each section; others change what a step computes, or are nothing that a test has seen
+KEYS = {  # supported in each section; others change what a step computes, or are covered by no test
     "torch_autocast": "enabled dtype lower_precision_safe_modules",
     "bf16": "enabled",
     "fp16": "enabled loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale",
@@ -45,7 +45,7 @@ KEYS = {  # of each section; others change what a step computes, or are nothing 
 
 
 def check_precision(deepspeed: Mapping[str, Any]) -> str:
-    """Return the precision of a section `deepspeed`, a key of PRECISIONS. Raise ConfigError if it is not trained."""
+    """Return the precision of a section `deepspeed`, a key of PRECISIONS. Raises ConfigError if unsupported."""
     for name, keys in KEYS.items():
         section: Any = deepspeed
         for part in name.split("."):
@@ -56,28 +56,28 @@ def check_precision(deepspeed: Mapping[str, Any]) -> str:
             raise ConfigError(f"deepspeed.{name}.enabled is {section['enabled']!r}", "true or false is expected")
         for key in section.keys() - set(keys.split()):
             raise ConfigError(f"deepspeed.{name}.{key} is not supported", f"its keys are {', '.join(keys.split())}")
-    asked = [name for name in PRECISIONS if deepspeed.get(name, {}).get("enabled")]
-    if len(asked) > 1:
+    enabled = [name for name in PRECISIONS if deepspeed.get(name, {}).get("enabled")]
+    if len(enabled) > 1:
         raise ConfigError(
-            f"deepspeed.{' and deepspeed.'.join(asked)} are both enabled",
+            f"deepspeed.{' and deepspeed.'.join(enabled)} are both enabled",
             "enable one: --set deepspeed.NAME.enabled=false",
         )
-    precision = asked[0] if asked else "fp32"
+    precision = enabled[0] if enabled else "fp32"
     dtype = deepspeed.get("torch_autocast", {}).get("dtype", "bfloat16")
     if precision == "torch_autocast" and dtype != "bfloat16":
         raise ConfigError(
             f"deepspeed.torch_autocast.dtype is {dtype!r}: DeepSpeed would clip gradients that are still scaled",
-            "bfloat16 needs no scale; for half precision in 16 bits --set deepspeed.torch_autocast.enabled=false "
+            "bfloat16 needs no scale; for float16, --set deepspeed.torch_autocast.enabled=false "
             "deepspeed.fp16.enabled=true",
         )
     _check_step(deepspeed)
-    _check_sums(deepspeed)
+    _check_grad_dtypes(deepspeed)
     _check_offload(precision, deepspeed.get("zero_optimization", {}))
     return precision
 
 
 def _check_step(deepspeed: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the optimizer or the clipping is none that is trained."""
+    """Raise ConfigError if the optimizer or the clipping is not supported."""
     optimizer = deepspeed.get("optimizer", {})
     params = optimizer.get("params", {}) if isinstance(optimizer, Mapping) else None
     if not isinstance(params, Mapping):
@@ -86,10 +86,10 @@ def _check_step(deepspeed: Mapping[str, Any]) -> None:
         )
     kind = optimizer.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
-        raise ConfigError(f"deepspeed.optimizer.type is {kind!r}", "Adam and AdamW are trained here")
-    wanted = {name: said for name, (fits, said) in PARAMS.items() if name in params and not fits(params[name])}
-    for name, said in wanted.items():
-        raise ConfigError(f"deepspeed.optimizer.params.{name} is {params[name]!r:.200}", f"{said} expected")
+        raise ConfigError(f"deepspeed.optimizer.type is {kind!r}", "Adam and AdamW are supported")
+    wrong = {name: expected for name, (valid, expected) in PARAMS.items() if name in params and not valid(params[name])}
+    for name, expected in wrong.items():
+        raise ConfigError(f"deepspeed.optimizer.params.{name} is {params[name]!r:.200}", f"{expected} expected")
     for name in params.keys() - PARAMS.keys():
         raise ConfigError(f"deepspeed.optimizer.params.{name} is not supported", f"its keys are {', '.join(PARAMS)}")
     clipping = deepspeed.get("gradient_clipping", 0.0)
@@ -109,7 +109,7 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-PARAMS = {  # of the optimizer: what fits, and what is told otherwise
+PARAMS = {  # of the optimizer: the check of a value, and what an error names as expected
     "lr": (_is_number, "the peak rate is"),
     "betas": (_are_betas, "two numbers from 0 to below 1, such as [0.9,0.999], are"),
     "eps": (_is_number, "a number of 0 or more is"),
@@ -121,8 +121,8 @@ PARAMS = {  # of the optimizer: what fits, and what is told otherwise
 }
 
 
-def _check_sums(deepspeed: Mapping[str, Any]) -> None:
-    """Raise ConfigError if gradients would be summed in fewer digits than fp32 has."""
+def _check_grad_dtypes(deepspeed: Mapping[str, Any]) -> None:
+    """Raise ConfigError if gradients would be summed in less than fp32 precision."""
     for name, value in (
         ("data_types.grad_accum_dtype", deepspeed.get("data_types", {}).get("grad_accum_dtype")),
         ("communication_data_type", deepspeed.get("communication_data_type")),
@@ -135,20 +135,20 @@ def _check_sums(deepspeed: Mapping[str, Any]) -> None:
 def _check_offload(precision: str, zero: Mapping[str, Any]) -> None:
     stage = zero.get("stage")
     if type(stage) is not int or stage not in OFFLOADS:
-        raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}", "1, 2 and 3 are trained here")
+        raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}", "1, 2 and 3 are supported")
     offload = offloads_of(zero)
     for name in offload:
         if (device := zero[name]["device"]) != "cpu":
-            raise ConfigError(f"deepspeed.zero_optimization.{name} is to {device!r}", "cpu and none are trained here")
+            raise ConfigError(f"deepspeed.zero_optimization.{name} is to {device!r}", "cpu and none are supported")
     if offload not in OFFLOADS[stage]:
-        which = [name for name in offload if name != "offload_optimizer"] or list(offload)
+        unsupported = [name for name in offload if name != "offload_optimizer"] or list(offload)
         raise ConfigError(
-            f"deepspeed.zero_optimization.{which[0]} is not trained at stage {stage} with {_list(offload)}",
-            f"at stage {stage}: {'; '.join(_list(names) for names in OFFLOADS[stage])}",
+            f"deepspeed.zero_optimization.{unsupported[0]} is not supported at stage {stage} with {_join(offload)}",
+            f"at stage {stage}: {'; '.join(_join(names) for names in OFFLOADS[stage])}",
         )
     if (precision, stage, offload) in NEVER:
         raise ConfigError(
-            f"deepspeed.{precision} with stage {stage} and {_list(offload)} is not trained",
+            f"deepspeed.{precision} with stage {stage} and {_join(offload)} is not supported",
             NEVER[precision, stage, offload],
         )
 
@@ -159,5 +159,5 @@ def offloads_of(zero: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in names if zero.get(name, {}).get("device", "none") != "none")
 
 
-def _list(offload: tuple[str, ...]) -> str:
+def _join(offload: tuple[str, ...]) -> str:
     return " and ".join(offload) or "no offload"

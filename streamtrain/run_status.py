@@ -1,4 +1,4 @@
-"""Whether a run has come to its end: its last act is to write which limit ended it, and what was reached."""
+"""Record whether a run has finished: its last act is to write which limit ended it and its best score."""
 
 import json
 import logging
@@ -16,20 +16,20 @@ from streamtrain.atomic import aside_of, move_aside, recover_replaced
 
 RESULT_NAME = "finished.json"
 UNMIRRORED = "train.mirror lacks the newest checkpoint and best/, which this disk alone holds"
-RESUME_HINT = "the same training command goes on from the newest checkpoint"
+RESUME_HINT = "run the same training command again to resume from the newest checkpoint"
 
 log = logging.getLogger("streamtrain")
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. One that was killed has none, whatever the exit status of its launcher."""
+    """Describe how a run ended. A run that was killed has no result, whatever the exit status of its launcher."""
 
     __pydantic_config__ = STRICT
 
     step: Size
     limit: str  # the setting that ended it, such as "train.max_steps=40"
-    best_cer: Number | None  # None where nothing was scored
+    best_cer: Number | None  # None if nothing was scored
     best_step: Size | None
     unmirrored: str | None = None  # why train.mirror lacks the run's end
 
@@ -38,23 +38,23 @@ class RunResult:
         best = "nothing was scored: best/ holds the last weights"
         if self.best_cer is not None:
             best = f"best CER {self.best_cer:.4f} at step {self.best_step or 0:,}{verdict}"
-        lacking = f"; {UNMIRRORED}: {self.unmirrored}" if self.unmirrored else ""
-        return f"finished at step {self.step:,}, by {self.limit}; {best}{lacking}"
+        unmirrored_note = f"; {UNMIRRORED}: {self.unmirrored}" if self.unmirrored else ""
+        return f"finished at step {self.step:,}, by {self.limit}; {best}{unmirrored_note}"
 
 
-_FINISH = TypeAdapter(RunResult)
+_RESULT = TypeAdapter(RunResult)
 
 
 def write_result(run: Path, finish: RunResult) -> None:
-    """Write how a run ended, whole or not at all."""
+    """Write atomically how a run ended."""
     write_inside(run / RESULT_NAME, json.dumps(asdict(finish)))
 
 
 def read_result(run: Path) -> RunResult:
-    """Return how a run ended. Raise StreamtrainError if it has not."""
+    """Return how a run ended. Raises StreamtrainError if it has not."""
     path = run / RESULT_NAME
     try:
-        return parse(read_document(path), _FINISH)
+        return parse(read_document(path), _RESULT)
     except FileNotFoundError:
         raise StreamtrainError(f"{run}: this run has not finished (it has no {RESULT_NAME})", RESUME_HINT) from None
     except DocumentError as error:
@@ -63,9 +63,9 @@ def read_result(run: Path) -> RunResult:
 
 @contextmanager
 def reopened(run: Path) -> Iterator[None]:
-    """Have a finished run count as unfinished as soon as it is started again, unless that start fails in words.
+    """Mark a finished run as unfinished while it is started again; restore its result if the start raises an error.
 
-    The launcher of a run that is killed may return 0: what follows must not take the earlier end for this one's.
+    The launcher of a killed run may return 0: later commands must not take the earlier end for this one's.
     """
     with explaining(run / RESULT_NAME):
         move_aside(run / RESULT_NAME)
@@ -77,19 +77,19 @@ def reopened(run: Path) -> Iterator[None]:
 
 
 def discard_result(run: Path) -> None:
-    """Forget how a run ended, as it is about to change: from now on no failed start brings that back."""
+    """Delete the result of a run that is about to change, so that no failed start restores it."""
     aside_of(run / RESULT_NAME).unlink(missing_ok=True)
 
 
 def check_mirrored(run: Path, finish: RunResult) -> None:
-    """Raise StreamtrainError if a run that has finished was to be copied to a mirror, and is not there."""
+    """Raise StreamtrainError if a finished run was to be copied to a mirror and the mirror is incomplete."""
     if finish.unmirrored is not None:
-        hint = "keep the run folder; the same training command copies what is missing, trains no more, and ends"
+        hint = "keep the run folder; the same training command copies what is missing and ends without training"
         raise StreamtrainError(f"{run}: {UNMIRRORED}: {finish.unmirrored}", hint)
 
 
 def warn_unless_finished(model: Path) -> None:
-    """Warn that a model is the best so far of a run that has not finished."""
+    """Warn if a model is the best so far of a run that has not finished."""
     run = model.resolve().parent
     if (run / "checkpoints").is_dir() and not (run / RESULT_NAME).is_file():
         log.warning("%s is the best model so far: its run has not finished; %s", model, RESUME_HINT)

@@ -1,4 +1,4 @@
-"""What is settled before torch is imported: how threads wait, which rank this is, errors told once and in words."""
+"""Configure what must precede the import of torch: idle threads, garbage collection, the report of errors."""
 
 import gc
 import os
@@ -11,27 +11,27 @@ from contextlib import contextmanager
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
 
-LET_RANK_0_SPEAK_SEC = 5.0  # an error that all ranks share is told once: the launcher ends the others by then
-# Threads of torch's OpenMP, GNU's, look so many times for work before they sleep: half a millisecond, rather than 15.
-# A step of the demo takes 2 to 4 s rather than 5 to 17 if a dozen other processes want the two cores, and 0.36 s rather
-# than 0.34 if none does; one of wav2vec2-base's size 3.9 s rather than 3.8, less than its runs differ by. Threads that
-# never look would take 2 s and 0.40 s.
+LET_RANK_0_SPEAK_SEC = 5.0  # an error shared by all ranks is reported once: the launcher ends the others by then
+# Spins of idle threads of torch's OpenMP, GNU's, before they sleep: half a millisecond, not 15. A step of the demo
+# takes 2 to 4 s instead of 5 to 17 if a dozen other processes compete for the two cores, and 0.36 s instead of 0.34 if
+# none does; a step of wav2vec2-base's size 3.9 s instead of 3.8, less than the spread of its runs. Without any spinning
+# it would be 2 s and 0.40 s.
 SPINS = "10000"
-# Python looks for garbage after so many new objects. Libraries make millions as they are imported, all of which stay:
-# looking less often saves a second of four and a half.
+# New objects between garbage collections. Imports of libraries create millions of objects, all of which stay:
+# collecting less often saves one second of four and a half.
 USUALLY, SELDOM = gc.get_threshold(), (100_000, 50, 100)
 
 
 def env_int(name: str, default: int = 0) -> int:
-    """Return what the launcher (deepspeed or torchrun) says of this process in a variable, such as RANK."""
+    """Return an integer that the launcher (deepspeed or torchrun) sets in the environment, such as RANK."""
     return int(os.environ.get(name, default))
 
 
 def configure_threads() -> None:
-    """Have idle threads give their cores to others soon, and nothing compiled, unless the user has decided otherwise.
+    """Let idle threads release their cores soon, and compile nothing, unless the user has decided otherwise.
 
-    Torch reads this as it is imported. Nothing here is compiled anyhow, but DeepSpeed's Muon, which is not trained
-    with, would have a second or two spent on importing the compiler.
+    Torch reads these variables at its import. Nothing is compiled here anyway, but importing DeepSpeed's Muon, which is
+    never used, would spend a second or two on importing the compiler.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     gc.set_threshold(*SELDOM)
@@ -40,29 +40,29 @@ def configure_threads() -> None:
 
 
 def collect_as_usual() -> None:
-    """Look for garbage as often as ever: called when a model is there, and with it all that takes long to import."""
+    """Collect garbage as often as usual again: called once a model exists, and all slow imports are done."""
     if gc.get_threshold() == SELDOM:
         gc.set_threshold(*USUALLY)
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """End the process at a user's error, told once and without a traceback."""
+    """End the process at a user's error, reported once and without a traceback."""
     try:
         yield
     except (StreamtrainError, OSError) as error:
         report_error(error)
-        os._exit(1)  # other ranks may wait in a collective: no orderly goodbye, the launcher ends them
+        os._exit(1)  # other ranks may wait in a collective: no orderly shutdown, the launcher ends them
     except KeyboardInterrupt:
         if env_int("RANK") == 0:
-            said = "\nstopped; the same command begins again, or goes on from the newest checkpoint"
-            print(said, file=sys.stderr, flush=True)
+            message = "\nstopped; run the same command again to start over, or resume from the newest checkpoint"
+            print(message, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
 
 def report_error(error: Exception) -> None:
-    """Print an error in words, once: rank 0's first, for the launcher ends the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the launcher, at rank 0's end: no question any longer
+    """Print an error once: rank 0 prints first, because the launcher then ends the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent by the launcher when rank 0 ends: exit at once
     rank = env_int("RANK")
     if rank:
         time.sleep(LET_RANK_0_SPEAK_SEC)

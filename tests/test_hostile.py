@@ -57,7 +57,7 @@ KINDS = (
     "submission.jsonl", "transcribe's state",
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
-    "Outline": "an index of any version", "_Holder": "a lock file, which may be another program's",
+    "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",
     "sharding.report.ledger": "its rows are kept as they are", "sharding.report.summary": "of any version",
     "sharding.segment.evidence": "rows of `align`, which say more to people",
     "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
@@ -168,10 +168,10 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
     BOMBS[name](tmp_path / name)
     script = (
         "import re, sys, time\nfrom pathlib import Path\nfrom sharding.errors import ManifestError\n"
-        "from sharding.sources.manifest import Reading, read_source\n"
+        "from sharding.sources.manifest import ManifestOptions, read_source\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "start, before = time.process_time(), peak()\n"
-        "try:\n    read_source(Path(sys.argv[1]), Reading())\nexcept ManifestError as error:\n    print(error)\n"
+        "try:\n    read_source(Path(sys.argv[1]), ManifestOptions())\nexcept ManifestError as error:\n    print(error)\n"
         "print(peak() - before, time.process_time() - start)\n"
     )
     done = subprocess.run(
@@ -189,7 +189,7 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
     b'{"utterance_id": "a", "audio_path": "a.wav", "phonetic_text": "k", "more": {"a": 1, "a": 2}}',
 ])  # fmt: skip
 def test_a_row_that_says_a_thing_twice_is_refused(line: bytes) -> None:
-    with pytest.raises(ManifestError, match=r"'(phonetic_text|a)' is there twice"):
+    with pytest.raises(ManifestError, match=r"'(phonetic_text|a)' occurs twice"):
         read_row(line, 1, "rows.jsonl")
 
 
@@ -268,7 +268,7 @@ def test_no_verb_of_a_store_takes_a_name_that_leads_outside(verb: str, name: str
     more = {"write": (b"harm",), "read_ranges": ([(0, 1)],)}.get(verb, ())
     stores: list[Store] = [FolderStore(tmp_path / "set"), BucketStore("s3://bucket/prefix")]  # it asks no server
     for store in stores:
-        with pytest.raises(StoreError, match="is no name within it"):
+        with pytest.raises(StoreError, match="is not a name within it"):
             getattr(store, verb)(name, *more)
     assert victim.read_bytes() == b"precious"
     assert os.listdir(tmp_path) == ["VICTIM.bin"]
@@ -344,7 +344,7 @@ def change_row(column: str, value: int) -> Callable[[FolderStore], None]:
 @pytest.mark.parametrize(("column", "value", "words"), [
     ("offset", 2**63 - 1, "lies outside of it"), ("offset", 2**64 - 1, "lies outside of it"),
     ("bytes", 2**32 - 1, "lies outside of it"), ("samples", 0, "is a clip of no length"),
-    ("samples", 2**32 - 1, "the shard has"), ("shard", 10**6, "not those of the shards"),
+    ("samples", 2**32 - 1, "the shard has"), ("shard", 10**6, "do not match the shards"),
 ])  # fmt: skip
 def test_a_row_that_does_not_lie_in_its_shard_is_told(column: str, value: int, words: str, copied: Path) -> None:
     store = FolderStore(copied)
@@ -361,7 +361,7 @@ def test_columns_that_differ_from_the_indexes_of_the_shards_are_told(column: str
     index.samples[column][1] -= 0 if column == "offset" else value
     write_index(store, pack_index(index))
     (fault,) = find_faults(str(copied), read_index(store), with_audio=False, workers=1).values()
-    assert f"{index.shards[0].name}: the sample columns say that '{column}' of sample 0 is" in fault.message
+    assert f"{index.shards[0].name}: '{column}' of sample 0 is" in fault.message
     assert not fault.mendable
 
 
@@ -406,11 +406,11 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize(("path", "value", "words"), [
     (("shards", 0, "count"), -1, "greater than or equal to 0"), (("shards", 0, "bytes"), 10**30, "less than or equal"),
-    (("shards", 0, "bucket"), 99, "there are 2"), (("shards", 0, "count"), 10**6, "the shards' own make another"),
+    (("shards", 0, "bucket"), 99, "there are 2"), (("shards", 0, "count"), 10**6, "the shards have"),
     (("shards", 0, "split"), "test", "should match"), (("shards", 0, "mode"), 1, "'shards.0.mode' is unknown"),
     (("shards", 1), None, "'shards.1' is None"), (("shards",), {}, "'shards' is {}"),
-    (("samples", "count"), 2**40, "make another"), (("samples",), [], "'samples' is"),
-    (("duration_bins",), [2.0, 1.0], "do not rise"), (("duration_bins",), [-1.0], "greater than 0"),
+    (("samples", "count"), 2**40, "the shards have"), (("samples",), [], "'samples' is"),
+    (("duration_bins",), [2.0, 1.0], "must increase"), (("duration_bins",), [-1.0], "greater than 0"),
     (("settings", "track"), "none", "'settings.track' is 'none'"), (("settings", "track"), ["a"], "'settings.track'"),
     *((("settings", "max_duration"), value, "'settings.max_duration' is") for value in (None, "x", 0, -1, True)),
     *((("settings", "shard_mb"), value, "'settings.shard_mb' is") for value in (None, "x", 0, -1, 10**9)),
@@ -441,7 +441,7 @@ def pack(document: Any) -> bytes:
     (pack([]), "a dictionary or an instance"), (pack({"shard": []}), "'shard'"), (BOMB, "unpacks to 536,870,912 bytes"),
     (pack({}) + b"\0", "is missing"), (zstandard.compress(b"[" * 10**5), "brackets|recursion"), (b"", "error|frame"),
     (zstandard.compress(b'{"shard": NaN}'), "not JSON"), (zstandard.ZstdCompressor(write_content_size=False).compress(
-        b"{}"), "does not say how long"),
+        b"{}"), "does not state its unpacked size"),
 ])  # fmt: skip
 def test_an_index_of_a_shard_that_is_made_otherwise_is_told(data: bytes, words: str, copied: Path) -> None:
     store = FolderStore(copied)
@@ -474,7 +474,7 @@ def change_line(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (lambda row: row.update(text="a b c"), "2 'words' and 3 in its 'text'"),
     (lambda row: row["words"][0].update(end=0.9), "'words' do not follow one another"),
     (lambda row: row["pieces"].pop(), "1 'cuts' and 1 'pieces'"),
-    (lambda row: row["cuts"][0].update(words_before=3), "more 'words_before' a cut than its 2 'words'"),
+    (lambda row: row["cuts"][0].update(words_before=3), "'words_before' of a cut exceed its 2 'words'"),
 ])  # fmt: skip
 def test_alignments_that_do_not_say_each_word_once_are_refused(
     change: Callable[[dict[str, Any]], object], words: str, tmp_path: Path
@@ -493,7 +493,7 @@ def test_alignments_that_do_not_say_each_word_once_are_refused(
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda row: row.update(fate="rejected", reason=None), "rejected for no 'reason'"),
+    (lambda row: row.update(fate="rejected", reason=None), "a rejected clip has no 'reason'"),
     (lambda row: row.update(reason=["x"]), "'reason' is"),
     (lambda row: row.update(remarks="x"), "'remarks' is"),
     (lambda row: row.update(remarks=[{}]), "'remarks.0' is"),

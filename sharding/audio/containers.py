@@ -1,7 +1,7 @@
-"""Prove that a file of audio is whole and one recording, by what its container says. Bytes only: nothing is decoded.
+"""Prove that an audio file is whole and a single recording, by its container. Bytes only: nothing is decoded.
 
-libsndfile reads a file that was cut off to the end that it finds, and of several joined ones the first, or the headers
-of all others as sound.
+libsndfile reads a file that was cut off up to its present end, and of several joined files the first alone, or the
+headers of all others as sound.
 """
 
 import math
@@ -16,19 +16,19 @@ from sharding.errors import AudioError
 
 AUDIO_SUFFIXES = (
     *(".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".rf64"),
-    *(".w64", ".sph", ".m4a", ".aac", ".wma", ".amr", ".webm", ".mp4"),  # from .m4a on, libsndfile does not read them
+    *(".w64", ".sph", ".m4a", ".aac", ".wma", ".amr", ".webm", ".mp4"),  # libsndfile cannot read those from .m4a on
 )
 PROVED_ELSEWHERE = ("FLAC", "MP3", "HTK")  # by their frames or their MD5; the last by libsndfile
-UNKNOWN_BYTES = 0x7F00_0000  # what writers to a pipe put for a length, or more: SoX has this in AIFF, others 2³² − 1
+UNKNOWN_BYTES = 0x7F00_0000  # writers to a pipe put this or more for a length: SoX in AIFF, others 2³² − 1
 SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -(?:i|s1) (\d{1,18})\b", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """How the chunks of a container are written: name, size, body."""
+    """Describe how a container writes its chunks: name, size, body."""
 
-    first: int  # byte at which they begin
-    sound: bytes  # how the name of the one with the samples begins
+    first: int  # byte at which the first chunk begins
+    sound: bytes  # prefix of the name of the chunk with the samples
     order: Literal["little", "big"]
     name_bytes: int = 4
     size_bytes: int = 4
@@ -36,9 +36,9 @@ class Chunks:
     counts_head: bool = False  # whether a size includes name and size
 
 
-READ_TO_THE_END = (b"riff", b"NIST")  # by libsndfile, whatever their headers say: Wave64 and SPHERE
+READ_TO_THE_END = (b"riff", b"NIST")  # by libsndfile, whatever their headers declare: Wave64 and SPHERE
 TAIL_TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
-HEADS = tuple(  # 48 bits and more, so that 10¹² bytes of compressed sound hold none by chance
+HEADS = tuple(  # 48 bits and more, so that 10¹² bytes of compressed sound contain none by chance
     re.compile(head, re.DOTALL)
     for head in (
         rb"fLaC[\0\x80]\0\0\x22",
@@ -54,10 +54,10 @@ HEADS = tuple(  # 48 bits and more, so that 10¹² bytes of compressed sound hol
         rb"NIST_1A\n",
     )
 )
-UNKNOWN_LENGTH = "header without a length: taken to be whole"
-TRAILING_DATA = "more behind the end that the header tells: left out"
+UNKNOWN_LENGTH = "header without a length: assumed to be whole"
+TRAILING_DATA = "data after the end that the header declares: left out"
 
-CHUNKED = {  # by how a file begins
+CHUNKED = {  # by the first bytes of a file
     b"RIFF": Chunks(12, b"data", "little"),  # WAV
     b"RIFX": Chunks(12, b"data", "big"),
     b"RF64": Chunks(12, b"data", "little"),  # EBU Tech 3306
@@ -69,10 +69,10 @@ SIZED = (*CHUNKED, b".snd", b"dns.", b"NIST")
 
 
 def check_whole(data: bytes, container: str) -> tuple[str, ...]:
-    """Return what the owner of a file may want to know of its end.
+    """Return remarks on the end of a file for its owner. Raises AudioError if it is cut off or several files in one.
 
-    A file that was written to a pipe does not tell its length, and is taken to be whole. The data begin behind their
-    tags. Raises AudioError for a file that is cut off or several in one, or whose `container` never tells.
+    A file that was written to a pipe declares no length, and is assumed to be whole. `data` begin after the tags.
+    Raises AudioError also if a file of this `container` never shows whether it is whole.
     """
     remarks: tuple[str, ...] = ()
     if data.startswith(b"OggS"):
@@ -80,47 +80,47 @@ def check_whole(data: bytes, container: str) -> tuple[str, ...]:
     elif container in PROVED_ELSEWHERE:
         end = flac.end_of_blocks(data) if container == "FLAC" else 1  # its blocks may hold the header of a WAV
     else:
-        told = _end_of_sound(data)
-        if told is None:
-            raise AudioError(f"{container} file: nothing in it tells whether it is whole; convert it to WAV or FLAC")
-        if len(data) < told < UNKNOWN_BYTES:
-            raise AudioError(f"cut off: {told - len(data)} bytes are missing at the end")
-        end = told if told < UNKNOWN_BYTES else 1
-        if told >= UNKNOWN_BYTES:
+        declared_end = _end_of_sound(data)
+        if declared_end is None:
+            raise AudioError(f"{container} file: nothing in it shows whether it is whole; convert it to WAV or FLAC")
+        if len(data) < declared_end < UNKNOWN_BYTES:
+            raise AudioError(f"cut off: {declared_end - len(data)} bytes are missing at the end")
+        end = declared_end if declared_end < UNKNOWN_BYTES else 1
+        if declared_end >= UNKNOWN_BYTES:
             remarks = (UNKNOWN_LENGTH,)
         elif _is_odd(data, end):
             remarks = (TRAILING_DATA,)
-    if joined := [found.start() for head in HEADS if (found := head.search(data, end))]:
+    if joined := [match.start() for head in HEADS if (match := head.search(data, end))]:
         raise AudioError(f"several recordings in one file: another begins at byte {min(joined)}; split it")
     return remarks
 
 
 def check_sizes(data: bytes) -> None:
-    """Raise AudioError if the sizes in a header tell what is wrong with a file; libsndfile may say less."""
+    """Raise AudioError if the sizes in a header show what is wrong with a file; libsndfile's error may be vaguer."""
     if _end_of_sound(data) is not None:
         check_whole(data, "")
 
 
 def cut_tail(data: bytes) -> bytes:
-    """Return a file without what stands behind its samples, if libsndfile would take that for sound."""
+    """Return a file without the bytes after its samples, if libsndfile would read them as sound."""
     return data[: _end_of_sound(data)] if data[:4] in READ_TO_THE_END else data
 
 
 def skip_tags(data: bytes, start: int = 0) -> int:
-    """Return where the ID3v2 tags end that begin at `start`; one may follow another (ID3v2.4 §3.1)."""
+    """Return where the ID3v2 tags that begin at `start` end; one may follow another (ID3v2.4 §3.1)."""
     while data[start : start + 3] == b"ID3" and start + 10 <= len(data):
-        size = sum(byte << 7 * place for place, byte in enumerate(reversed(data[start + 6 : start + 10])))
+        size = sum(byte << 7 * index for index, byte in enumerate(reversed(data[start + 6 : start + 10])))
         start += 10 + size + (10 if data[start + 5] & 16 else 0)  # with a footer
     return start
 
 
 def _end_of_sound(data: bytes) -> int | None:
-    """Return the byte at which the samples should end, by the header; None if it does not tell."""
+    """Return the byte at which the samples should end, by the header; None if it does not declare one."""
     if data[:4] in CHUNKED:
         return _end_of_chunk(data, CHUNKED[data[:4]])
-    if data[:4] in (b".snd", b"dns."):  # Sun's AU: where the samples begin, and how long they are
+    if data[:4] in (b".snd", b"dns."):  # Sun's AU: offset and size of the samples
         order: Literal["little", "big"] = "big" if data[:4] == b".snd" else "little"
-        return sum(int.from_bytes(data[at : at + 4], order) for at in (4, 8))
+        return sum(int.from_bytes(data[offset : offset + 4], order) for offset in (4, 8))
     if data.startswith(b"NIST_1A\n"):
         header = int(data[8:16]) if data[8:16].strip().isdigit() else 0
         fields = {name: int(value) for name, value in SPHERE_FIELD.findall(data[:header])}
@@ -134,14 +134,14 @@ def _end_of_chunk(data: bytes, chunks: Chunks) -> int | None:
         if name == b"ds64":
             long_size = int.from_bytes(data[body + 8 : body + 16], "little")
         if name.startswith(chunks.sound) and end == body:
-            return UNKNOWN_BYTES  # of a writer that was to come back to it
+            return UNKNOWN_BYTES  # the writer meant to fill it in at the end
         if name.startswith(chunks.sound):
             return body + long_size if long_size and end - body == 2**32 - 1 else end
     return None
 
 
 def _walk(data: bytes, chunks: Chunks, position: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name of each chunk, and where its body begins and ends, if the file goes so far."""
+    """Yield the name of each chunk and where its body begins and ends, as long as the file has chunks."""
     head = chunks.name_bytes + chunks.size_bytes
     while position + head <= len(data):
         name = data[position : position + chunks.name_bytes]
@@ -153,17 +153,17 @@ def _walk(data: bytes, chunks: Chunks, position: int) -> Iterator[tuple[bytes, i
 
 
 def _is_odd(data: bytes, end: int) -> bool:
-    """Whether behind the samples stands anything but other chunks, zeros or a tag, such as the rest of a recording.
+    """Return whether anything but chunks, zeros or a tag follows the samples, such as the rest of a recording.
 
-    The header of a recorder that stopped for want of power may tell an earlier end.
+    The header of a recorder that lost its power may declare too early an end.
     """
     chunks = CHUNKED.get(data[:4])
     if chunks:
-        for name, _, end_of_chunk in _walk(data, chunks, end + -end % chunks.align):
+        for name, _, chunk_end in _walk(data, chunks, end + -end % chunks.align):
             is_name = name[:4].isascii() and name[:4].decode().isprintable() and not name.startswith(chunks.sound)
-            if not is_name or end_of_chunk > len(data):
+            if not is_name or chunk_end > len(data):
                 break
-            end = end_of_chunk
+            end = chunk_end
     tail = data[end:].strip(b"\0")
     return bool(tail) and not tail.startswith(TAIL_TAGS)
 
@@ -175,9 +175,9 @@ MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _check_ogg(data: bytes) -> int:
-    """Hold each page against its checksum and the page before, and the last one of each stream against its mark.
+    """Return where the pages of an Ogg file end. Raises AudioError if it is damaged, cut off or several files.
 
-    Returns where the pages end.
+    Checks each page by its checksum and the number of the page before, and the last one of each stream by its mark.
     """
     end = 0
     streams: dict[bytes, tuple[int, bool]] = {}  # serial → number and end mark of the page before
@@ -185,13 +185,13 @@ def _check_ogg(data: bytes) -> int:
     for position, page in _ogg_pages(data):
         flags, serial, number = page[5], page[14:18], int.from_bytes(page[18:22], "little")
         if flags & BEGINS and sound_began:
-            raise AudioError("several recordings joined in one Ogg file; split it, or encode it anew")
+            raise AudioError("several recordings joined in one Ogg file; split it, or re-encode it")
         sound_began = not flags & BEGINS
-        before = streams.get(serial, (number - 1, False))[0]
-        if number != before + 1:
-            raise AudioError(f"damaged: Ogg page {before + 1} is missing before byte {position}")
+        previous = streams.get(serial, (number - 1, False))[0]
+        if number != previous + 1:
+            raise AudioError(f"damaged: Ogg page {previous + 1} is missing before byte {position}")
         if _ogg_checksum(page) != page[22:26]:
-            raise AudioError(f"damaged: the checksum of the Ogg page at byte {position} is another")
+            raise AudioError(f"damaged: the checksum of the Ogg page at byte {position} does not match")
         streams[serial], end = (number, bool(flags & ENDS)), position + len(page)
     if not all(ended for _, ended in streams.values()):
         raise AudioError("cut off: the last Ogg page has no end-of-stream mark")
@@ -201,7 +201,7 @@ def _check_ogg(data: bytes) -> int:
 def _ogg_pages(data: bytes) -> Iterator[tuple[int, bytes]]:
     position = 0
     while data[position : position + 4] == b"OggS" and position + 27 <= len(data):
-        lacing = position + 27 + data[position + 26]  # where the table of the page's parts ends
+        lacing = position + 27 + data[position + 26]  # end of the page's segment table
         end = lacing + sum(data[position + 27 : lacing])
         if max(lacing, end) > len(data):
             raise AudioError(f"cut off: {end - len(data)} bytes of the last Ogg page are missing")
@@ -212,7 +212,7 @@ def _ogg_pages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _ogg_checksum(page: bytes) -> bytes:
-    """CRC of polynomial 04c11db7 from zero, highest bit first: zlib's of mirrored bytes, without its inversions."""
+    """Return the CRC of polynomial 04c11db7 from zero, highest bit first: zlib's of mirrored bytes, not inverted."""
     crc = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(MIRRORED), 2**32 - 1) ^ (2**32 - 1)
     return crc.to_bytes(4, "big").translate(MIRRORED)
 
@@ -224,27 +224,27 @@ MP3_KBITS = {  # per second, of layer III, by the header's index
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # by version bits
-MP3_HEAD = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]")  # as nearly all that is no frame does not begin
-MP3_SLACK_FRAMES = 6  # of a coder's delay and padding, and of a tag: they hold no sound
+MP3_HEAD = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]")  # rejects nearly all that is no frame
+MP3_SLACK_FRAMES = 6  # of an encoder's delay and padding, and of a tag: they hold no sound
 
 
-def check_mp3_length(data: bytes, samples: int, told: int, rate: int) -> None:
-    """Hold the samples that were decoded against all frames of an MP3, also those behind a tag. Raises AudioError.
+def check_mp3_length(data: bytes, samples: int, declared: int, rate: int) -> None:
+    """Compare the decoded samples with all frames of an MP3, also those after a tag. Raises AudioError.
 
-    A file that does not say its length has it guessed by libsndfile: from too few frames if its bit rate varies, where
-    decoding then stops; else a little too long at 22,050 and 44,100 Hz, and then each frame counts, for nothing but a
-    tag tells what a coder has added. Of joined files the first may say a length for itself.
+    libsndfile guesses the length of a file that declares none: from too few frames if its bit rate varies, and decoding
+    then stops there; else a little too long at 22,050 and 44,100 Hz, and then each frame counts, because only a tag
+    declares what an encoder has added. The first of joined files may declare its own length alone.
     """
-    hold = longest = 0.0  # seconds
+    total_sec = longest_sec = 0.0  # seconds
     for seconds in _mp3_frames(data):
-        hold, longest = hold + seconds, max(longest, seconds)
-    if not hold:
+        total_sec, longest_sec = total_sec + seconds, max(longest_sec, seconds)
+    if not total_sec:
         raise AudioError("MP3 without a frame of layer III; convert it to WAV or FLAC")
-    have = samples / rate
-    if samples < told and hold - have > longest / 2:
-        raise AudioError(f"cut off: {samples} of {told} samples decode")
-    if hold - have > MP3_SLACK_FRAMES * longest:
-        raise AudioError(f"MP3 that does not say its length: {have:.2f} s of {hold:.2f} s decode; encode it anew")
+    decoded_sec = samples / rate
+    if samples < declared and total_sec - decoded_sec > longest_sec / 2:
+        raise AudioError(f"cut off: {samples} of {declared} samples decode")
+    if total_sec - decoded_sec > MP3_SLACK_FRAMES * longest_sec:
+        raise AudioError(f"MP3 without declared length: {decoded_sec:.2f} s of {total_sec:.2f} s decode; re-encode it")
 
 
 def _mp3_frames(data: bytes) -> Iterator[float]:
@@ -259,7 +259,7 @@ def _mp3_frames(data: bytes) -> Iterator[float]:
 
 
 def _mp3_frame(data: bytes, position: int) -> tuple[int, float] | None:
-    """The size of the frame that begins here, in bytes, and its duration in seconds."""
+    """Return the size in bytes and the duration in seconds of the frame that begins here, None if there is none."""
     head = int.from_bytes(data[position : position + 4], "big")
     rates, bit_rate, rate = MP3_RATES.get(head >> 19 & 3), head >> 12 & 15, head >> 10 & 3
     if head >> 21 != 2047 or head >> 17 & 3 != 1 or not rates or bit_rate in (0, 15) or rate == 3:
@@ -271,11 +271,11 @@ def _mp3_frame(data: bytes, position: int) -> tuple[int, float] | None:
 
 
 def _next_mp3_frame(data: bytes, position: int) -> int:
-    """Return where frames go on behind tags and whatever else is no frame, or the end."""
+    """Return where the next frame begins, after tags and whatever else is no frame, or the end."""
     position = skip_tags(data, position)
-    while found := MP3_HEAD.search(data, position):
-        frame = _mp3_frame(data, found.start())
-        if frame and _mp3_frame(data, found.start() + frame[0]):  # one alone may be four bytes of a picture
-            return found.start()
-        position = found.start() + 1
+    while match := MP3_HEAD.search(data, position):
+        frame = _mp3_frame(data, match.start())
+        if frame and _mp3_frame(data, match.start() + frame[0]):  # a single match may be four bytes of a picture
+            return match.start()
+        position = match.start() + 1
     return len(data)

@@ -1,4 +1,4 @@
-"""What the header of a FLAC says. Section numbers are those of RFC 9639."""
+"""Read the header of a FLAC. Section numbers are those of RFC 9639."""
 
 import hashlib
 import struct
@@ -8,26 +8,26 @@ from sharding.errors import AudioError
 
 HEADER_BYTES = 42  # "fLaC", the head of a block, STREAMINFO
 STREAMINFO_BYTES, SEEK_POINT_BYTES = 34, 18
-LAST = 128  # the bit of a block's kind that says no other follows (8.1)
+LAST = 128  # the bit of a block's kind that marks the last block (8.1)
 PADDING, SEEK_POINTS, TAGS = 1, 3, 4  # kinds of blocks
 PLAIN = 16_000 << 8 | 0 << 5 | 15  # as STREAMINFO packs it: 20 bits of rate, 3 of channels - 1, 5 of bits - 1 (8.2)
 
 
 def samples_of_plain(data: bytes) -> int | None:
-    """How many samples a plain FLAC, 16-bit mono at 16 kHz, says it has, by its first HEADER_BYTES; else None.
+    """Return the samples that the first HEADER_BYTES of a plain FLAC, 16-bit mono at 16 kHz, declare; else None.
 
-    Most clips are that, and libsndfile takes ten times as long to find out.
+    Most clips are plain FLAC, and libsndfile takes ten times as long to find out.
     """
     if len(data) < HEADER_BYTES or data[:5] not in (b"fLaC\x00", b"fLaC\x80"):
         return None
-    form, samples = divmod(int.from_bytes(data[18:26], "big"), 2**36)
-    return samples if form == PLAIN else None
+    sample_format, samples = divmod(int.from_bytes(data[18:26], "big"), 2**36)
+    return samples if sample_format == PLAIN else None
 
 
 def has_usual_blocks(data: bytes) -> bool:
-    """Whether between STREAMINFO and the frames stand padding, seek points and tags alone, well formed (8.3 to 8.6).
+    """Return whether only padding, seek points and tags, well formed, precede the frames (8.3 to 8.6).
 
-    libFLAC passes over such blocks, whatever is in them; libsndfile does not take a clip with damaged ones.
+    libFLAC skips such blocks, whatever they contain; libsndfile rejects a clip with damaged ones.
     """
     (_, _, end), *others = _blocks(data)
     if end != HEADER_BYTES:
@@ -39,7 +39,7 @@ def has_usual_blocks(data: bytes) -> bool:
 
 
 def end_of_blocks(data: bytes) -> int:
-    """Return where the frames of a FLAC begin, behind its blocks of metadata."""
+    """Return where the frames of a FLAC begin, after its blocks of metadata."""
     return max((end for _, _, end in _blocks(data)), default=0)
 
 
@@ -53,7 +53,7 @@ def _blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _is_well_formed(kind: int, block: bytes) -> bool:
-    if kind == TAGS:  # a vendor, a number, so many tags: each text with its length before it
+    if kind == TAGS:  # a vendor, the number of tags, the tags: each text follows its length
         try:
             vendor = int.from_bytes(block[:4], "little")
             position = 4 + vendor
@@ -68,13 +68,13 @@ def _is_well_formed(kind: int, block: bytes) -> bool:
 
 
 def check_md5(data: bytes, pcm: bytes) -> None:
-    """Hold samples, packed as they were encoded, against the MD5 in the header, where the encoder left one (8.2).
+    """Compare samples, packed as they were encoded, with the MD5 in the header, if the encoder left one (8.2).
 
-    libsndfile checks each frame, but not this: a damaged header could shorten the clip unseen. Raises AudioError.
+    libsndfile checks each frame, but not this: a damaged header could shorten the clip unnoticed. Raises AudioError.
     """
-    promised = data[26:42]
-    if not data.startswith(b"fLaC") or promised == bytes(16):
+    declared = data[26:42]
+    if not data.startswith(b"fLaC") or declared == bytes(16):
         return
-    seen = hashlib.md5(pcm, usedforsecurity=False).digest()
-    if seen != promised:
-        raise AudioError(f"damaged: md5 of the samples is {seen.hex()}, the FLAC header says {promised.hex()}")
+    actual = hashlib.md5(pcm, usedforsecurity=False).digest()
+    if actual != declared:
+        raise AudioError(f"damaged: md5 of the samples is {actual.hex()}, the FLAC header has {declared.hex()}")

@@ -1,7 +1,7 @@
-"""Plain FLAC decoded by libFLAC itself, where the machine has it: half of the time that libsndfile takes.
+"""Decode plain FLAC with libFLAC itself, if the machine has it, in half of the time that libsndfile takes.
 
-It takes what libsndfile takes, and makes the same samples of it: whatever is odd about a clip is left to libsndfile.
-One call into Python per frame of a quarter of a second also keeps threads less in each other's way.
+It accepts what libsndfile accepts, and returns the same samples: any clip that is odd is left to libsndfile.
+One call into Python per frame of a quarter of a second also keeps threads from blocking each other.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ import numpy.typing as npt
 from sharding.audio.flac import has_usual_blocks
 
 LIBRARIES = ("libFLAC.so.14", "libFLAC.so.12")  # FLAC 1.5 and 1.4
-MAX_SAMPLES = 2**20  # 65 s; what is longer, or says so, is left to libsndfile, which needs half of the memory
+MAX_SAMPLES = 2**20  # 65 s; longer clips, also if only declared so, are left to libsndfile, which needs half the memory
 FRAME_HEAD = struct.Struct("=IIIIIIQ")  # of FLAC__Frame: samples, rate, channels, assignment, bits, "sample", position
 PLAIN_FRAME = (16_000, 1, 16)  # rate, channels, bits
-GO_ON, ABORT = 0, 1  # what the callback for a frame answers
+CONTINUE, ABORT = 0, 1  # results of the callback for a frame
 END_OF_STREAM = 4  # a state of the decoder
 
 FrameHead = ctypes.c_char * FRAME_HEAD.size
@@ -32,29 +32,29 @@ TakeError = ctypes.CFUNCTYPE(None, Pointer, ctypes.c_int, Pointer)
 
 
 def decode_plain(data: bytes, samples: int) -> npt.NDArray[np.int16] | None:
-    """The samples of a plain FLAC that says it has so many, shape (samples,); None where libsndfile should judge.
+    """Return the samples of a plain FLAC that declares `samples`, shape (samples,); None if libsndfile should decide.
 
-    That is: where there is no libFLAC, in a thread that Ctrl-C may reach, and where anything is not as it should be.
+    It should if there is no libFLAC, in a thread that Ctrl-C may reach, and if anything is not as it should be.
     """
     if library is None or not 0 < samples <= MAX_SAMPLES or not has_usual_blocks(data):
         return None
-    if not hasattr(_own, "decoder"):
-        _own.decoder = None if _sees_interrupts() else _Decoder(library)
-    decoder: _Decoder | None = _own.decoder
+    if not hasattr(_thread_state, "decoder"):
+        _thread_state.decoder = None if _receives_interrupts() else _Decoder(library)
+    decoder: _Decoder | None = _thread_state.decoder
     return decoder.decode(data, samples) if decoder else None
 
 
-def _sees_interrupts() -> bool:
-    """Whether Ctrl-C is raised in this thread: within a callback it would be lost, with a word on the terminal.
+def _receives_interrupts() -> bool:
+    """Return whether Ctrl-C is raised in this thread: in a callback it would be lost, with a message on the terminal.
 
-    So it is in the main thread alone, and not in that of a build's worker, where the signal is blocked.
+    It is raised in the main thread alone, and not in that of a build's worker, which blocks the signal.
     """
     in_main = threading.current_thread() is threading.main_thread()
     return in_main and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class _Decoder:
-    """A libFLAC decoder, of one thread."""
+    """Hold a libFLAC decoder for one thread."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -62,7 +62,7 @@ class _Decoder:
         if not self._decoder:
             raise MemoryError("libFLAC")
         weakref.finalize(self, library.FLAC__stream_decoder_delete, self._decoder)
-        # Kept, as libFLAC only borrows them
+        # An attribute, because libFLAC holds no reference to them
         self._callbacks = TakeFrame(self._take_frame), TakeHeader(self._take_header), TakeError(self._take_error)
         self._sound = np.empty(0, np.int32)
         self._begin(0)
@@ -76,7 +76,7 @@ class _Decoder:
         if library.FLAC__stream_decoder_init_FILE(decoder, file, *self._callbacks, None):
             _libc.fclose(file)
             return None
-        try:  # the file is libFLAC's now, which closes it at the end
+        try:  # libFLAC owns the file now, and closes it at the end
             library.FLAC__stream_decoder_process_until_end_of_stream(decoder)
             ended = library.FLAC__stream_decoder_get_state(decoder) == END_OF_STREAM
         finally:
@@ -84,13 +84,13 @@ class _Decoder:
         if not ended or self._failed or self._headers != 1 or self._position != samples:
             return None
         sound = self._sound[:samples].astype(np.int16)
-        # Where a frame is missing libFLAC makes up silence and says nothing; the header's MD5 tells, if there is one
+        # libFLAC silently puts zeros in place of a missing frame; only the header's MD5, if there is one, shows it
         if self._silent and hashlib.md5(sound.tobytes(), usedforsecurity=False).digest() != data[26:42]:
             return None
         return sound
 
     def _begin(self, samples: int) -> None:
-        if samples > len(self._sound):  # else that of a clip before: fresh memory costs a tenth of the decoding
+        if samples > len(self._sound):  # else reused: fresh memory costs a tenth of the decoding
             self._sound = np.empty(samples, np.int32)
             self._address = self._sound.ctypes.data
         self._samples = samples
@@ -102,13 +102,13 @@ class _Decoder:
         start, end, sound = self._position, self._position + count, self._sound
         if position != start or (*form, bits) != PLAIN_FRAME or end > self._samples:
             return ABORT
-        ctypes.memmove(self._address + 4 * start, Address.from_address(channels).value, 4 * count)  # the first, int32
+        ctypes.memmove(self._address + 4 * start, Address.from_address(channels).value, 4 * count)  # channel 0, int32
         self._position = end
         self._silent |= not (sound[start] or sound[end - 1] or sound[start:end].any())
-        return GO_ON
+        return CONTINUE
 
     def _take_header(self, _: int, __: int, ___: int) -> None:
-        self._headers += 1  # a second STREAMINFO would change what libsndfile makes of the rest
+        self._headers += 1  # a second STREAMINFO would change how libsndfile decodes the rest
 
     def _take_error(self, _: int, __: int, ___: int) -> None:
         self._failed = True
@@ -119,19 +119,19 @@ def _load() -> ctypes.CDLL | None:
         return None
     for name in LIBRARIES:
         try:
-            found = ctypes.CDLL(name)
+            opened = ctypes.CDLL(name)
         except OSError:
             continue
         _libc.fmemopen.argtypes, _libc.fmemopen.restype = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p], Pointer
         _libc.fclose.argtypes = [Pointer]
-        found.FLAC__stream_decoder_new.restype = Pointer
-        found.FLAC__stream_decoder_init_FILE.argtypes = [Pointer, Pointer, TakeFrame, TakeHeader, TakeError, Pointer]
+        opened.FLAC__stream_decoder_new.restype = Pointer
+        opened.FLAC__stream_decoder_init_FILE.argtypes = [Pointer, Pointer, TakeFrame, TakeHeader, TakeError, Pointer]
         for verb in ("process_until_end_of_stream", "get_state", "finish", "delete"):
-            getattr(found, f"FLAC__stream_decoder_{verb}").argtypes = [Pointer]
-        return found
+            getattr(opened, f"FLAC__stream_decoder_{verb}").argtypes = [Pointer]
+        return opened
     return None
 
 
 _libc = ctypes.CDLL(None)
-_own = threading.local()
+_thread_state = threading.local()
 library = _load()

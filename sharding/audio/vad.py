@@ -1,4 +1,4 @@
-"""Where nobody speaks: pauses that the Silero voice detector and the energy floor agree on."""
+"""Detect voice activity: pauses on which the Silero voice detector and the energy floor agree."""
 
 import functools
 import threading
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 HOP = SAMPLE_RATE // 100  # level and mask are sampled every 10 ms
 VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz …
-VAD_CONTEXT = 64  # … and so many before them
+VAD_CONTEXT = 64  # … and samples before them
 VAD_BATCH = 4_096  # windows
-QUIET_PROBABILITY = 0.30  # below it the detector hears no speech
-SPEECH_PROBABILITY = 0.50  # from it on it hears some
+QUIET_PROBABILITY = 0.30  # below it a window has no speech
+SPEECH_PROBABILITY = 0.50  # from it on it has speech
 ABOVE_FLOOR_DB = 8.0  # a pause stays within this of the recording's noise floor, its 10th percentile
-STEADY_HOPS = 9  # the level is the median over so many: rooms rumble, and a click of 40 ms ends no pause
+STEADY_HOPS = 9  # width of the level's median: rooms rumble, and a click of 40 ms must not end a pause
 MIN_PAUSE_SEC = 0.20
-MAX_STOP_SEC = 0.3  # a longer silence is no part of a sound, so that it lies between words
-CUT_SEC = 0.10  # a cut falls in the quietest stretch of this length near the pause's middle
+MAX_STOP_SEC = 0.3  # a longer silence is not part of a phone, so it lies between words
+CUT_SEC = 0.10  # a cut lies in the quietest stretch of this length near the pause's middle
 
-_one_at_a_time = threading.Lock()  # the number of threads is the process's
+_thread_count_lock = threading.Lock()  # torch has one number of threads per process
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Positions in samples; `quality` in [0, 1] is how surely a cut here falls between words."""
+    """Hold a pause in samples; `quality` in [0, 1] is the confidence that a cut in it falls between words."""
 
     start: int
     end: int
@@ -42,35 +42,35 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Between two pauses; in samples."""
+    """Hold a stretch between two pauses, in samples."""
 
     start: int
     end: int
-    voiced: bool  # the detector hears speech in it
+    voiced: bool  # the detector finds speech in it
 
 
 @dataclass(frozen=True, eq=False)
 class SpeechActivity:
-    """What was heard in a recording, on a 10 ms grid."""
+    """Hold the level and the speech probability of a recording, on a 10 ms grid."""
 
     level_db: npt.NDArray[np.float32]  # (frames,)
-    speech: npt.NDArray[np.float32]  # (frames,) probability that somebody speaks
+    speech: npt.NDArray[np.float32]  # (frames,) probability of speech
     floor_db: float
-    speech_db: float  # 90th percentile: how loud the speaker is
+    speech_db: float  # 90th percentile: the level of the speaker
 
     @property
     def silent(self) -> bool:
-        """Whether the detector hears no speech anywhere."""
+        """Return whether the detector finds no speech anywhere."""
         return not self.speaks(0, len(self.speech) * HOP)
 
     def speaks(self, start: int, end: int) -> bool:
-        """Whether the detector hears speech between two samples."""
+        """Return whether the detector finds speech between two samples."""
         return bool((self.speech[start // HOP : -(-end // HOP)] >= SPEECH_PROBABILITY).any())
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a sound too loud for a float
+@np.errstate(over="ignore", invalid="ignore")  # in the energy of a sound too loud for a float
 def detect_speech(waveform: Waveform) -> SpeechActivity:
-    """Level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
+    """Return level and speech probability of a 16 kHz recording, shape (frames,) each at 10 ms."""
     frames = max(len(waveform) // HOP, 1)
     padded = np.pad(waveform, (0, max(0, frames * HOP - len(waveform))))[: frames * HOP].reshape(frames, HOP)
     level = _steady(10 * np.log10(np.square(padded, dtype=np.float32).mean(axis=1) + 1e-10))
@@ -84,14 +84,14 @@ def detect_speech(waveform: Waveform) -> SpeechActivity:
 
 
 def _steady(level_db: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The median around each frame, which keeps edges where they are."""
-    around = np.pad(level_db, STEADY_HOPS // 2, mode="edge")
-    median: npt.NDArray[np.float32] = np.median(np.lib.stride_tricks.sliding_window_view(around, STEADY_HOPS), axis=1)
+    """Return the median around each frame, which keeps edges where they are."""
+    padded = np.pad(level_db, STEADY_HOPS // 2, mode="edge")
+    median: npt.NDArray[np.float32] = np.median(np.lib.stride_tricks.sliding_window_view(padded, STEADY_HOPS), axis=1)
     return median
 
 
 def find_pauses(activity: SpeechActivity) -> list[Pause]:
-    """Every stretch of at least 0.2 s inside the recording with no speech and a level near the floor."""
+    """Return every stretch of at least 0.2 s inside the recording with no speech and a level near the floor."""
     quiet = (activity.speech < QUIET_PROBABILITY) & (activity.level_db < activity.floor_db + ABOVE_FLOOR_DB)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
     runs = [(int(start), int(end)) for start, end in edges.reshape(-1, 2) if end - start >= MIN_PAUSE_SEC * 100]
@@ -99,14 +99,14 @@ def find_pauses(activity: SpeechActivity) -> list[Pause]:
 
 
 def find_stretches(activity: SpeechActivity, pauses: Sequence[Pause], samples: int) -> list[Stretch]:
-    """What lies between pauses; edges shorter than 0.1 s are no speech."""
+    """Return the stretches between pauses; those of 0.1 s or less, at the edges, are no speech."""
     edges = [0, *(edge for pause in pauses for edge in (pause.start, pause.end)), samples]
     pairs = zip(edges[::2], edges[1::2], strict=True)
     return [Stretch(start, end, activity.speaks(start, end)) for start, end in pairs if end - start > 10 * HOP]
 
 
 def quietest_cut(activity: SpeechActivity, start: int, end: int) -> int:
-    """The middle, in samples, of the quietest 100 ms between two frames."""
+    """Return the middle, in samples, of the quietest 100 ms between two frames."""
     width = min(int(CUT_SEC * 100), end - start)
     means = np.convolve(activity.level_db[start:end], np.full(width, 1 / width), "valid")
     return (start + int(means.argmin()) + width // 2) * HOP
@@ -130,11 +130,11 @@ def _load_detector() -> Any:
 
 
 def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
-    """Silero's probability per window of 32 ms, shape (windows,).
+    """Return Silero's speech probability per window of 32 ms, shape (windows,).
 
-    Its own `audio_forward` calls the network for one window at a time; only the LSTM has to wait for the window before,
-    so all else is done for thousands at once: the same numbers to 1e-4, at ten times the speed. On one thread, because
-    its operations are small; the import of the detector sets that too, for the whole process.
+    Its own `audio_forward` runs the network on one window at a time. Only the LSTM depends on the window before, so all
+    else is computed for thousands at once: the same numbers to 1e-4, ten times as fast. On one thread, because the
+    operations are small; importing the detector sets that too, for the whole process.
     """
     import torch
 
@@ -144,10 +144,10 @@ def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch without gradients on one thread, for many small operations; then on as many as before."""
+    """Run torch without gradients on one thread, for many small operations, then restore the number of threads."""
     import torch
 
-    with _one_at_a_time:
+    with _thread_count_lock:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -162,13 +162,13 @@ def _detect(network: Any, waveform: "torch.Tensor") -> npt.NDArray[np.float32]:
 
     padded = torch.nn.functional.pad(waveform, (VAD_CONTEXT, -len(waveform) % VAD_WINDOW))
     windows = padded.unfold(0, VAD_CONTEXT + VAD_WINDOW, VAD_WINDOW)
-    cell = network.decoder.rnn
-    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    state = (torch.zeros(1, 1, cell.weight_hh.shape[1]),) * 2  # nothing was heard yet
+    rnn = network.decoder.rnn
+    weights = [rnn.weight_ih, rnn.weight_hh, rnn.bias_ih, rnn.bias_hh]
+    state = (torch.zeros(1, 1, rnn.weight_hh.shape[1]),) * 2  # (hidden, cell)
     probabilities = []
-    for some in torch.split(windows, VAD_BATCH):
-        features = network.encoder(network.run_extractors(some.contiguous())).permute(0, 2, 1)  # (windows, 1, features)
-        hidden, short, long = torch.lstm(features, state, weights, True, 1, 0.0, False, False, False)
-        state = (short, long)
-        probabilities.append(network.decoder.decoder(hidden.permute(0, 2, 1)).flatten())
+    for batch in torch.split(windows, VAD_BATCH):
+        features = network.encoder(network.run_extractors(batch.contiguous())).permute(0, 2, 1)  # (windows, 1, values)
+        outputs, hidden, cell = torch.lstm(features, state, weights, True, 1, 0.0, False, False, False)
+        state = (hidden, cell)
+        probabilities.append(network.decoder.decoder(outputs.permute(0, 2, 1)).flatten())
     return torch.cat(probabilities).numpy().astype(np.float32)

@@ -1,4 +1,4 @@
-"""Workers on other machines: those of a Dask cluster, which see the same sources and OUT and have this package."""
+"""Run jobs on the workers of a Dask cluster, which need this package and access to the same sources and OUT."""
 
 import logging
 import time
@@ -8,17 +8,17 @@ from contextlib import suppress
 from sharding.errors import StreamtrainError
 from sharding.pool import Workers
 
-CONNECT_SEC = 10.0  # a scheduler that was started a moment ago is waited for
-NO_WORKER_SEC = 45.0  # without any worker, until the build gives up
-POLL_SEC = 2.0  # between two looks at who is there
+CONNECT_SEC = 10.0  # waits for a scheduler that is just starting
+NO_WORKER_SEC = 45.0  # time without any worker before the build fails
+POLL_SEC = 2.0  # between two queries for the workers
 START = "dask worker {} --nthreads 1 --nworkers N"
-RERUN_HINT = "the same build goes on from the shards that are whole"
+RERUN_HINT = "rerun the same build: it resumes from the finished shards"
 
 
 class ClusterWorkers(Workers):
-    """The workers of a Dask cluster, who come and go: what one leaves undone, Dask gives to another.
+    """Run jobs on the workers of a Dask cluster, which may come and go: Dask reassigns the jobs of a lost worker.
 
-    So a job may run twice, even at once; each time it writes the same bytes, a file at a time.
+    A job may therefore run twice, even at once; each time it writes the same bytes, a file at a time.
     """
 
     def __init__(self, scheduler: str) -> None:
@@ -29,22 +29,22 @@ class ClusterWorkers(Workers):
                 "--executor dask: distributed is not installed", "pip install distributed"
             ) from error
         for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # tracebacks of an end; what matters is raised
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # shutdown tracebacks; real errors are raised
         if scheduler.startswith("tls:") and not Security().get_connection_args("client").get("ssl_context"):
             raise StreamtrainError(
-                f"--scheduler {scheduler}: Dask has no certificate to show there",
+                f"--scheduler {scheduler}: Dask has no client certificate",
                 "set DASK_DISTRIBUTED__COMM__TLS__CA_FILE, __TLS__CLIENT__CERT and __TLS__CLIENT__KEY",
             )
         self._scheduler = scheduler
-        self._seen, self._next_look = time.monotonic(), 0.0
+        self._last_worker, self._next_check = time.monotonic(), 0.0
         try:
             self._client = Client(scheduler, timeout=CONNECT_SEC, set_as_default=False)
         except OSError as error:
             raise StreamtrainError(
-                f"--scheduler {scheduler}: {error}", "start one with `dask scheduler`; it says its address"
+                f"--scheduler {scheduler}: {error}", "start one with `dask scheduler`; it prints its address"
             ) from error
         try:
-            super().__init__(0, self._client.get_executor(pure=False))  # else equal calls would be one
+            super().__init__(0, self._client.get_executor(pure=False))  # pure calls with equal arguments would run once
             while not self.count:
                 self.check_health()
                 time.sleep(0.1)
@@ -54,27 +54,27 @@ class ClusterWorkers(Workers):
 
     def __exit__(self, *exception: object) -> None:
         with suppress(OSError):  # the scheduler may be gone
-            self._client.close()  # nobody wants the jobs any more; one that runs ends when it next looks at OUT's lock
+            self._client.close()  # running jobs end at their next check of OUT's lock
 
     def check_health(self) -> None:
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_check:
             return
-        self._next_look = now + POLL_SEC
+        self._next_check = now + POLL_SEC
         try:
             threads = self._client.nthreads(callback_timeout=NO_WORKER_SEC)
         except OSError as error:
-            raise self._lost() from error
-        for worker, number in threads.items():
-            if number > 1:  # the voice detector and open zips are shared in a process
+            raise self._unreachable() from error
+        for worker, count in threads.items():
+            if count > 1:  # a process shares its voice-activity detector and open zips
                 raise StreamtrainError(
-                    f"--scheduler {self._scheduler}: worker {worker} runs {number} threads, and must run one",
+                    f"--scheduler {self._scheduler}: worker {worker} runs {count} threads, must run one",
                     f"start workers with `{START.format(self._scheduler)}`",
                 )
         self.count = len(threads)
         if threads:
-            self._seen = now
-        elif now - self._seen > NO_WORKER_SEC:
+            self._last_worker = now
+        elif now - self._last_worker > NO_WORKER_SEC:
             raise StreamtrainError(
                 f"--scheduler {self._scheduler}: no worker for {NO_WORKER_SEC:.0f} s",
                 f"start workers with `{START.format(self._scheduler)}`; {RERUN_HINT}",
@@ -85,18 +85,18 @@ class ClusterWorkers(Workers):
 
         if isinstance(error, KilledWorker):
             return StreamtrainError(
-                f"{error.allowed_failures + 1} workers died, one after another, with the same job while {label}",
-                "out of memory? start fewer workers on each machine; if machines are taken away often, start the "
+                f"{error.allowed_failures + 1} workers died one after another on the same job while {label}",
+                "out of memory? start fewer workers on each machine; if machines are often preempted, start the "
                 "scheduler with DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=100",
             )
         if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
             return StreamtrainError(
                 f"--scheduler {self._scheduler}: {error.__cause__ or error}",
-                "install this package and its libraries where the scheduler and the workers run",
+                "install this package and its dependencies for the scheduler and the workers",
             )
         if self._client.status != "running" or isinstance(error, CancelledError):
-            return self._lost()
+            return self._unreachable()
         return None
 
-    def _lost(self) -> StreamtrainError:
-        return StreamtrainError(f"--scheduler {self._scheduler}: does not answer any more", RERUN_HINT)
+    def _unreachable(self) -> StreamtrainError:
+        return StreamtrainError(f"--scheduler {self._scheduler}: no longer responds", RERUN_HINT)

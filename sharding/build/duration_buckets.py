@@ -1,4 +1,4 @@
-"""Duration bins fitted to the whole histogram: where to draw the edges so that the least area is padding."""
+"""Fit duration bins to the histogram of clips, with the edges that need the least padding."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ RESOLUTION_SEC = 0.1
 
 
 def fit_bins(seconds: npt.ArrayLike, num_buckets: int) -> tuple[float, ...]:
-    """Upper edges, in seconds, of at most `num_buckets` bins that minimise the padding of clips to their bin's edge.
+    """Return upper edges (seconds) of at most `num_buckets` bins that minimise padding of clips to their bin's edge.
 
-    The optimum over a histogram of 0.1 s cells, by dynamic programming; O(buckets × cells²). Empty cells between
-    the clips never become an edge, so fewer, better bins come back where the corpus has few distinct lengths.
+    Finds the optimum over a histogram of 0.1 s cells by dynamic programming; O(buckets × cells²). Empty cells never
+    become an edge, so a corpus with few distinct lengths gets fewer bins.
     """
     cells = np.maximum(np.ceil(np.asarray(seconds, float) / RESOLUTION_SEC - 1e-9).astype(np.int64), 1)
     if not len(cells):
@@ -39,5 +39,5 @@ def fit_bins(seconds: npt.ArrayLike, num_buckets: int) -> tuple[float, ...]:
 
 
 def bucket_of(seconds: npt.ArrayLike, bins: Sequence[float]) -> npt.NDArray[np.int64]:
-    """The first bin whose upper edge is not exceeded; what is longer than all goes to the last. Same shape as given."""
+    """Return the first bin whose upper edge is not exceeded, else the last. The shape is that of `seconds`."""
     return np.minimum(np.searchsorted(bins, np.asarray(seconds, float) - 1e-9), len(bins) - 1)

@@ -1,4 +1,4 @@
-"""An index for WebDataset tars that others wrote, which stay as they are: no bucketing, no splitting, no conversion."""
+"""Index WebDataset tars from other tools, which stay unchanged: no bucketing, no splitting, no conversion."""
 
 import io
 import tarfile
@@ -9,21 +9,10 @@ from fnmatch import fnmatchcase
 import numpy as np
 import xxhash
 
-from sharding.report import files as report
 from sharding.audio.codec import SAMPLE_RATE, Decoded, decode_native, frame_count, is_constant
+from sharding.build.place import has_index
 from sharding.errors import AudioError, ShardError
-from sharding.shardset.index import (
-    END_OF_ARCHIVE,
-    INDEX_NAME,
-    SAMPLE_DTYPE,
-    ShardRecord,
-    ShardIndex,
-    SpeakerInfo,
-    join_samples,
-    pack_index,
-    write_index,
-    write_shard_index,
-)
+from sharding.files.names import canonical_name, nfc
 from sharding.labels.ipa import (
     SymbolCounts,
     alphabet_of,
@@ -33,18 +22,29 @@ from sharding.labels.ipa import (
     foreign_symbols,
     name_symbols,
 )
-from sharding.report.ledger import LedgerPart, sum_tallies, ledger_row, write_ledger
-from sharding.sources.manifest import Utterance, printable
-from sharding.files.names import nfc, canonical_name
-from sharding.build.place import has_index
+from sharding.pool import Workers
+from sharding.report import files as report
+from sharding.report.ledger import LedgerPart, ledger_row, sum_tallies, write_ledger
+from sharding.report.summary import Summary
+from sharding.shardset.index import (
+    END_OF_ARCHIVE,
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    ShardIndex,
+    ShardRecord,
+    SpeakerInfo,
+    join_samples,
+    pack_index,
+    write_index,
+    write_shard_index,
+)
 from sharding.shardset.sample import BLOCK, Sample, check_member, sample_from_bytes, split_name
 from sharding.shardset.schema import EXTERNAL, ShardEntry
-from sharding.shardset.store import open_store
-from sharding.report.summary import Summary
-from sharding.pool import Workers
+from sharding.shardset.store import Store, open_store
+from sharding.sources.manifest import Utterance, printable
 
-MAX_TAR_BYTES = 2**34  # it is held in memory
-VALID_TARS = ("*val*", "*dev*")  # validate, unless the user names others
+MAX_TAR_BYTES = 2**34  # a tar is held in memory
+VALID_TARS = ("*val*", "*dev*")  # default patterns of validation tars
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +58,22 @@ class TarJob:
 
 @dataclass(frozen=True)
 class TarResult:
-    shard: ShardRecord | None  # None where no sample can be used
+    shard: ShardRecord | None  # None if no sample is usable
     ledger: LedgerPart
-    symbols: SymbolCounts  # of its labels
-    ids: tuple[str, ...] = ()  # of its samples' utterances
+    symbols: SymbolCounts  # of the labels
+    ids: tuple[str, ...] = ()  # utterance ids of the samples
 
 
 def index_tars(
     url: str, track: str, valid: Sequence[str] | None, max_duration: float, workers: int
 ) -> tuple[ShardIndex, Summary, float]:
-    """Write the index of all tars below a folder or URL; returns it, its summary, and the share of rejected samples.
+    """Write the index of all tars below a folder or URL. Returns it, its summary, and the share of rejected samples.
 
-    Tars whose name fits a pattern of `valid` validate. Raises ShardError where there are none, where an index is there
-    already, where a pattern fits none, or where a key comes twice; ManifestError for labels of another alphabet.
+    Tars that match a pattern of `valid` form the validation split. Raises ShardError if there is no tar, an index
+    exists, a pattern matches no tar, or a key is duplicated; ManifestError if the labels use another alphabet.
     """
     store = open_store(url)
-    if store.exists(INDEX_NAME):
-        hint = (
-            "remove it first, if it is to be made anew"
-            if has_index(store)
-            else "it is of something else: keep the tars in a folder of their own"
-        )
-        raise ShardError(f"{url}: has an {INDEX_NAME} already", hint)
-    if (taken := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.CHECKSUMS_NAME):
-        raise ShardError(
-            f"{url}/{taken[0]}: is there already, and of no index", "keep the tars in a folder of their own"
-        )
-    names = sorted(name for name in store.names() if name.endswith(".tar") and "/." not in f"/{name}")  # hidden ones
-    if not names:
-        raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that holds them")
+    names = _list_tars(store, url)
     chosen = _choose_valid(url, names, valid)
     splits = ["valid" if name in chosen else "train" for name in names]
     jobs = [TarJob(url, name, split, track, max_duration) for name, split in zip(names, splits, strict=True)]
@@ -97,8 +84,8 @@ def index_tars(
     _check_names(url, "key", [(shard.entry.name, shard.keys) for shard in shards])
     _check_names(url, "utterance_id", [(name, result.ids) for name, result in zip(names, results, strict=True)])
     for split, side in (("train", "training"), ("valid", "validation")):
-        counted = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
-        check_alphabet(sum(counted, SymbolCounts()), side, track)
+        counts = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
+        check_alphabet(sum(counts, SymbolCounts()), side, track)
     tally = sum_tallies(ledger)
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
@@ -124,23 +111,36 @@ def index_tars(
     return write_index(store, packed), summary, tally.clips["rejected"] / max(sum(tally.clips.values()), 1)
 
 
+def _list_tars(store: Store, url: str) -> list[str]:
+    """Return the names of the tars, sorted. Raises ShardError if there is none, or an index or report is in the way."""
+    if store.exists(INDEX_NAME):
+        hint = "remove it to index again" if has_index(store) else "it belongs to something else: move the tars"
+        raise ShardError(f"{url}: already has an {INDEX_NAME}", hint)
+    if (reports := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.CHECKSUMS_NAME):
+        raise ShardError(f"{url}/{reports[0]}: exists, but belongs to no index", "keep the tars in a separate folder")
+    names = sorted(name for name in store.names() if name.endswith(".tar") and "/." not in f"/{name}")  # not hidden
+    if not names:
+        raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that contains them")
+    return names
+
+
 def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
-    """The tars that fit a pattern; one that is a tar's own name stands for that tar alone."""
+    """Return the tars that match a pattern; a pattern equal to a tar's name matches that tar alone."""
     chosen: set[str] = set()
     for pattern in map(nfc, patterns or VALID_TARS):
         exact = {name for name in names if nfc(name) == pattern}
-        fit = exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
-        if patterns and not fit:
-            raise ShardError(f"{url}: no tar fits --valid {pattern!r}", f"there are {', '.join(names[:5])}")
-        chosen |= fit
+        matches = exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
+        if patterns and not matches:
+            raise ShardError(f"{url}: no tar matches --valid {pattern!r}", f"there are {', '.join(names[:5])}")
+        chosen |= matches
     return chosen
 
 
 def index_tar(job: TarJob) -> TarResult:
-    """Look at every sample of a tar, decode it, and write the tar's `.idx.zst`."""
+    """Decode every sample of a tar and write the tar's `.idx.zst`. Raises ShardError if the tar has no sample."""
     store = open_store(job.url)
     data = store.read(job.name, MAX_TAR_BYTES)
-    rows, keys, ids, who, ledger, symbols = [], [], [], [], [], SymbolCounts()
+    rows, keys, ids, speakers, ledger, symbols = [], [], [], [], [], SymbolCounts()
     for key, start, end in _find_samples(data, f"{job.url}/{job.name}"):
         raw = data[start:end]
         sample, seconds, reason = None, 0.0, None
@@ -154,19 +154,19 @@ def index_tar(job: TarJob) -> TarResult:
             rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
             ids.append(sample.utterance_id)
-            who.append(SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id))
+            speakers.append(SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id))
         except (AudioError, ShardError) as error:
-            reason = printable(error.message)  # a member's name may be any bytes
+            reason = printable(error.message)  # a member name may be any bytes
         fate = "rejected" if reason else "written"
         ledger.append(ledger_row(_utterance(key, job, sample), job.split, fate, seconds, reason, key, remarks=remarks))
     if not ledger:
-        raise ShardError(f"{job.url}/{job.name}: there is no sample in it", "copy it again, or take it away")
+        raise ShardError(f"{job.url}/{job.name}: there is no sample in it", "copy it again, or remove it")
     if not rows:
         return TarResult(None, write_ledger(ledger), symbols)
     table = np.array(rows, SAMPLE_DTYPE)
     checksum, length = xxhash.xxh3_64_hexdigest(data), int(table["samples"].sum())
     entry = ShardEntry(job.name, job.split, 0, len(rows), len(data), length, checksum)
-    shard = write_shard_index(store, ShardRecord(entry, tuple(keys), tuple(who), table))
+    shard = write_shard_index(store, ShardRecord(entry, tuple(keys), tuple(speakers), table))
     return TarResult(shard, write_ledger(ledger), symbols, tuple(ids))
 
 
@@ -189,7 +189,7 @@ def _decode(sample: Sample, job: TarJob) -> Decoded:
 
 
 def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
-    """Of each sample of a tar its key, and the bytes from its first header to the end of its last member's padding."""
+    """Yield each sample's key and byte range, from its first header to the end of its last member's padding."""
     key, start, end = "", 0, 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
@@ -203,12 +203,12 @@ def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
                 if name != key:
                     key, start = name, info.offset
                 end = info.offset_data + info.size + -info.size % BLOCK
-            rest = data[tar.offset :]  # where the headers end, at the archive's end or at one that is damaged
+            rest = data[tar.offset :]  # after the last readable header: the end mark, or a damaged header
     except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         raise ShardError(f"{where}: not a whole tar: {error}", "copy it again") from error
     if rest.strip(b"\0"):
         raise ShardError(f"{where}: there is no header at byte {len(data) - len(rest)}",
-                         "copy it again; or are several tars joined in it?")  # fmt: skip
+                         "copy it again; it may be several tars joined together")  # fmt: skip
     if len(rest) < len(END_OF_ARCHIVE):
         raise ShardError(f"{where}: the end-of-archive block is missing", "copy it again")
     if key:
@@ -216,26 +216,26 @@ def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _utterance(key: str, job: TarJob, sample: Sample | None) -> Utterance:
-    """What the ledger says of a sample."""
-    said = sample or Sample(key, b"", "", "", key)
-    corpus = said.corpus or job.url.rstrip("/").rpartition("/")[2]
-    return Utterance(said.utterance_id, said.child_id, said.session_id, "", corpus, f"{job.name}/{key}", None,
-                     said.age_bucket, "", None, said.text)  # fmt: skip
+    """Return the utterance of a sample for the ledger; of an unreadable `sample`, only its key is known."""
+    sample = sample or Sample(key, b"", "", "", key)
+    corpus = sample.corpus or job.url.rstrip("/").rpartition("/")[2]
+    return Utterance(sample.utterance_id, sample.child_id, sample.session_id, "", corpus, f"{job.name}/{key}", None,
+                     sample.age_bucket, "", None, sample.text)  # fmt: skip
 
 
 def _check_names(url: str, kind: str, names: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Raise ShardError if two samples of some (tar, names) have one name."""
-    seen: dict[str, str] = {}
-    for tar, its in names:
-        for name in its:
-            if canonical_name(name) in seen:
-                hint = f"every sample needs a {kind} of its own"
-                raise ShardError(f"{url}: the {kind} {name!r} is in {seen[canonical_name(name)]} and in {tar}", hint)
-            seen[canonical_name(name)] = tar
+    """Raise ShardError if two samples have the same name. `names` are pairs of a tar and the names in it."""
+    tar_of: dict[str, str] = {}
+    for tar, names_in_tar in names:
+        for name in names_in_tar:
+            if (first := tar_of.get(canonical_name(name))) is not None:
+                message = f"{url}: the {kind} {name!r} is in {first} and in {tar}"
+                raise ShardError(message, f"every sample needs a unique {kind}")
+            tar_of[canonical_name(name)] = tar
 
 
 def _is_disjoint(shards: Sequence[ShardRecord]) -> bool:
-    """Whether every sample names its child, and no child is both trained and validated on."""
-    children = {split: {one.child_id for shard in shards if shard.entry.split == split for one in shard.speakers}
+    """Return whether every sample has a child id, and no child is in both training and validation."""
+    children = {split: {info.child_id for shard in shards if shard.entry.split == split for info in shard.speakers}
                 for split in ("train", "valid")}  # fmt: skip
     return not children["train"] & children["valid"] and "" not in children["train"] | children["valid"]

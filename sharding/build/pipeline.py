@@ -1,7 +1,7 @@
-"""From sources to a shard set: examine every clip, split the long ones, plan the shards, write them, publish the index.
+"""Build a shard set from sources: scan every clip, split long ones, plan and write the shards, publish the index.
 
-What goes where is planned from headers alone, so the same input and settings make the same bytes whatever the number
-of workers; each clip is then decoded once, by the worker that writes it.
+The plan uses headers alone, so the same input and settings give the same bytes for any number of workers; each clip is
+then decoded once, by the worker that writes it.
 """
 
 import hashlib
@@ -21,73 +21,73 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sharding.report import files as report
-from sharding.segment.evidence import NO_ALIGNMENTS, MAX_FALSE_ACCEPT, Alignments, Evidence
+from sharding.audio.codec import SAMPLE_RATE
 from sharding.build.assign import (
-    SplitExceptions,
     Mask,
-    PlannedTable,
     PlannedShard,
+    PlannedTable,
     Segments,
+    SplitExceptions,
     assign_shards,
     choose_exceptions,
     is_validation,
     list_samples,
 )
-from sharding.audio.codec import SAMPLE_RATE
-from sharding.shardset.object_store import BucketStore
-from sharding.build.duration_buckets import fit_bins
 from sharding.build.dask import ClusterWorkers
-from sharding.segment.cuts import MAX_DURATION_SEC
-from sharding.errors import ManifestError, ShardError
-from sharding.build.scan import ScanResult, scan, find_orphans, hash_128, hash_sources
+from sharding.build.duration_buckets import fit_bins
+from sharding.build.lock import BuildLock, exclusive_build
+from sharding.build.place import PIECES, check_output
+from sharding.build.scan import ScanResult, find_orphans, hash_128, hash_sources, scan
 from sharding.build.write import (
+    BuildContext,
     CutJob,
     ExampleJob,
+    ManifestLine,
     PlannedSample,
     SegmentRef,
-    ManifestLine,
     ShardJob,
     ShardResult,
-    BuildContext,
     cut_recording,
-    read_example,
     make_shard,
+    read_example,
 )
+from sharding.errors import ManifestError, ShardError
+from sharding.files.writing import remove
+from sharding.labels.ipa import SymbolCounts, check_alphabet, read_label
+from sharding.pool import Workers, available_cores
+from sharding.report import files as report
+from sharding.report.ledger import LedgerPart, LedgerRow, Tally, rejected_row, same_rows, sum_tallies, write_ledger
+from sharding.report.summary import Summary
+from sharding.segment.acoustic_model import PhoneGMM, fit, unpack_model
+from sharding.segment.cuts import MAX_DURATION_SEC
+from sharding.segment.evidence import MAX_FALSE_ACCEPT, NO_ALIGNMENTS, Alignments
+from sharding.segment.split import LabelThresholds
 from sharding.shardset.index import (
     INDEX_NAME,
     ShardIndex,
+    archive_index,
     check_presence,
     join_samples,
-    archive_index,
     pack_index,
-    read_index,
     read_checked,
+    read_index,
     write_index,
 )
-from sharding.labels.ipa import SymbolCounts, check_alphabet, read_label
-from sharding.report.ledger import LedgerPart, LedgerRow, Tally, sum_tallies, rejected_row, same_rows, write_ledger
-from sharding.build.lock import BuildLock, exclusive_build
-from sharding.sources.manifest import ManifestOptions, Source, read_sources
-from sharding.build.place import PIECES, check_output
+from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import escape_key, whole_key
 from sharding.shardset.schema import SPLITS
-from sharding.segment.acoustic_model import PhoneGMM, fit, unpack_model
-from sharding.segment.split import LabelThresholds
 from sharding.shardset.store import FolderStore, Store, open_store
-from sharding.report.summary import Summary
-from sharding.pool import Workers, available_cores
-from sharding.files.writing import remove
+from sharding.sources.manifest import ManifestOptions, Source, read_sources
 
-LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # of labels whose phones blanks part
-FIT_SEC = 2_400.0  # of labelled speech, from which the sounds of the symbols are learned …
-FIT_MIN_SEC = 120.0  # … and so many at least: less would know its own mistakes by heart
-FIT_MAX_CLIP_SEC = 600.0  # no longer recording is learned from
+LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
+FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
+FIT_MIN_SEC = 120.0  # at least: a model trained on less would memorise its own mistakes
+FIT_MAX_CLIP_SEC = 600.0  # longer recordings are not trained on
 
 
 @dataclass(frozen=True, slots=True)
 class BuildConfig:
-    """All that decides the bytes of a shard set, beside its sources."""
+    """Hold every setting that determines the bytes of a shard set, besides its sources."""
 
     max_duration: float = MAX_DURATION_SEC
     valid_fraction: float = 0.1
@@ -99,28 +99,29 @@ class BuildConfig:
     min_confidence: float = LabelThresholds.min_confidence
     max_false_accept: float = MAX_FALSE_ACCEPT
     min_word_llr: float = LabelThresholds.min_word_llr
-    alignments: str = ""  # digest of what a model has aligned
+    alignments: str = ""  # digest of the model's alignments
 
     @property
     def hash(self) -> str:
+        """Return the SHA-256 of all settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What does not change a byte of the shards."""
+    """Hold the options that do not change a byte of the shards."""
 
     workers: int = field(default_factory=available_cores)
     manifest_options: ManifestOptions = field(default_factory=ManifestOptions)
     dry_run: bool = False
     append: bool = False
-    scheduler: str = ""  # of a Dask cluster whose workers to use instead
+    scheduler: str = ""  # address of a Dask cluster, to use its workers instead
     alignments: Alignments = NO_ALIGNMENTS
 
 
 @dataclass(frozen=True, eq=False)
 class BuildTask:
-    """What is to be built: of which clips, how, and beside which shards that are there already."""
+    """Describe what to build: the clips, the settings, and the existing shard set to append to."""
 
     scan: ScanResult
     settings: BuildConfig
@@ -129,114 +130,114 @@ class BuildTask:
 
     @cached_property
     def exceptions(self) -> SplitExceptions:
-        """Choose among the speakers of clips with labels; those of a `base` stay on the side where they are."""
+        """Choose among the speakers of labelled clips; exceptions of a `base` keep their side."""
         clips, fraction = self.scan.clips, self.settings.valid_fraction
-        kept = SplitExceptions() if self.base is None else _exceptions_of(self.base)
+        exceptions = SplitExceptions() if self.base is None else _exceptions_of(self.base)
         if self.base is not None and self.base.notes["validation"]["clips"]:
-            return kept
-        return choose_exceptions(clips["speaker"][clips["fits"]], fraction, kept.kept_in_training)
+            return exceptions
+        return choose_exceptions(clips["speaker"][clips["fits"]], fraction, exceptions.kept_in_training)
 
     @cached_property
     def valid(self) -> Mask:
-        """Which clips validate."""
+        """Return which clips are in the validation split, shape (N,)."""
         return is_validation(self.scan.clips["speaker"], self.settings.valid_fraction, self.exceptions)
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build has made, for its caller to print."""
+    """Hold the result of a build, for its caller to print."""
 
     index: ShardIndex
-    summary: Summary | None  # None where its report was left behind
+    summary: Summary | None  # None if the report was not copied along
     rejected: float  # share of the clips of the sources
-    built: bool = True  # False where there was nothing to do
-    known: int = 0  # clips that were there already, of those to append
+    built: bool = True  # False if there was nothing to do
+    known: int = 0  # clips to append that the shard set already contains
 
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
-    """Build the shard set OUT from the sources. Raises StreamtrainError for what the user can mend."""
+    """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
     sources = read_sources(locations, replace(run.manifest_options, track=settings.track, group_by=settings.group_by))
-    sources = [_with_absolute_path(source) for source in sources]  # workers may be elsewhere
+    sources = [_with_absolute_path(source) for source in sources]  # workers may have another working directory
     store = open_store(out, dry_run=run.dry_run)
     check_output(open_store(out), locations)
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:
-        examined = scan(sources, settings.track, pool)
-        _warn_of_spaced_phones(examined, settings.track)
-        orphans = find_orphans(examined, pool)
+        scanned = scan(sources, settings.track, pool)
+        _warn_of_spaced_phones(scanned, settings.track)
+        orphans = find_orphans(scanned, pool)
         base = _read_base(store, settings)
         if base:
             check_presence(store, base)
         if base and not run.append:
-            return _result_of_existing(store, base, examined)  # in a place, maybe, where nothing can be written
+            return _result_of_existing(store, base, scanned)  # before locking: OUT may be read-only
         with nullcontext(BuildLock()) if run.dry_run else exclusive_build(store) as lease:
-            base = _read_base(store, settings)  # another build may have ended a moment ago
+            base = _read_base(store, settings)  # another build may have finished since
             if base and not run.append:
-                return _result_of_existing(store, base, examined)
-            known = _find_known(store, base, examined) if base else np.zeros(len(examined.clips), bool)
-            examined = examined.select(~known)
-            if base and not len(examined.clips):
+                return _result_of_existing(store, base, scanned)
+            known = _find_known(store, base, scanned) if base else np.zeros(len(scanned.clips), bool)
+            scanned = scanned.select(~known)
+            if base and not len(scanned.clips):
                 report.restore_archived(store, base)
                 return BuildResult(base, report.read_summary(store, base), 0.0, built=False, known=len(known))
-            task = BuildTask(examined, settings, base, run.alignments)
+            task = BuildTask(scanned, settings, base, run.alignments)
             _check_labels(task)
             old_rows, old_orphans = report.archive_report(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, task, run)
             tally = sum_tallies(ledger)
             rejected = tally.clips["rejected"] / max(len(known), 1)
             if base:
-                ledger.insert(0, _keep_ledger_rows(old_rows, examined))
+                ledger.insert(0, _keep_ledger_rows(old_rows, scanned))
                 tally = sum_tallies(ledger)
             index = _index(plan, results, tally)
             orphans = sorted({*old_orphans, *orphans})
-            told = orphans == old_orphans and same_rows(ledger, old_rows)
-            if base and told and len(index.samples) == len(base.samples):
-                report.restore_archived(store, base)  # nothing new to train on, nor to tell: no run need see another
+            unchanged = orphans == old_orphans and same_rows(ledger, old_rows)
+            if base and unchanged and len(index.samples) == len(base.samples):
+                report.restore_archived(store, base)  # no new sample or ledger row: runs need not see another index
                 return BuildResult(base, report.read_summary(store, base), rejected, known=int(known.sum()))
             packed = pack_index(index)
-            summary = report.publish(store, ledger, tally, packed.index, orphans, examined.ignored_fields)
+            summary = report.publish(store, ledger, tally, packed.index, orphans, scanned.ignored_fields)
             lease.check()
             if base:
                 archive_index(store, base)
-            write_index(store, packed)  # last: it says that all the rest is there
+            write_index(store, packed)  # last: its presence means that all other files are complete
             if base:
                 report.drop_archived(store, base)
             return BuildResult(packed.index, summary, rejected, known=int(known.sum()))
 
 
 def _check_labels(task: BuildTask) -> None:
-    """Raise ManifestError if the labels of either side are of another alphabet."""
+    """Raise ManifestError if the training or the validation labels use another alphabet."""
     clips, track = task.scan.clips, task.settings.track
-    for side, mine in (("training", ~task.valid), ("validation", task.valid)):
-        symbols, foreign = (int(clips[name][mine].sum()) for name in ("symbols", "foreign"))
+    for side, members in (("training", ~task.valid), ("validation", task.valid)):
+        symbols, foreign = (int(clips[name][members].sum()) for name in ("symbols", "foreign"))
         if foreign:
-            place, utterance = task.scan.find(int(np.argmax(np.where(mine, clips["foreign"], 0))))
+            place, utterance = task.scan.find(int(np.argmax(np.where(members, clips["foreign"], 0))))
             worst = (foreign, place, read_label(utterance.text, track))
             check_alphabet(SymbolCounts(symbols, foreign, worst), side, track)
 
 
-def _warn_of_spaced_phones(examined: ScanResult, track: str) -> None:
-    """Say so if a blank follows each phone in the labels, some of which are looked at: each is a word then."""
-    chosen = np.unique(np.linspace(0, len(examined.clips) - 1, LABELS_SAMPLED).astype(int))
-    labels = (read_label(examined.find(row)[1].text, track) for row in chosen.tolist())
+def _warn_of_spaced_phones(scanned: ScanResult, track: str) -> None:
+    """Warn if a sample of the labels has a blank after each phone, which makes every phone a word."""
+    chosen = np.unique(np.linspace(0, len(scanned.clips) - 1, LABELS_SAMPLED).astype(int))
+    labels = (read_label(scanned.find(row)[1].text, track) for row in chosen.tolist())
     lengths = [len(word) for label in labels for word in label.split()]
     if track == "phonetic" and len(lengths) >= MIN_WORDS and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
-        print(f"{lengths.count(1):,} of {len(lengths):,} words of the labels are one symbol: are these phones parted "
-              "by blanks? Each is learned as a word of its own, with the blank", file=sys.stderr)  # fmt: skip
+        print(f"{lengths.count(1):,} of {len(lengths):,} words in the labels are one symbol: are the phones separated "
+              "by blanks? Each is then learned as a word, with the blank", file=sys.stderr)  # fmt: skip
 
 
 def _make_shards(
     store: Store, lease: BuildLock, pool: Workers, task: BuildTask, run: RunOptions
 ) -> tuple["ShardPlan", list[ShardResult], list[LedgerPart]]:
-    """Plan the shards, and write them."""
+    """Plan and write the shards. Returns the plan, the results and the ledger."""
     with _scratch(store, shared=bool(run.scheduler)) as scratch:
         layouts = tuple(source.layout for source in task.scan.sources)
         out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
-        token = lease.token if run.scheduler else ""  # workers of this machine die with the build
+        token = lease.token if run.scheduler else ""  # local workers die with the build
         context = BuildContext(out, scratch, layouts, task.settings.track, run.dry_run, token)
         plan, ledger = plan_build(task, context, pool)
         _delete_unfinished(store, plan, lease)
         results = write_shards(plan, plan.shards, pool)
-        _delete_unfinished(store, plan, lease)  # a worker may have died, and another done its work
+        _delete_unfinished(store, plan, lease)  # files of a worker that died and was replaced
     return plan, results, ledger + [result.ledger for result in results]
 
 
@@ -245,7 +246,7 @@ def _make_shards(
 
 @dataclass(frozen=True, eq=False)
 class ShardPlan:
-    """What every shard is to hold."""
+    """Hold which samples go into every shard."""
 
     task: BuildTask
     context: BuildContext
@@ -256,25 +257,28 @@ class ShardPlan:
     acoustic_model: PhoneGMM | None
 
     def job(self, shard: PlannedShard) -> ShardJob:
+        """Return the job that writes a shard."""
         name, bucket, rows = shard
         members = self.samples_planned[rows]
         lines = _read_rows(self.task.scan, members["clip"])
         clips = self.task.scan.clips[members["clip"]]
-        pieces = [None if whole else self._piece(clip, piece)
-                  for whole, clip, piece in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
-        chosen = tuple(map(PlannedSample, lines, clips["bytes"].tolist(), clips["samples"].tolist(), pieces))
+        segments = [None if whole else self._segment(clip, number)
+                    for whole, clip, number in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
+        chosen = tuple(map(PlannedSample, lines, clips["bytes"].tolist(), clips["samples"].tolist(), segments))
         return ShardJob(self.context, name, bucket, name.split("/")[0], chosen)
 
-    def _piece(self, clip: int, number: int) -> SegmentRef:
+    def _segment(self, clip: int, number: int) -> SegmentRef:
         segments = self.segments[clip]
         return SegmentRef(number, len(segments), segments[number])
 
 
-def plan_build(task: BuildTask, context: BuildContext, pool: Workers, acoustic_model: PhoneGMM | None = None) -> tuple[ShardPlan, list[LedgerPart]]:
-    """Split what is long, and say what every shard is to hold; with the ledger's rows of all that is decided so far.
+def plan_build(
+    task: BuildTask, context: BuildContext, pool: Workers, acoustic_model: PhoneGMM | None = None
+) -> tuple[ShardPlan, list[LedgerPart]]:
+    """Split long recordings and assign samples to shards. Returns the plan and the ledger rows decided so far.
 
-    What is added to a `base` goes into shards of its own, in the bins that are there. The `sounds` of the symbols are
-    its own too, or learned, where they are not given and somebody needs them.
+    Samples added to a `base` go into new shards in its duration bins. An `acoustic_model` that is not given is taken
+    from the `base`; if that has none, it is trained if there are long labelled training recordings.
     """
     clips, settings, base = task.scan.clips, task.settings, task.base
     usable, refused = _drop_refused(task)
@@ -287,22 +291,24 @@ def plan_build(task: BuildTask, context: BuildContext, pool: Workers, acoustic_m
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
     members = list_samples(clips, usable & ~long, segments, task.valid)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
-    taken = _next_numbers(base) if base else None
-    shards = assign_shards(members, bins, round(settings.shard_mb * 2**20), settings.min_shards_per_bucket, taken)
+    first_numbers = _next_numbers(base) if base else None
+    shards = assign_shards(
+        members, bins, round(settings.shard_mb * 2**20), settings.min_shards_per_bucket, first_numbers
+    )
     return ShardPlan(task, context, segments, members, bins, shards, acoustic_model), [refused, *cuts]
 
 
 def write_shards(plan: ShardPlan, shards: Sequence[PlannedShard], pool: Workers) -> list[ShardResult]:
-    """Write shards, the most work first so that no worker is left alone at the end; results in the order given."""
+    """Write shards, most work first so that workers finish together. Returns results in the order given."""
     order = sorted(range(len(shards)), key=lambda i: -int(plan.samples_planned["work"][shards[i][2]].sum()))
     jobs = (plan.job(shards[i]) for i in order)
     results = pool.map(make_shard, jobs, [len(shards[i][2]) for i in order], "writing")
-    in_order = dict(zip(order, results, strict=True))
-    return [in_order[i] for i in range(len(shards))]
+    by_shard = dict(zip(order, results, strict=True))
+    return [by_shard[i] for i in range(len(shards))]
 
 
 def _drop_refused(task: BuildTask) -> tuple[Mask, LedgerPart]:
-    """Which clips are left, and the ledger's rows of those that the examination refused."""
+    """Return which clips are usable, shape (N,), and the ledger rows of those that the scan refused."""
     valid = task.valid
     usable, rows = np.ones(len(valid), bool), []
     for row, refusal in task.scan.refusals.items():
@@ -313,17 +319,19 @@ def _drop_refused(task: BuildTask) -> tuple[Mask, LedgerPart]:
     return usable, write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
-def _fit_acoustic_model(task: BuildTask, context: BuildContext, pool: Workers, labelled: Mask, long: Mask) -> PhoneGMM | None:
-    """The sounds of some of the labels, half of them of long recordings where there are both; None of too few."""
+def _fit_acoustic_model(
+    task: BuildTask, context: BuildContext, pool: Workers, labelled: Mask, long: Mask
+) -> PhoneGMM | None:
+    """Train on up to FIT_SEC of labelled speech, half of it long recordings if possible. Returns None if too little."""
     clips, settings = task.scan.clips, task.settings
     order = np.lexsort(clips["key"].T[::-1])
     order = order[labelled[order] & (clips["samples"][order] <= FIT_MAX_CLIP_SEC * SAMPLE_RATE)]
-    rows, seconds = dict[int, None](), 0.0  # in the order in which they are learned from
-    for some, enough in ((long, FIT_SEC / 2), (~long, FIT_SEC), (long, FIT_SEC)):
-        for row in order[some[order]].tolist():
-            lasting = clips["samples"][row] / SAMPLE_RATE
-            if row not in rows and seconds + lasting <= enough:
-                rows[row], seconds = None, seconds + lasting
+    rows, seconds = dict[int, None](), 0.0  # a set in training order
+    for group, max_sec in ((long, FIT_SEC / 2), (~long, FIT_SEC), (long, FIT_SEC)):
+        for row in order[group[order]].tolist():
+            duration = clips["samples"][row] / SAMPLE_RATE
+            if row not in rows and seconds + duration <= max_sec:
+                rows[row], seconds = None, seconds + duration
     if seconds < FIT_MIN_SEC:
         return None
     chosen = np.array(list(rows))
@@ -335,16 +343,14 @@ def _fit_acoustic_model(task: BuildTask, context: BuildContext, pool: Workers, l
 def _cut_long(
     task: BuildTask, context: BuildContext, pool: Workers, long: Mask, acoustic_model: PhoneGMM | None
 ) -> tuple[Segments, list[LedgerPart]]:
-    """Split the long recordings, longest first."""
+    """Split the long recordings, longest first. Returns their segments and their ledger rows."""
     clips, settings, alignments, rows = task.scan.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    lines, sizes, lengths = (
-        _read_rows(task.scan, rows),
-        clips["bytes"][rows].tolist(),
-        clips["samples"][rows].tolist(),
-    )
+    lines = _read_rows(task.scan, rows)
+    sizes, lengths = clips["bytes"][rows].tolist(), clips["samples"][rows].tolist()
     splits = np.where(task.valid[rows], "valid", "train").tolist()
-    gates = LabelThresholds(settings.min_confidence, alignments.bound(settings.max_false_accept), settings.min_word_llr)
+    max_gap = alignments.bound(settings.max_false_accept)
+    thresholds = LabelThresholds(settings.min_confidence, max_gap, settings.min_word_llr)
     jobs = (
         CutJob(
             context,
@@ -353,10 +359,10 @@ def _cut_long(
             samples,
             split,
             settings.max_duration,
-            _evidence_of(line, context, alignments),
-            None if split == "valid" else acoustic_model,
-            gates,
-        )  # validation keeps the label of the whole
+            alignments.of(line.parse(context.layouts).utterance_id) if alignments.by_id else None,
+            None if split == "valid" else acoustic_model,  # validation keeps the label of the whole recording
+            thresholds,
+        )
         for line, size, samples, split in zip(lines, sizes, lengths, splits, strict=True)
     )
     results = pool.map(cut_recording, jobs, [1] * len(rows), "splitting")
@@ -364,20 +370,17 @@ def _cut_long(
     return segments, [result.ledger for result in results]
 
 
-def _evidence_of(row: ManifestLine, context: BuildContext, alignments: Alignments) -> Evidence | None:
-    return alignments.of(row.parse(context.layouts).utterance_id) if alignments.by_id else None
-
-
-def _read_rows(examined: ScanResult, clips: npt.NDArray[np.integer]) -> list[ManifestLine]:
-    sources = examined.sources
-    places = examined.clips[["source", "row"]][clips].tolist()
-    return [ManifestLine(source, int(sources[source].numbers[row]), sources[source].line(row)) for source, row in places]
+def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ManifestLine]:
+    sources = scanned.sources
+    places = scanned.clips[["source", "row"]][clips].tolist()
+    return [ManifestLine(index, int(sources[index].numbers[row]), sources[index].line(row)) for index, row in places]
 
 
 def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> ShardIndex:
-    task = plan.task
+    """Return the index of the base, if there is one, and the new shards."""
+    task, fallback = plan.task, plan.task.exceptions.fallback_speaker
     clips, exceptions, base = task.scan.clips, task.exceptions, task.base
-    made = [result.made for result in results if result.made]
+    shards = [result.made for result in results if result.made]
     disjoint = bool(clips["named"][~clips["refused"]].all())
     index = ShardIndex(
         duration_bins=plan.bins,
@@ -389,132 +392,125 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
             "rejected": tally.clips["rejected"],
             "validation": {
                 "disjoint_by_speaker": disjoint,
-                "fallback_speaker": None if exceptions.fallback_speaker is None else f"{exceptions.fallback_speaker:016x}",
+                "fallback_speaker": None if fallback is None else f"{fallback:016x}",
                 "kept_in_training": [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
                 "clips": tally.validation["clips"],
                 "rejected": tally.validation["rejected"],
             },
         },
-        shards=tuple(entry for entry, _ in made),
-        samples=join_samples([table for _, table in made]),
+        shards=tuple(entry for entry, _ in shards),
+        samples=join_samples([table for _, table in shards]),
         acoustic_model=plan.acoustic_model.pack() if plan.acoustic_model else None,
     )
     return index if base is None else _merge_indexes(base, index)
 
 
-# --- what was there before --------------------------------------------------------------------------------------
+# --- the existing shard set -------------------------------------------------------------------------------------
 
 
 def _read_base(store: Store, settings: BuildConfig) -> ShardIndex | None:
-    """The index of the shard set that is there already, if one is. Raises ShardError where it was built otherwise."""
+    """Return the index of an existing shard set, or None. Raises ShardError if it was built with other settings."""
     if not store.exists(INDEX_NAME):
         return None
     index, wanted = read_index(store), asdict(settings)
-    unsaid = asdict(BuildConfig()) if index.settings_hash else {}  # an older set does not name all there is by now
-    there = unsaid | index.settings
-    differ = [f"{name} {there.get(name) or 'none'} there, {wanted[name] or 'none'} asked" for name in wanted
-              if there.get(name) != wanted[name]]  # fmt: skip
-    if differ:
-        raise ShardError(
-            f"{store.url}: holds a shard set built otherwise: {'; '.join(differ)}",
-            "choose another --out, or ask for the same",
-        )
+    defaults = asdict(BuildConfig()) if index.settings_hash else {}  # an older set lacks newer settings
+    existing = defaults | index.settings
+    differences = [f"{name} is {existing.get(name) or 'none'} there, requested {wanted[name] or 'none'}"
+                   for name in wanted if existing.get(name) != wanted[name]]  # fmt: skip
+    if differences:
+        message = f"{store.url}: holds a shard set built with other settings: {'; '.join(differences)}"
+        raise ShardError(message, "choose another --out, or use the same settings")
     return index
 
 
-def _result_of_existing(store: Store, index: ShardIndex, examined: ScanResult) -> BuildResult:
-    """What is there already, where that is what is asked for. Raises ShardError where it is of other sources."""
-    if index.sources_hash != hash_sources(examined.clips):
-        raise ShardError(
-            f"{store.url}: holds a shard set of other sources, or of sources that have changed",
-            "choose another --out; --append adds clips and leaves those there as they are",
-        )
+def _result_of_existing(store: Store, index: ShardIndex, scanned: ScanResult) -> BuildResult:
+    """Return the result of an earlier, identical build. Raises ShardError if its sources differ."""
+    if index.sources_hash != hash_sources(scanned.clips):
+        message = f"{store.url}: holds a shard set built from other sources, or its sources have changed"
+        raise ShardError(message, "choose another --out; --append adds clips and leaves existing shards unchanged")
     rejected = index.notes["rejected"] / max(index.notes["clips"], 1)
     return BuildResult(index, report.read_summary(store, index), rejected, built=False)
 
 
-def _find_known(store: Store, base: ShardIndex, examined: ScanResult) -> Mask:
-    """Which clips the shards hold already, whole or in pieces; told by the shards, not by the report beside them.
+def _find_known(store: Store, base: ShardIndex, scanned: ScanResult) -> Mask:
+    """Return which clips the shards already contain, whole or split, read from the shards rather than the report.
 
-    Raises ManifestError for one whose id is there, but is another corpus's.
+    Raises ManifestError if a clip's id exists there in another corpus.
     """
     listed = (read_checked(store, shard) for shard in base.shards)
-    known = {hash_128(whole_key(key)): who.corpus for shard in listed
-             for key, who in zip(shard.keys, shard.speakers, strict=True)}  # fmt: skip
-    corpora = [source.layout.corpus for source in examined.sources]
-    mask = np.zeros(len(examined.clips), bool)
-    for row, (pair, source) in enumerate(examined.clips[["key", "source"]].tolist()):
+    known = {hash_128(whole_key(key)): speaker.corpus for shard in listed
+             for key, speaker in zip(shard.keys, shard.speakers, strict=True)}  # fmt: skip
+    corpora = [source.layout.corpus for source in scanned.sources]
+    mask = np.zeros(len(scanned.clips), bool)
+    for row, (pair, source) in enumerate(scanned.clips[["key", "source"]].tolist()):
         corpus = known.get(tuple(pair))
         mask[row] = corpus is not None
         if corpus not in (None, corpora[source]):
-            place, utterance = examined.find(row)
+            place, utterance = scanned.find(row)
             raise ManifestError(
-                f"{place}: utterance_id {utterance.utterance_id!r} is in {store.url} already, of corpus {corpus!r}",
-                "every clip needs an id of its own; rename those of the corpus that is to be added",
+                f"{place}: utterance_id {utterance.utterance_id!r} already exists in {store.url}, in corpus {corpus!r}",
+                "every clip needs a unique id; rename those of the corpus to append",
             )
     return mask
 
 
 def _exceptions_of(base: ShardIndex) -> SplitExceptions:
     validation = base.notes["validation"]
-    fallback, kept = validation["fallback_speaker"], validation["kept_in_training"]
-    return SplitExceptions(None if fallback is None else int(fallback, 16), tuple(int(hash_, 16) for hash_ in kept))
+    fallback = validation["fallback_speaker"]
+    in_training = tuple(int(speaker, 16) for speaker in validation["kept_in_training"])
+    return SplitExceptions(None if fallback is None else int(fallback, 16), in_training)
 
 
 def _next_numbers(base: ShardIndex) -> dict[tuple[str, int], int]:
-    """The next free number of each split and bucket."""
-    taken: dict[tuple[str, int], int] = {}
+    """Return the next free shard number of each split and bucket."""
+    first_numbers: dict[tuple[str, int], int] = {}
     for shard in base.shards:
-        number = shard.name.removesuffix(".tar").rpartition("-")[2]
-        if number.isdecimal():  # else no build has given it
-            taken[shard.split, shard.bucket] = max(taken.get((shard.split, shard.bucket), 0), int(number) + 1)
-    return taken
+        number, group = shard.name.removesuffix(".tar").rpartition("-")[2], (shard.split, shard.bucket)
+        if number.isdecimal():  # else the name was not given by a build
+            first_numbers[group] = max(first_numbers.get(group, 0), int(number) + 1)
+    return first_numbers
 
 
-def _keep_ledger_rows(rows: Sequence[LedgerRow], examined: ScanResult) -> LedgerPart:
-    """Of the ledger before: a clip that was rejected then and is given again gets a new row."""
-    again = {tuple(pair) for pair in examined.clips["key"].tolist()}
-    return write_ledger(row for row in rows if hash_128(escape_key(row["utterance_id"])) not in again)
+def _keep_ledger_rows(rows: Sequence[LedgerRow], scanned: ScanResult) -> LedgerPart:
+    """Return the earlier ledger rows, without those of clips that were rejected then and are scanned again."""
+    rescanned = {tuple(pair) for pair in scanned.clips["key"].tolist()}
+    return write_ledger(row for row in rows if hash_128(escape_key(row["utterance_id"])) not in rescanned)
 
 
 def _merge_indexes(base: ShardIndex, added: ShardIndex) -> ShardIndex:
-    """The index of both; the samples of `base` keep their rows."""
-    more = added.samples.copy()
-    more["shard"] += len(base.shards)
+    """Return the index of both; the samples of `base` keep their rows."""
+    samples = added.samples.copy()
+    samples["shard"] += len(base.shards)
     validation = added.notes["validation"]
     validation["disjoint_by_speaker"] &= base.notes["validation"]["disjoint_by_speaker"]
-    return replace(
-        added,
-        base=base.digest,
-        shards=base.shards + added.shards,
-        samples=np.concatenate([base.samples, more]),
-    )
+    samples = np.concatenate([base.samples, samples])
+    return replace(added, base=base.digest, shards=base.shards + added.shards, samples=samples)
 
 
 UNFINISHED = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")
 
 
 def _delete_unfinished(store: Store, plan: ShardPlan, lease: BuildLock) -> None:
-    """Remove what a build that never published its index left behind: partial files, and shards of another plan."""
-    if isinstance(store, BucketStore) and lease.token:  # else another's uploads might go
+    """Remove leftovers of a build that never published its index: partial files, and shards of another plan."""
+    if isinstance(store, BucketStore) and lease.token:  # without the lock, uploads may belong to another build
         store.abort_stale_uploads()
     base = plan.task.base
-    kept = {name for name, *_ in plan.shards} | ({shard.name for shard in base.shards} if base else set())
-    kept = {name.removesuffix(".tar") for name in kept}
+    planned = {name for name, *_ in plan.shards} | ({shard.name for shard in base.shards} if base else set())
+    planned = {name.removesuffix(".tar") for name in planned}
     for name in list(store.names()):
-        if UNFINISHED.fullmatch(name) and name.removesuffix(".tar").removesuffix(".idx.zst") not in kept:
+        if UNFINISHED.fullmatch(name) and name.removesuffix(".tar").removesuffix(".idx.zst") not in planned:
             store.delete(name)
 
 
 @contextmanager
 def _scratch(store: Store, shared: bool) -> Iterator[str]:
-    """Where the pieces of long recordings wait to be sharded: beside the shards, where there is room.
+    """Yield the URL of a scratch place for segments of long recordings: beside the shards, if OUT is a folder.
 
-    Pieces for a bucket stay on this machine, unless they are `shared` with others.
+    Segments for a bucket stay on this machine, unless they are `shared` with other machines.
     """
     if isinstance(store, BucketStore):
         bucket = BucketStore(f"{store.url}/{PIECES}")
-        bucket.clear()  # a killed build's
+        bucket.clear()  # left by a killed build
         if shared:
             try:
                 yield bucket.url
@@ -525,15 +521,15 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="streamtrain-") as folder:
             yield folder
         return
-    pieces = store.folder / PIECES
-    remove(pieces)  # a killed build's, or a link that leads elsewhere
+    scratch = store.folder / PIECES
+    remove(scratch)  # left by a killed build, or a link to another place
     try:
-        yield _absolute(str(pieces))
+        yield _absolute(str(scratch))
     finally:
-        shutil.rmtree(pieces, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-# --- for workers elsewhere, whose working directory is another -----------------------------------------------------
+# --- absolute paths: workers may have another working directory -------------------------------------------------
 
 
 def _with_absolute_path(source: Source) -> Source:

@@ -1,6 +1,6 @@
-"""The first look at every clip: its row is parsed, its label checked, its header read. All that the plan needs.
+"""Scan every clip for the plan: parse its row, check its label, read its audio header.
 
-A clip becomes one row of a table of numbers, so that a plan of millions fits in memory; its text stays on its line.
+A clip becomes one row of a numeric table, so that a plan of millions fits in memory; its text stays in its source.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sharding.sources.archive import AudioRoot, list_audio, open_audio, actual_path
 from sharding.audio.codec import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
-from sharding.labels.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
-from sharding.sources.manifest import Layout, Source, Utterance, printable
 from sharding.files.names import canonical_name
-from sharding.shardset.sample import escape_key, piece_key
+from sharding.labels.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
 from sharding.pool import Workers, count_done
+from sharding.shardset.sample import escape_key, piece_key
+from sharding.sources.archive import AudioRoot, actual_path, list_audio, open_audio
+from sharding.sources.manifest import Layout, Source, Utterance, printable
 
-CHUNK, CHUNKS_PER_WORKER = 256, 8  # rows of a task at most; tasks of a worker at least, as far as there are rows
+CHUNK, CHUNKS_PER_WORKER = 256, 8  # maximum rows per task; minimum tasks per worker, if there are enough rows
 
 CLIP_DTYPE = np.dtype(
     [
@@ -30,13 +30,13 @@ CLIP_DTYPE = np.dtype(
         ("row", "<u4"),  # in its source
         ("id", "<u8", 2),  # xxh3-128 of the utterance id, as names are compared
         ("key", "<u8", 2),  # xxh3-128 of its key: the order within a bucket
-        ("said", "<u8", 2),  # xxh3-128 of all that the row says, with the size of the audio
-        ("path", "<u8"),  # xxh3-64 of the audio path, as the file is named
-        ("speaker", "<u8"),  # first 8 bytes of the SHA-256 of whom validation keeps apart
-        ("named", "?"),  # whether that is a child, or a group that the user chose
-        ("fits", "?"),  # has a label that CTC can emit in so many frames
-        ("symbols", "<u4"),  # of its label
-        ("foreign", "<u4"),  # of these, how many are not in the alphabet
+        ("content", "<u8", 2),  # xxh3-128 of all values of the row, with the size of the audio
+        ("path", "<u8"),  # xxh3-64 of the audio path, as the file is actually named
+        ("speaker", "<u8"),  # first 8 bytes of the SHA-256 of the speaker, by which validation is split
+        ("named", "?"),  # whether the speaker is a child, or a group that the user chose
+        ("fits", "?"),  # has a label that CTC can emit in the frames of the clip
+        ("symbols", "<u4"),  # number in its label
+        ("foreign", "<u4"),  # number of these that are not in the alphabet
         ("refused", "?"),
         ("passthrough", "?"),
         ("samples", "<u8"),  # at 16 kHz
@@ -48,16 +48,16 @@ ClipTable = npt.NDArray[np.void]  # (N,) of CLIP_DTYPE
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a clip cannot be used."""
+    """Hold the reason why a clip cannot be used."""
 
     utterance: Utterance
     reason: str
-    in_training: bool = False  # only there: validation is never filtered by its labels
+    in_training: bool = False  # refused in training only: validation is never filtered by its labels
 
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """The clips of some sources, and where the rest of what is said of them can be read."""
+    """Hold the table of clips of some sources, and the sources, from which their rows can be read."""
 
     clips: ClipTable
     refusals: dict[int, Refusal]  # by row of `clips`
@@ -65,13 +65,13 @@ class ScanResult:
     sources: tuple[Source, ...] = ()
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> "ScanResult":
-        """The chosen clips alone."""
+        """Return the chosen clips alone."""
         new_row = np.cumsum(chosen) - 1
         refusals = {int(new_row[row]): refusal for row, refusal in self.refusals.items() if chosen[row]}
         return replace(self, clips=self.clips[chosen], refusals=refusals)
 
     def find(self, clip: int) -> tuple[str, Utterance]:
-        """Where the user finds the row of a clip, and the row."""
+        """Return the file and line of a clip's row, and the row."""
         number, row = self.clips[["source", "row"]][clip].item()
         source = self.sources[number]
         line = int(source.numbers[row])
@@ -79,9 +79,9 @@ class ScanResult:
 
 
 def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
-    """Examine every row of every source; refuse audio that several rows name.
+    """Scan every row of every source; refuse audio that several rows name.
 
-    Raises ManifestError for a row that is none, or an id that comes twice.
+    Raises ManifestError if a row is malformed or an id is duplicated.
     """
     chunk = max(1, min(CHUNK, sum(map(len, sources)) // (CHUNKS_PER_WORKER * pool.count)))
     chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), chunk)]
@@ -103,26 +103,26 @@ def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
     refusals = {int(start) + row: refusal for start, part in zip(starts, parts, strict=False)
                 for row, refusal in part.refusals.items()}  # fmt: skip
     ignored = frozenset[str]().union(*(part.ignored_fields for part in parts))
-    examined = ScanResult(clips, refusals, ignored, tuple(sources))
-    _check_ids(examined)
-    return _refuse_shared_audio(examined)
+    result = ScanResult(clips, refusals, ignored, tuple(sources))
+    _check_ids(result)
+    return _refuse_shared_audio(result)
 
 
 def hash_sources(clips: ClipTable, base: str = "") -> str:
-    """What the sources say, whatever their order and wherever they lie; with the hash of the `base` appended to."""
-    said = clips["said"]
-    added = hashlib.sha256(said[np.lexsort((said[:, 1], said[:, 0]))].tobytes()).hexdigest()
+    """Return a digest of the sources' content, independent of order and paths; chained to that of a `base`."""
+    content = clips["content"]
+    added = hashlib.sha256(content[np.lexsort((content[:, 1], content[:, 0]))].tobytes()).hexdigest()
     return hashlib.sha256((base + added).encode()).hexdigest() if base else added
 
 
-def find_orphans(examined: ScanResult, pool: Workers) -> list[str]:
-    """Audio files that no row speaks of, as corpus/path, each on a line whatever its name."""
-    sources, clips, orphans = examined.sources, examined.clips, []
+def find_orphans(scanned: ScanResult, pool: Workers) -> list[str]:
+    """Return the audio files that no row names, as corpus/path, with unprintable characters escaped."""
+    sources, clips, orphans = scanned.sources, scanned.clips, []
     listings = pool.map(_list_audio, [source.layout for source in sources], [0] * len(sources), "listing")
     for number, (names, hashes) in enumerate(listings):
-        audio = sources[number].layout.audio  # which several transcripts may share
-        same = [other for other, source in enumerate(sources) if source.layout.audio == audio]
-        known = clips["path"][np.isin(clips["source"], same)]
+        audio = sources[number].layout.audio  # several transcripts may share it
+        sharing = [index for index, source in enumerate(sources) if source.layout.audio == audio]
+        known = clips["path"][np.isin(clips["source"], sharing)]
         corpus = sources[number].layout.corpus
         orphans += [printable(f"{corpus}/{names[row]}") for row in np.flatnonzero(~np.isin(hashes, known))]
     return sorted(set(orphans))
@@ -138,19 +138,19 @@ def piece_order(utterance_id: str, piece: int) -> tuple[int, int]:
 
 
 def speaker_hash(speaker: str) -> int:
-    """SHA-256 of a speaker as a number below 2⁶⁴."""
+    """Return the first 8 bytes of the SHA-256 of a speaker, as a number."""
     return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:8], "big")
 
 
-# --- what workers do --------------------------------------------------------------------------------------------
+# --- in the workers ---------------------------------------------------------------------------------------------
 
 
 def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
     layout, track, rows = job
     clips, refusals, ignored = [], {}, frozenset[str]()
     for row, (number, line) in enumerate(rows):
-        utterance, others = layout.parse(line, number)
-        ignored |= others
+        utterance, unused = layout.parse(line, number)
+        ignored |= unused
         clip, refusal = _scan_one(utterance, layout.audio, track)
         clips.append(clip)
         if refusal:
@@ -160,7 +160,7 @@ def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
 
 
 def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
-    """The clip's row of the table, which does not know yet where it stands."""
+    """Return the clip's row of the table, without its position, and its refusal, if it is refused."""
     text = read_label(utterance.text, track)
     refusal, info, size = None, AudioInfo(0, False), 0
     try:
@@ -182,7 +182,7 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
         "row": 0,
         "id": hash_128(canonical_name(utterance.utterance_id)),
         "key": hash_128(escape_key(utterance.utterance_id)),
-        "said": hash_128(repr((utterance.values, size))),
+        "content": hash_128(repr((utterance.values, size))),
         "path": _hash_path(actual_path(audio, utterance.audio_path)),
         "speaker": speaker_hash(utterance.speaker),
         "named": bool(utterance.group or utterance.child_id),
@@ -210,39 +210,37 @@ def _hash_path(path: str) -> int:
     return xxhash.xxh3_64_intdigest(_plain(path).encode())
 
 
-def _check_ids(examined: ScanResult) -> None:
-    ids = examined.clips["id"]
-    order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of two the same the first given comes first
-    twice = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]).all(axis=1))
-    if len(twice):
-        (first, one), (second, other) = map(examined.find, sorted(order[twice[0] : twice[0] + 2].tolist()))
-        spelt = "" if one.utterance_id == other.utterance_id else f", as {one.utterance_id!a}: to a reader the same"
-        name = f"{other.utterance_id!a}" if spelt else f"{other.utterance_id!r}"
-        twice_named = "this source is named twice: leave one of them out"
-        raise ManifestError(
-            f"{second}: utterance_id {name} was seen before, at {first}{spelt}",
-            twice_named
-            if os.path.realpath(second) == os.path.realpath(first)
-            else "every clip needs an id of its own; rename one, or leave one of the sources out",
-        )
+def _check_ids(scanned: ScanResult) -> None:
+    """Raise ManifestError if two rows have the same id."""
+    ids = scanned.clips["id"]
+    order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: of equal ids, the one given first comes first
+    repeats = np.flatnonzero((ids[order[1:]] == ids[order[:-1]]).all(axis=1))
+    if len(repeats):
+        (first, before), (second, repeat) = map(scanned.find, sorted(order[repeats[0] : repeats[0] + 2].tolist()))
+        spelling = "" if before.utterance_id == repeat.utterance_id else f", as {before.utterance_id!a}: looks the same"
+        name = f"{repeat.utterance_id!a}" if spelling else f"{repeat.utterance_id!r}"
+        hint = "every clip needs a unique id; rename one of the two, or omit one of the sources"
+        if os.path.realpath(second) == os.path.realpath(first):
+            hint = "this source is named twice: omit one of them"
+        raise ManifestError(f"{second}: utterance_id {name} was seen before, at {first}{spelling}", hint)
 
 
-def _refuse_shared_audio(examined: ScanResult) -> ScanResult:
-    """Refuse clips whose audio file another row names, too: each label is of a part of it, or one of them is wrong.
+def _refuse_shared_audio(scanned: ScanResult) -> ScanResult:
+    """Refuse clips if several rows name their audio: each label is then of a part of it, or one of them is wrong.
 
-    Both sides might hold it, too, and validation would be of what was trained on.
+    The rows may also be on both sides of the split, and validation would then use training audio.
     """
-    clips, sources = examined.clips, examined.sources
-    roots = [source.layout.audio for source in sources]  # which several transcripts may share
+    clips, sources = scanned.clips, scanned.sources
+    roots = [source.layout.audio for source in sources]  # several transcripts may share one
     firsts = np.array([roots.index(root) for root in roots], np.uint64)
     files = np.column_stack([firsts[clips["source"]], clips["path"]])
     order = np.lexsort(files.T)
-    same = (files[order[1:]] == files[order[:-1]]).all(axis=1)
+    equal = (files[order[1:]] == files[order[:-1]]).all(axis=1)
     rows = defaultdict[tuple[AudioRoot, str], dict[int, Utterance]](dict)
-    for row in order[np.append(same, False) | np.append(False, same)].tolist():
-        layout, utterance = sources[int(clips["source"][row])].layout, examined.find(row)[1]
+    for row in order[np.append(equal, False) | np.append(False, equal)].tolist():
+        layout, utterance = sources[int(clips["source"][row])].layout, scanned.find(row)[1]
         rows[layout.audio, _plain(actual_path(layout.audio, utterance.audio_path))][row] = utterance
-    shared = {row: Refusal(utterance, f"{len(several)} rows name this audio file; cut it, and give each a file")
-              for several in rows.values() if len(several) > 1 for row, utterance in several.items()}  # fmt: skip
+    shared = {row: Refusal(utterance, f"{len(group)} rows name this audio file; cut it into one file per row")
+              for group in rows.values() if len(group) > 1 for row, utterance in group.items()}  # fmt: skip
     clips["refused"][list(shared)] = True
-    return replace(examined, refusals=examined.refusals | shared)
+    return replace(scanned, refusals=scanned.refusals | shared)

@@ -1,1 +1,1 @@
-"""Names, documents and files: read with limits, written whole or not at all, held by one process."""
+"""Read documents within limits, write files completely or not at all, lock files, and normalise names."""

@@ -1,7 +1,7 @@
-"""Read documents that others may have written: none is larger, deeper or other than its reader expects.
+"""Read documents that others may have written, within limits of size, depth and type.
 
-A reader says as a type what it wants, and pydantic where a document differs from it. What is read takes memory in
-proportion to the file, so that a small file cannot fill a machine.
+A reader gives the expected type, and pydantic reports how a document differs from it. Reading takes memory in
+proportion to the file, so that a small file cannot fill the memory of a machine.
 """
 
 import codecs
@@ -18,16 +18,16 @@ import zstandard
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-SMALL_BYTES = 2**24  # of a document that does not grow with a shard set, such as a scorecard
-LARGE_BYTES = 2**32  # of one that does
-LINE_BYTES = 2**22  # of a row: the label of a recording of ten hours takes one
-MAX_UNPACKING = 100  # times its size: ours unpack to ten times theirs, a list of refusals to eighty times
-UNPACKED_FREELY = 2**20  # bytes, whatever the ratio
+SMALL_BYTES = 2**24  # limit for a document that does not grow with a shard set, such as a scorecard
+LARGE_BYTES = 2**32  # limit for one that does
+LINE_BYTES = 2**22  # limit for a row: the label of a recording of ten hours fits
+MAX_UNPACKING = 100  # ratio to the packed size: our files reach 10, a list of refusals 80
+UNPACKED_FREELY = 2**20  # bytes, allowed at any ratio
 BRACKETS_FREELY, BYTES_OF_BRACKET = 1_000, 16  # an empty list takes 3 bytes of a document, and 64 of memory
-PIECE_BYTES = 2**10  # of a frame at a time, which may unpack to 32 MB
+PIECE_BYTES = 2**10  # read at once from a frame, as they may unpack to 32 MB
 MAX_FAULTS = 100
 
-STRICT = ConfigDict(extra="forbid")  # of files that are ours: a field that is not known may mean anything
+STRICT = ConfigDict(extra="forbid")  # for our own files: an unknown field may mean anything
 
 Count = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
 Size = Annotated[int, Field(strict=True, ge=0, le=2**40)]  # bytes, samples or steps
@@ -36,17 +36,17 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Second = Annotated[float, Field(strict=True, ge=0, le=10**9)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 
-HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # what a program that cuts texts by 16 bits leaves of an emoji
-Wanted = TypeVar("Wanted")
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # left of an emoji by programs that cut UTF-16 text
+Document = TypeVar("Document")
 
 
 class DocumentError(ValueError):
-    """What is wrong with a document; its reader adds where it lies, and what to do."""
+    """Describe what is wrong with a document; its reader adds the location and a hint."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it. Raises OSError, which says what it is instead, if it is a folder, a pipe or a device."""
-    mode = os.stat(path).st_mode  # before it is opened: to open a pipe waits for ever
+    """Open a file for reading. Raises OSError, which names the kind, if it is a folder, a pipe or a device."""
+    mode = os.stat(path).st_mode  # before it is opened: opening a pipe blocks forever
     if stat.S_ISREG(mode):
         return open(path, "rb")
     kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
@@ -54,19 +54,19 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_document(path: Path, limit: int = SMALL_BYTES) -> bytes:
-    """Read a file whole. Raises OSError, and DocumentError if it is larger than any such document."""
+    """Read a whole file. Raises OSError if it cannot be read, DocumentError if it has more than `limit` bytes."""
     with open_regular(path) as file:
-        small = os.fstat(file.fileno()).st_size <= limit  # else it may be a hole of any size
-        data = file.read(limit + 1) if small else b""
-    if not small or len(data) > limit:
+        fits = os.fstat(file.fileno()).st_size <= limit  # else it may be a sparse file of any size
+        data = file.read(limit + 1) if fits else b""
+    if not fits or len(data) > limit:
         raise DocumentError(f"it has more than {limit:,} bytes")
     return data
 
 
 def parse_json(data: bytes, finite: bool = True) -> Any:
-    """Parse one JSON value, if `finite` without NaN or infinite literals. Raises DocumentError."""
+    """Parse one JSON value, without NaN or infinite literals if `finite`. Raises DocumentError if it is invalid."""
     if data.count(b"[") + data.count(b"{") > BRACKETS_FREELY + len(data) // BYTES_OF_BRACKET:
-        raise DocumentError("it consists of brackets")
+        raise DocumentError("it has too many brackets")
     try:
         return from_json(data, allow_inf_nan=not finite)
     except ValueError as error:
@@ -74,15 +74,15 @@ def parse_json(data: bytes, finite: bool = True) -> Any:
 
 
 def parse_row(data: bytes) -> dict[str, Any]:
-    """Parse one JSON object of another program: a number may be NaN, a text hold half a character, no key come twice.
+    """Parse one JSON object of another program: NaN and lone surrogates are allowed.
 
-    Raises DocumentError.
+    Raises DocumentError if it is invalid, is not an object, or has a key twice.
     """
-    data = data.removeprefix(codecs.BOM_UTF8)  # with which Windows tools begin a file
+    data = data.removeprefix(codecs.BOM_UTF8)  # Windows tools start a file with it
     try:
         row = parse_json(data, finite=False)
     except DocumentError as error:
-        if not HALF_CHARACTER.search(data):
+        if not LONE_SURROGATE.search(data):
             raise
         try:
             row = json.loads(data)
@@ -90,75 +90,75 @@ def parse_row(data: bytes) -> dict[str, Any]:
             raise error from None
     if not isinstance(row, dict):
         raise DocumentError(f"a JSON object is expected, found {type(row).__name__}")
-    if data.count(b":") > len(row):  # else it is flat, and each key is another
-        json.loads(data, object_pairs_hook=_refuse_twice)
+    if data.count(b":") > len(row):  # else it is flat, and its keys are distinct
+        json.loads(data, object_pairs_hook=_check_unique)
     return row
 
 
-def parse(data: bytes, wanted: TypeAdapter[Wanted]) -> Wanted:
-    """Parse one JSON value that must fit a type. Raises DocumentError, which names the first field that does not."""
-    return validate(parse_json(data), wanted)
+def parse(data: bytes, schema: TypeAdapter[Document]) -> Document:
+    """Parse one JSON value as a type. Raises DocumentError, which names the first field that does not fit."""
+    return validate(parse_json(data), schema)
 
 
-def validate(value: Any, wanted: TypeAdapter[Wanted]) -> Wanted:
-    """Return what a parsed document says, as a type. Raises DocumentError, which names the first field that differs."""
+def validate(value: Any, schema: TypeAdapter[Document]) -> Document:
+    """Return a parsed document as a type. Raises DocumentError, which names the first field that does not fit."""
     try:
-        return wanted.validate_python(value)
+        return schema.validate_python(value)
     except ValidationError as error:
         raise DocumentError(_explain(error)) from error
 
 
-def unpack(data: bytes, most_times: int = MAX_UNPACKING) -> bytes:
-    """Unpack a zstandard frame that says how long it is, as all of ours do. Raises DocumentError."""
+def unpack(data: bytes, max_ratio: int = MAX_UNPACKING) -> bytes:
+    """Unpack a zstandard frame. Raises DocumentError if it is damaged or too large, or does not state its size."""
     try:
         size = zstandard.frame_content_size(data)
-        if size < 0 or size > max_unpacked(len(data), most_times):
-            said = "does not say how long it is" if size < 0 else f"says that it unpacks to {size:,} bytes"
-            raise DocumentError(f"its frame of {len(data):,} bytes {said}")
+        if size < 0 or size > max_unpacked(len(data), max_ratio):
+            problem = "does not state its unpacked size" if size < 0 else f"unpacks to {size:,} bytes, too many"
+            raise DocumentError(f"its frame of {len(data):,} bytes {problem}")
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as error:
         raise DocumentError(str(error)) from error
 
 
 def unpack_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a zstandard frame while it is unpacked. Raises DocumentError, also if it is cut short."""
-    unpacker, begun, packed, unpacked = zstandard.ZstdDecompressor().decompressobj(), list[bytes](), 0, 0
+    """Yield the lines of a zstandard frame while unpacking it. Raises DocumentError if it is damaged or truncated."""
+    unpacker, line, packed, unpacked = zstandard.ZstdDecompressor().decompressobj(), list[bytes](), 0, 0
     try:
         while piece := file.read(PIECE_BYTES):
-            fresh = unpacker.decompress(piece)
-            packed, unpacked = packed + len(piece), unpacked + len(fresh)
+            chunk = unpacker.decompress(piece)
+            packed, unpacked = packed + len(piece), unpacked + len(chunk)
             if unpacked > max_unpacked(packed):
                 raise DocumentError(f"its first {packed:,} bytes unpack to more than {max_unpacked(packed):,}")
-            begun.append(fresh)
-            if b"\n" in fresh:  # joined once a line: a long one takes time in proportion to its length
-                *lines, left = b"".join(begun).split(b"\n")
-                begun = [left]
+            line.append(chunk)
+            if b"\n" in chunk:  # joined once per line, so that a long line takes linear time
+                *lines, rest = b"".join(line).split(b"\n")
+                line = [rest]
                 yield from lines
     except zstandard.ZstdError as error:
         raise DocumentError(str(error)) from error
-    if any(begun) or not unpacker.eof:
-        raise DocumentError("it ends in the middle")
+    if any(line) or not unpacker.eof:
+        raise DocumentError("it is truncated")
 
 
-def max_unpacked(packed: int, most_times: int = MAX_UNPACKING) -> int:
-    """Return how many bytes some packed ones may unpack to."""
-    return max(UNPACKED_FREELY, most_times * packed)
+def max_unpacked(packed: int, max_ratio: int = MAX_UNPACKING) -> int:
+    """Return how many bytes `packed` bytes may unpack to."""
+    return max(UNPACKED_FREELY, max_ratio * packed)
 
 
-def _refuse_twice(pairs: Sequence[tuple[str, Any]]) -> None:
-    seen = set[str]()
+def _check_unique(pairs: Sequence[tuple[str, Any]]) -> None:
+    keys = set[str]()
     for key, _ in pairs:
-        if key in seen:
-            raise DocumentError(f"{key!a:.100} is there twice")
-        seen.add(key)
+        if key in keys:
+            raise DocumentError(f"{key!a:.100} occurs twice")
+        keys.add(key)
 
 
 def _explain(error: ValidationError) -> str:
     if error.error_count() > MAX_FAULTS:
-        return f"it has {error.error_count():,} faults: it is another kind of document"
+        return f"it has {error.error_count():,} faults: it is the wrong kind of document"
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))
     if first["type"] in ("missing", "unexpected_keyword_argument", "extra_forbidden"):
         return f"{where!a:.100} is {'missing' if first['type'] == 'missing' else 'unknown'}"
-    said = first["msg"].removeprefix("Value error, ")
-    return f"{where!a:.100} is {first['input']!a:.100}: {said[0].lower()}{said[1:]}" if where else said
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where!a:.100} is {first['input']!a:.100}: {message[0].lower()}{message[1:]}" if where else message

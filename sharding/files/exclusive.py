@@ -1,4 +1,4 @@
-"""Hold a file for one process alone, also on a file system without locks; and name the process that holds one."""
+"""Lock a file exclusively, also on a file system without locks, and identify the process that holds a lock."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ TAKING_OVER = "\0streamtrain takes over a lock file"  # an abstract socket: the 
 
 
 class _Holder(TypedDict, total=False):
-    """What a lock file says; a build's says more."""
+    """Describe a lock file; the lock file of a build has more fields."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -41,7 +41,7 @@ _HOLDER = TypeAdapter(_Holder)
 
 
 class LockedError(Exception):
-    """Another process holds the file: `holder`, if a lock file describes it, and what `remedy` adds to a hint then."""
+    """Report that another process holds a file: `holder`, if a lock file describes it, with a `remedy` for hints."""
 
     def __init__(self, holder: dict[str, Any] | None = None, remedy: str = "") -> None:
         super().__init__(holder, remedy)
@@ -49,23 +49,23 @@ class LockedError(Exception):
 
     @property
     def who(self) -> str:
-        """Return the holder's name in brackets, to end a message with."""
+        """Return the holder's name in brackets as the end of a message, or nothing if it is unknown."""
         return "" if self.holder is None else f" ({name_holder(self.holder)})"
 
 
 @contextmanager
 def exclusive(file: IO[Any], wait_sec: float = 0.0) -> Iterator[None]:
-    """Hold an open file for this process alone; raises HeldError if another one holds it for longer than `wait_sec`.
+    """Lock an open file for this process. Raises LockedError if another process holds it for longer than `wait_sec`.
 
     The kernel's lock ends with the file or the process. On a file system without locks, a lock file beside the file
-    takes its place; it excludes as well as that file system creates files exclusively. If its process has died on this
-    machine, it is taken over. filelock's SoftFileLock does so only with RENAME_EXCHANGE, which Lustre, NFS and most
-    FUSE file systems lack.
+    replaces it, which is as reliable as exclusive creation of files on that file system. If its process has died on
+    this machine, it is taken over. filelock's SoftFileLock does so only with RENAME_EXCHANGE, which Lustre, NFS and
+    most FUSE file systems lack.
     """
     deadline = time.monotonic() + wait_sec
     while True:
         try:
-            lock_file = _hold(file)
+            lock_file = _lock(file)
             break
         except LockedError:
             if time.monotonic() >= deadline:
@@ -76,12 +76,12 @@ def exclusive(file: IO[Any], wait_sec: float = 0.0) -> Iterator[None]:
     finally:
         if lock_file is not None:
             with suppress(FileNotFoundError):
-                if parse_holder(read_lock_file(lock_file)).get("pid") == os.getpid():  # else somebody deleted ours
+                if parse_holder(read_lock_file(lock_file)).get("pid") == os.getpid():  # else somebody has deleted ours
                     lock_file.unlink()
 
 
-def _hold(file: IO[Any]) -> Path | None:
-    """Lock a file; returns the lock file, if it takes one."""
+def _lock(file: IO[Any]) -> Path | None:
+    """Lock a file. Return the lock file, or None if the kernel's lock is used. Raises LockedError if it is held."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None
@@ -93,18 +93,18 @@ def _hold(file: IO[Any]) -> Path | None:
     lock_file = Path(f"{file.name}{SUFFIX}")
     while True:
         try:
-            with open(lock_file, "x") as created:
-                json.dump(this_process(), created)
+            with open(lock_file, "x") as output:
+                json.dump(this_process(), output)
         except FileExistsError:
             _remove_abandoned(lock_file)
         else:
-            said = f"{file.name}: this file system has no file locks; {lock_file.name} beside it is used instead"
-            print(said, file=sys.stderr)
+            notice = f"{file.name}: this file system has no file locks; {lock_file.name} beside it is used instead"
+            print(notice, file=sys.stderr)
             return lock_file
 
 
 def _remove_abandoned(lock_file: Path) -> None:
-    """Remove a lock file if its process has died on this machine; raises HeldError if it may still live."""
+    """Delete a lock file if its process has died on this machine. Raises LockedError if it may still be running."""
     try:
         data = read_lock_file(lock_file)
     except FileNotFoundError:
@@ -113,9 +113,9 @@ def _remove_abandoned(lock_file: Path) -> None:
     if holder.get("place") != this_process()["place"] or started(holder.get("pid", 0)) == holder.get("started"):
         remedy = f"; if that process or its machine is gone, delete {lock_file}"
         raise LockedError(holder, remedy)
-    with socket.socket(socket.AF_UNIX) as sole:  # else two could judge it, and one remove what the other put there
+    with socket.socket(socket.AF_UNIX) as mutex:  # else two could check it, and one delete the other's new file
         try:
-            sole.bind(TAKING_OVER)
+            mutex.bind(TAKING_OVER)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -126,11 +126,11 @@ def _remove_abandoned(lock_file: Path) -> None:
                 lock_file.unlink()
 
 
-# --- who holds it ---------------------------------------------------------------------------------------------------
+# --- the holder -----------------------------------------------------------------------------------------------------
 
 
 def this_process() -> dict[str, Any]:
-    """Describe this process: unlike any of another boot, container or machine, or a later one of the same number."""
+    """Describe this process, unlike any of another boot, container or machine, or a later one with the same pid."""
     host, boot = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return {
         "host": host,
@@ -142,7 +142,7 @@ def this_process() -> dict[str, Any]:
 
 
 def started(pid: int) -> int:
-    """Return when a living process started, in ticks since boot; 0 for a dead one."""
+    """Return the start time of a running process in ticks since boot; 0 for a dead one."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -151,13 +151,13 @@ def started(pid: int) -> int:
 
 
 def read_lock_file(path: Path) -> bytes:
-    """Return what a lock file says. Raises OSError, which says what it is instead, if it is a link or no file."""
+    """Return the contents of a lock file. Raises OSError, which names the kind, if it is a link or not a file."""
     with open(path, "rb", opener=open_lock_file) as file:
         return file.read(SMALL_BYTES)
 
 
 def parse_holder(data: bytes) -> dict[str, Any]:
-    """Return what `this_process` described; nothing if it was cut off or is something else."""
+    """Parse what `this_process` described; return {} if it is truncated or something else."""
     try:
         holder = parse(data, _HOLDER)
     except DocumentError:
@@ -166,5 +166,5 @@ def parse_holder(data: bytes) -> dict[str, Any]:
 
 
 def name_holder(holder: dict[str, Any]) -> str:
-    """Name a process for a message."""
+    """Return the name of a process for a message."""
     return "pid {pid} on host {host} since {since}".format_map({"pid": "?", "host": "?", "since": "?"} | holder)

@@ -1,4 +1,4 @@
-"""Write files: whole or not at all, through links, and straight to what is no file; say what stands in the way."""
+"""Write files completely or not at all, follow links, write directly to devices and pipes, and explain failures."""
 
 import errno
 import io
@@ -15,34 +15,34 @@ from typing import Any, BinaryIO
 from sharding.errors import StoreError
 
 STDOUT = Path("/dev/stdout")
-NAME_BYTES = 255  # of a name in a folder
+NAME_BYTES = 255  # longest name in a folder
 LINKS_FOLLOWED = 40  # as the kernel does
-FOREIGN_FILE = errno.EMLINK  # of a file that is elsewhere, too or only
-NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a folder, on some FUSE and network file systems
+FOREIGN_FILE = errno.EMLINK  # of a file that is also, or only, in another place
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # for a folder, on some FUSE and network file systems
 HINTS = {
-    errno.ENOSPC: "make room there, and give the same command again",
-    errno.EDQUOT: "your quota is used up: make room or have it raised, and give the same command again",
-    errno.EFBIG: "the size of files is limited here: see `ulimit -f`, and what this file system holds",
-    errno.EROFS: "it is mounted read-only: name another place",
-    errno.EACCES: "name a place where you may write",
-    errno.EPERM: "name a place where you may write",
-    FOREIGN_FILE: "remove what has that name; where this folder came from, somebody may mean harm",
+    errno.ENOSPC: "make room there, and run the same command again",
+    errno.EDQUOT: "your quota is used up: make room or have it raised, and run the same command again",
+    errno.EFBIG: "the size of files is limited: check `ulimit -f` and the limit of this file system",
+    errno.EROFS: "it is mounted read-only: name another path",
+    errno.EACCES: "name a path that you may write to",
+    errno.EPERM: "name a path that you may write to",
+    FOREIGN_FILE: "remove the file or link of that name; it may be an attack by whoever made this folder",
 }
 
 
 def write_error(path: Path, error: OSError, needed: int | None = None, hint: str | None = None) -> StoreError:
-    """Return what is told of a failed write: the path, the reason, the room if that is the reason, what to do."""
-    said = error.strerror or str(error)
-    there = next(above for above in (path, *path.absolute().parents) if os.path.exists(above))
-    if error.errno == errno.ENOSPC and (there.is_file() or there.is_dir()):
-        wanted = "" if needed is None else f"{needed:,} bytes are to be written, "
-        said += f" ({wanted}{shutil.disk_usage(there).free:,} are free)"
-    return StoreError(f"{path}: {said}", hint or HINTS.get(error.errno or 0, "name a place that can be written"))
+    """Return the error of a failed write: path, reason, the free space if it ran out, and a hint."""
+    reason = error.strerror or str(error)
+    existing = next(ancestor for ancestor in (path, *path.absolute().parents) if os.path.exists(ancestor))
+    if error.errno == errno.ENOSPC and (existing.is_file() or existing.is_dir()):
+        required = "" if needed is None else f"{needed:,} bytes are to be written, "
+        reason += f" ({required}{shutil.disk_usage(existing).free:,} are free)"
+    return StoreError(f"{path}: {reason}", hint or HINTS.get(error.errno or 0, "name a path that can be written"))
 
 
 @contextmanager
 def explaining(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Raise StoreError, with a hint, if what is done inside to write `path` fails; a reader that left is no failure."""
+    """Raise StoreError, with a hint, if writing `path` in this context fails; a broken pipe is raised unchanged."""
     try:
         yield
     except BrokenPipeError:
@@ -53,35 +53,35 @@ def explaining(path: Path, needed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file whose bytes go where a person who names `path` wants them.
+    """Yield a file to write `path`, as named by a user.
 
-    A file appears under its name, or takes another's place, when it is whole; a link stays, and what it leads to is
-    replaced. A device, a FIFO and this process's standard output are written to as they are.
+    A regular file appears under its name, or replaces another, when it is complete; a link stays, and its target is
+    replaced. A device, a FIFO and this process's standard output are written to directly.
     """
-    place = file_to_replace(path)
-    if place is not None:
-        with replacing(place) as file:
+    target = file_to_replace(path)
+    if target is not None:
+        with replacing(target) as file:
             yield file
         return
-    print(end="", flush=True)  # what was printed before comes first
+    print(end="", flush=True)  # earlier output comes first
     with explaining(path):
         descriptor = _descriptor(path)
         raw = _Stream(path if descriptor is None else os.dup(descriptor), "w")
-    with raw.told(path), io.BufferedWriter(raw) as file:
+    with raw.explaining(path), io.BufferedWriter(raw) as file:
         yield file
 
 
 @contextmanager
 def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
-    """Yield a file that takes the place of `path` when it is whole. Raise StoreError if it cannot be written."""
-    partial = sibling(path, f".{uuid.uuid4().hex}.part")  # another process may write the same name
+    """Yield a file that replaces `path` when it is complete. Raises StoreError if it cannot be written."""
+    partial = sibling(path, f".{uuid.uuid4().hex}.part")  # unique, as another process may write the same name
     with explaining(path, needed):
-        if not os.path.exists(path.parent):  # if it is a file, what is opened below says so
+        if not os.path.exists(path.parent):  # if it is a file, the opening below reports it
             path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            path.lstat()  # a name that is too long is told now, not when all is written
+            path.lstat()  # a name that is too long is reported now, not after the write
         raw = _open_nameless(path.parent) or _File(partial, "x")
-    with raw.told(path, needed):
+    with raw.explaining(path, needed):
         try:
             with io.BufferedWriter(raw) as file:
                 yield file
@@ -98,56 +98,56 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
 
 
 def sibling(path: Path, ending: str) -> Path:
-    """Return a hidden name beside a file, for what belongs to it; the name of the file is cut in there if need be."""
+    """Return a hidden path beside a file with its name, truncated if necessary, and an ending."""
     room = NAME_BYTES - len(ending) - 1
     return path.with_name(f".{os.fsencode(path.name)[:room].decode(errors='ignore')}{ending}")
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Write a whole file, text as UTF-8, as `written` does."""
+    """Write a whole file, text as UTF-8, in the way of `written`."""
     content = data.encode() if isinstance(data, str) else data
-    place = file_to_replace(path)
-    with replacing(place, len(content)) if place is not None else written(path) as file:
+    target = file_to_replace(path)
+    with replacing(target, len(content)) if target is not None else written(path) as file:
         file.write(content)
 
 
 def write_inside(path: Path, data: bytes | str) -> None:
-    """Write a whole file of a folder that others may have filled: it takes the place of a link of its name."""
+    """Write a whole file in a folder that others may have filled: a link of its name is replaced, not followed."""
     content = data.encode() if isinstance(data, str) else data
     with replacing(path, len(content)) as file:
         file.write(content)
 
 
 def append(path: Path, text: str) -> None:
-    """Add to the end of such a file. Raise StoreError if it cannot be written, or leads elsewhere."""
+    """Append to a file in a folder that others may have filled. Raises StoreError if it is a link or not writable."""
     with explaining(path, len(text)), open(path, "a", encoding="utf-8", newline="", opener=open_lock_file) as file:
         file.write(text)
 
 
 def open_lock_file(name: str, flags: int) -> int:
-    """Open a file that is changed where it lies, for `open(…, opener=own_file)`; it waits for no pipe.
+    """Open a file to change in place, for `open(…, opener=open_lock_file)`, without waiting for a pipe.
 
-    Raises OSError if the name is a link, another name of some file, or no file: whoever made the folder decided that.
+    Raises OSError if the name is a link, a hard link, or not a file: whoever made the folder may have placed it there.
     """
     try:
         descriptor = os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        said = "is a link that leads elsewhere" if error.errno == errno.ELOOP else "is a pipe or a socket, not a file"
-        raise OSError(FOREIGN_FILE, said, name) from error
+        problem = "is a link that leads elsewhere" if error.errno == errno.ELOOP else "is a pipe or socket, not a file"
+        raise OSError(FOREIGN_FILE, problem, name) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        said = "is also the file of another name" if stat.S_ISREG(status.st_mode) else "is not a file"
-        raise OSError(FOREIGN_FILE, said, name)
+        problem = "is a hard link to another file" if stat.S_ISREG(status.st_mode) else "is not a file"
+        raise OSError(FOREIGN_FILE, problem, name)
     if flags & os.O_TRUNC:
         os.ftruncate(descriptor, 0)
     return descriptor
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link alone; nothing if there is none."""
+    """Delete a file, a folder with its contents, or a link but not its target; do nothing if there is none."""
     with explaining(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -156,23 +156,23 @@ def remove(path: Path) -> None:
 
 
 def file_to_replace(path: Path) -> Path | None:
-    """Return the file, or free name, that a path leads to; None if it leads to what is written to as it is."""
+    """Return the file, or unused path, that a path resolves to; None if it must be written to directly."""
     if _descriptor(path) is not None:
         return None
-    place = Path(os.path.realpath(path))
-    with suppress(OSError):  # there is none yet, or it is told when it is to be made
-        if not stat.S_ISREG(place.stat().st_mode):
+    target = Path(os.path.realpath(path))
+    with suppress(OSError):  # it does not exist yet, or the error is reported when it is written
+        if not stat.S_ISREG(target.stat().st_mode):
             return None
-    return None if os.path.islink(place) else place  # links that lead in a circle
+    return None if os.path.islink(target) else target  # still a link: links in a circle
 
 
 def is_stdout(path: Path) -> bool:
-    """Tell whether what is written there shares the standard output with messages."""
+    """Return whether a path is this process's standard output, which messages share."""
     return _descriptor(path) == 1
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before anything relies on it."""
+    """Flush a file, or the names in a folder, to the disk, before anything relies on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -184,7 +184,7 @@ def sync(path: Path) -> None:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return which of this process's open files a path names, such as /dev/stdout, /dev/fd/63 or a link to one."""
+    """Return the open descriptor of this process that a path names, as /dev/stdout, /dev/fd/63 or a link does."""
     for _ in range(LINKS_FOLLOWED):
         if path == STDOUT:
             return 1
@@ -198,20 +198,20 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _open_nameless(folder: Path) -> "_File | None":
-    """Open a new file that has no name yet, so that nothing stays of it if its writer is killed.
+    """Open a new file without a name, so that nothing remains of it if its writer is killed.
 
-    None if that cannot be done: NFS and many FUSE file systems have no such files.
+    Returns None if that fails: NFS and many FUSE file systems have no such files.
     """
     try:
         file = _File(folder, "w", opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_TMPFILE, 0o666))
     except OSError:
-        return None  # a file with a name is tried next, and what stands in its way is told
+        return None  # a file with a name is tried next, and its error is reported
     file.nameless = True
     return file
 
 
 class _File(io.FileIO):
-    """A file that tells its own failures from those of what fills it."""
+    """Represent a file that distinguishes its own failures from those of the code that writes to it."""
 
     nameless = False
     _failed = False
@@ -226,15 +226,15 @@ class _File(io.FileIO):
             os.close(descriptors)
 
     def write(self, data: Any, /) -> int:
-        with self._noting():
+        with self._recording_failure():
             return super().write(data)
 
     def sync(self) -> None:
-        with self._noting():
+        with self._recording_failure():
             os.fsync(self.fileno())
 
     @contextmanager
-    def told(self, path: Path, needed: int | None = None) -> Iterator[None]:
+    def explaining(self, path: Path, needed: int | None = None) -> Iterator[None]:
         """Raise StoreError if this file could not be written."""
         try:
             yield
@@ -244,7 +244,7 @@ class _File(io.FileIO):
             raise write_error(path, error, needed) from error
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _recording_failure(self) -> Iterator[None]:
         try:
             yield
         except OSError:
@@ -253,7 +253,7 @@ class _File(io.FileIO):
 
 
 class _Stream(_File):
-    """Written from front to back: a device, a FIFO, or a file that others write to as well."""
+    """Represent a stream without seek: a device, a FIFO, or a file that others write to, too."""
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        raise io.UnsupportedOperation("it is written from front to back")
+        raise io.UnsupportedOperation("it is written sequentially")

@@ -1,1 +1,1 @@
-"""The alphabet and the normal form of labels."""
+"""Define the alphabet and the normal form of labels."""

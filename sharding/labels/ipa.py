@@ -1,4 +1,4 @@
-"""The alphabet and the normal form of labels: of phones, equal to the challenge's official scorer, and of words."""
+"""Normalise labels and check their alphabet: phones, as in the challenge's official scorer, and words."""
 
 import itertools
 import re
@@ -16,20 +16,20 @@ _REWRITE = str.maketrans(
     dict.fromkeys("͜͡ˈˌ̃" + string.punctuation)  # tie bars, stress, nasality
     | dict(zip("ẽĩõũɝ", "eiouɚ", strict=True))
 )
-TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field that holds its label
+TRACKS = {"phonetic": "phonetic_text", "word": "orthographic_text"}  # each with the field of its label
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz' ")  # of the word track
 _PUNCTUATION = frozenset(string.punctuation)
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ", "'"))
-MAX_FOREIGN = 0.05  # of the symbols of many labels: above, they are spelt in another alphabet
+MAX_FOREIGN = 0.05  # share of symbols: if more are foreign, the labels are in another alphabet
 _SHOWN = 20  # symbols in a message
-_SHOWN_LABEL = 80  # characters of one
+_SHOWN_LABEL = 80  # characters of a label in a message
 _BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
 _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))
 
-# Other letters of the same phone: U+0261, as Phon writes it, U+01DD and U+AB53. The scorer knows none of them, so that
-# labels alone are read so, never a hypothesis.
+# Other letters of the same phone: U+0261, as Phon writes it, U+01DD and U+AB53. The scorer maps none of them, so only
+# labels are mapped, never a hypothesis.
 _SAME_PHONE = str.maketrans("ɡǝꭓ", "gəχ")
-# What only looks like a phone, or was its letter once: refused, for it may be meant as something else.
+# Symbols that look like a phone, or were its letter once: rejected, because they may mean something else.
 _LOOK_ALIKES = dict(
     zip(
         "αειıɩηνορκυɷϑδ∂đΛ∧ᴐȝӡ∫łɂәеорсхіјѕһԁԝӕктм꞉∶：",
@@ -40,7 +40,7 @@ _LOOK_ALIKES = dict(
 
 
 def normalize_ipa(text: str) -> str:
-    """The label as the official scorer compares it: NFC, no stress, ties, nasality or punctuation, single spaces."""
+    """Return a label as the official scorer compares it: NFC, no stress, tie, nasality, punctuation or extra space."""
     text = unicodedata.normalize("NFC", text).translate(_REWRITE)
     for pair, symbol in _AFFRICATES:
         text = text.replace(pair, symbol)
@@ -48,9 +48,9 @@ def normalize_ipa(text: str) -> str:
 
 
 def normalize_words(text: str) -> str:
-    """A spoken sentence as its letters: NFKC, lower case, no punctuation but the apostrophe, single spaces.
+    """Return the letters of a sentence: NFKC, lower case, no punctuation but the apostrophe, single spaces.
 
-    What stands in brackets was not said, such as [laughs]: the official scorer leaves it out too.
+    Text in brackets, such as [laughs], was not spoken: the official scorer removes it too.
     """
     text = _BRACKETS.sub("", unicodedata.normalize("NFKC", text)).lower().translate(_APOSTROPHES)
     kinds = ((symbol, unicodedata.category(symbol)) for symbol in text)
@@ -59,48 +59,48 @@ def normalize_words(text: str) -> str:
 
 
 def normalize(text: str, track: str) -> str:
-    """The label of the phonetic or the word track in its normal form."""
+    """Return the normal form of a label of the phonetic or the word track."""
     return normalize_words(text) if track == "word" else normalize_ipa(text)
 
 
 def read_label(text: str, track: str) -> str:
-    """The normal form of a label as somebody wrote it: its phones in the letters of the alphabet."""
+    """Return the normal form of a label in the user's spelling, with its phones in the letters of the alphabet."""
     return normalize(text.translate(_SAME_PHONE) if track == "phonetic" else text, track)
 
 
 def label_remarks(text: str, track: str) -> tuple[str, ...]:
-    """Tell which punctuation the normal form of a phonetic label lacks: in SAMPA and others some of it is phones."""
+    """Return remarks on punctuation that the normal form of a phonetic label drops: in SAMPA some of it is phones."""
     dropped = sorted(_PUNCTUATION.intersection(text)) if track == "phonetic" else []
-    meant = {":": "; length is 'ː' U+02D0"}
-    return tuple(f"{symbol!r} is left out of the label, as by the official scorer{meant.get(symbol, '')}"
+    notes = {":": "; length is 'ː' U+02D0"}
+    return tuple(f"{symbol!r} is left out of the label, as by the official scorer{notes.get(symbol, '')}"
                  for symbol in dropped)  # fmt: skip
 
 
 def alphabet_of(track: str) -> frozenset[str]:
-    """The symbols that labels of the phonetic or the word track are made of."""
+    """Return the symbols that labels of the phonetic or the word track consist of."""
     return LETTERS if track == "word" else ALPHABET
 
 
 def foreign_symbols(text: str, alphabet: frozenset[str] = ALPHABET) -> str:
-    """The symbols of a normalised label that are not in the alphabet, each once, in order of appearance."""
+    """Return the symbols of a normalised label that are not in the alphabet, each once, in order of appearance."""
     if alphabet.issuperset(text):
         return ""
     return "".join(dict.fromkeys(symbol for symbol in text if symbol not in alphabet))
 
 
 def name_symbols(symbols: str, alphabet: frozenset[str] = ALPHABET) -> str:
-    """Name each symbol with its code point, and with the symbol of the alphabet that it looks like."""
-    told = []
+    """Return each symbol with its code point, and with the symbol of the alphabet that it looks like."""
+    names = []
     for symbol in symbols[:_SHOWN]:
-        alike = _LOOK_ALIKES.get(symbol, "")
-        meant = f" (looks like {alike!r} U+{ord(alike):04X})" if alike in alphabet else ""
-        told.append(f"{symbol!r} U+{ord(symbol):04X}{meant}")
-    return ", ".join(told) + (f" and {len(symbols) - _SHOWN:,} more" if len(symbols) > _SHOWN else "")
+        look_alike = _LOOK_ALIKES.get(symbol, "")
+        note = f" (looks like {look_alike!r} U+{ord(look_alike):04X})" if look_alike in alphabet else ""
+        names.append(f"{symbol!r} U+{ord(symbol):04X}{note}")
+    return ", ".join(names) + (f" and {len(symbols) - _SHOWN:,} more" if len(symbols) > _SHOWN else "")
 
 
 @dataclass(frozen=True, slots=True)
 class SymbolCounts:
-    """The symbols of some labels, how many of them are foreign, and the label that has the most of these."""
+    """Hold the number of symbols in labels, the foreign ones among them, and the label that has most of these."""
 
     symbols: int = 0
     foreign: int = 0
@@ -112,7 +112,7 @@ class SymbolCounts:
 
 
 def count_symbols(text: str, place: str, alphabet: frozenset[str]) -> SymbolCounts:
-    """Count the symbols of a normalised label that stands at `place`."""
+    """Count the symbols of a normalised label; `place` names its position for a message."""
     foreign = 0 if alphabet.issuperset(text) else sum(symbol not in alphabet for symbol in text)
     return SymbolCounts(len(text), foreign, (foreign, place, text))
 
@@ -120,21 +120,21 @@ def count_symbols(text: str, place: str, alphabet: frozenset[str]) -> SymbolCoun
 def check_alphabet(counts: SymbolCounts, side: str, track: str) -> None:
     """Raise ManifestError if more than 5 % of the symbols of the training or the validation labels are foreign.
 
-    Then they are not a label with a slip, which training leaves out, but labels of another kind.
+    Such labels are of another kind; a single label with a wrong symbol is only left out of training.
     """
     if counts.foreign <= MAX_FOREIGN * counts.symbols:
         return
     (_, place, text), alphabet = counts.worst, alphabet_of(track)
-    other, kind = ("word", "written words") if track == "phonetic" else ("phonetic", "phones")
+    other_track, kind = ("word", "written words") if track == "phonetic" else ("phonetic", "phones")
     raise ManifestError(
         f"{place}: {text[:_SHOWN_LABEL]!r} has symbols outside the alphabet of the {track} track: "
         f"{name_symbols(foreign_symbols(text, alphabet), alphabet)}; {counts.foreign / counts.symbols:.1%} of all "
-        f"symbols in the labels for {side} are foreign, {MAX_FOREIGN:.0%} are the most",
-        f"--track {other} if the labels are {kind}; otherwise they must be spelt in "
+        f"symbols in the labels for {side} are foreign, at most {MAX_FOREIGN:.0%} are accepted",
+        f"--track {other_track} if the labels are {kind}; otherwise they must be written in "
         f"{''.join(sorted(alphabet)).strip()}: other alphabets are not supported yet",
     )
 
 
 def ctc_frames_needed(text: str) -> int:
-    """The fewest frames CTC can emit this label in: a frame per symbol and a blank between equal neighbours."""
-    return len(text) + sum(a == b for a, b in itertools.pairwise(text))
+    """Return the fewest frames in which CTC can emit a label: one per symbol, and a blank between equal neighbours."""
+    return len(text) + sum(left == right for left, right in itertools.pairwise(text))

@@ -1,1 +1,1 @@
-"""What became of every clip: the ledger, its summary, tables and plots."""
+"""Report the fate of every clip: the ledger, its summary, tables and plots."""

@@ -1,6 +1,6 @@
-"""The report beside a shard set: ledger, summary, orphans, a picture of the durations, and the sums of them all.
+"""Read and write the report beside a shard set: ledger, summary, orphans, a plot of the durations, and checksums.
 
-No byte of it is in the index, which is the identity of the set; the sums name the index that the report is of.
+The index, which identifies the set, covers no byte of the report; the checksums name the index that they belong to.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from sharding.shardset.store import Store
 SUMMARY_NAME = "report/summary.json"
 PLOT_NAME = "report/durations.png"
 FILES = (LEDGER_NAME, SUMMARY_NAME, ORPHANS_NAME, PLOT_NAME)
-CHECKSUMS_NAME = "report/SHA256SUMS"  # of these, and of which index they are
-COPY_HINT = "without it the report cannot grow; copy it again"
+CHECKSUMS_NAME = "report/SHA256SUMS"  # of FILES, and the digest of their index
+COPY_HINT = "the report cannot be extended without it; copy it again"
 
 
 def publish(
@@ -30,7 +30,7 @@ def publish(
     orphans: Sequence[str],
     ignored_fields: Iterable[str],
 ) -> Summary:
-    """Write the ledger, which adds up to the tally, the summary, the plot, and their sums; returns the summary."""
+    """Write the ledger, whose rows add up to the tally, the summary, the plot and checksums. Return the summary."""
     from sharding.report.plots import plot_durations  # matplotlib takes a second to import
 
     summary = summarize(tally, index, orphans, ignored_fields)
@@ -40,82 +40,82 @@ def publish(
         ORPHANS_NAME: "".join(f"{name}\n" for name in orphans).encode(),
         PLOT_NAME: plot_durations(index),
     }
-    for name, data in (files | {CHECKSUMS_NAME: _pack_sums(index, files)}).items():
+    for name, data in (files | {CHECKSUMS_NAME: _pack_checksums(index, files)}).items():
         store.write(name, data)
     return summary
 
 
 def read_summary(store: Store, index: ShardIndex) -> Summary | None:
-    """The summary of a shard set, or None where its report was left behind."""
+    """Return the summary of a shard set, or None if its report is missing."""
     try:
         return parse_summary(_read(store, index, SUMMARY_NAME))
     except MissingError:
         return None
     except DocumentError as error:
-        raise ShardError(f"{store.url}/{SUMMARY_NAME}: damaged ({error})", "the shards may still be well") from error
+        raise ShardError(f"{store.url}/{SUMMARY_NAME}: damaged ({error})", "the shards may still be intact") from error
 
 
 def check_report(store: Store, index: ShardIndex) -> list[str]:
-    """Return what is wrong with the report. Nothing is if all of it is missing, as from a copy of the shards alone."""
-    place = _place(store, index)
-    seen = {name: _read_if_there(store, place(name)) for name in (*FILES, CHECKSUMS_NAME)}
-    if not any(data is not None for data in seen.values()):
+    """Return the faults of the report: none if all of it is missing, as in a copy of the shards alone."""
+    stored_name = _stored_names(store, index)
+    contents = {name: _read_if_exists(store, stored_name(name)) for name in (*FILES, CHECKSUMS_NAME)}
+    if not any(data is not None for data in contents.values()):
         return []
-    faults = [f"{store.url}/{place(name)}: is missing" for name, data in seen.items() if data is None]
-    sums = seen.pop(CHECKSUMS_NAME)
-    if sums is None:
+    faults = [f"{store.url}/{stored_name(name)}: is missing" for name, data in contents.items() if data is None]
+    checksums = contents.pop(CHECKSUMS_NAME)
+    if checksums is None:
         return faults
-    where, lines = f"{store.url}/{place(CHECKSUMS_NAME)}", [_sum(name, data or b"") for name, data in seen.items()]
-    said = sums.decode(errors="replace").split("\n")
-    faults += [f"{store.url}/{place(name)}: its checksum is {line[:16]}…, {where} has another"
-               for (name, data), line in zip(seen.items(), lines, strict=True)
-               if data is not None and line not in said]  # fmt: skip
-    if _head(index) not in said:
-        faults.append(f"{where}: is not of the index {index.digest[:16]}…, which is here")
-    return faults or [f"{where}: says more than the sums"] * (said != [_head(index), *lines, ""])
+    where, listed = f"{store.url}/{stored_name(CHECKSUMS_NAME)}", checksums.decode(errors="replace").split("\n")
+    expected = [_checksum_line(name, data or b"") for name, data in contents.items()]
+    faults += [f"{store.url}/{stored_name(name)}: its checksum is {line[:16]}…, {where} lists another"
+               for (name, data), line in zip(contents.items(), expected, strict=True)
+               if data is not None and line not in listed]  # fmt: skip
+    if _header(index) not in listed:
+        faults.append(f"{where}: belongs to another index, this set has the index {index.digest[:16]}…")
+    return faults or [f"{where}: has lines besides the checksums"] * (listed != [_header(index), *expected, ""])
 
 
 # --- while a set is appended to -------------------------------------------------------------------------------------
 
 
 def is_archived(store: Store, index: ShardIndex) -> bool:
-    """Tell whether an append to this index has begun and not ended: what is in report/ may be of the next one."""
+    """Return whether an append to this index is unfinished: files in report/ may belong to the next index."""
     return store.exists(_archived_name(index, CHECKSUMS_NAME))
 
 
 def archive_report(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], list[str]]:
-    """Return the ledger and the orphans of an index that is about to be appended to, and keep its report aside.
+    """Archive the report before an append and return its ledger rows and orphans.
 
-    It is the report of the index until the next one is there, also if this build is killed before. Raises ShardError
-    if the ledger or the orphans are damaged or missing.
+    The archive remains this index's report until the next index is written, even if the build is killed before then.
+    Raises ShardError if the ledger or the orphans are damaged or missing.
     """
     try:
         ledger, orphans = (_read(store, index, name) for name in (LEDGER_NAME, ORPHANS_NAME))
         rows, names = parse_ledger(ledger), orphans.decode().splitlines()
     except MissingError as error:
-        hint = "without it the report of what is added cannot be whole; build into another --out"
+        hint = "without it the report of the extended set would be incomplete; build into another --out"
         raise ShardError(error.message, hint) from error
     except ValueError as error:
         raise ShardError(f"{store.url}/{LEDGER_NAME}: damaged ({error})", COPY_HINT) from error
     if not is_archived(store, index):
-        files = {name: data for name in FILES if (data := _read_if_there(store, name)) is not None}
-        sums = _read_if_there(store, CHECKSUMS_NAME) or _pack_sums(index, files)  # a set older than its sums has none
-        for name, data in (files | {CHECKSUMS_NAME: sums}).items():  # last: they vouch for the others
+        files = {name: data for name in FILES if (data := _read_if_exists(store, name)) is not None}
+        checksums = _read_if_exists(store, CHECKSUMS_NAME) or _pack_checksums(index, files)  # older sets have none
+        for name, data in (files | {CHECKSUMS_NAME: checksums}).items():  # last: they vouch for the others
             store.write(_archived_name(index, name), data)
     return rows, names
 
 
 def restore_archived(store: Store, index: ShardIndex) -> None:
-    """Undo `keep_old`, and what was published since then: no next index comes."""
+    """Undo `archive_report` and what was published since then, if the append was given up."""
     if is_archived(store, index):
         for name in (*FILES, CHECKSUMS_NAME):
-            if (data := _read_if_there(store, _archived_name(index, name))) is not None:
+            if (data := _read_if_exists(store, _archived_name(index, name))) is not None:
                 store.write(name, data)
         drop_archived(store, index)
 
 
 def drop_archived(store: Store, index: ShardIndex) -> None:
-    """Delete the report of an index that was kept while it was appended to."""
+    """Delete the archived report of an index."""
     for name in (CHECKSUMS_NAME, *FILES):
         store.delete(_archived_name(index, name))
 
@@ -124,38 +124,38 @@ def _archived_name(index: ShardIndex, name: str) -> str:
     return name.replace("/", f"/{index.digest}-", 1)
 
 
-def _place(store: Store, index: ShardIndex) -> Callable[[str], str]:
-    """Return under which name a file of the report of an index lies."""
+def _stored_names(store: Store, index: ShardIndex) -> Callable[[str], str]:
+    """Return the function from a report file's name to its current name, which differs while it is archived."""
     return partial(_archived_name, index) if is_archived(store, index) else str
 
 
 def _read(store: Store, index: ShardIndex, name: str) -> bytes:
-    """Read a file of the report of an index. Raises MissingError, and ShardError if its sum is another."""
-    place = _place(store, index)
-    data, sums = store.read(place(name), LARGE_BYTES), _read_if_there(store, place(CHECKSUMS_NAME))
-    if sums is not None:  # of a set older than they are, there are none
-        lines = sums.decode(errors="replace").split("\n")
-        if _sum(name, data) not in lines or _head(index) not in lines:
-            where = f"{store.url}/{place(name)}"
+    """Return a file of an index's report. Raises MissingError, and ShardError if its checksum differs."""
+    stored_name = _stored_names(store, index)
+    data, checksums = store.read(stored_name(name), LARGE_BYTES), _read_if_exists(store, stored_name(CHECKSUMS_NAME))
+    if checksums is not None:  # sets older than the checksums have none
+        lines = checksums.decode(errors="replace").split("\n")
+        if _checksum_line(name, data) not in lines or _header(index) not in lines:
+            where = f"{store.url}/{stored_name(name)}"
             raise ShardError(f"{where}: damaged: its checksum or its index differs from {CHECKSUMS_NAME}", COPY_HINT)
     return data
 
 
-def _read_if_there(store: Store, name: str) -> bytes | None:
+def _read_if_exists(store: Store, name: str) -> bytes | None:
     try:
         return store.read(name, LARGE_BYTES)
     except MissingError:
         return None
 
 
-def _pack_sums(index: ShardIndex, files: Mapping[str, bytes]) -> bytes:
-    return "\n".join([_head(index), *(_sum(name, data) for name, data in files.items()), ""]).encode()
+def _pack_checksums(index: ShardIndex, files: Mapping[str, bytes]) -> bytes:
+    return "\n".join([_header(index), *(_checksum_line(name, data) for name, data in files.items()), ""]).encode()
 
 
-def _head(index: ShardIndex) -> str:
-    return f"# report of the shard set whose index has the digest {index.digest}"  # to sha256sum, a comment
+def _header(index: ShardIndex) -> str:
+    return f"# report of the shard set whose index has the digest {index.digest}"  # sha256sum reads it as a comment
 
 
-def _sum(name: str, data: bytes) -> str:
-    """A line of what `sha256sum --check` reads."""
+def _checksum_line(name: str, data: bytes) -> str:
+    """Return a file's line in the format of `sha256sum --check`."""
     return f"{hashlib.sha256(data).hexdigest()}  {name.rpartition('/')[2]}"

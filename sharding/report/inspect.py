@@ -1,4 +1,4 @@
-"""What a shard set holds: tables, made of its indexes alone, and plots, which need the audio too."""
+"""Describe a shard set in tables, made of its indexes alone, and in plots, which need the audio too."""
 
 import json
 import math
@@ -19,14 +19,14 @@ from sharding.shardset.schema import SPLITS, ShardEntry
 from sharding.shardset.store import Reader, Store, open_store
 from sharding.shardset.verify import check_shard
 
-GROUPINGS = {  # table → the columns of a clip that it is grouped by
+GROUPINGS = {  # table → the columns of `read_clips` to group by
     "by_split": ["split"],
     "by_bucket": ["split", "bucket", "from_sec", "to_sec"],
     "by_corpus": ["corpus"],
     "by_age": ["age_bucket"],
     "totals": ["total"],
 }
-COLUMNS = {  # column → its head and its format in a terminal
+COLUMNS = {  # column → its heading and number format in a terminal
     "samples": ("samples", ",.0f"),
     "children": ("children", ",.0f"),
     "hours": ("hours", ",.2f"),
@@ -38,29 +38,29 @@ COLUMNS = {  # column → its head and its format in a terminal
     "padding": ("padding", ".1%"),
 }
 PLOTS = ("durations.png", "symbols_per_second.png", "loudness.png", "symbols.png")
-SILENCE_DB = -100.0  # stands for digital silence, whose level is -∞; steps of 16 bits are at -90 dB
+SILENCE_DB = -100.0  # replaces the -∞ of digital silence; one step of 16 bits is at -90 dB
 Tables = dict[str, pd.DataFrame]
 
 
 def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
-    """A row for each sample, in the order of `index.samples`. Raises ShardError that names a damaged shard index."""
+    """Return one row per sample, in the order of `index.samples`. Raises ShardError naming a damaged shard index."""
     shards = tqdm(index.shards, desc="reading", unit="shard", delay=1)
-    who = [row for shard in shards for row in read_checked(store, shard).speakers]
+    speakers = [speaker for shard in shards for speaker in read_checked(store, shard).speakers]
     samples, ends = index.samples, {split: np.array(index.bucket_ends(split)) for split in SPLITS}
     buckets = np.array([shard.bucket for shard in index.shards], np.int64)[samples["shard"]]
     splits = np.array([shard.split for shard in index.shards], object)[samples["shard"]]
-    ages = [row.age_bucket or UNKNOWN for row in who]
+    ages = [speaker.age_bucket or UNKNOWN for speaker in speakers]
     seconds = samples["samples"] / SAMPLE_RATE
     return pd.DataFrame(
         {
-            "total": pd.Categorical(["total"] * len(who), ["total"]),  # a category has its row even without a clip
+            "total": pd.Categorical(["total"] * len(speakers), ["total"]),  # a category has its row even without a clip
             "split": pd.Categorical(splits, SPLITS),
             "bucket": buckets,
             "from_sec": np.array([0.0, *index.duration_bins])[buckets],
             "to_sec": [ends[split][bucket] for split, bucket in zip(splits, buckets, strict=True)],
-            "corpus": [row.corpus or UNKNOWN for row in who],
+            "corpus": [speaker.corpus or UNKNOWN for speaker in speakers],
             "age_bucket": pd.Categorical(ages, sorted(set(ages), key=age_order)),
-            "child_id": [row.child_id or None for row in who],
+            "child_id": [speaker.child_id or None for speaker in speakers],
             "shard": samples["shard"],
             "bytes": samples["bytes"].astype(np.int64),
             "seconds": seconds,
@@ -71,15 +71,15 @@ def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
 
 
 def tabulate_clips(clips: pd.DataFrame) -> Tables:
-    """What the clips add up to, by each of GROUPINGS.
+    """Return one table of totals for each of GROUPINGS.
 
-    Samples, hours, symbols and MB of the groups sum to the total. Children and shards are counted wherever they have
-    a clip, so they may sum to more. Symbols per second are those of the clips that have a label of their own.
+    Samples, hours, symbols and MB of the groups sum to the total. Children and shards count in each group that has
+    one of their clips, so they may sum to more. Symbols per second cover the clips that have a label of their own.
     """
-    return {name: _sum_up(clips, columns) for name, columns in GROUPINGS.items()}
+    return {name: _aggregate(clips, columns) for name, columns in GROUPINGS.items()}
 
 
-def _sum_up(clips: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+def _aggregate(clips: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     groups = clips.groupby(columns, observed=len(columns) > 1)  # an empty split is shown, an empty bucket is not
     sums = groups[["seconds", "labelled_seconds", "to_sec", "symbols", "bytes"]].sum()
     samples = groups.size()
@@ -99,7 +99,7 @@ def _sum_up(clips: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def to_json(tables: Tables) -> str:
-    """The tables as one JSON object: a list of rows for each, and the totals; null where nothing is known."""
+    """Return the tables as one JSON object: a list of rows per table, and the totals; null for an unknown value."""
     document: dict[str, Any] = {
         name: json.loads(table.reset_index().to_json(orient="records", double_precision=6))
         for name, table in tables.items()
@@ -109,13 +109,13 @@ def to_json(tables: Tables) -> str:
 
 
 def render(tables: Tables) -> str:
-    """The tables as a person reads them in a terminal."""
-    heads = [head for head, _ in COLUMNS.values()]
+    """Return the tables as aligned text for a terminal."""
+    headings = [heading for heading, _ in COLUMNS.values()]
     blocks = [
-        [["split", *heads], *_cells(tables["by_split"]), *_cells(tables["totals"])],
-        [["split, bucket", *heads], *_cells(tables["by_bucket"])],
-        [["corpus", *heads], *_cells(tables["by_corpus"])],
-        [["age", *heads], *_cells(tables["by_age"])],
+        [["split", *headings], *_cells(tables["by_split"]), *_cells(tables["totals"])],
+        [["split, bucket", *headings], *_cells(tables["by_bucket"])],
+        [["corpus", *headings], *_cells(tables["by_corpus"])],
+        [["age", *headings], *_cells(tables["by_age"])],
     ]
     columns = zip(*(row for block in blocks for row in block), strict=True)
     widths = [max(map(len, column)) for column in columns]
@@ -129,7 +129,7 @@ def render(tables: Tables) -> str:
 
 
 def _cells(table: pd.DataFrame) -> list[list[str]]:
-    """The name of each row, and its numbers as text."""
+    """Return each row's name and its numbers as text."""
     formats = [spec for _, spec in COLUMNS.values()]
     rows = []
     for key, values in zip(table.index, table[list(COLUMNS)].to_numpy(float), strict=True):
@@ -139,15 +139,15 @@ def _cells(table: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-# --- what needs the audio ---------------------------------------------------------------------------------------
+# --- plots; some need the audio -----------------------------------------------------------------------------------
 
 
 def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> None:
-    """Write PLOTS to `out`. Every clip is decoded once, a shard at a time in each worker."""
-    from sharding.report import plots  # brings matplotlib, which is slow to import
+    """Write PLOTS to `out`, decoding every clip once; each worker takes one shard at a time."""
+    from sharding.report import plots  # imports matplotlib, which is slow
 
     durations, rates, loudness, symbols = PLOTS
-    out.write(durations, plots.plot_durations(index))  # the two that need no audio first: is `out` a place to write?
+    out.write(durations, plots.plot_durations(index))  # without audio, so first: fails early if `out` is not writable
     out.write(rates, plots.plot_symbol_rates(index))
     jobs = [(store.url, shard, index.track) for shard in index.shards]
     with Workers(workers) as pool:
@@ -158,7 +158,7 @@ def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> N
 
 
 def measure_shard(job: tuple[str, ShardEntry, str]) -> tuple[npt.NDArray[np.float64], Counter[str]]:
-    """The level of each clip of a shard, dBFS, and how often each symbol stands in its labels."""
+    """Return the level of each clip of a shard, dBFS, and the count of each symbol in its labels."""
     store, shard, track = open_store(job[0]), *job[1:]
     levels, counts = [], Counter[str]()
     for sample in check_shard(store, read_checked(store, shard), track):

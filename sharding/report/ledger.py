@@ -1,4 +1,4 @@
-"""What became of every input clip: a row for each, and what they add up to."""
+"""Record the fate of every input clip, one ledger row each, and count the rows."""
 
 import heapq
 import json
@@ -16,31 +16,31 @@ from sharding.files.document import DocumentError, Fraction, Number, parse_json,
 from sharding.sources.manifest import Utterance
 
 LEDGER_NAME = "report/ledger.jsonl.zst"
-DURATION_TOLERANCE_SEC = 0.1  # a declared duration further than this from the measured one is listed
+DURATION_TOLERANCE_SEC = 0.1  # a declared duration that differs more from the measured one is listed
 FATES = ("written", "split", "rejected")
 MAX_LISTED = 10  # files that the summary names
-CONFIDENCE_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)  # edges of the probabilities in the reliability table
+CONFIDENCE_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)  # bin edges of the reliability table
 NO_LABEL = "no label: kept, not trained on"
 TOO_DENSE = "label needs more frames than the clip has: kept without it"
-MAX_UNPACKING = 400  # times its size: rows of one refusal after another shrink to a hundredth
+MAX_UNPACKING = 400  # times the packed size: consecutive rows of rejected clips compress to a hundredth
 
 LedgerRow = dict[str, Any]
 
 
-class _Guess(TypedDict):
+class _Pass1(TypedDict):
     confidence: Fraction
     right: bool
 
 
-class _Piece(TypedDict):
+class _SegmentRow(TypedDict):
     label_status: Literal["labelled", "unlabelled", "reference"]
     reason: str | None
     by: NotRequired[str | None]
-    pass1: NotRequired[_Guess | None]
+    pass1: NotRequired[_Pass1 | None]
 
 
-class _Row(TypedDict):
-    """What is read of a row of a ledger."""
+class _CheckedRow(TypedDict):
+    """Describe the fields that are read from a ledger row."""
 
     source: str
     utterance_id: str
@@ -50,11 +50,11 @@ class _Row(TypedDict):
     reason: str | None
     seconds: Number
     declared_sec: Number | None
-    pieces: list[_Piece]
-    remarks: NotRequired[list[str]]  # none in older ledgers
+    pieces: list[_SegmentRow]
+    remarks: NotRequired[list[str]]  # older ledgers have none
 
 
-_ROW = TypeAdapter(_Row)
+_ROW = TypeAdapter(_CheckedRow)
 _write_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -68,47 +68,47 @@ def ledger_row(
     pieces: Sequence[LedgerRow] = (),
     remarks: Sequence[str] = (),
 ) -> LedgerRow:
-    """What became of one clip: written, split or rejected."""
+    """Return the ledger row of one clip that was written, split or rejected."""
     return {
         "source": utterance.corpus,
         "utterance_id": utterance.utterance_id,
         "audio_path": utterance.audio_path,
-        "split": split,  # train | valid, by its speaker
+        "split": split,  # train | valid, chosen by speaker
         "fate": fate,
         "reason": reason,
         "seconds": round(seconds, 4),
         "declared_sec": utterance.duration_sec,
         "key": key,
         "pieces": list(pieces),
-        "remarks": list(remarks),  # on its sound and its label
+        "remarks": list(remarks),  # about its audio and its label
     }
 
 
 def rejected_row(utterance: Utterance, split: str, reason: str, seconds: float) -> LedgerRow:
-    """What is told of a clip that lasts so long by its header; else, as if that is 0, as its row declares."""
+    """Return the row of a rejected clip. `seconds` is from its header; if it is 0, the declared duration counts."""
     return ledger_row(utterance, split, "rejected", seconds or utterance.duration_sec or 0.0, reason)
 
 
 @dataclass
 class Tally:
-    """Counts over some clips, which add up."""
+    """Hold counts of clips, which can be added to those of other clips."""
 
     clips: Counter[str] = field(default_factory=Counter)  # by fate
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FATES, 0.0))
     corpora: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
-    remarks: Counter[str] = field(default_factory=Counter)  # clips, by what is said of their sound or label
-    unlabelled_pieces: Counter[str] = field(default_factory=Counter)  # of long recordings, by the kind of reason
-    labelled_pieces: Counter[str] = field(default_factory=Counter)  # by how their words were found
-    pass1_counts: Counter[int] = field(default_factory=Counter)  # segments labelled by a model, by pass 1's confidence
-    pass1_wrong: Counter[int] = field(default_factory=Counter)  # of these, where pass 1 would have given other words
-    validation: Counter[str] = field(default_factory=Counter)  # clips, rejected
+    remarks: Counter[str] = field(default_factory=Counter)  # clips, by remark on their audio or label
+    unlabelled_pieces: Counter[str] = field(default_factory=Counter)  # segments of long recordings, by kind of reason
+    labelled_pieces: Counter[str] = field(default_factory=Counter)  # segments, by how their words were assigned
+    pass1_counts: Counter[int] = field(default_factory=Counter)  # segments labelled in pass 2, by confidence of pass 1
+    pass1_wrong: Counter[int] = field(default_factory=Counter)  # of these, those with other words in pass 1
+    validation: Counter[str] = field(default_factory=Counter)  # "clips" and "rejected" of the validation split
     worst: list[dict[str, Any]] = field(default_factory=list)
     declared_off: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
-        for name in (each.name for each in fields(self)):
+        for name in (counter.name for counter in fields(self)):
             if isinstance(counts := getattr(self, name), Counter):
                 counts.update(getattr(other, name))
         for fate in FATES:
@@ -123,15 +123,15 @@ class Tally:
         self.corpora[row["source"]] += 1
         self.remarks.update(row.get("remarks", ()))
         self.validation["clips"] += row["split"] == "valid"
-        for piece in row["pieces"]:
-            if piece["label_status"] == "unlabelled":
-                self.unlabelled_pieces[str(piece["reason"]).partition(":")[0]] += 1
-            if piece["label_status"] == "labelled":
-                self.labelled_pieces[piece.get("by", "durations")] += 1  # as older ledgers mean
-            if guess := piece.get("pass1"):
-                place = min(bisect_right(CONFIDENCE_EDGES, guess["confidence"]), len(CONFIDENCE_EDGES) - 1) - 1
-                self.pass1_counts[place] += 1
-                self.pass1_wrong[place] += not guess["right"]
+        for segment in row["pieces"]:
+            if segment["label_status"] == "unlabelled":
+                self.unlabelled_pieces[str(segment["reason"]).partition(":")[0]] += 1
+            if segment["label_status"] == "labelled":
+                self.labelled_pieces[segment.get("by", "durations")] += 1  # what older ledgers mean
+            if pass1 := segment.get("pass1"):
+                edge = min(bisect_right(CONFIDENCE_EDGES, pass1["confidence"]), len(CONFIDENCE_EDGES) - 1) - 1
+                self.pass1_counts[edge] += 1
+                self.pass1_wrong[edge] += not pass1["right"]
         if fate == "rejected":
             self.reasons[row["reason"]] += 1
             self.validation["rejected"] += row["split"] == "valid"
@@ -148,9 +148,9 @@ class Tally:
 
 @dataclass(frozen=True)
 class LedgerPart:
-    """The ledger's rows of some clips, and what they add up to."""
+    """Hold the ledger rows of some clips and their tally."""
 
-    lines: bytes  # JSON Lines, zstandard
+    lines: bytes  # JSON Lines, compressed by zstandard
     tally: Tally
 
 
@@ -171,7 +171,7 @@ def sum_tallies(parts: Iterable[LedgerPart]) -> Tally:
 
 
 def same_rows(parts: Sequence[LedgerPart], rows: Iterable[LedgerRow]) -> bool:
-    """Return whether parts of a ledger are some rows, in whatever order."""
+    """Return whether parts of a ledger hold exactly these rows, in any order."""
     lines = (line for part in parts for line in zstandard.decompress(part.lines).splitlines())
     return sorted(lines) == sorted(_write_json(row).encode() for row in rows)
 
@@ -182,12 +182,12 @@ def parse_ledger(data: bytes) -> list[LedgerRow]:
     for row in rows:
         validate(row, _ROW)
         if row["fate"] == "rejected" and row["reason"] is None:
-            raise DocumentError("a clip was rejected for no 'reason'")
+            raise DocumentError("a rejected clip has no 'reason'")
     return rows
 
 
 def join_parts(parts: Sequence[bytes]) -> bytes:
-    """One frame of them all, which says how long it is: many a reader stops after the first, or asks for its size."""
+    """Return all parts as one frame with its size: many readers stop after the first frame, or need the size."""
     size = sum(map(zstandard.frame_content_size, parts))
     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj(size=size)
     chunks = [compressor.compress(zstandard.decompress(part)) for part in parts]

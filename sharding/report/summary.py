@@ -1,4 +1,4 @@
-"""What a build has made, in numbers: for programs, and as a person reads it at a terminal."""
+"""Summarize a build in numbers, as JSON for programs and as text for a terminal."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ class _Fate(TypedDict):
     seconds: Number
 
 
-class _Rejected(TypedDict):
+class _RejectedClip(TypedDict):
     source: str
     utterance_id: str
     audio_path: str
@@ -40,8 +40,8 @@ class _Rejected(TypedDict):
     seconds: Number
 
 
-class _Confidence(TypedDict):
-    """How right pass 1 was where it was so sure."""
+class _ReliabilityBin(TypedDict):
+    """Count the segments in one bin of pass 1's confidence, and those for which pass 1 had other words."""
 
     confidence: tuple[Fraction, Fraction]
     pieces: Size
@@ -66,17 +66,17 @@ class _Notes(TypedDict):
 
 
 class Summary(TypedDict):
-    """What is read of summary.json; what an older one may lack is not required."""
+    """Describe the fields that are read from summary.json; older files may lack those not required."""
 
     clips_in: Size
     seconds_in: Number
     fates: Annotated[dict[Literal["written", "split", "rejected"], _Fate], Field(min_length=3)]
     reasons: dict[str, Size]  # of rejected clips
-    worst: list[_Rejected]
+    worst: list[_RejectedClip]
     remarks: NotRequired[dict[str, Size]]
     unlabelled_pieces: Size
     labelled_pieces: NotRequired[dict[str, Size]]
-    reliability: NotRequired[list[_Confidence]]
+    reliability: NotRequired[list[_ReliabilityBin]]
     unlabelled_reasons: dict[str, Size]
     orphan_audio: Size
     orphan_rows: Size
@@ -91,12 +91,12 @@ _SUMMARY = TypeAdapter(Summary)
 
 
 def parse_summary(data: bytes) -> Summary:
-    """Return what a summary file says. Raises DocumentError."""
+    """Return the checked content of a summary file. Raises DocumentError."""
     return parse(data, _SUMMARY)
 
 
 def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_fields: Iterable[str]) -> Summary:
-    """Clips and seconds in = written + split + rejected; then what the shard set holds."""
+    """Return the summary: clips and seconds in = written + split + rejected, then the content of the shard set."""
     document = {
         "clips_in": sum(tally.clips.values()),
         "seconds_in": round(sum(tally.seconds.values()), 3),
@@ -107,8 +107,8 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "unlabelled_pieces": sum(tally.unlabelled_pieces.values()),
         "labelled_pieces": dict(sorted(tally.labelled_pieces.items())),
         "reliability": [
-            {"confidence": [*CONFIDENCE_EDGES[place : place + 2]], "pieces": count, "wrong": tally.pass1_wrong[place]}
-            for place, count in sorted(tally.pass1_counts.items())
+            {"confidence": [*CONFIDENCE_EDGES[edge : edge + 2]], "pieces": count, "wrong": tally.pass1_wrong[edge]}
+            for edge, count in sorted(tally.pass1_counts.items())
         ],
         "unlabelled_reasons": _commonest_first(tally.unlabelled + tally.unlabelled_pieces),
         "corpora": dict(sorted(tally.corpora.items())),
@@ -119,10 +119,10 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "duration_bins": list(index.duration_bins),
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
-        "aligned": bool(index.settings.get("alignments")),  # a model was asked for the words of pieces
-        "valid_fraction": index.settings.get("valid_fraction"),  # None: tars that others wrote
+        "aligned": bool(index.settings.get("alignments")),  # built with alignments of a model (pass 2)
+        "valid_fraction": index.settings.get("valid_fraction"),  # None: tars of other programs
     }
-    return cast(Summary, document)  # of which it has a little more than is read
+    return cast(Summary, document)  # which has fewer fields than are written
 
 
 def _commonest_first(counts: Counter[str]) -> dict[str, int]:
@@ -130,7 +130,7 @@ def _commonest_first(counts: Counter[str]) -> dict[str, int]:
 
 
 def render(summary: Summary, url: str, dry: bool = False) -> str:
-    """The summary of the set at `url` for a person at a terminal; a `dry` run has left no files to look into."""
+    """Return the summary of the set at `url` as text; a `dry` run has written no files, so none are named."""
     fates, notes, labelled = summary["fates"], summary["notes"], summary.get("labelled_pieces", {})
     lines = [
         f"{counted(summary['clips_in'], 'clip')} in ({summary['seconds_in'] / 3600:.2f} h) = "
@@ -143,17 +143,17 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
             f" {row['bucket_padding']:18.1%}"
         )
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:MAX_LISTED]]
-    lines += _name_worst(summary, dry)
+    lines += _list_longest_rejected(summary, dry)
     lines += [f"{count:6,} noted: {remark}" for remark, count in summary.get("remarks", {}).items()]
     unlabelled = list(summary["unlabelled_reasons"].items())
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in unlabelled[:MAX_LISTED]]
-    lines += [f"{count:6,} labelled: pieces of long recordings, by {how}" for how, count in labelled.items()]
-    lines += _tell_reliability(summary.get("reliability", []))
+    lines += [f"{count:6,} labelled: segments of long recordings, by {method}" for method, count in labelled.items()]
+    lines += _render_reliability(summary.get("reliability", []))
     if summary["unlabelled_pieces"]:
-        lines += _tell_next(summary, url, dry)
+        lines += _suggest_alignment(summary, url, dry)
     if summary["orphan_audio"]:
-        where = "" if dry else f"; {ORPHANS_NAME}"
-        lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error{where})")
+        file = "" if dry else f"; {ORPHANS_NAME}"
+        lines.append(f"{summary['orphan_audio']:,} audio files have no row in the transcripts (not an error{file})")
     if summary["orphan_rows"]:
         lines.append(f"{summary['orphan_rows']:,} rows of the transcripts have no audio file")
     if summary["declared_off"]:
@@ -161,75 +161,75 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
         lines.append(
             f"{count:,} declared durations are off by more than {DURATION_TOLERANCE_SEC} s; the measured ones are used"
         )
-    lines += _tell_sides(summary)
+    lines += _warn_about_splits(summary)
     if not notes["validation"]["disjoint_by_speaker"]:
         lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
     return "\n".join(map(printable, lines))
 
 
-def _tell_sides(summary: Summary) -> list[str]:
-    """Tell if there is nothing to train on, nothing to validate on, or far more of it than was asked for."""
+def _warn_about_splits(summary: Summary) -> list[str]:
+    """Return warnings if training or validation is empty, or validation far larger than requested."""
     train, valid = (summary["splits"][split]["samples"] for split in ("train", "valid"))
     fraction = summary.get("valid_fraction")
     lines = []
     if not train:
-        lines.append("there is nothing to train on: every labelled clip is a validation child's, or none is labelled")
+        lines.append("there is nothing to train on: no clip is labelled, or all labelled clips are for validation")
     if not valid and fraction == 0:
-        lines.append("there is nothing to validate on, as --valid-fraction 0 says: training will score nothing")
+        lines.append("there is nothing to validate on, because of --valid-fraction 0: training will compute no score")
     elif not valid and fraction is None:
-        lines.append("there is nothing to validate on, and training will score nothing: name some tars with --valid")
+        lines.append("there is nothing to validate on, training will compute no score: name some tars with --valid")
     elif not valid and train:
         lines += [
-            "there is nothing to validate on, and training will score nothing: all clips that could be are of one "
-            "speaker, and none may be on both sides",
-            "hint: --group-by COLUMN parts them by another column, such as the session's; --valid-fraction 0 if it is "
-            "meant so; a set of other speakers, built with --valid-fraction 1, is one to score on afterwards",
+            "there is nothing to validate on, training will compute no score: all usable clips are of one speaker, "
+            "and no speaker may be in both splits",
+            "hint: --group-by COLUMN splits by another column, such as the session; --valid-fraction 0 if this is "
+            "intended; to score afterwards, build a set of other speakers with --valid-fraction 1",
         ]
     if train and fraction and valid > 2 * fraction * (train + valid):
         lines.append(f"validation has {valid / (train + valid):.0%} of the labelled clips, --valid-fraction asks for "
-                     f"{fraction:.0%}: the speakers are few, or of very unequal shares")  # fmt: skip
+                     f"{fraction:.0%}: there are few speakers, or their shares are very unequal")  # fmt: skip
     return lines
 
 
-def _tell_reliability(table: Sequence[_Confidence]) -> list[str]:
-    """How right the sounds of the corpus's labels would have been, where a model could tell."""
+def _render_reliability(table: Sequence[_ReliabilityBin]) -> list[str]:
+    """Return the accuracy of pass 1 by its confidence, on segments that pass 2 labelled."""
     if not table:
         return []
-    return ["pieces labelled by alignment, by how sure the sounds of the corpus's labels are of them:"] + [
+    return ["segments labelled by alignment, by the confidence of the acoustic model (pass 1) in them:"] + [
         f"{row['pieces']:6,} at {row['confidence'][0]:.2f} – {row['confidence'][1]:.2f}, "
-        f"{row['wrong']:,} of them with other words"
+        f"{row['wrong']:,} of them with other words in pass 1"
         for row in table
     ]
 
 
-def _tell_next(summary: Summary, url: str, dry: bool) -> list[str]:
-    """Tell what comes next for pieces without a label: a model may know their words, if none was asked yet."""
-    told = f"{summary['unlabelled_pieces']:,} pieces of long recordings are kept without a label and not trained on"
+def _suggest_alignment(summary: Summary, url: str, dry: bool) -> list[str]:
+    """Return the count of segments without a label, and the commands to align them if no model has."""
+    message = f"{summary['unlabelled_pieces']:,} segments of long recordings are kept without a label, not trained on"
     if dry or summary.get("aligned") or "alignment" in summary.get("labelled_pieces", {}):
-        return [told]
+        return [message]
     return [
-        told,
-        "a model that was trained on the others may know their words:",
+        message,
+        "a model trained on the other clips may be able to align their words:",
         f"  python -m streamtrain align RUN/best {url} --out alignments.jsonl.zst",
         f"  python -m sharding build SOURCE… --out {url.rstrip('/')}2 --alignments alignments.jsonl.zst",
     ]
 
 
-def _name_worst(summary: Summary, dry: bool) -> list[str]:
-    """The files behind the counts: the longest first, for they cost most."""
+def _list_longest_rejected(summary: Summary, dry: bool) -> list[str]:
+    """Return lines that name the rejected files, longest first because they cost most."""
     if not summary["worst"]:
         return []
     count = summary["fates"]["rejected"]["clips"]
     more = f", the {len(summary['worst'])} longest" if count > len(summary["worst"]) else ""
-    where = "" if dry else f" ({LEDGER_NAME} has all)"
-    return [f"rejected files{more}{where}:"] + [
-        f"{_tell_seconds(row['seconds'])}  {row['source']}/{row['audio_path']}: {row['reason']}"
+    ledger = "" if dry else f" ({LEDGER_NAME} has all)"
+    return [f"rejected files{more}{ledger}:"] + [
+        f"{_format_seconds(row['seconds'])}  {row['source']}/{row['audio_path']}: {row['reason']}"
         for row in summary["worst"]
     ]
 
 
-def _tell_seconds(seconds: float) -> str:
-    return f"{seconds:8.2f} s" if seconds else f"{'–':>10}"  # of what tells no length
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds:8.2f} s" if seconds else f"{'–':>10}"  # of unknown length
 
 
 def _split_row(index: ShardIndex, split: str) -> dict[str, Any]:

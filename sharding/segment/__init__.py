@@ -1,1 +1,1 @@
-"""Split long recordings at pauses, and decide which words each segment gets."""
+"""Split long recordings at pauses, and assign words to each segment."""

@@ -1,4 +1,4 @@
-"""An object store behind the verbs of `store.py`, under the faults that such a server has."""
+"""Read and write an object store with the methods of `store.Store`, and retry the faults of its server."""
 
 import logging
 import math
@@ -28,29 +28,29 @@ from sharding.files.names import check_name
 
 log = logging.getLogger("streamtrain")
 
-PATIENCE_SEC = 90.0  # for which what fails is repeated
-READ_SHARE = 1 / 3  # of it: as long may an answer take, so that one which never comes is asked for twice more
-WRITE_SHARE = 1 / 2  # likewise, with a part on its way up: once more
-QUIET_SHARE = 1 / 18  # of it: as long obstore repeats what fails by itself, a part alone, before it is told
+PATIENCE_SEC = 90.0  # how long failed requests are retried
+READ_SHARE = 1 / 3  # of the patience: time limit of a response, so that a lost one is requested twice more
+WRITE_SHARE = 1 / 2  # likewise for the upload of a part, which is then sent once more
+QUIET_SHARE = 1 / 18  # of the patience: obstore's own retries, of a part alone, before the failure is reported
 CONNECT_SEC = 10.0
 BODY_SEC = 3600.0  # for a body that keeps coming: obstore's 30 s would cut off a 64 MB shard on a line of 2 MB/s
-TRIES, PAUSE_SEC = 6, 0.5  # where an answer broke off
-COALESCE_BYTES = 2**17  # two ranges no further apart are read as one: as long as a request takes
-PART_BYTES = 5 * 2**20  # the smallest that S3 takes: within those 45 s, 8 workers need 0.9 MB/s for one each
+TRIES, PAUSE_SEC = 6, 0.5  # if a response broke off
+COALESCE_BYTES = 2**17  # ranges with smaller gaps are read as one: a gap takes as long as a request
+PART_BYTES = 5 * 2**20  # smallest part of S3: 8 workers with one part each within those 45 s need 0.9 MB/s
 
-NO_BUCKET = "<Code>NoSuchBucket</Code>"  # obstore hands on what a server answers as text alone
-NO_CREDENTIALS = "169.254.169.254"  # where a client without any looks for those of its machine
+NO_BUCKET = "<Code>NoSuchBucket</Code>"  # obstore passes on a server's answer only as text
+NO_CREDENTIALS = "169.254.169.254"  # a client without credentials requests those of its machine there
 LEFT_TO_LIFECYCLE = "unfinished uploads are left to the bucket's lifecycle rule"
 
 Result = TypeVar("Result")
 Range = tuple[int, int]  # of an object: offset, length
-Content = bytes | Iterable[bytes]  # of an object: at once, or part by part as it is made
-ETag = dict[str, str]  # what tells one version of an object from another
+Content = bytes | Iterable[bytes]  # of an object: at once, or part by part as it is generated
+ETag = dict[str, str]  # identifies a version of an object
 
 
 @dataclass(frozen=True, slots=True)
 class VersionedObject:
-    """An object, and what is needed to replace that very version of it."""
+    """Hold an object, and the tag that is needed to replace exactly this version of it."""
 
     data: bytes
     tag: ETag
@@ -58,53 +58,53 @@ class VersionedObject:
 
 
 class _Outage:
-    """Since when all that this process has asked a store for has failed. Threads may race for it: nothing is lost."""
+    """Track since when all requests of this process to a store have failed. Threads may race on it without harm."""
 
     def __init__(self, patience_sec: float) -> None:
         self._patience_sec = patience_sec
         self._began: float | None = None
-        self._lasted = self._failed = self._told = -math.inf  # times: it lasted until then; of a failure; of a line
+        self._last_seen = self._last_failure = self._last_logged = -math.inf
         self.error: BaseException = GenericError()
 
     def begin(self, since: float) -> None:
         self._began = since if self._began is None else min(self._began, since)
-        self._lasted = time.monotonic()
+        self._last_seen = time.monotonic()
 
     def end(self) -> None:
         self._began = None
 
-    def note(self, error: BaseException, tried: float) -> bool:
-        """Note that what was tried then has failed; returns whether that is worth a line."""
+    def record_failure(self, error: BaseException, tried: float) -> bool:
+        """Record the failure of a request sent at `tried`. Return whether to log it."""
         now, began = time.monotonic(), self._began
-        if began is None or self._lasted < now - self._patience_sec:  # nothing was asked for in between
+        if began is None or self._last_seen < now - self._patience_sec:  # no request was sent in between
             began = tried
-        self._began, self._lasted, self._failed, self.error = began, now, now, error
-        news = self._told < min(began, now - self._patience_sec)  # a line for each outage, and not too many
-        if news:
-            self._told = now
-        return news
+        self._began, self._last_seen, self._last_failure, self.error = began, now, now, error
+        is_new = self._last_logged < min(began, now - self._patience_sec)  # one line for each outage, and not too many
+        if is_new:
+            self._last_logged = now
+        return is_new
 
-    def is_given_up(self, asked: float) -> bool:
-        """Tell whether a request has failed since then, and all of them for as long as there is patience."""
+    def is_given_up(self, requested: float) -> bool:
+        """Return whether a request has failed since `requested`, and all of them for the whole patience."""
         began = self._began
-        return began is not None and self._failed > asked and time.monotonic() >= began + self._patience_sec
+        return began is not None and self._last_failure > requested and time.monotonic() >= began + self._patience_sec
 
 
 class NoBucketError(UnreachableError):
-    """A bucket that its server does not have."""
+    """Report a bucket that does not exist on its server."""
 
 
 class BucketStore:
-    """An object store. What is large goes up in parts, and appears under its name only when it is whole.
+    """Read and write an object store. A large object is uploaded in parts, and has its name only when complete.
 
-    What fails is repeated for `patience_sec`, of which all requests share one count while none of them is answered.
+    Failed requests are retried for `patience_sec`, a limit shared by all requests while none of them is answered.
     """
 
     remote = True
 
     def __init__(self, url: str, patience_sec: float = PATIENCE_SEC) -> None:
         self.url = url.rstrip("/")
-        self.retries = 0  # after what obstore itself repeats
+        self.retries = 0  # on top of obstore's own
         self._patience_sec = patience_sec
         self._outage = _Outage(patience_sec)
         try:
@@ -118,32 +118,32 @@ class BucketStore:
         check_name(self.url, name)
 
         def get() -> bytes:
-            found = obstore.get(self._store, name)
-            if limit is not None and found.meta["size"] > limit:
-                raise size_error(f"{self.url}/{name}", found.meta["size"], limit)
-            return bytes(found.bytes())
+            result = obstore.get(self._store, name)
+            if limit is not None and result.meta["size"] > limit:
+                raise size_error(f"{self.url}/{name}", result.meta["size"], limit)
+            return bytes(result.bytes())
 
         return self._retry(name, get)
 
-    def read_ranges(self, name: str, ranges: Sequence[Range], asked: float | None = None) -> list[bytes]:
-        """Ranges with little between them come with one request, the others in parallel.
+    def read_ranges(self, name: str, ranges: Sequence[Range], requested: float | None = None) -> list[bytes]:
+        """Read byte ranges of an object: neighbouring ones with one request, others in parallel.
 
-        `asked` is when they were wanted, by `time.monotonic()`, if that was before now: what has been given up since
-        then is not tried again.
+        `requested` is the `time.monotonic()` at which they were first needed, if earlier than now: if the store was
+        given up since then, they are not tried again.
         """
         check_name(self.url, name)
         starts, lengths = (list(column) for column in zip(*ranges, strict=True))
 
         def read() -> list[bytes]:
             try:
-                found = obstore.get_ranges(self._store, name, starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
-                return [bytes(data) for data in found]
+                parts = obstore.get_ranges(self._store, name, starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
+                return [bytes(part) for part in parts]
             except GenericError as error:
                 if "416 Range Not Satisfiable" in str(error):
-                    return [b""] * len(starts)  # beyond the end, as of a file; checksums tell
+                    return [b""] * len(starts)  # beyond the end, as for a file; the checksum differs then
                 raise
 
-        return self._retry(name, read, asked)
+        return self._retry(name, read, requested)
 
     def write(self, name: str, data: Content) -> None:
         check_name(self.url, name)
@@ -152,11 +152,11 @@ class BucketStore:
             self._retry(name, lambda: obstore.put(self._writer, name, whole))
             return
         parts = _Parts(whole)
-        # One part at a time: the workers of a build share the line as it is, and each part has the same time
+        # One part at a time: the workers of a build already share the bandwidth, and each part has the same time limit
         self._retry(
             name,
             lambda: obstore.put(self._writer, name, iter(parts), chunk_size=PART_BYTES, max_concurrency=1),
-            moved=lambda: parts.moved,
+            last_progress=lambda: parts.last_taken,
         )
 
     def exists(self, name: str) -> bool:
@@ -171,13 +171,13 @@ class BucketStore:
         return iter(self._list())
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """The bytes of each object that is there, of those named: one listing, a thousand objects with each request."""
-        found = self._list()
-        return {name: found[name] for name in names if name in found}
+        """Return the size in bytes of each of the named objects that exists: one listing, 1000 objects per request."""
+        sizes = self._list()
+        return {name: sizes[name] for name in names if name in sizes}
 
     def _list(self) -> dict[str, int]:
-        listed = self._retry("", lambda: obstore.list(self._store).collect())
-        return {entry["path"]: entry["size"] for entry in listed}
+        objects = self._retry("", lambda: obstore.list(self._store).collect())
+        return {meta["path"]: meta["size"] for meta in objects}
 
     def delete(self, name: str) -> None:
         check_name(self.url, name)
@@ -187,12 +187,12 @@ class BucketStore:
             return
 
     def clear(self) -> None:
-        """Delete all that is there, a thousand objects with each request."""
+        """Delete all objects, 1000 per request."""
         with suppress(MissingError):
             self._retry("", lambda: obstore.delete(self._store, list(self.names())))
 
     def get_versioned(self, name: str) -> VersionedObject | None:
-        """An object with its version, or None where there is none."""
+        """Return an object with its version, or None if it does not exist."""
 
         def get() -> VersionedObject:
             result = obstore.get(self._store, name)
@@ -204,10 +204,10 @@ class BucketStore:
             return None
 
     def put_if_match(self, name: str, data: bytes, tag: ETag | None) -> ETag | None:
-        """Write where the object still has that tag or, with None, where there is none; the new tag.
+        """Write only if the object's ETag is `tag` (None: if it does not exist). Return the new ETag.
 
-        None where that is not so, which an answer lost on the way may also cause: `look` tells. Raises
-        NotImplementedError where the server knows no such condition and says so.
+        Returns None if the condition fails, which a lost response may also cause: `get_versioned` resolves that. Raises
+        NotImplementedError if the server reports that it does not support conditional writes.
         """
         mode: Any = tag or "create"
         try:
@@ -222,14 +222,14 @@ class BucketStore:
     def abort_stale_uploads(self) -> int:
         """Abort the unfinished multipart uploads under the prefix, which a killed build leaves and the owner pays for.
 
-        Returns how many there were. Only for the one who builds there: it would also end another's uploads. A bucket
-        without a prefix is left alone, as others may use it.
+        Returns their number. Only for the single build that writes there: uploads of others would be aborted, too. A
+        bucket without a prefix is left alone, as others may use it.
         """
         bucket, prefix = urlsplit(self.url).netloc, urlsplit(self.url).path.strip("/")
         if not self.url.startswith("s3://") or not prefix:
             return 0
         try:
-            import boto3  # an extra: obstore cannot list uploads
+            import boto3  # an optional extra: obstore cannot list uploads
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError, ClientError
         except ImportError:
@@ -249,30 +249,30 @@ class BucketStore:
             for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
                 client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                 aborted += 1
-        except (BotoCoreError, ClientError) as error:  # the keys may lack just this permission
+        except (BotoCoreError, ClientError) as error:  # the credentials may lack only this permission
             print(f"{self.url}: {_first_line(error)}; {LEFT_TO_LIFECYCLE}", file=sys.stderr)
         return aborted
 
     def failed_elsewhere(self, since: float) -> None:
-        """Count the time since then as one in which this store has not answered, as another process has found."""
+        """Record that, according to another process, this store has not answered since the time `since`."""
         self._outage.begin(since)
 
     def _retry(
         self,
         name: str,
         act: Callable[[], Result],
-        asked: float | None = None,
-        moved: Callable[[], float] = lambda: -math.inf,
+        requested: float | None = None,
+        last_progress: Callable[[], float] = lambda: -math.inf,
     ) -> Result:
-        """Repeat what fails until the outage has lasted for long enough, or answers break off once too often.
+        """Retry `act` until the outage has lasted `patience_sec`, or responses have broken off TRIES times.
 
-        obstore repeats for a while by itself, but not always where an answer breaks off midway. `moved()` is when a
-        part of what is asked for last went through, by `time.monotonic()`.
+        obstore retries for a while by itself, but not always if a response breaks off midway. `last_progress()` is the
+        `time.monotonic()` at which a part of the request last went through.
         """
         begun = time.monotonic()
         broken = 0
         while True:
-            if self._outage.is_given_up(begun if asked is None else asked):
+            if self._outage.is_given_up(begun if requested is None else requested):
                 raise self._explain(name, self._outage.error) from self._outage.error
             tried = time.monotonic()
             try:
@@ -280,14 +280,14 @@ class BucketStore:
             except (BaseError, OSError) as error:
                 explained = self._explain(name, error)
                 if not isinstance(error, GenericError) or isinstance(explained, NoBucketError):
-                    self._outage.end()  # the server has answered, and will not otherwise
+                    self._outage.end()  # the server has answered, and a retry would not change that
                     raise explained from error
-                broken += moved() > tried or time.monotonic() - tried < self._patience_sec * QUIET_SHARE
-                if moved() > tried:
+                broken += last_progress() > tried or time.monotonic() - tried < self._patience_sec * QUIET_SHARE
+                if last_progress() > tried:
                     self._outage.end()
-                    begun = tried = moved()
-                if self._outage.note(error, tried):
-                    log.warning("%s; asked again for up to %g s", explained.message, self._patience_sec)
+                    begun = tried = last_progress()
+                if self._outage.record_failure(error, tried):
+                    log.warning("%s; retrying for up to %g s", explained.message, self._patience_sec)
                 over = time.monotonic() >= begun + self._patience_sec or self._outage.is_given_up(tried)
                 if over or broken == TRIES:
                     raise explained from error
@@ -300,35 +300,34 @@ class BucketStore:
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
         if NO_BUCKET in str(error):
-            hint = "is its name right, and the server the one meant?"
-            return NoBucketError(f"{where}: there is no such bucket", hint)
+            return NoBucketError(f"{where}: there is no such bucket", "are its name and the server's URL right?")
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or NO_CREDENTIALS in str(error):
-            hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your cloud, set and right for it?"
+            hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or your cloud's credentials, set and valid for it?"
             return UnreachableError(f"{where}: access denied", hint)
-        return UnreachableError(f"{where}: {_first_line(error)}", "is the server up and in reach, and its URL right?")
+        return UnreachableError(f"{where}: {_first_line(error)}", "is the server up and reachable, and its URL right?")
 
 
 class _Parts:
-    """An object part by part, in the order in which they go up: one is taken when the one before it has."""
+    """Yield the parts of an object in upload order: a part is taken when the previous one is uploaded."""
 
     def __init__(self, whole: bytes) -> None:
         self._whole = whole
-        self.moved = -math.inf  # when the last one was taken
+        self.last_taken = -math.inf  # time at which the last part was taken
 
     def __iter__(self) -> Iterator[bytes]:
         for start in range(0, len(self._whole), PART_BYTES):
-            self.moved = time.monotonic()
+            self.last_taken = time.monotonic()
             yield self._whole[start : start + PART_BYTES]
 
 
 def size_error(where: str, size: int, limit: int) -> StoreError:
-    return StoreError(f"{where}: has {size:,} bytes, at most {limit:,} are expected", "is it another file?")
+    return StoreError(f"{where}: has {size:,} bytes, at most {limit:,} are expected", "is it the wrong file?")
 
 
 def _connect(url: str, silence_sec: float, repeat_sec: float) -> ObjectStore:
-    """Open a store whose requests may wait for so long: of a request all, of a response each silence."""
+    """Open a store. `silence_sec` limits a whole request and each gap in a response; `repeat_sec` obstore's retries."""
     options: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=CONNECT_SEC),
         "read_timeout": timedelta(seconds=silence_sec),
@@ -339,7 +338,7 @@ def _connect(url: str, silence_sec: float, repeat_sec: float) -> ObjectStore:
         options["allow_http"] = True
     first, longest = min(0.1, repeat_sec / 50), min(15.0, repeat_sec / 4)
     backoff = {"init_backoff": timedelta(seconds=first), "max_backoff": timedelta(seconds=longest), "base": 2}
-    retries = {  # time is the limit, not their number
+    retries = {  # limited by time, not by number
         "max_retries": 1_000, "retry_timeout": timedelta(seconds=repeat_sec), "backoff": backoff,
     }  # fmt: skip
     return from_url(url, client_options=options, retry_config=retries)  # type: ignore[call-overload, no-any-return]
@@ -350,5 +349,5 @@ def _tag_of(meta: Mapping[str, Any]) -> ETag:
 
 
 def _first_line(error: BaseException) -> str:
-    """obstore appends the server's XML and a debug dump of the whole error chain; before them stands what happened."""
+    """Return what happened, without the server's XML and the dump of the error chain that obstore appends."""
     return str(error).split("\n", 1)[0].split(": <?xml", 1)[0]

@@ -1,4 +1,4 @@
-"""What the index documents of a shard set say, as types that they are held against when they are read."""
+"""Describe the index documents of a shard set as types that validate them when they are read."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NotRequired
@@ -9,15 +9,15 @@ from typing_extensions import TypedDict
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.document import STRICT, Count, DocumentError, Fraction, Hash, Number, Size
 
-EXTERNAL = "written by others"  # marks the settings of such a set
+EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
 SPLITS = ("train", "valid", "unlabelled")
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
-Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, likewise; empty: there is none
+Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, hexadecimal; empty: none
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One row of index.json: what a shard must turn out to be."""
+    """Describe one row of index.json: the expected size, counts and checksums of a shard."""
 
     __pydantic_config__ = STRICT
 
@@ -26,7 +26,7 @@ class ShardEntry:
     bucket: Count
     count: Count
     bytes: Size
-    samples: Size  # audio samples at 16 kHz, all clips together
+    samples: Size  # audio samples at 16 kHz, summed over all clips
     checksum: Checksum  # of the whole tar
     idx_checksum: Checksum | Literal[""] = ""  # of its .idx.zst
 
@@ -39,7 +39,7 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
 class _BuildSettings(TypedDict, total=False):
-    """An older set lacks some."""
+    """Describe the settings of a build; sets of older versions lack some."""
 
     max_duration: Annotated[Number, Field(ge=0.01, le=86_400)]
     valid_fraction: Fraction
@@ -54,11 +54,11 @@ class _BuildSettings(TypedDict, total=False):
     alignments: str
 
 
-_ForeignSettings = TypedDict("_ForeignSettings", {"valid": list[str], "written by others": Literal[True]}, total=False)
+_External = TypedDict("_External", {"valid": list[str], "written by others": Literal[True]}, total=False)
 
 
-class _Settings(_BuildSettings, _ForeignSettings):
-    """Of a build, or of tars that others wrote."""
+class _Settings(_BuildSettings, _External):
+    """Describe the settings of a build, or of tars that another program wrote."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -66,7 +66,7 @@ class _Settings(_BuildSettings, _ForeignSettings):
 class _Validation(TypedDict):
     disjoint_by_speaker: Annotated[bool, Field(strict=True)]
     fallback_speaker: _SpeakerHash | None
-    kept_in_training: NotRequired[list[_SpeakerHash]]  # an older set has none
+    kept_in_training: NotRequired[list[_SpeakerHash]]  # sets of older versions have none
     clips: Size
     rejected: Size
 
@@ -77,7 +77,7 @@ class _Notes(TypedDict):
     validation: _Validation
 
 
-class _Sounds(TypedDict):
+class _AcousticModel(TypedDict):
     alphabet: str
     max_gap: Number
     values: str
@@ -90,7 +90,7 @@ class _SamplesDocument(TypedDict):
 
 
 class IndexHeader(TypedDict):
-    """What every version of an index has."""
+    """Describe the fields that an index of any version has."""
 
     version: int
     digest: Digest
@@ -98,7 +98,7 @@ class IndexHeader(TypedDict):
 
 @dataclass(frozen=True)
 class IndexDocument:
-    """index.json as it is written."""
+    """Describe index.json as it is written."""
 
     __pydantic_config__ = STRICT
 
@@ -113,11 +113,11 @@ class IndexDocument:
     shards: Annotated[tuple[ShardEntry, ...], FailFast()]
     digest: Digest
     base: Digest = ""
-    acoustic_model: _Sounds | None = None
+    acoustic_model: _AcousticModel | None = None
 
 
 class _Columns(TypedDict):
-    """Those of SAMPLE_DTYPE without the shard's number."""
+    """Describe the columns of SAMPLE_DTYPE without the shard's number."""
 
     offset: Annotated[list[Size], FailFast()]
     bytes: Annotated[list[Count], FailFast()]
@@ -127,7 +127,7 @@ class _Columns(TypedDict):
 
 
 class _SpeakerColumns(TypedDict):
-    """The fields of `Who`."""
+    """Describe the fields of `SpeakerInfo` as columns."""
 
     corpus: Annotated[list[str], FailFast()]
     age_bucket: Annotated[list[str], FailFast()]
@@ -136,7 +136,7 @@ class _SpeakerColumns(TypedDict):
 
 @dataclass(frozen=True)
 class ShardDocument:
-    """`<shard>.idx.zst` as it is written."""
+    """Describe `<shard>.idx.zst` as it is written."""
 
     __pydantic_config__ = STRICT
 
@@ -149,18 +149,18 @@ class ShardDocument:
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
-OUTLINE, INDEX, SHARD = TypeAdapter(IndexHeader), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
+HEADER, INDEX, SHARD = TypeAdapter(IndexHeader), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
 
 
 def check_document(document: IndexDocument) -> None:
-    """Raise DocumentError if what an index says in one place does not go with what it says in another."""
-    bins, shards = document.duration_bins, document.shards
+    """Raise DocumentError if one part of an index contradicts another."""
+    bins, shards, count = document.duration_bins, document.shards, document.samples["count"]
     if list(bins) != sorted(bins):
-        raise DocumentError(f"'duration_bins' are {list(bins)}, and do not rise")
+        raise DocumentError(f"'duration_bins' are {list(bins)}, but must increase")
     for number, shard in enumerate(shards):
         if shard.bucket >= len(bins):
-            raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)}")
+            raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)} buckets")
     if len({shard.name for shard in shards}) != len(shards):
         raise DocumentError("a shard is listed twice")
-    if sum(shard.count for shard in shards) != document.samples["count"]:
-        raise DocumentError(f"'samples.count' is {document.samples['count']}, the shards' own make another")
+    if (total := sum(shard.count for shard in shards)) != count:
+        raise DocumentError(f"'samples.count' is {count}, the shards have {total}")

@@ -1,4 +1,4 @@
-"""Where bytes live: a local folder or an object store, behind the same few verbs."""
+"""Read and write files in a local folder or an object store through one interface."""
 
 import os
 from collections import deque
@@ -13,15 +13,14 @@ from sharding.files.names import check_name
 from sharding.files.writing import replacing
 from sharding.shardset.object_store import PATIENCE_SEC, BucketStore, Content, Range, size_error
 
-FLUSH_BYTES = 8 * 2**20  # a file goes to the disk in such steps, while more of it is made, and leaves the page cache
+FLUSH_BYTES = 8 * 2**20  # a file is flushed in such steps while more of it is generated, and leaves the page cache
 
 
 class Reader(Protocol):
-    """Names are relative, with forward slashes, and never lead outside. Every verb raises StoreError, with the name,
-    when bytes do not come, or when there are more than `limit` of them.
+    """Read files by relative names with forward slashes, which never lead outside. Every method raises StoreError,
+    with the name, if a file cannot be read or has more than `limit` bytes.
 
-    Of a range, (offset, length), only what lies within the object is read, so that a shard cut short fails its
-    checksum.
+    A range, (offset, length), is clipped to the object, so that a truncated shard fails its checksum.
     """
 
     url: str
@@ -32,7 +31,7 @@ class Reader(Protocol):
 
 
 class Store(Reader, Protocol):
-    """A `Reader` that can be written to."""
+    """Read as a `Reader`, and write, list and delete files."""
 
     def write(self, name: str, data: Content) -> None: ...
     def exists(self, name: str) -> bool: ...
@@ -42,10 +41,10 @@ class Store(Reader, Protocol):
 
 
 def open_store(location: str | Path, dry_run: bool = False) -> Store:
-    """A store for a folder, or for an `s3://`, `gs://`, `az://` or `http(s)://` URL; a `dry` one is never changed.
+    """Open a folder, or an `s3://`, `gs://`, `az://` or `http(s)://` URL; with `dry_run` the store is never changed.
 
-    Credentials, endpoint and region of a bucket come from the usual environment (`AWS_ACCESS_KEY_ID`,
-    `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, `AWS_REGION`, …) and are never logged.
+    Credentials, endpoint and region of a bucket come from the usual environment variables (`AWS_ACCESS_KEY_ID`,
+    `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, `AWS_REGION`, …), and are never logged.
     """
     text = str(location)
     bucket = "://" in text and not text.startswith("file://")
@@ -54,10 +53,10 @@ def open_store(location: str | Path, dry_run: bool = False) -> Store:
 
 
 class FolderStore:
-    """A local folder. A file appears under its name only when it is whole.
+    """Read and write files of a local folder. A file appears under its name only when it is complete.
 
-    Files are read wherever links lead, as in a download cache that consists of links, and their checksums tell what
-    they are; nothing is written or deleted through a link that leads outside.
+    Files are read wherever links lead, as in a download cache that consists of links, because checksums verify their
+    contents; nothing is written or deleted through a link that leads outside.
     """
 
     remote = False
@@ -90,14 +89,14 @@ class FolderStore:
             raise StoreError(f"{path}: {error.strerror}") from error
 
     def write(self, name: str, data: Content) -> None:
-        waiting = 0  # bytes whose way to the disk has not begun
+        pending = 0  # bytes not yet sent to the disk
         with replacing(self._path_to_change(name), len(data) if isinstance(data, bytes) else None) as file:
             for part in [data] if isinstance(data, bytes) else data:
-                waiting += file.write(part)
-                if waiting >= FLUSH_BYTES:
+                pending += file.write(part)
+                if pending >= FLUSH_BYTES:
                     file.flush()
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                    waiting = 0
+                    pending = 0
 
     def exists(self, name: str) -> bool:
         return self._path(name).exists()
@@ -106,12 +105,12 @@ class FolderStore:
         return (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """The bytes of each file that is there, of those named."""
-        found = {}
+        """Return the size in bytes of each of the named files that exists."""
+        sizes = {}
         for name in names:
             with suppress(OSError):
-                found[name] = self._path(name).stat().st_size
-        return found
+                sizes[name] = self._path(name).stat().st_size
+        return sizes
 
     def delete(self, name: str) -> None:
         self._path_to_change(name).unlink(missing_ok=True)
@@ -122,15 +121,15 @@ class FolderStore:
 
     def _path_to_change(self, name: str) -> Path:
         path = self._path(name)
-        place = path.parent.resolve()
-        if not place.is_relative_to(self.folder.resolve()):
-            raise StoreError(f"{path}: a link leads to {place}, outside of {self.folder}: nothing is written there",
+        target = path.parent.resolve()
+        if not target.is_relative_to(self.folder.resolve()):
+            raise StoreError(f"{path}: a link leads to {target}, outside of {self.folder}: nothing is written there",
                              "name the folder that the link leads to, or remove the link")  # fmt: skip
         return path
 
 
 class DryStore:
-    """Reads like the store it stands for, and writes nothing."""
+    """Read from another store, and write nothing."""
 
     def __init__(self, store: Store) -> None:
         self.url, self.remote = store.url, store.remote
@@ -138,9 +137,9 @@ class DryStore:
         self.sizes = store.sizes
 
     def write(self, name: str, data: Content) -> None:
-        """Nothing comes, but the work is done."""
+        """Consume the data, so that the work is done, but write nothing."""
         if not isinstance(data, bytes):
             deque(data, maxlen=0)
 
     def delete(self, name: str) -> None:
-        """Nothing goes."""
+        """Delete nothing."""

@@ -1,4 +1,4 @@
-"""Check a shard set: each tar against its own index, that against the index of the set, and that against older ones.
+"""Verify a shard set: each tar against its own index, these against the index of the set, and that against older ones.
 
 Every file is read once.
 """
@@ -30,10 +30,10 @@ from sharding.shardset.store import Reader, open_store
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with a shard."""
+    """Describe what is wrong with a shard."""
 
     message: str
-    mendable: bool = True  # by making the shard again: not if the set's own columns say otherwise
+    mendable: bool = True  # by rebuilding the shard: not if the sample columns of the set contradict it
 
 
 Faults = dict[str, Fault]  # by the shard's name
@@ -43,15 +43,15 @@ Faults = dict[str, Fault]  # by the shard's name
 class _Job:
     url: str
     shard: ShardEntry
-    rows: SampleTable | None  # of the shard, in the sample columns of the index; None: these are not compared
+    rows: SampleTable | None  # of the shard in the sample columns of the index; None: not compared
     track: str
     with_audio: bool
 
 
 def find_faults(url: str, index: ShardIndex, with_audio: bool, workers: int) -> Faults:
-    """Read every shard whole and check all that the index promises of it; `with_audio` decodes each clip as well.
+    """Read every shard completely and return the faults found; `with_audio` also decodes each clip.
 
-    The sample columns are compared too, unless the index is an outline, which has none.
+    The sample columns are compared, too, unless the index was read by `read_index_header`, which omits them.
     """
     ends = np.cumsum([shard.count for shard in index.shards])
     rows = np.split(index.samples, ends[:-1]) if len(index.samples) else [None] * len(index.shards)
@@ -64,60 +64,60 @@ def find_faults(url: str, index: ShardIndex, with_audio: bool, workers: int) -> 
 def _fault_of(job: _Job) -> Fault | None:
     store, where = open_store(job.url), f"{job.url}/{job.shard.name}"
     try:
-        listed = read_checked(store, job.shard)
-        samples = check_shard(store, listed, job.track)
+        record = read_checked(store, job.shard)
+        samples = check_shard(store, record, job.track)
     except UnreachableError:
         raise
     except StreamtrainError as error:
         return Fault(error.message)
-    for sample, length in zip(samples, listed.samples["samples"].tolist(), strict=True):
+    for sample, length in zip(samples, record.samples["samples"].tolist(), strict=True):
         count_done()
         try:
-            seen = len(decode(sample.audio, prove=True)[0]) if job.with_audio else length
+            decoded = len(decode(sample.audio, prove=True)[0]) if job.with_audio else length
         except AudioError as error:
             return Fault(f"{where}: {sample.key}: {error.message}")
-        if seen != length:
-            return Fault(f"{where}: {sample.key} has {seen:,} samples at 16 kHz, its index says {length:,}")
-    return None if job.rows is None else _compare_columns(where, listed.samples, job.rows)
+        if decoded != length:
+            return Fault(f"{where}: {sample.key} has {decoded:,} samples at 16 kHz, its index has {length:,}")
+    return None if job.rows is None else _compare_columns(where, record.samples, job.rows)
 
 
-def _compare_columns(where: str, listed: SampleTable, rows: SampleTable) -> Fault | None:
+def _compare_columns(where: str, shard_rows: SampleTable, set_rows: SampleTable) -> Fault | None:
     for column in [name for name in SAMPLE_DTYPE.names or () if name != "shard"]:
-        if not np.array_equal(listed[column], rows[column]):
-            row = int((listed[column] != rows[column]).argmax())
-            said = f"the sample columns say that {column!r} of sample {row} is {rows[column][row]}, its own index says"
-            return Fault(f"{where}: {said} {listed[column][row]}", mendable=False)
+        if not np.array_equal(shard_rows[column], set_rows[column]):
+            row = int((shard_rows[column] != set_rows[column]).argmax())
+            problem = f"{column!r} of sample {row} is {set_rows[column][row]} in the sample columns"
+            return Fault(f"{where}: {problem}, but {shard_rows[column][row]} in its own index", mendable=False)
     return None
 
 
-def check_shard(store: Reader, listed: ShardRecord, track: str = "phonetic") -> list[Sample]:
-    """Read the tar of a shard, check every promise that its own index makes, and return its samples."""
-    shard = listed.entry
-    data = store.read(shard.name, limit=shard.bytes + 2**20)  # a little more is told by its checksum
+def check_shard(store: Reader, record: ShardRecord, track: str = "phonetic") -> list[Sample]:
+    """Read the tar of a shard and return its samples. Raises ShardError if it differs from its own index."""
+    shard = record.entry
+    data = store.read(shard.name, limit=shard.bytes + 2**20)  # a small excess is reported as a wrong checksum
     where = f"{store.url}/{shard.name}"
     checksum = xxhash.xxh3_64_hexdigest(data)
     if checksum != shard.checksum:
-        raise ShardError(f"{where}: checksum is {checksum}, the index says {shard.checksum}", VERIFY_HINT)
+        raise ShardError(f"{where}: checksum is {checksum}, the index has {shard.checksum}", VERIFY_HINT)
     if not data.endswith(END_OF_ARCHIVE):
         raise ShardError(f"{where}: the end-of-archive block is missing", VERIFY_HINT)
-    parts = [data[start : start + length] for start, length in listed.samples[["offset", "bytes"]].tolist()]
+    parts = [data[start : start + length] for start, length in record.samples[["offset", "bytes"]].tolist()]
     checksums = [xxhash.xxh3_64_intdigest(part) for part in parts]
-    if checksums != listed.samples["checksum"].tolist():
-        raise ShardError(f"{where}: its samples do not lie where its index says", VERIFY_HINT)
+    if checksums != record.samples["checksum"].tolist():
+        raise ShardError(f"{where}: its samples differ in position or bytes from its index", VERIFY_HINT)
     samples = [sample_from_bytes(part, track) for part in parts]
-    if [len(sample.text) for sample in samples] != listed.samples["label_length"].tolist():
-        raise ShardError(f"{where}: its labels are not as long as its index says", VERIFY_HINT)
-    if tuple(sample.key for sample in samples) != listed.keys or len(samples) != shard.count:
-        raise ShardError(f"{where}: holds other keys than its index", VERIFY_HINT)
+    if [len(sample.text) for sample in samples] != record.samples["label_length"].tolist():
+        raise ShardError(f"{where}: the lengths of its labels differ from its index", VERIFY_HINT)
+    if tuple(sample.key for sample in samples) != record.keys or len(samples) != shard.count:
+        raise ShardError(f"{where}: its keys differ from its index", VERIFY_HINT)
     return samples
 
 
 def check_older_indexes(store: Reader, index: ShardIndex) -> None:
-    """Raise ShardError if an index that a set grew from is damaged, missing, or not what the newest begins with."""
+    """Raise ShardError if an index that the set extends is damaged, missing, or not a prefix of the newest index."""
     older = index
     while older.base:
         name = archived_index_name(older.base)
         older = read_index(store, name)
-        same = older.shards == index.shards[: len(older.shards)]
-        if not same or not np.array_equal(older.samples, index.samples[: len(older.samples)]):
-            raise ShardError(f"{store.url}/{name}: {INDEX_NAME} does not begin as it does", VERIFY_HINT)
+        is_prefix = older.shards == index.shards[: len(older.shards)]
+        if not is_prefix or not np.array_equal(older.samples, index.samples[: len(older.samples)]):
+            raise ShardError(f"{store.url}/{name}: {INDEX_NAME} does not begin with its samples", VERIFY_HINT)

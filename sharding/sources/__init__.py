@@ -1,1 +1,1 @@
-"""Read corpora as people have them: transcripts, folders, archives; make a synthetic one."""
+"""Read corpora as users have them: transcripts, folders, archives; make a synthetic one."""

@@ -1,4 +1,4 @@
-"""Where a clip's bytes lie: in a folder or in a zip. Neither is trusted, and every refusal has a reason."""
+"""Open the bytes of a clip, in a folder or in a zip. Neither is trusted, and every refusal has a reason."""
 
 import functools
 import io
@@ -23,35 +23,32 @@ AUDIO_FOLDER = "audio"
 ARCHIVE = "audio.zip"
 MISSING = "audio file is missing"
 OUTSIDE = "audio_path leads outside its folder"
-ABSOLUTE = f"{OUTSIDE}: --audio-root DIR takes absolute paths below DIR"
+ABSOLUTE = f"{OUTSIDE}: --audio-root DIR accepts absolute paths below DIR"
 LINKED_OUTSIDE = "audio file is a link that leads outside its folder: --follow-links reads it"
 LINKED_NOWHERE = "audio file is a link that leads nowhere"
 
-# A zip bomb is a member that unpacks to far more than sound could shrink to.
+# Limits against zip bombs: members that unpack to far more than audio could have been compressed by.
 MAX_MEMBER_BYTES = 2**31
-MAX_FILE_BYTES = 2**32  # more than the longest sound that is taken has
+MAX_FILE_BYTES = 2**32  # above the size of the longest recording that is accepted
 MAX_UNPACKING = 100
-UTF8_NAME = 0x800  # flag of a zip member; without it, zipfile takes the name for code page 437
-SMALL_BYTES = 2**26  # harmless whatever the ratio: digital silence shrinks a thousandfold
+UTF8_NAME = 0x800  # flag of a zip member; without it, zipfile decodes the name as code page 437
+SMALL_BYTES = 2**26  # accepted at any ratio: digital silence compresses a thousandfold
 
 
 @dataclass(frozen=True, slots=True)
 class AudioRoot:
-    """What the audio paths of a source are relative to."""
+    """Hold what the audio paths of a source are relative to."""
 
-    path: str  # a folder, or a zip
-    below: str = AUDIO_FOLDER  # the folder in there where orphans are looked for
-    given_path: str = ""  # what audio paths begin with …
-    packed: str = ""  # … where the members of the zip begin with this
-    follow_links: bool = False  # wherever they lead
+    path: str  # a folder or a zip
+    below: str = AUDIO_FOLDER  # the folder in it that is searched for orphans
+    given_path: str = ""  # prefix of the audio paths …
+    packed: str = ""  # … in whose place the members of the zip have this one
+    follow_links: bool = False  # even out of the folder
 
 
 @contextmanager
 def open_audio(root: AudioRoot, audio_path: str) -> Iterator[tuple[IO[bytes], int]]:
-    """A clip as a seekable file with its size in bytes; AudioError where it must not or cannot be read.
-
-    RuntimeError is what an encrypted zip member raises.
-    """
+    """Yield a clip as a seekable file and its size in bytes. Raises AudioError if it must not or cannot be read."""
     if _leads_outside(audio_path):
         raise AudioError(ABSOLUTE if audio_path.startswith("/") else OUTSIDE)
     try:
@@ -60,57 +57,57 @@ def open_audio(root: AudioRoot, audio_path: str) -> Iterator[tuple[IO[bytes], in
             yield opened
     except (FileNotFoundError, NotADirectoryError, KeyError) as error:
         _check_presence(root)
-        nowhere = not _is_archive(root.path) and os.path.islink(f"{root.path}/{audio_path}")
-        raise AudioError(LINKED_NOWHERE if nowhere else MISSING) from error
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        dangling = not _is_archive(root.path) and os.path.islink(f"{root.path}/{audio_path}")
+        raise AudioError(LINKED_NOWHERE if dangling else MISSING) from error
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
         reason = getattr(error, "strerror", None) or str(error) or "cut off"
         raise AudioError(f"audio file cannot be read: {reason}") from error
 
 
 def find_audio(folder: Path, audio_paths: Sequence[str], follow_links: bool = False) -> AudioRoot:
-    """Where the clips of a corpus are, told by some of its audio paths: in its folder, in audio/, clips/ or audio.zip.
+    """Return where the clips of a corpus are, by some of its audio paths: its folder, audio/, clips/ or audio.zip.
 
-    Raises ManifestError where none of them is there, or all are links that lead outside and are not to be followed.
+    Raises ManifestError if none of them is there, or if all are links that lead outside and must not be followed.
     """
     inside = [path for path in audio_paths if not _leads_outside(path)]
     for below in ("", AUDIO_FOLDER, "clips"):
-        place = str(folder / below)
-        there = [spelt for path in inside for spelt in _spell_on_disk(place, path)[:1]]
-        if there:
-            if not follow_links and all(_links_outside(place, path) for path in there):
+        directory = str(folder / below)
+        existing = [match for path in inside for match in _spell_on_disk(directory, path)[:1]]
+        if existing:
+            if not follow_links and all(_links_outside(directory, path) for path in existing):
                 raise ManifestError(
-                    f"{place}: all {len(there):,} audio files looked at are links that lead outside this folder, such "
-                    f"as {there[0]!r} to {os.path.realpath(f'{place}/{there[0]}')!r}",
+                    f"{directory}: all {len(existing):,} audio files checked are links that lead outside this folder, "
+                    f"such as {existing[0]!r} to {os.path.realpath(f'{directory}/{existing[0]}')!r}",
                     "--follow-links reads them, if you trust whoever made the links",
                 )
-            tops = {_plain(path).rpartition("/")[0].partition("/")[0] for path in there}
-            return AudioRoot(place, tops.pop() if len(tops) == 1 else "", follow_links=follow_links)
-    seen = ""
+            tops = {_plain(path).rpartition("/")[0].partition("/")[0] for path in existing}
+            return AudioRoot(directory, tops.pop() if len(tops) == 1 else "", follow_links=follow_links)
+    zip_note = ""
     if (folder / ARCHIVE).is_file():
         members = _read_members(str(folder / ARCHIVE))
         prefixes = _find_prefixes(members, inside)
         if prefixes:
             return AudioRoot(str(folder / ARCHIVE), "", *prefixes)
-        seen = f"; {ARCHIVE} has {next(iter(members), 'no files')}"
+        zip_note = f"; {ARCHIVE} has {next(iter(members), 'no files')}"
     raise ManifestError(
-        f"{folder}: there is no audio: none of {len(audio_paths):,} audio paths looked at, such as {audio_paths[0]!r},"
-        f" is in this folder, its {AUDIO_FOLDER}/, clips/ or {ARCHIVE}{seen}",
+        f"{folder}: there is no audio: none of {len(audio_paths):,} audio paths checked, such as {audio_paths[0]!r},"
+        f" is in this folder, its {AUDIO_FOLDER}/, clips/ or {ARCHIVE}{zip_note}",
         "audio paths are relative to the folder of their transcripts file",
     )
 
 
 def is_audio(name: str) -> bool:
-    """Whether a file is a recording, by its name; those in `._x` are what macOS says about the file x."""
+    """Return whether a file is a recording, by its name; macOS stores its metadata of the file x in `._x`."""
     return name.lower().endswith(AUDIO_SUFFIXES) and "/._" not in f"/{name}"
 
 
 def list_audio(root: AudioRoot) -> list[str]:
-    """Every audio file of a zip, or below a folder of `root`, as an audio_path would name it."""
+    """Return every audio file of a zip, or below `root.below`, in the form of an audio_path."""
     return list(filter(is_audio, list_files(root)))
 
 
 def list_files(root: AudioRoot) -> list[str]:
-    """The same for files of any kind."""
+    """Return every file of a zip, or below `root.below`, in the form of an audio_path."""
     if _is_archive(root.path):
         length = len(root.packed)
         names = [root.given_path + name[length:] if name.startswith(root.packed) else name
@@ -124,28 +121,28 @@ def list_files(root: AudioRoot) -> list[str]:
 
 
 def walk_files(top: str, follow_links: bool) -> Iterator[str]:
-    """The path of every file below a folder, each folder once however many links lead to it."""
-    seen: set[str] = set()
+    """Yield the path of every file below a folder, each folder once even if several links lead to it."""
+    visited: set[str] = set()
     for folder, below, files in os.walk(top, followlinks=follow_links):
         real = os.path.realpath(folder)
-        if real in seen:  # such as by a link to a folder above
+        if real in visited:  # such as through a link to a parent folder
             below.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         yield from (os.path.join(folder, name) for name in files)
 
 
 def actual_path(root: AudioRoot, audio_path: str) -> str:
-    """An audio path as `list_audio` spells it: what is there may have its name in another Unicode form."""
-    same = [] if audio_path.isascii() or _leads_outside(audio_path) else _spell(root, audio_path)
-    return same[0] if len(same) == 1 else audio_path
+    """Return an audio path as `list_audio` spells it: the file may have its name in another Unicode form."""
+    matches = [] if audio_path.isascii() or _leads_outside(audio_path) else _spell(root, audio_path)
+    return matches[0] if len(matches) == 1 else audio_path
 
 
 def _check_presence(root: AudioRoot) -> None:
-    """Raise ManifestError where a whole source is away, which is no fault of its clips."""
+    """Raise ManifestError if a whole source is missing, which is not the fault of its clips."""
     if not os.path.exists(root.path):
         raise ManifestError(
-            f"{root.path}: is not there on {socket.gethostname()}", "all machines must see the sources, all the time"
+            f"{root.path}: does not exist on {socket.gethostname()}", "all machines need the sources all the time"
         )
 
 
@@ -160,7 +157,7 @@ def _is_archive(root: str) -> bool:
 
 @functools.cache
 def _real(root: str) -> tuple[str, str]:
-    """The real folder, and that of its audio/, which its owner may have linked to where there is room."""
+    """Return the real path of a folder and of its audio/, which its owner may have linked to a larger disk."""
     return os.path.join(os.path.realpath(root), ""), os.path.join(os.path.realpath(f"{root}/{AUDIO_FOLDER}"), "")
 
 
@@ -169,18 +166,18 @@ def _links_outside(folder: str, path: str) -> bool:
 
 
 def _open_by_any_form(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
-    """Open what has exactly this name, else what has it in another Unicode form, as a Mac's disk or zip may."""
+    """Open the file with exactly this name, else with another Unicode form of it, as on a Mac's disk or in its zip."""
     opener = _open_member if _is_archive(root.path) else _open_file
     try:
         return opener(root, path)
     except (FileNotFoundError, NotADirectoryError, KeyError):
-        same = _spell(root, path)
-        if len(same) > 1:
-            listed = ", ".join(map(ascii, same))
-            raise AudioError(f"audio_path fits several files that differ by their Unicode form: {listed}") from None
-        if same in ([], [path]):
+        matches = _spell(root, path)
+        if len(matches) > 1:
+            listed = ", ".join(map(ascii, matches))
+            raise AudioError(f"audio_path matches several files that differ only in Unicode form: {listed}") from None
+        if matches in ([], [path]):
             raise
-        return opener(root, same[0])
+        return opener(root, matches[0])
 
 
 def _spell(root: AudioRoot, path: str) -> list[str]:
@@ -188,25 +185,25 @@ def _spell(root: AudioRoot, path: str) -> list[str]:
 
 
 def _spell_on_disk(folder: str, path: str) -> list[str]:
-    """What is there under this path: by exactly this name, else by each that is canonically equal to it in Unicode."""
+    """Return the existing paths that match `path`: the exact one, else all canonically equivalent ones in Unicode."""
     if os.path.lexists(f"{folder}/{path}"):
         return [path]
-    found = [""]
+    matches = [""]
     for part in path.split("/"):
-        found = [f"{above}{name}/" for above in found for name in _spell_name(f"{folder}/{above}", part)]
-    return [path[:-1] for path in found]
+        matches = [f"{above}{name}/" for above in matches for name in _spell_name(f"{folder}/{above}", part)]
+    return [path[:-1] for path in matches]
 
 
 def _spell_name(folder: str, name: str) -> list[str]:
     if os.path.lexists(folder + name):
         return [name]
     form = nfc(name)
-    return [same for same in (form, *_decomposed(folder).get(form, ())) if os.path.lexists(folder + same)]
+    return [other for other in (form, *_decomposed(folder).get(form, ())) if os.path.lexists(folder + other)]
 
 
 @functools.cache
 def _decomposed(place: str) -> Mapping[str, list[str]]:
-    """The names in a folder or a zip that are not in NFC, by that form."""
+    """Return the names in a folder or a zip that are not in NFC, by their NFC form."""
     names: dict[str, list[str]] = {}
     with suppress(OSError):  # no folder, no names
         for name in _read_members(place) if _is_archive(place) else os.listdir(place):
@@ -216,8 +213,8 @@ def _decomposed(place: str) -> Mapping[str, list[str]]:
 
 
 def _open_file(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
-    """Open first, then look at what was opened: nobody can swap the file in between, and it costs one walk."""
-    descriptor = os.open(f"{root.path}/{path}", os.O_RDONLY | os.O_NONBLOCK)  # else to open a pipe waits for ever
+    """Open a file, then check what was opened: it cannot be swapped in between, and the path is walked only once."""
+    descriptor = os.open(f"{root.path}/{path}", os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe blocks forever
     try:
         if not root.follow_links and not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_real(root.path)):
             raise AudioError(LINKED_OUTSIDE)
@@ -225,7 +222,7 @@ def _open_file(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
         if not stat.S_ISREG(status.st_mode):
             raise AudioError("audio_path is not a file")
         if status.st_size > MAX_FILE_BYTES:
-            raise AudioError(f"audio file of {status.st_size} bytes")
+            raise AudioError(f"audio file is {status.st_size} bytes, at most {MAX_FILE_BYTES} are accepted")
         return os.fdopen(descriptor, "rb", buffering=0), status.st_size
     except AudioError:
         os.close(descriptor)
@@ -239,7 +236,7 @@ def _open_archive(path: str) -> zipfile.ZipFile:
 
 @functools.cache
 def _read_members(path: str) -> dict[str, zipfile.ZipInfo]:
-    """The files in a zip by their names, which some tools write with backslashes. Raises ManifestError."""
+    """Return the files in a zip by name, with slashes if a tool wrote backslashes. Raises ManifestError."""
     try:
         infos = _open_archive(path).infolist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
@@ -248,7 +245,7 @@ def _read_members(path: str) -> dict[str, zipfile.ZipInfo]:
 
 
 def _member_name(info: zipfile.ZipInfo) -> str:
-    """A member's name, which macOS and others write in UTF-8 without the flag that says so."""
+    """Return a member's name, which macOS and others write in UTF-8 without setting its flag."""
     try:
         return info.filename if info.flag_bits & UTF8_NAME else info.filename.encode("cp437").decode()
     except UnicodeError:
@@ -260,9 +257,9 @@ def _plain(path: str) -> str:
 
 
 def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence[str]) -> tuple[str, str] | None:
-    """What audio paths begin with, and what the members begin with instead: ("", "") where they are the same.
+    """Return the prefix of the audio paths and the one that members have instead; ("", "") if they are the same.
 
-    A zip may lack its audio/, or have a folder more above it. What fits most paths is taken; None where nothing fits.
+    A zip may lack its audio/, or have a folder more on top. Returns the pair that fits most paths, None if none fits.
     """
     paths = [_plain(path) for path in audio_paths]
     forms = {nfc(name) for name in members}
@@ -283,13 +280,13 @@ def _find_prefixes(members: Mapping[str, zipfile.ZipInfo], audio_paths: Sequence
 
 
 def _spell_in_zip(root: AudioRoot, path: str) -> list[str]:
-    """The same for a zip, each name as an audio_path would give it."""
-    members, said, form = _read_members(root.path), nfc(root.given_path), nfc(_plain(path))
-    exact = root.packed + _plain(path).removeprefix(root.given_path)
-    wanted = nfc(root.packed) + form.removeprefix(said)
-    same = [exact] if exact in members else [wanted, *_decomposed(root.path).get(wanted, ())]
-    found = [name for name in same if name in members and name.startswith(root.packed)]
-    return [root.given_path + name.removeprefix(root.packed) for name in found if form.startswith(said)]
+    """Return the members of a zip that match `path`, in any Unicode form, each in the form of an audio_path."""
+    members, prefix, form = _read_members(root.path), nfc(root.given_path), nfc(_plain(path))
+    exact_name = root.packed + _plain(path).removeprefix(root.given_path)
+    wanted = nfc(root.packed) + form.removeprefix(prefix)
+    candidates = [exact_name] if exact_name in members else [wanted, *_decomposed(root.path).get(wanted, ())]
+    matches = [name for name in candidates if name in members and name.startswith(root.packed)]
+    return [root.given_path + name.removeprefix(root.packed) for name in matches if form.startswith(prefix)]
 
 
 def _open_member(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
@@ -301,12 +298,12 @@ def _open_member(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
         raise AudioError(f"zip member of {member.compress_size} bytes would unpack to {member.file_size}")
     try:
         return _Member(_open_archive(root.path).open(member), member.file_size), member.file_size
-    except ValueError as error:  # its header has a name that is no UTF-8, or lies before the start of the zip
+    except ValueError as error:  # the name in its header is not UTF-8, or the header lies before the zip's start
         raise zipfile.BadZipFile(str(error)) from error
 
 
 class _Member(io.BytesIO):
-    """A zip member that unpacks no further than it is read: to look at a header costs a header."""
+    """Read a zip member, unpacking it no further than it is read: reading a header costs only a header."""
 
     def __init__(self, packed: IO[bytes], size: int) -> None:
         super().__init__()
@@ -315,18 +312,18 @@ class _Member(io.BytesIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         end = self.size if size is None or size < 0 else min(self._position + size, self.size)
-        have = super().seek(0, os.SEEK_END)
-        if end > have:
-            super().write(self._packed.read(end - have))  # at the member's end its CRC is checked
+        unpacked = super().seek(0, os.SEEK_END)
+        if end > unpacked:
+            super().write(self._packed.read(end - unpacked))  # zipfile checks the CRC at the member's end
         super().seek(self._position)
         data = super().read(max(0, end - self._position))
         self._position += len(data)
         return data
 
     def readinto(self, buffer: bytearray | memoryview, /) -> int:  # type: ignore[override]
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        chunk = self.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]

@@ -1,6 +1,6 @@
-"""A transcripts file as JSON Lines, whatever the user has: JSON Lines, CSV or TSV, plain or compressed.
+"""Read a transcripts file as JSON Lines, whether it is JSON Lines, CSV or TSV, plain or compressed.
 
-Everything is read to its end: a file that was cut short on its way here is told, not taken for a shorter one.
+Everything is read to its end: a truncated file is reported, not taken for a shorter one.
 """
 
 import csv
@@ -23,24 +23,24 @@ from sharding.errors import ManifestError
 from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular
 
 READ_BYTES = 2**20
-ROW_BYTES = 16  # of a line that is a row, at least
-TABLE_TIMES = 30  # a table's size: the most that rows of empty cells take, which repeat their columns' names
-FREE_BYTES = 2**25  # bytes to unpack to, whatever the ratio: tables of a few words shrink a thousandfold
-SEARCH_BYTES = 2**22  # looked at together: of bare line ends, numbers take eight times as much
+ROW_BYTES = 16  # only shorter lines are checked for being blank: no row is that short
+TABLE_TIMES = 30  # a table's size, at most, as JSON: rows of empty cells repeat the names of their columns
+FREE_BYTES = 2**25  # unpacked at any ratio: tables of a few words compress a thousandfold
+SEARCH_BYTES = 2**22  # searched at a time: for bare line ends, the numbers take eight times as much
 BLANK = np.isin(np.arange(256), np.frombuffer(string.whitespace.encode(), np.uint8))  # by byte
-DELIMITERS = (",", ";", "\t")  # of a CSV; Excel writes the second where the comma is for decimals
-HEADER_BYTES = 2**16  # in which the delimiter is looked for
+DELIMITERS = (",", ";", "\t")  # of a CSV; Excel writes semicolons if the comma is the decimal separator
+HEADER_BYTES = 2**16  # searched for the delimiter
 NOT_UTF8 = "a table is expected in UTF-8; in Excel: save as CSV UTF-8"
-NOT_A_TABLE = "a header is expected, then rows of as many cells, every quote closed, in UTF-8"
+NOT_A_TABLE = "a header is expected, then rows with as many cells, every quote closed, in UTF-8"
 
 
 class Lines(NamedTuple):
-    """One JSON object per line."""
+    """Hold a text with one JSON object per line, and the positions of its rows."""
 
     text: bytes
-    starts: npt.NDArray[np.int64]  # (rows,) where each row's line begins
+    starts: npt.NDArray[np.int64]  # (rows,) where the line of each row begins in `text`
     ends: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]  # of the lines in the user's file, from 1
+    numbers: npt.NDArray[np.int64]  # line numbers in the user's file, from 1
 
 
 def is_table(path: Path) -> bool:
@@ -48,12 +48,12 @@ def is_table(path: Path) -> bool:
 
 
 def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
-    """The rows of a transcripts file; of a table, `number_columns` become numbers. Raises ManifestError."""
+    """Read the rows of a transcripts file; in a table, `number_columns` become numbers. Raises ManifestError."""
     try:
         with open_regular(path) as file:
             data = _read_whole(_unpack(file, path.suffix.lower()), os.fstat(file.fileno()).st_size)
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise ManifestError(f"{path}: damaged ({error})", "it may not have been copied whole") from error
+        raise ManifestError(f"{path}: damaged ({error})", "the copy may be incomplete") from error
     except DocumentError as error:
         raise ManifestError(f"{path}: {error}", "is it a transcripts file?") from error
     except OSError as error:
@@ -69,15 +69,15 @@ def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
 
 
 def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
-    """Join what a file of so many bytes unpacks to. Raises DocumentError for a bomb, and for a line without an end."""
-    whole, line = io.BytesIO(), 0  # where the last line begins; what a BytesIO holds is not copied when it is taken
+    """Join the unpacked parts of a file of `packed` bytes. Raises DocumentError for a bomb and for an endless line."""
+    whole, line_start = io.BytesIO(), 0  # getvalue() of a BytesIO copies nothing
     for part in parts:
         size = whole.tell() + len(part)
         if size > max(FREE_BYTES, max_unpacked(packed)):
             raise DocumentError(f"its {packed:,} bytes unpack to more than {whole.tell():,}")
         end = max(part.rfind(b"\n"), part.rfind(b"\r"))
-        line = line if end < 0 else whole.tell() + end
-        if size - line > LINE_BYTES + READ_BYTES:
+        line_start = line_start if end < 0 else whole.tell() + end
+        if size - line_start > LINE_BYTES + READ_BYTES:
             raise DocumentError(f"it has a line of more than {LINE_BYTES:,} bytes")
         whole.write(part)
     return whole.getvalue()
@@ -93,15 +93,15 @@ def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
-    """Frame after frame; zstandard's own stream reader ends without a word where a frame is cut short."""
-    frame, whole = zstandard.ZstdDecompressor().decompressobj(), True
+    """Yield the data of all frames; zstandard's own stream reader ends silently if a frame is cut short."""
+    frame, complete = zstandard.ZstdDecompressor().decompressobj(), True
     while data := file.read(PIECE_BYTES):
         while data:
             yield frame.decompress(data)
-            whole, data = frame.eof, frame.unused_data
-            if whole:
+            complete, data = frame.eof, frame.unused_data
+            if complete:
                 frame = zstandard.ZstdDecompressor().decompressobj()
-    if not whole:
+    if not complete:
         raise EOFError("the last frame is cut short")
 
 
@@ -111,9 +111,9 @@ def _bare_suffix(path: Path) -> str:
 
 
 def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
-    """A CSV, or a TSV in which quotes are plain characters (as Common Voice writes it): rows and their lines.
+    """Return the rows of a CSV or TSV as JSON Lines, and their line numbers; the header decides a CSV's delimiter.
 
-    What parts the cells of a CSV, its header tells.
+    Quotes in a TSV are plain characters, as Common Voice writes it.
     """
     csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
     file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
@@ -128,21 +128,21 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
     text, numbers, start = io.BytesIO(), [], 1
     try:
         names = [name.strip() for name in next(reader, [])]
-        twice = [name for name, count in Counter(names).items() if name and count > 1]
-        if twice:
-            raise csv.Error(f"column {twice[0]!r} is there twice")
+        duplicates = [name for name, count in Counter(names).items() if name and count > 1]
+        if duplicates:
+            raise csv.Error(f"column {duplicates[0]!r} occurs twice")
         start = reader.line_num + 1
         for cells in reader:
             if len(cells) not in (0, len(names)):
-                parted = f"parted by {reader.dialect.delimiter!r}"
-                raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}, {parted}")
+                separated = f"separated by {reader.dialect.delimiter!r}"
+                raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}, {separated}")
             if cells:  # else a blank line
                 row = {name: _number(cell) if name in number_columns else cell
                        for name, cell in zip(names, cells, strict=True)}  # fmt: skip
                 text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 numbers.append(start)
                 if text.tell() > max(FREE_BYTES, max_unpacked(len(data), TABLE_TIMES)):
-                    raise csv.Error(f"its {len(names):,} columns repeat {len(numbers):,} times")
+                    raise csv.Error(f"its {len(names):,} column names would be repeated {len(numbers):,} times")
             start = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_UTF8) from error
@@ -152,17 +152,17 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
 
 
 def _find_delimiter(data: bytes) -> str:
-    """Return what parts the header of a CSV into the most cells; the first of them where that is as many."""
+    """Return the delimiter that splits the header of a CSV into the most cells, the first one on a tie."""
     header = data[:HEADER_BYTES].partition(b"\n")[0].partition(b"\r")[0]
     line = header.decode("utf-8-sig", "replace")
-    return max(DELIMITERS, key=lambda each: len(next(csv.reader([line], delimiter=each, skipinitialspace=True), [])))
+    return max(DELIMITERS, key=lambda char: len(next(csv.reader([line], delimiter=char, skipinitialspace=True), [])))
 
 
 def _number(cell: str) -> float | str | None:
     try:
         return float(cell) if cell else None
     except ValueError:
-        return cell  # refused, with its place, by whoever expects a number
+        return cell  # rejected, with its place, when the row is parsed
 
 
 def _undecodable_line(data: bytes) -> int:
@@ -174,9 +174,9 @@ def _undecodable_line(data: bytes) -> int:
 
 
 def _find_lines(text: bytes) -> Lines:
-    """Start, end and number of every line that is not blank."""
-    found = [np.zeros((3, 0), np.int64)]
-    position, before = 0, 0
+    """Return start, end and number of every line that is not blank."""
+    blocks = [np.zeros((3, 0), np.int64)]
+    position, lines_before = 0, 0
     while position < len(text):
         stop = text.find(b"\n", min(position + SEARCH_BYTES, len(text)) - 1) + 1 or len(text)
         part = np.frombuffer(text, np.uint8, stop - position, position)
@@ -185,10 +185,10 @@ def _find_lines(text: bytes) -> Lines:
             ends = np.append(ends, len(part))
         starts = np.concatenate([[0], ends[:-1] + 1])
         lengths = ends - starts
-        filled = lengths > 0
-        if (lengths[filled] < ROW_BYTES).any():
-            filled &= np.logical_or.reduceat(~BLANK[part], starts) | (lengths >= ROW_BYTES)
-        rows = np.flatnonzero(filled)
-        found.append(np.stack([starts[rows] + position, ends[rows] + position, rows + before + 1]))
-        position, before = stop, before + len(ends)
-    return Lines(text, *np.concatenate(found, axis=1))
+        nonblank = lengths > 0
+        if (lengths[nonblank] < ROW_BYTES).any():
+            nonblank &= np.logical_or.reduceat(~BLANK[part], starts) | (lengths >= ROW_BYTES)
+        rows = np.flatnonzero(nonblank)
+        blocks.append(np.stack([starts[rows] + position, ends[rows] + position, rows + lines_before + 1]))
+        position, lines_before = stop, lines_before + len(ends)
+    return Lines(text, *np.concatenate(blocks, axis=1))

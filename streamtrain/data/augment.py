@@ -1,6 +1,6 @@
-"""What training changes about its clips: their speed, their loudness, spans that it hides.
+"""Augment clips for training: keyed random draws, speed perturbation, span masks.
 
-Each draw is keyed by (seed, epoch, utterance): a resume hears the same, whoever computes a clip and beside whichever.
+Each draw is keyed by (seed, epoch, utterance), so it is the same after a resume, on any rank and in any batch.
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def keyed_random(*key: object) -> np.random.Generator:
-    """A generator that depends on the key alone, not on the process or on what was drawn before."""
+    """Return a generator that depends only on the key, not on the process or on earlier draws."""
     return np.random.default_rng(_hash(key))
 
 
 def keyed_uniform(names: npt.NDArray[np.uint64], *key: object) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each of millions of names at once, shape (N,), that depends on it and the key alone.
+    """Return numbers in [0, 1), shape (N,), each a function of its name and the key; vectorised for millions of names.
 
     The mix is splitmix64's (Steele, Lea and Flood 2014).
     """
@@ -31,12 +31,12 @@ def keyed_uniform(names: npt.NDArray[np.uint64], *key: object) -> npt.NDArray[np
 
 
 def length_at(samples: npt.NDArray[np.integer] | int, speed: Floats | float) -> npt.NDArray[np.int64]:
-    """Samples that a clip has when it is played at a speed."""
+    """Return the number of samples of a clip after a change of its speed."""
     return np.rint(samples / np.asarray(speed)).astype(np.int64)
 
 
 def change_speed(waveform: Waveform, speed: float) -> Waveform:
-    """The clip played faster or slower, pitch and all, as `sox speed` does it; `length_at` samples long.
+    """Return the clip resampled to `length_at` samples: tempo and pitch change together, as with `sox speed`.
 
     Ko et al. 2015, "Audio augmentation for speech recognition".
     """
@@ -46,13 +46,13 @@ def change_speed(waveform: Waveform, speed: float) -> Waveform:
 
 
 def span_mask(count: int, share: float, span: int, random: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Frames or features to hide from the encoder, shape (count,): spans that cover about `share` of all.
+    """Return the frames or features to hide from the encoder, shape (count,): spans that cover about `share` of all.
 
-    SpecAugment (Park et al. 2019) as wav2vec2 does it (Baevski et al. 2020, arXiv 2006.11477): spans may overlap. Some
-    of a clip is always left.
+    SpecAugment (Park et al. 2019) as in wav2vec2 (Baevski et al. 2020, arXiv 2006.11477): spans may overlap, but some
+    of a clip always stays visible.
     """
     hidden = np.zeros(count, bool)
-    if share <= 0 or count <= span:  # a clip shorter than a span would vanish whole
+    if share <= 0 or count <= span:  # a span would hide a shorter clip completely
         return hidden
     spans = int(share * count / span + random.random())
     for start in random.choice(count - span + 1, min(spans, count - span + 1), replace=False):

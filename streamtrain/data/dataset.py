@@ -1,7 +1,7 @@
-"""Plan and store become batches, in the plan's order, read ahead by a few threads; resumable at any step.
+"""Stream the batches of an epoch plan in its order, read ahead by a few threads; resumable at any step.
 
-Threads suffice: libsndfile and the object store work outside the interpreter's lock. So there are no worker processes
-to start, to hang or to leave shared memory behind.
+Threads suffice: libsndfile and the object store release the interpreter's lock while they work. So there are no worker
+processes to start, to hang or to leave shared memory behind.
 """
 
 import math
@@ -20,20 +20,20 @@ from typing import TypeVar
 
 import numpy as np
 
-from sharding.shardset.object_store import BucketStore
 from sharding.shardset.index import ShardIndex
+from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import Reader, open_store
 from streamtrain.data.cache import ShardCache, read_verified
 from streamtrain.data.collate import Batch, collate
 from streamtrain.data.patience import Deadline
-from streamtrain.data.plan import EpochPlan, Perturbation, ShardSchedule, shard_schedule, group_micro_batches
-from streamtrain.model.vocab import Vocab
+from streamtrain.data.plan import EpochPlan, Perturbation, ShardSchedule, group_micro_batches, shard_schedule
 from streamtrain.distributed import World
+from streamtrain.model.vocab import Vocab
 
 BATCHES_AHEAD = 4  # per worker thread
-BATCHES_HELD = BATCHES_AHEAD + 2  # of memory for each: while it loads one, its clips as stored, and a copy with noise
-LEAVE_SEC = 2.0  # for loads under way that nobody wants any more: by then they end, or they hang
+BATCHES_HELD = BATCHES_AHEAD + 2  # in memory per thread: while one loads, its clips as stored, and a copy with noise
+LEAVE_SEC = 2.0  # for loads that are in progress but not needed: by then they have ended, or they hang
 
 
 def identity(batch: Batch) -> Batch:
@@ -42,7 +42,7 @@ def identity(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class WorkerShard:
-    """Every so-manyth batch, from one on."""
+    """Select every `num_workers`-th batch, starting at `number`."""
 
     number: int = 0
     num_workers: int = 1
@@ -50,7 +50,7 @@ class WorkerShard:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a rank computes in one forward: a micro-batch, or several merged, and their place in the plan."""
+    """Hold the input of one forward on a rank: a micro-batch, or several merged, and their place in the plan."""
 
     step: int
     micro_batch_ids: tuple[int, ...]  # among the micro-batches of the step
@@ -60,22 +60,22 @@ class StepBatch:
 
 @dataclass
 class StreamCounts:
-    """What a rank's stream has done since it was last asked. Times are of all its threads together."""
+    """Count the work of a rank's stream since the last query. Times are summed over its threads."""
 
     batches: float = 0
     clips: float = 0
     silent: float = 0  # clips that are trained as silence
-    ready: float = 0  # batches that were there already when one was taken, summed over those taken
+    ready: float = 0  # batches that were loaded already when one was taken, summed over those taken
     read_sec: float = 0
     decode_sec: float = 0
-    hits: float = 0  # of shards that were to be read from, those in the cache
+    hits: float = 0  # reads from a shard that was cached already
     misses: float = 0
     bytes: float = 0  # fetched into the cache
-    retries: float = 0  # requests that were repeated, and shards that came or stood wrong
+    retries: float = 0  # repeated requests, and shards with wrong bytes on arrival or on disk
 
 
 class ShardStream:
-    """The batches of one rank."""
+    """Read the batches of one rank from a shard set."""
 
     def __init__(
         self, index: ShardIndex, store: Reader, vocab: Vocab, normalize: bool, world: World, workers: int = 2
@@ -91,15 +91,15 @@ class ShardStream:
         self._lock = threading.Lock()
 
     def take_counts(self) -> StreamCounts:
-        """What was done since the last call."""
+        """Return the counts since the last call."""
         with self._lock:
             counts, self._counts = self._counts, StreamCounts()
         if isinstance(self.store, ShardCache):
-            done = self.store.take_counts()
-            counts.hits += done.hits
-            counts.misses += done.misses
-            counts.bytes += done.bytes
-            counts.retries += done.retries
+            cache_counts = self.store.take_counts()
+            counts.hits += cache_counts.hits
+            counts.misses += cache_counts.misses
+            counts.bytes += cache_counts.bytes
+            counts.retries += cache_counts.retries
         return counts
 
     def epoch(
@@ -108,48 +108,49 @@ class ShardStream:
         first_step: int = 0,
         device_batch_seconds: float | None = None,
         finish: Callable[[Batch], Batch] = identity,
-        share: WorkerShard = WorkerShard(),
+        worker: WorkerShard = WorkerShard(),
     ) -> Iterator[StepBatch]:
-        """What this rank runs in every step from `first_step` on, each batch finished where it was loaded.
+        """Yield this rank's forwards of each step from `first_step` on, `finish` applied in the loading thread.
 
-        M ÷ world size micro-batches a step, merged up to `device_batch_seconds`; None: as they are. Of a share, only
-        its batches.
+        A step has M ÷ world size micro-batches per rank, merged up to `device_batch_seconds` (None: not merged).
+        `worker` selects a part of the batches.
         """
-        places = (
-            (step, tuple(numbers), number_of == len(forwards))
+        tasks = (
+            (step, tuple(micro_batch_ids), forward == len(forwards))
             for step in range(first_step, plan.steps)
             for forwards in [group_micro_batches(plan, step, self.world.size, device_batch_seconds)[self.world.rank]]
-            for number_of, numbers in enumerate(forwards, start=1)
+            for forward, micro_batch_ids in enumerate(forwards, start=1)
         )
         cache = self.store if isinstance(self.store, ShardCache) else None
         if cache:
             cache.set_schedule(self.index, self.schedule(plan))
 
-        def load(place: tuple[int, tuple[int, ...], bool]) -> StepBatch:
-            step, numbers, last = place
+        def load(task: tuple[int, tuple[int, ...], bool]) -> StepBatch:
+            step, micro_batch_ids, last = task
             if cache:
                 cache.prefetch_from(step)
-            batch = finish(self.load(plan.micro_batch(step, *numbers), plan.perturbation(step, *numbers)))
+            rows, perturbation = plan.micro_batch(step, *micro_batch_ids), plan.perturbation(step, *micro_batch_ids)
+            batch = finish(self.load(rows, perturbation))
             with self._lock:
                 self._counts.silent += len(batch.failed) + len(batch.too_dense)
-            return StepBatch(step, numbers, last, batch)
+            return StepBatch(step, micro_batch_ids, last, batch)
 
         try:
-            mine = islice(places, share.number, None, share.num_workers)
+            selected = islice(tasks, worker.number, None, worker.num_workers)
             yield from read_ahead(
-                load, mine, self.workers, self._count_ready, self.patience, lambda place: self._name(place[0])
+                load, selected, self.workers, self._count_ready, self.patience, lambda task: self._name(task[0])
             )
         finally:
             if cache:
                 cache.stop_prefetching()
 
     def schedule(self, plan: EpochPlan) -> ShardSchedule:
-        """Find when the ranks of this machine need which shard."""
-        here = {self.world.rank, *self.world.neighbours}
-        return shard_schedule(self.index, plan, [int(rank in here) for rank in range(self.world.size)]).of(1)
+        """Return the steps at which the ranks of this machine need each shard."""
+        local_ranks = {self.world.rank, *self.world.neighbours}
+        return shard_schedule(self.index, plan, [int(rank in local_ranks) for rank in range(self.world.size)]).of(1)
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Batch, list[Sample]]]:
-        """The given batches of rows, in order, with their samples."""
+        """Yield the given batches of rows, in order, each with its samples."""
 
         def load(rows: np.ndarray) -> tuple[Batch, list[Sample]]:
             samples = self._read(rows)
@@ -158,10 +159,10 @@ class ShardStream:
         def name(rows: np.ndarray) -> str:
             return f"rank {self.world.rank}'s batch of {len(rows)} clips"
 
-        return read_ahead(load, iter(batches), self.workers, patience=self.patience, name=name)
+        return read_ahead(load, iter(batches), self.workers, deadline=self.patience, name=name)
 
     def load(self, rows: np.ndarray, perturbation: Perturbation | None = None) -> Batch:
-        """Read, verify, decode and pad the clips of these rows, to be heard so, or else as recorded."""
+        """Read, verify, decode and pad the clips of these rows, perturbed or (None) as recorded."""
         started = time.perf_counter()
         samples = self._read(rows)
         read = time.perf_counter()
@@ -181,13 +182,13 @@ class ShardStream:
             self._counts.ready += batches
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
-        """The samples of these rows, shard by shard, and in their order."""
+        """Return the samples of these rows in their order, read shard by shard."""
         samples = dict[int, Sample]()
         shards = self.index.samples["shard"][rows]
-        for number in np.unique(shards).tolist():
-            chosen = rows[shards == number]
-            found = read_verified(self.store, self.index, self.index.shards[number], chosen)
-            samples.update(zip(chosen.tolist(), found, strict=True))
+        for shard in np.unique(shards).tolist():
+            shard_rows = rows[shards == shard]
+            shard_samples = read_verified(self.store, self.index, self.index.shards[shard], shard_rows)
+            samples.update(zip(shard_rows.tolist(), shard_samples, strict=True))
         return [samples[row] for row in rows.tolist()]
 
     def _as_recorded(self, rows: np.ndarray) -> Perturbation:
@@ -197,38 +198,38 @@ class ShardStream:
         return collate(samples, perturbation, self.vocab, self.normalize)
 
 
-Place = TypeVar("Place")
+Task = TypeVar("Task")
 Item = TypeVar("Item")
 
 
 def read_ahead(
-    load: Callable[[Place], Item],
-    places: Iterator[Place],
+    load: Callable[[Task], Item],
+    tasks: Iterator[Task],
     workers: int,
-    tell: Callable[[int], None] = lambda _: None,
-    patience: Deadline | None = None,
-    name: Callable[[Place], str] = str,
+    report_ready: Callable[[int], None] = lambda _: None,
+    deadline: Deadline | None = None,
+    name: Callable[[Task], str] = str,
 ) -> Iterator[Item]:
-    """Yield `load` of every place, in order, a bounded number of them under way in `workers` threads; 0: none ahead.
+    """Yield `load(task)` for every task, in order, loading a bounded number ahead in `workers` threads; 0: none ahead.
 
-    `tell` is given the number of those that are ready when one is taken. One that does not come is waited for with
-    `patience`, and named by its place; by default as long as it takes.
+    `report_ready` gets the number of loaded items each time one is taken. A late item raises at `deadline`, with the
+    `name` of its task; without a deadline, the wait has no limit.
     """
-    patience = patience or Deadline(math.inf)
+    deadline = deadline or Deadline(math.inf)
     ahead = workers * BATCHES_AHEAD
-    pool = ThreadPoolExecutor(max(workers, 1), "load")  # never in this thread, which signals must reach at once
-    pending: deque[tuple[Place, Future[Item]]] = deque()
+    pool = ThreadPoolExecutor(max(workers, 1), "load")  # never in this thread, which must handle signals at once
+    pending: deque[tuple[Task, Future[Item]]] = deque()
 
     def submit(wanted: int) -> None:
-        more = islice(places, max(wanted - len(pending), 0))
-        pending.extend((place, pool.submit(load, place)) for place in more)
+        more = islice(tasks, max(wanted - len(pending), 0))
+        pending.extend((task, pool.submit(load, task)) for task in more)
 
     try:
         submit(max(ahead, 1))
         while pending:
-            tell(sum(future.done() for _, future in pending))
-            place, future = pending[0]
-            item = patience.wait_for(partial(_result, future), name(place), os.getpid())
+            report_ready(sum(future.done() for _, future in pending))
+            task, future = pending[0]
+            item = deadline.wait_for(partial(_result, future), name(task), os.getpid())
             pending.popleft()
             submit(ahead)
             yield item
@@ -240,7 +241,7 @@ def read_ahead(
 
 
 def _result(future: Future[Item], seconds: float) -> Item:
-    """Return what a future holds. Raises `queue.Empty` if it is not done in so many seconds."""
+    """Return the result of a future. Raises `queue.Empty` if it is not done within `seconds`."""
     if not wait([future], seconds).done:
         raise Empty
     return future.result()
@@ -256,14 +257,13 @@ def open_stream(
     world: World,
     workers: int,
 ) -> ShardStream:
-    """The stream of a rank that trains on these shards."""
-    return ShardStream(
-        index, open_for_reading(index, open_store(shards), cache_dir, cache_gb), vocab, normalize, world, workers
-    )
+    """Return the stream of a rank that trains on these shards."""
+    store = open_for_reading(index, open_store(shards), cache_dir, cache_gb)
+    return ShardStream(index, store, vocab, normalize, world, workers)
 
 
 def open_for_reading(index: ShardIndex, store: Reader, cache_dir: str | None, cache_gb: float) -> Reader:
-    """The store itself, or, for a bucket with a cache folder, a cache in front of it."""
+    """Return the store itself, or, for a bucket with a cache folder, a cache in front of it."""
     if isinstance(store, BucketStore) and cache_dir is not None:
         return ShardCache(store, index, Path(cache_dir), round(cache_gb * 2**30))
     return store

@@ -1,8 +1,8 @@
-"""Batches from processes of their own, for a rank that feeds a GPU.
+"""Load batches in separate processes, for a rank that feeds a GPU.
 
-There a step launches thousands of small kernels, and each launch asks for the interpreter's lock: beside threads that
-decode, launching took many times as long. Batches come through pipes rather than shared memory, of which containers
-have little and killed processes leave some behind.
+There a step launches thousands of small kernels, and each launch acquires the interpreter's lock: beside threads that
+decode, launching took many times as long. Batches are sent through pipes rather than shared memory: containers have
+little of it, and killed processes leave some behind.
 """
 
 import multiprocessing
@@ -23,30 +23,29 @@ import torch
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.shardset.index import ShardIndex
 from sharding.pool import die_with_parent
+from sharding.shardset.index import ShardIndex
 from streamtrain.data.collate import Batch
+from streamtrain.data.dataset import BATCHES_HELD, ShardStream, StepBatch, StreamCounts, WorkerShard, identity
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan
-from streamtrain.data.dataset import BATCHES_HELD, ShardStream, WorkerShard, StepBatch, StreamCounts, identity
 
-RECEIVED = 2  # batches of each process that wait in this one
-HELD_FOR_PROCESS = BATCHES_HELD + 1 + RECEIVED + 1  # in the process, one being sent, those here, one being received
-PROCESS_BYTES = 150 * 2**20  # that a process takes beside them, as measured: libraries above all
-FOR_THE_DEVICE = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
-TENSORS = (*FOR_THE_DEVICE, "input_lengths", "target_lengths", "weights")
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # which are the rank's to answer
-
+RECEIVE_AHEAD = 2  # batches of each process that wait in the rank's own process
+HELD_PER_PROCESS = BATCHES_HELD + 1 + RECEIVE_AHEAD + 1  # loaded, one being sent, those received, one being received
+PROCESS_BYTES = 150 * 2**20  # that a process takes beside its batches, as measured: mostly libraries
+DEVICE_TENSORS = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
+TENSORS = (*DEVICE_TENSORS, "input_lengths", "target_lengths", "weights")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the rank handles these, its processes ignore them
 SECOND_BYTES = 4 * SAMPLE_RATE  # of a padded second in a batch
 
 
 class LoaderError(StreamtrainError):
-    """A process that loads batches is gone."""
+    """Report a data-loading process that exited."""
 
 
 @dataclass(frozen=True)
 class BatchHeader:
-    """What precedes the tensors of a batch, which are sent as they lie in memory: pickled, they would be shared."""
+    """Describe a batch; its tensors follow as raw bytes, as pickling would send them through shared memory."""
 
     step: int
     micro_batch_ids: tuple[int, ...]
@@ -60,13 +59,13 @@ class BatchHeader:
 
 @dataclass(frozen=True)
 class LoaderMemory:
-    """Describe what a rank loads ahead: in the host's memory, so many of the largest batches, and bytes beside."""
+    """Describe the host memory of a rank's read-ahead: a number of largest batches, and bytes beside them."""
 
     batches: float = 0.0
     beside: int = 0
 
     def at(self, seconds: float) -> float:
-        """Return bytes, for a largest batch of so many padded seconds."""
+        """Return the bytes, if the largest batch has this many padded seconds."""
         return self.batches * SECOND_BYTES * seconds + self.beside
 
 
@@ -74,19 +73,19 @@ NOTHING_AHEAD = LoaderMemory()
 
 
 def loader_memory(index: ShardIndex, workers: int, in_processes: bool) -> LoaderMemory:
-    """Count what waits in the host's memory; if processes load, an evaluation's threads do too, beside."""
+    """Return the host memory of the read-ahead; with processes, including that of the threads of an evaluation."""
     if not in_processes:
         return LoaderMemory(workers * BATCHES_HELD)
-    copies = 2 * index.samples.nbytes  # the index and the plan, about, which each process has
-    return LoaderMemory(workers * (HELD_FOR_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
+    copies = 2 * index.samples.nbytes  # approximately: each process has its own index and plan
+    return LoaderMemory(workers * (HELD_PER_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
 
 
 class LoaderProcesses(ShardStream):
-    """A `ShardStream` whose epochs are loaded by as many processes as it has workers; evaluation still reads here."""
+    """Read epochs as a `ShardStream` in one process per worker; evaluation still reads in this process."""
 
     def __init__(self, make: Callable[[], ShardStream]) -> None:
-        here = make()
-        super().__init__(here.index, here.store, here.vocab, here.normalize, here.world, here.workers)
+        local = make()
+        super().__init__(local.index, local.store, local.vocab, local.normalize, local.world, local.workers)
         self._make = make
         self._processes: list[LoaderProcess] = []
 
@@ -96,9 +95,9 @@ class LoaderProcesses(ShardStream):
         first_step: int = 0,
         device_batch_seconds: float | None = None,
         finish: Callable[[Batch], Batch] = identity,
-        share: WorkerShard = WorkerShard(),  # noqa: B008
+        worker: WorkerShard = WorkerShard(),  # noqa: B008
     ) -> Iterator[StepBatch]:
-        """As a `ShardStream`'s; all of it must survive pickling. Batches lie in pinned memory where there is a GPU."""
+        """Yield what `ShardStream.epoch` does, in pinned memory if there is a GPU. All arguments must be picklable."""
         count = max(self.workers, 1)
         pinned = self.world.device.type == "cuda"
         finished = False
@@ -110,41 +109,41 @@ class LoaderProcesses(ShardStream):
             step = first_step
             for number, process in cycle(enumerate(self._processes, start=1)):
                 what = f"{self._name(step)} (loading process {number} of {count})"
-                arrived = process.next(self.patience, what)
-                if arrived is None:  # whoever would have had the next batch is the first to end
+                received = process.next(self.patience, what)
+                if received is None:  # batches come in turn, so the process that is next in turn ends first
                     others = (other for other in self._processes if other is not process)
                     finished = all(other.next(self.patience, what) is None for other in others)
                     return
-                item, counts = arrived
+                item, counts = received
                 with self._lock:
-                    summed = zip(astuple(self._counts), astuple(counts), strict=True)
-                    self._counts = StreamCounts(*(before + more for before, more in summed))
+                    pairs = zip(astuple(self._counts), astuple(counts), strict=True)
+                    self._counts = StreamCounts(*(before + more for before, more in pairs))
                 step = item.step + item.last
                 yield item
         finally:
-            if not finished:  # what they have under way nobody wants
+            if not finished:  # the batches in progress are not needed
                 for process in self._processes:
                     process.kill()
                 self._processes = []
 
 
 class LoaderProcess:
-    """One process, and the thread here that takes what it sends."""
+    """Run one loading process, and a thread of this process that receives its batches."""
 
     def __init__(self, make: Callable[[], ShardStream], pinned: bool) -> None:
-        self._make: Callable[[], ShardStream] | None = make  # what the process is not yet told
+        self._make: Callable[[], ShardStream] | None = make  # None once it is sent to the process
         self._pinned = pinned
-        self._arrived: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(RECEIVED)
+        self._received: Queue[tuple[StepBatch, StreamCounts] | Exception | None] = Queue(RECEIVE_AHEAD)
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._connection, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end,), daemon=True)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the process ignores them
         try:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        weakref.finalize(self, self._process.kill)  # at exit, too, where multiprocessing would wait for it
-        theirs.close()  # so that its end is seen here
+        weakref.finalize(self, self._process.kill)  # also at exit, when multiprocessing would wait for the process
+        child_end.close()  # so that this process gets EOF if the other exits
         self._receiver: threading.Thread | None = None
 
     @property
@@ -155,36 +154,36 @@ class LoaderProcess:
         self._receiver = threading.Thread(target=self._receive_all, args=request, daemon=True)
         self._receiver.start()
 
-    def next(self, patience: Deadline, what: str) -> tuple[StepBatch, StreamCounts] | None:
-        """Return the next batch and what it took, or None at the epoch's end."""
-        item = patience.wait_for(lambda seconds: self._arrived.get(timeout=seconds), what, self.pid or 0)
+    def next(self, deadline: Deadline, what: str) -> tuple[StepBatch, StreamCounts] | None:
+        """Return the next batch and the counts of its loading, or None at the epoch's end."""
+        item = deadline.wait_for(lambda seconds: self._received.get(timeout=seconds), what, self.pid or 0)
         if isinstance(item, Exception):
             raise item
         return item
 
     def kill(self) -> None:
-        """End the process and the thread, whatever they wait for."""
+        """End the process and the thread, even if they are blocked."""
         self._process.kill()
         with suppress(OSError), socket(fileno=os.dup(self._connection.fileno())) as stream:
             stream.shutdown(SHUT_RDWR)  # a process that hangs in the kernel keeps its end open
         while self._receiver is not None and self._receiver.is_alive():
             with suppress(Empty):
-                self._arrived.get(timeout=0.05)
+                self._received.get(timeout=0.05)
 
     def _receive_all(self, *request: object) -> None:
-        """Send the request and receive its batches: in this thread, as a process that hangs may never read it whole."""
+        """Send the request and receive its batches; in a thread, as a hanging process may never read all of it."""
         try:
-            with suppress(OSError):  # it is gone: why, it has said, or its end says so
+            with suppress(OSError):  # the process exited: its error was sent before, or _receive raises for the EOF
                 if self._make is not None:
                     self._connection.send(self._make)
                     self._make = None
                 self._connection.send(request)
             while (item := self._receive()) is not None:
-                self._arrived.put(item)
-        except Exception as error:  # raised again where the batches are wanted
-            self._arrived.put(error)
+                self._received.put(item)
+        except Exception as error:  # raised again by `next`
+            self._received.put(error)
         else:
-            self._arrived.put(None)
+            self._received.put(None)
 
     def _receive(self) -> tuple[StepBatch, StreamCounts] | None:
         try:
@@ -193,7 +192,7 @@ class LoaderProcess:
                 batch = self._receive_batch(head)
         except (EOFError, OSError) as error:
             raise LoaderError(
-                "a process that loads this rank's batches is gone", "killed for want of memory? lower data.workers"
+                "a data-loading process of this rank exited", "if it was killed for lack of memory, lower data.workers"
             ) from error
         if isinstance(head, Exception):
             raise head
@@ -202,13 +201,13 @@ class LoaderProcess:
     def _receive_batch(self, head: BatchHeader) -> Batch:
         tensors: dict[str, torch.Tensor] = {}
         for name, (shape, dtype) in head.layout.items():
-            tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in FOR_THE_DEVICE)
+            tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in DEVICE_TENSORS)
             _read_into(self._connection, tensors[name])
         return Batch(keys=head.keys, failed=head.failed, too_dense=head.too_dense, **tensors)
 
 
 def _serve(connection: Connection) -> None:
-    """What another process runs: its share of one epoch after another, until nobody is there any more."""
+    """Load this process's part of one epoch after another, until the rank closes the connection."""
     die_with_parent()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -219,7 +218,7 @@ def _serve(connection: Connection) -> None:
             for item in stream.epoch(*_next_from(connection)):
                 _send(connection, item, stream.take_counts())
             connection.send(None)
-    except Exception as error:  # raised again where the batches are wanted
+    except Exception as error:  # raised again by `LoaderProcess.next`
         with suppress(OSError):
             connection.send(error)
 
@@ -228,15 +227,15 @@ def _next_from(connection: Connection) -> Any:
     try:
         return connection.recv()
     except (EOFError, OSError):
-        raise SystemExit(0) from None  # nobody wants anything any more
+        raise SystemExit(0) from None  # the rank has ended, or needs no more batches
 
 
 def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None:
-    batch = item.batch
+    step, micro_batch_ids, last, batch = item.step, item.micro_batch_ids, item.last, item.batch
     tensors = {name: tensor.contiguous() for name in TENSORS if (tensor := getattr(batch, name)) is not None}
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     try:
-        head = BatchHeader(item.step, item.micro_batch_ids, item.last, batch.keys, batch.failed, batch.too_dense, layout, counts)
+        head = BatchHeader(step, micro_batch_ids, last, batch.keys, batch.failed, batch.too_dense, layout, counts)
         connection.send(head)
         for tensor in tensors.values():
             left = _bytes_of(tensor)
@@ -249,7 +248,7 @@ def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None
 def _read_into(connection: Connection, tensor: torch.Tensor) -> None:
     left = _bytes_of(tensor)
     with socket(fileno=os.dup(connection.fileno())) as stream:
-        while left:  # one call for all, each would ask for the lock anew; a signal that stops us cuts it short
+        while left:  # one call for all bytes, as each call takes the lock again; a signal that stops us cuts it short
             read = stream.recv_into(left, len(left), MSG_WAITALL)
             if not read:
                 raise EOFError

@@ -1,4 +1,4 @@
-"""Wait for data in slices, so that a rank sees when it is asked to stop meanwhile; and not for ever."""
+"""Wait for data in short slices, so that a rank notices a request to stop meanwhile, and only up to a deadline."""
 
 import time
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from typing import TypeVar
 from sharding.errors import StreamtrainError
 from streamtrain.distributed import LostStepError
 
-STALL_SEC = 480.0  # with one batch: other ranks give up on this one after 600 s, and could not tell why
-GRACE_SEC = 10.0  # of waiting once the rank is asked to stop: launchers kill after 30 s
-SLICE_SEC = 0.5  # between looks whether it is
+STALL_SEC = 480.0  # for one batch: other ranks give up on this one after 600 s, and could not report the reason
+GRACE_SEC = 10.0  # of waiting after a request to stop: launchers kill after 30 s
+SLICE_SEC = 0.5  # between checks for a request to stop
 
 Item = TypeVar("Item")
 
 
 class StallError(StreamtrainError):
-    """Raised where data do not come in time."""
+    """Report data that did not arrive in time."""
 
 
 class Deadline:
-    """Bound how long a rank waits: for one batch `seconds`, and `grace_sec` in all from when `stopped()` is true."""
+    """Limit how long a rank waits: `seconds` for one batch, and `grace_sec` in total once `stopped()` is true."""
 
     def __init__(
         self,
@@ -30,27 +30,27 @@ class Deadline:
         grace_sec: float = GRACE_SEC,
     ) -> None:
         self._seconds, self._stopped, self._grace_sec = seconds, stopped, grace_sec
-        self._asked_at: float | None = None
+        self._stopped_at: float | None = None
 
     def wait_for(self, take: Callable[[float], Item], what: str, pid: int) -> Item:
-        """Return what `take(seconds)` returns as soon as it does not raise `queue.Empty`.
+        """Return the result of `take(seconds)`, calling it again as long as it raises `queue.Empty`.
 
-        Raises StallError or LostStepError, which name `what` was waited for and the process `pid` that makes it.
+        Raises StallError or LostStepError at the deadline, naming the missing item `what` and its producer `pid`.
         """
         started = time.monotonic()
         while True:
             with suppress(Empty):
                 return take(SLICE_SEC)
             now = time.monotonic()
-            if self._asked_at is None and self._stopped():
-                self._asked_at = now
-            if self._asked_at is None and now >= started + self._seconds:
+            if self._stopped_at is None and self._stopped():
+                self._stopped_at = now
+            if self._stopped_at is None and now >= started + self._seconds:
                 raise StallError(
-                    f"{what} has not come in {now - started:.0f} s",
-                    f"does a disk or a server hang? `py-spy dump --pid {pid}` shows what process {pid} waits for",
+                    f"{what} has not arrived within {now - started:.0f} s",
+                    f"check for a hanging disk or server; `py-spy dump --pid {pid}` shows what process {pid} waits for",
                 )
-            if self._asked_at is not None and now >= self._asked_at + self._grace_sec:
+            if self._stopped_at is not None and now >= self._stopped_at + self._grace_sec:
                 raise LostStepError(
-                    f"stopped, though {what} has not come in {now - started:.0f} s: the step under way is lost",
-                    "the same command goes on from the newest checkpoint",
+                    f"stopped: {what} has not arrived within {now - started:.0f} s; the current step is lost",
+                    "rerun the same command to resume from the latest checkpoint",
                 )

@@ -1,7 +1,7 @@
 """Decide which clips form which batch, for every step of an epoch. Arithmetic only: no files, no torch.
 
-The plan is a pure function of the index and a few numbers, so every rank computes the same one, knows the total number
-of steps before the first, and resumes at any step by looking it up.
+The plan is a pure function of the index and a few numbers, so every rank computes the same plan, has the total number
+of steps before the first step, and resumes at any step by looking it up.
 """
 
 import heapq
@@ -15,26 +15,26 @@ import numpy.typing as npt
 import xxhash
 from pydantic import ConfigDict, PositiveFloat, PositiveInt
 
-from streamtrain.config import Config
 from sharding.audio.codec import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
-from sharding.files.document import Count
 from sharding.errors import StreamtrainError
+from sharding.files.document import Count
 from sharding.shardset.index import SampleTable, ShardIndex
+from streamtrain.config import Config
 from streamtrain.data.augment import Floats, keyed_uniform, length_at
 
-PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips otherwise
-BLOCK_STEPS = 48  # batches of about equal size are brought together within so many steps
+PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips differently
+BLOCK_STEPS = 48  # batches are grouped by size into steps within blocks of this many steps
 
 Rows = npt.NDArray[np.int64]  # rows of ShardIndex.samples
 
 
 class PlanError(StreamtrainError):
-    """A plan that cannot be made; the message names what stands in the way."""
+    """Report a plan that cannot be made, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """All that shapes an epoch, beside the index and the epoch's number."""
+    """Hold all settings that determine an epoch's plan, beside the index and the epoch's number."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -43,12 +43,12 @@ class PlanSettings:
     shuffle_shards: PositiveInt = 4
     length_jitter: float = 0.004  # spread of the sort key, s
     seed: int = 0
-    speed_factors: tuple[float, ...] = ()  # each clip is played at one of these
-    gain_db: float = 0.0  # and up to so much louder or softer
+    speed_factors: tuple[float, ...] = ()  # each clip is played at one of these speeds
+    gain_db: float = 0.0  # limit of the random gain, in either direction
 
     @classmethod
     def of(cls, config: Config) -> "PlanSettings":
-        """Return what of a configuration shapes an epoch."""
+        """Return the settings of a configuration that determine an epoch's plan."""
         return cls(
             batch_seconds=config.data.batch_seconds,
             micro_batches_per_step=config.train.micro_batches_per_step,
@@ -62,9 +62,9 @@ class PlanSettings:
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """How the clips of a micro-batch are to be heard."""
+    """Hold the speed and gain to apply to each clip of a micro-batch."""
 
-    lengths: Rows  # (clips,) samples at 16 kHz, at that speed
+    lengths: Rows  # (clips,) samples at 16 kHz, after the change of speed
     speeds: Floats  # (clips,) 1: as recorded
     gains: Floats  # (clips,) factors
 
@@ -76,14 +76,14 @@ class Perturbation:
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """Step s consists of micro-batches s·M … s·M + M − 1; micro-batch b of `rows[starts[b]:starts[b + 1]]`."""
+    """Hold an epoch: step s has micro-batches s·M … s·M + M − 1, micro-batch b has `rows[starts[b]:starts[b + 1]]`."""
 
     rows: Rows  # (clips,)
     starts: Rows  # (steps · M + 1,)
     micro_batches_per_step: int
     label_characters: Rows  # (steps,) of the whole step
-    lengths: Rows  # (clips,) samples at 16 kHz, as heard, in the order of `rows`
-    speeds: Floats | None = None  # (clips,) likewise; None: as recorded
+    lengths: Rows  # (clips,) samples at 16 kHz, after perturbation, in the order of `rows`
+    speeds: Floats | None = None  # (clips,) in the order of `rows`; None: as recorded
     gains: Floats | None = None
 
     @property
@@ -92,41 +92,41 @@ class EpochPlan:
 
     @property
     def hash(self) -> str:
-        """Equal on all ranks, or they would train on different epochs."""
+        """Return a digest of the plan. Ranks compare it, or they might train on different epochs."""
         state = xxhash.xxh3_128(self.rows.tobytes())
         state.update(self.starts.tobytes())
         state.update(self.micro_batches_per_step.to_bytes(8, "little"))
-        for drawn in (self.speeds, self.gains):
-            state.update(b"" if drawn is None else drawn.tobytes())
+        for factors in (self.speeds, self.gains):
+            state.update(b"" if factors is None else factors.tobytes())
         return state.hexdigest()
 
-    def micro_batch(self, step: int, *numbers: int) -> Rows:
-        """Rows of micro-batch `number` (0 ≤ number < M) of a step, maybe none; or of several, one after another."""
-        return self.rows[self._places(step, numbers)]
+    def micro_batch(self, step: int, *ids: int) -> Rows:
+        """Return the rows, maybe none, of the micro-batches `ids` (each 0 ≤ id < M) of a step, concatenated."""
+        return self.rows[self._positions(step, ids)]
 
-    def _places(self, step: int, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+    def _positions(self, step: int, ids: Sequence[int]) -> npt.NDArray[np.int64]:
         first = step * self.micro_batches_per_step
-        bounds = [(self.starts[first + number], self.starts[first + number + 1]) for number in numbers]
+        bounds = [(self.starts[first + number], self.starts[first + number + 1]) for number in ids]
         return np.concatenate([np.arange(start, end) for start, end in bounds])
 
-    def perturbation(self, step: int, *numbers: int) -> Perturbation:
-        """How the clips of one or several micro-batches are to be heard, in the order of their rows."""
-        here = self._places(step, numbers)
-        recorded = Perturbation.as_recorded(self.lengths[here])
+    def perturbation(self, step: int, *ids: int) -> Perturbation:
+        """Return the perturbation of the clips of one or several micro-batches, in the order of their rows."""
+        positions = self._positions(step, ids)
+        recorded = Perturbation.as_recorded(self.lengths[positions])
         return Perturbation(
             recorded.lengths,
-            recorded.speeds if self.speeds is None else self.speeds[here],
-            recorded.gains if self.gains is None else self.gains[here],
+            recorded.speeds if self.speeds is None else self.speeds[positions],
+            recorded.gains if self.gains is None else self.gains[positions],
         )
 
     @cached_property
     def clips(self) -> npt.NDArray[np.int64]:
-        """Clips of each micro-batch, shape (steps, M)."""
+        """Return the number of clips of each micro-batch, shape (steps, M)."""
         return np.diff(self.starts).reshape(self.steps, self.micro_batches_per_step)
 
     @cached_property
     def longest(self) -> npt.NDArray[np.int64]:
-        """Samples of the longest clip of each micro-batch, shape (steps, M)."""
+        """Return the samples of the longest clip of each micro-batch, shape (steps, M)."""
         longest = np.zeros_like(self.clips)
         filled = self.clips > 0
         if filled.any():
@@ -135,24 +135,24 @@ class EpochPlan:
 
     @cached_property
     def padded(self) -> npt.NDArray[np.int64]:
-        """Samples each micro-batch occupies, padding included, shape (steps, M)."""
+        """Return the samples of each micro-batch, including padding, shape (steps, M)."""
         padded: npt.NDArray[np.int64] = self.clips * self.longest
         return padded
 
     @cached_property
     def true(self) -> npt.NDArray[np.int64]:
-        """Samples of speech in each micro-batch, shape (steps, M)."""
+        """Return the samples of each micro-batch, without padding, shape (steps, M)."""
         before = np.concatenate([[0], np.cumsum(self.lengths)])[self.starts]
         return np.diff(before).reshape(self.steps, self.micro_batches_per_step)
 
     @property
     def padding(self) -> float:
-        """1 − true ÷ padded seconds."""
+        """Return the share of padding: 1 − true ÷ padded seconds."""
         total = self.padded.sum()
         return 1 - float(self.lengths.sum() / total) if total else 0.0
 
     def rank_idle(self, world_size: int) -> float:
-        """Share of rank-time spent waiting for the slowest rank of each step, if time goes with padded seconds."""
+        """Return the share of rank-time spent waiting for each step's slowest rank, if time is ∝ padded seconds."""
         check_world_size(world_size, self.micro_batches_per_step)
         per_rank = self.padded.reshape(self.steps, -1, world_size).sum(axis=1)  # (steps, ranks)
         total = (per_rank.max(axis=1) * world_size).sum() if self.steps else 0
@@ -164,7 +164,7 @@ def valid_world_sizes(micro_batches_per_step: int) -> list[int]:
 
 
 def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
-    """Raises PlanError where the ranks do not divide the micro-batches of a step."""
+    """Raise PlanError if the number of ranks does not divide the number of micro-batches of a step."""
     if world_size < 1 or micro_batches_per_step % world_size:
         valid = ", ".join(map(str, valid_world_sizes(micro_batches_per_step)))
         raise PlanError(
@@ -174,7 +174,7 @@ def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
 
 
 def micro_batches_of_rank(rank: int, world_size: int, micro_batches_per_step: int) -> range:
-    """Which micro-batches of a step a rank computes: every `world_size`-th. All ranks have equally many."""
+    """Return the micro-batches of a step that a rank computes: every `world_size`-th, the same number for all ranks."""
     check_world_size(world_size, micro_batches_per_step)
     return range(rank, micro_batches_per_step, world_size)
 
@@ -182,17 +182,17 @@ def micro_batches_of_rank(rank: int, world_size: int, micro_batches_per_step: in
 def group_micro_batches(
     plan: EpochPlan, step: int, world_size: int, device_batch_seconds: float | None
 ) -> list[list[list[int]]]:
-    """Which of its micro-batches each rank runs merged in one forward: numbers[rank][forward], equally many for each.
+    """Return the micro-batches that each rank merges into each forward, as ids[rank][forward].
 
-    As few forwards as all ranks can do within clips × longest ≤ `device_batch_seconds`; None: one for each micro-batch.
+    All ranks run equally many: the fewest with clips × longest ≤ `device_batch_seconds`; None: one per micro-batch.
     """
     per_step = plan.micro_batches_per_step
-    numbers = [list(micro_batches_of_rank(rank, world_size, per_step)) for rank in range(world_size)]
+    ids = [list(micro_batches_of_rank(rank, world_size, per_step)) for rank in range(world_size)]
     if device_batch_seconds is None:
-        return [[[number] for number in mine] for mine in numbers]
+        return [[[number] for number in rank_ids] for rank_ids in ids]
     cap = round(device_batch_seconds * SAMPLE_RATE)
     clips, longest = np.maximum(plan.clips[step], 1).tolist(), plan.longest[step].tolist()  # an empty one is a row too
-    merged = [_merge(sorted(mine, key=lambda number: -longest[number]), clips, longest, cap) for mine in numbers]
+    merged = [_merge(sorted(rank_ids, key=lambda number: -longest[number]), clips, longest, cap) for rank_ids in ids]
     forwards = max(map(len, merged))
     for groups in merged:
         while len(groups) < forwards:
@@ -203,7 +203,7 @@ def group_micro_batches(
 
 
 def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -> list[list[int]]:
-    """Consecutive micro-batches, longest first, in the fewest groups within the cap."""
+    """Group consecutive micro-batches, given longest first, into the fewest groups within the cap."""
     groups: list[list[int]] = []
     rows = 0  # of the last group
     for number in ordered:
@@ -217,10 +217,9 @@ def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -
 
 
 def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows: Rows | None = None) -> EpochPlan:
-    """Every labelled clip of the training split exactly once, in steps of M micro-batches under the cap.
+    """Plan each labelled training clip but the `seen_rows` exactly once, in steps of M micro-batches under the cap.
 
-    Rows that are `spent` are left out. Raises PlanError where a clip alone exceeds the cap, or where there is nothing
-    to train on.
+    Raises PlanError if a clip alone exceeds the cap, or if there is no clip to train on.
     """
     lengths = index.samples["samples"]
     cap = round(settings.batch_seconds * SAMPLE_RATE)
@@ -238,12 +237,12 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows:
     if speeds is not None:
         lengths = length_at(lengths, speeds)
     random = np.random.default_rng([settings.seed, epoch])
-    left = None
+    unseen = None
     if seen_rows is not None:
-        left = np.ones(len(lengths), bool)
-        left[seen_rows] = False
-    cuts = [_cut_bucket(index, lengths, left, bucket, cap, settings, random) for bucket in _buckets(index)]
-    batches = _interleave([batches for batches in cuts if batches], random)
+        unseen = np.ones(len(lengths), bool)
+        unseen[seen_rows] = False
+    buckets = [_cut_bucket(index, lengths, unseen, bucket, cap, settings, random) for bucket in _buckets(index)]
+    batches = _interleave([batches for batches in buckets if batches], random)
     ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
     rows = np.concatenate(ordered)
     starts = np.concatenate([[0], np.cumsum([len(batch) for batch in ordered])])
@@ -261,28 +260,28 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows:
 
 @dataclass(frozen=True, slots=True)
 class PlanPrefix:
-    """How an epoch was planned at first, and how many of those steps were done before it was planned anew."""
+    """Hold the settings that an epoch was planned with, and the number of steps completed before it was re-planned."""
 
     settings: PlanSettings
     steps: Count
 
 
 def plan_remaining(index: ShardIndex, settings: PlanSettings, epoch: int, completed: Sequence[PlanPrefix]) -> EpochPlan:
-    """An epoch whose first steps were planned otherwise, maybe more than once: it still has each clip once.
+    """Plan the rest of an epoch after first steps that were planned with other settings, maybe more than once.
 
-    Its steps are those that are left.
+    Over the whole epoch, each clip still occurs once.
     """
     seen_rows = None
-    for before in completed:
-        plan = plan_epoch(index, before.settings, epoch, seen_rows)
-        done = plan.rows[: plan.starts[before.steps * plan.micro_batches_per_step]]
-        seen_rows = done if seen_rows is None else np.concatenate([seen_rows, done])
+    for prefix in completed:
+        plan = plan_epoch(index, prefix.settings, epoch, seen_rows)
+        prefix_rows = plan.rows[: plan.starts[prefix.steps * plan.micro_batches_per_step]]
+        seen_rows = prefix_rows if seen_rows is None else np.concatenate([seen_rows, prefix_rows])
     return plan_epoch(index, settings, epoch, seen_rows)
 
 
 @dataclass(frozen=True, eq=False)
 class ShardSchedule:
-    """Which node needs which shard, and from which step to which: one row for each pair of them, by node and shard."""
+    """Hold the first and last step at which a node needs a shard: one row per (node, shard) pair, in that order."""
 
     node: Rows
     shard: Rows  # row of ShardIndex.shards
@@ -290,37 +289,37 @@ class ShardSchedule:
     last: Rows
 
     def of(self, node: int) -> "ShardSchedule":
-        here = self.node == node
-        return ShardSchedule(self.node[here], self.shard[here], self.first[here], self.last[here])
+        rows = self.node == node
+        return ShardSchedule(self.node[rows], self.shard[rows], self.first[rows], self.last[rows])
 
 
 def shard_schedule(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> ShardSchedule:
-    """Find when the ranks of each node need each shard, given the node of every rank; by default, all together."""
+    """Return the steps at which each node needs each shard, given the node of every rank; by default, one node."""
     per_step = plan.micro_batches_per_step
-    batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of every clip
+    batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of each clip
     node = np.asarray(node_of)[batch % per_step % len(node_of)]
     pair = node * len(index.shards) + index.samples["shard"][plan.rows]
     pairs, first = np.unique(pair, return_index=True)
-    _, from_the_end = np.unique(pair[::-1], return_index=True)
-    last = len(pair) - 1 - from_the_end
+    _, last_reversed = np.unique(pair[::-1], return_index=True)
+    last = len(pair) - 1 - last_reversed
     node, shard = np.divmod(pairs, len(index.shards))
     return ShardSchedule(node, shard, batch[first] // per_step, batch[last] // per_step)
 
 
 def batch_overlap(plan: EpochPlan, following: EpochPlan) -> float:
-    """Of the pairs of clips in one micro-batch of a plan, the share that the plan of the next epoch brings together."""
+    """Return the share of the pairs of clips in one micro-batch that share one in the `following` epoch too."""
     before, after = (
-        np.repeat(np.arange(len(each.starts) - 1), np.diff(each.starts))[np.argsort(each.rows)]  # batch of every clip
-        for each in (plan, following)
+        np.repeat(np.arange(len(epoch.starts) - 1), np.diff(epoch.starts))[np.argsort(epoch.rows)]  # batch of each clip
+        for epoch in (plan, following)
     )
-    _, together = np.unique(before * len(following.starts) + after, return_counts=True)
+    _, common = np.unique(before * len(following.starts) + after, return_counts=True)  # clips per pair of batches
     sizes = np.diff(plan.starts)
     pairs = int((sizes * (sizes - 1)).sum())
-    return float((together * (together - 1)).sum() / pairs) if pairs else 0.0
+    return float((common * (common - 1)).sum() / pairs) if pairs else 0.0
 
 
 def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seconds: float) -> list[Rows]:
-    """Every clip once, in batches of like lengths, longest first; the same for every world size.
+    """Return batches with every clip once, of similar lengths, longest first; the same for every world size.
 
     A clip longer than the cap forms a batch of its own.
     """
@@ -330,7 +329,7 @@ def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seco
 
 
 def cut_batches(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
-    """Cut consecutive rows into batches whose clips × longest stay within `cap` samples; a longer clip stands alone.
+    """Cut consecutive rows into batches with clips × longest ≤ `cap` samples; a longer clip forms a batch alone.
 
     `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
     """
@@ -345,28 +344,28 @@ def cut_batches(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = Non
 
 
 def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: int) -> Floats | None:
-    """The speed of every clip of the index in this epoch, shape (N,); None where all are heard as recorded.
+    """Return the speed of each clip of the index in this epoch, shape (N,); None if all stay as recorded.
 
-    A clip that would then exceed the cap, or be too short for CTC to emit its label for certain, stays as it is.
+    A clip stays as recorded if it would exceed the cap, or become too short for CTC to be sure to emit its label.
     """
     if not settings.speed_factors:
         return None
-    drawn = keyed_uniform(samples["checksum"], "speed", settings.seed, epoch)
+    uniform = keyed_uniform(samples["checksum"], "speed", settings.seed, epoch)
     factors = np.array(settings.speed_factors)
-    speeds = factors[(drawn * len(factors)).astype(np.intp)]
+    speeds = factors[(uniform * len(factors)).astype(np.intp)]
     lengths = length_at(samples["samples"], speeds)
     return np.where((lengths <= cap) & ((speeds < 1) | _can_spell(lengths, samples)), speeds, 1.0)
 
 
 def _can_spell(lengths: Rows, samples: SampleTable) -> npt.NDArray[np.bool_]:
-    """Tell whether each clip of such a length has frames for its label whatever that is, in the usual geometry."""
+    """Return whether each clip has, at these lengths, frames for any label of its length, in the usual geometry."""
     frames = (lengths - MIN_SAMPLES) // FRAME_SAMPLES + 1
     needed: Rows = np.maximum(2 * samples["label_length"].astype(np.int64) - 1, 1)  # a blank between any two symbols
     return frames >= needed
 
 
 def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Rows:
-    """Return the samples of each clip, shape (N,), at the fastest of the speeds at which an epoch may play it."""
+    """Return the samples of each clip, shape (N,), at the fastest speed that an epoch may draw for it."""
     shortest: Rows = samples["samples"].astype(np.int64)
     for factor in speed_factors:
         lengths = length_at(samples["samples"], factor)
@@ -375,7 +374,7 @@ def shortest_lengths(samples: SampleTable, speed_factors: Sequence[float]) -> Ro
 
 
 def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch: int) -> Floats | None:
-    """By which factor each clip is louder in this epoch, even in decibels; None where none is."""
+    """Return the gain factor of each clip in this epoch, uniform in decibels; None if no gain is applied."""
     if settings.gain_db == 0:
         return None
     decibels = settings.gain_db * (2 * keyed_uniform(checksums, "gain", settings.seed, epoch) - 1)
@@ -390,54 +389,54 @@ def _buckets(index: ShardIndex) -> list[int]:
 def _cut_bucket(
     index: ShardIndex,
     clip_lengths: npt.NDArray[np.integer],
-    left: npt.NDArray[np.bool_] | None,
+    unseen: npt.NDArray[np.bool_] | None,
     bucket: int,
     cap: int,
     settings: PlanSettings,
     random: np.random.Generator,
 ) -> list[Rows]:
-    """The batches of what is left of one bucket, window by window: only a few of its shards are in use at a time."""
-    shards = np.array([i for i, s in enumerate(index.shards) if (s.split, s.bucket) == ("train", bucket)])
+    """Cut the unseen clips of one bucket into batches, window by window: only a few shards are in use at a time."""
+    shards = np.array([i for i, shard in enumerate(index.shards) if (shard.split, shard.bucket) == ("train", bucket)])
     counts = np.array([shard.count for shard in index.shards])
-    ends = np.cumsum(counts)  # the samples of a shard lie together in the index
+    ends = np.cumsum(counts)  # the samples of a shard are contiguous in the index
     shards = random.permutation(shards)
     batches: list[Rows] = []
-    carried = np.zeros(0, np.int64)
+    leftover = np.zeros(0, np.int64)
     position, direction = 0, 1
     while position < len(shards):
-        window = [carried]
+        window = [leftover]
         seconds = 0.0
-        # at least two steps' worth, so that tiny shards still make full batches
+        # At least two steps' worth, so that tiny shards still make full batches
         while position < len(shards) and (
             len(window) <= settings.shuffle_shards
             or seconds < 2 * settings.micro_batches_per_step * settings.batch_seconds
         ):
             shard = shards[position]
             rows = np.arange(ends[shard] - counts[shard], ends[shard])
-            window.append(rows if left is None else rows[left[rows]])
-            seconds += float(clip_lengths[window[-1]].sum(dtype=np.int64) / SAMPLE_RATE)  # as heard
+            window.append(rows if unseen is None else rows[unseen[rows]])
+            seconds += float(clip_lengths[window[-1]].sum(dtype=np.int64) / SAMPLE_RATE)  # after perturbation
             position += 1
-        rows = random.permutation(np.concatenate(window))  # clips of equal length meet others each epoch
+        rows = random.permutation(np.concatenate(window))  # clips of equal length get other neighbours each epoch
         if len(rows) == 0:
             continue
         lengths = clip_lengths[rows].astype(np.int64)
-        # Milliseconds change the company of short clips, which form the largest batches, and pad long ones hardly
+        # Milliseconds change the neighbours of short clips, which form the largest batches, and hardly pad long clips
         noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))
         order = np.argsort(lengths + noise, kind="stable")[::direction]
-        direction = -direction  # what a window leaves over is cut first in the next, and waits no longer
+        direction = -direction  # the leftover of a window is cut first in the next one, and is not delayed further
         rows, lengths = rows[order], lengths[order]
         first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
-        made = list(cut_batches(rows, lengths, cap, first_cap))
-        carried = made.pop() if position < len(shards) else np.zeros(0, np.int64)  # not full: on to the next window
-        batches += [made[i] for i in random.permutation(len(made))]
+        cut = list(cut_batches(rows, lengths, cap, first_cap))
+        leftover = cut.pop() if position < len(shards) else np.zeros(0, np.int64)  # not full: goes to the next window
+        batches += [cut[i] for i in random.permutation(len(cut))]
     return batches
 
 
 def _interleave(buckets: Sequence[list[Rows]], random: np.random.Generator) -> list[Rows]:
-    """All batches in one order in which the buckets advance evenly and so run out together."""
-    places = np.concatenate([(np.arange(len(batches)) + random.random()) / len(batches) for batches in buckets])
-    every = [batch for batches in buckets for batch in batches]
-    return [every[i] for i in np.argsort(places, kind="stable")]
+    """Merge the batches of all buckets into one order in which the buckets advance evenly, and so end together."""
+    positions = np.concatenate([(np.arange(len(batches)) + random.random()) / len(batches) for batches in buckets])
+    merged = [batch for batches in buckets for batch in batches]
+    return [merged[i] for i in np.argsort(positions, kind="stable")]
 
 
 def _into_steps(
@@ -445,7 +444,7 @@ def _into_steps(
 ) -> list[Rows]:
     """Group batches of about equal size into steps, so that no rank waits long for another."""
     block = BLOCK_STEPS * per_step
-    tail = max(len(batches) // block - 1, 0) * block  # a whole block and what is over it: enough to split
+    tail = max(len(batches) // block - 1, 0) * block  # a whole block and the remainder: enough to split
     batches = batches[:tail] + _pad_batches(batches[tail:], per_step)
     sizes = np.array([len(batch) * int(lengths[batch].max()) if len(batch) else 0 for batch in batches])
     ordered: list[Rows] = []
@@ -457,13 +456,13 @@ def _into_steps(
 
 
 def _pad_batches(batches: list[Rows], per_step: int) -> list[Rows]:
-    """Split the batches with most clips until M divides their number; with fewer clips than M, add empty ones."""
-    numbers = itertools.count()
-    heap = [(-len(batch), next(numbers), batch) for batch in batches]
+    """Split the batches with most clips until M divides their number; add empty batches if there are too few clips."""
+    order = itertools.count()
+    heap = [(-len(batch), next(order), batch) for batch in batches]
     heapq.heapify(heap)
     while len(heap) % per_step and -heap[0][0] > 1:
         _, _, batch = heapq.heappop(heap)
         for half in (batch[::2], batch[1::2]):
-            heapq.heappush(heap, (-len(half), next(numbers), half))
-    whole = [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]  # in their order, halves last
-    return whole + [np.zeros(0, np.int64)] * (-len(whole) % per_step)
+            heapq.heappush(heap, (-len(half), next(order), half))
+    ordered = [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]  # in their order, halves last
+    return ordered + [np.zeros(0, np.int64)] * (-len(ordered) % per_step)

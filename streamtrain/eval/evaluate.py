@@ -1,4 +1,4 @@
-"""One exact corpus CER: every clip of a split once, whatever the number of ranks."""
+"""Compute one exact corpus CER: each clip of a split is scored once, whatever the number of ranks."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -30,14 +30,14 @@ from streamtrain.model.inference import scoring_mode
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
-PAGE_BYTES = 20_000_000  # of audio in scorecard.html
+PAGE_BYTES = 20_000_000  # audio in scorecard.html at most
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedSegment:
-    """What was decoded of one sample."""
+    """Hold the hypothesis and the metadata of one sample."""
 
-    row: int  # of the index
+    row: int  # in the index
     recording_id: str
     piece: int
     child_id: str
@@ -45,8 +45,8 @@ class DecodedSegment:
     corpus: str
     age_bucket: str
     seconds: float
-    decoded: bool  # whether its audio could be
-    reference: str  # of the whole recording where this is its first piece, else empty
+    decoded: bool  # false: its audio could not be, so silence was scored
+    reference: str  # of the whole recording if this is its first piece, else empty
     hypothesis: str
     confidence: float
 
@@ -61,11 +61,11 @@ def evaluate(
     keep_bar: bool = False,
     beam: int = 0,
 ) -> Evaluation:
-    """Decode every clip of a split once and add up its edits; the same counts at any world size.
+    """Decode each clip of a split once and sum the edits; the counts are the same at any world size.
 
-    Batches are formed without regard to the ranks, then dealt out in turn; ranks take equally many, the spare ones of a
-    silent row, so that they can tell one another of `preemption` after each. Raise StreamtrainError if a clip comes
-    twice or never, and PreemptedError on all ranks if `preemption` was asked for on one.
+    Batches are formed independently of the ranks, then dealt out in turn. All ranks take equally many, the spare ones
+    with one silent row, so that they can exchange `preemption` after each. Raises StreamtrainError if a clip is decoded
+    twice or never, and PreemptedError on all ranks if `preemption` was requested on any rank.
     """
     rows = stream.index.split(split)
     if model.vocab.track != stream.index.track:
@@ -74,27 +74,27 @@ def evaluate(
             "build the shard set with the other --track, or evaluate another model",
         )
     batches = [rows[batch] for batch in plan_evaluation(stream.index.samples["samples"][rows], batch_seconds)]
-    mine = batches[world.rank :: world.size]
+    share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
-    mine += [np.zeros(0, np.int64)] * (rounds - len(mine))
-    pieces: list[DecodedSegment] = []
+    share += [np.zeros(0, np.int64)] * (rounds - len(share))
+    segments: list[DecodedSegment] = []
     bar = tqdm(
-        total=sum(map(len, mine)), desc="evaluating", unit="clip", leave=keep_bar, disable=None if world.main else True
+        total=sum(map(len, share)), desc="evaluating", unit="clip", leave=keep_bar, disable=None if world.main else True
     )
     with scoring_mode(), bar:
-        for here, (batch, samples) in zip(mine, stream.batches(mine), strict=True):
+        for row_ids, (batch, samples) in zip(share, stream.batches(share), strict=True):
             on_device = batch.to(world.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
             hypotheses = decode_log_probs(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
             seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
-            pieces += [
-                _piece(row, sample, hypothesis, length, sample.key not in batch.failed)
-                for row, sample, hypothesis, length in zip(here.tolist(), samples, hypotheses, seconds, strict=False)
+            segments += [
+                _segment(row, sample, hypothesis, length, sample.key not in batch.failed)
+                for row, sample, hypothesis, length in zip(row_ids.tolist(), samples, hypotheses, seconds, strict=False)
             ]
             bar.update(len(samples))
             if preemption is not None and world.gather_floats([preemption.asked]).any():
-                raise PreemptedError("stopped while it was evaluated")
-    return _score(pieces, stream.index, len(rows), world)
+                raise PreemptedError("stopped during evaluation")
+    return _score(segments, stream.index, len(rows), world)
 
 
 def evaluate_model(
@@ -109,24 +109,24 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score a saved model on a split of a shard set; rank 0 writes the scorecard to `out`, prints and returns it.
 
-    `beside` is the folder of another model's scorecard on the same clips, to compare it with.
+    `compare_to` is a folder with another model's scorecard on the same clips. Other ranks return an empty scorecard.
     """
-    other = None
+    baseline = None
     if compare_to is not None:
-        _, other = read_scorecard(compare_to)
+        _, baseline = read_scorecard(compare_to)
         if compare_to.resolve() == out.resolve():
             raise StreamtrainError(f"--compare-to {compare_to}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
     if not len(index.split(split)):
         raise StreamtrainError(
-            f"{shards}: has no clips in split {split!r}: nothing was scored",
+            f"{shards}: has no clips in split {split!r}, so nothing was scored",
             "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
         )
-    with world.on_main("look for the shards") as mine:
-        if mine:
+    with world.on_main("check that the shards exist") as is_main:
+        if is_main:
             check_presence(store, index)
-    with explaining(out):  # what cannot be written is better known before the work
+    with explaining(out):  # fail before the work, not after it, if the folder cannot be written
         out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)
     if world.main:
@@ -134,76 +134,76 @@ def evaluate_model(
     stream = ShardStream(index, store, model.vocab, model.normalize, world)
     evaluation = evaluate(model, stream, split, batch_seconds, world, keep_bar=True, beam=beam)
     card: dict[str, Any] = {}
-    with world.on_main(f"write the scorecard to {out}") as mine:
-        if mine:
+    with world.on_main(f"write the scorecard to {out}") as is_main:
+        if is_main:
             card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
             write_scorecard(card, evaluation.clips, out)
             print(render(card))
-            compared = compare(other, evaluation.clips, str(compare_to)) if other is not None else None
-            if compared:
-                print(render_comparison(compared))
-            sounds = _worst_clip_audio(card, evaluation, stream)
-            write_page(card, evaluation.clips, sounds, out / "scorecard.html", compared)
+            comparison = compare(baseline, evaluation.clips, str(compare_to)) if baseline is not None else None
+            if comparison:
+                print(render_comparison(comparison))
+            clip_audio = _worst_clip_audio(card, evaluation, stream)
+            write_page(card, evaluation.clips, clip_audio, out / "scorecard.html", comparison)
     return card
 
 
 def _worst_clip_audio(card: dict[str, Any], evaluation: Evaluation, stream: ShardStream) -> dict[str, list[bytes]]:
-    """The audio of the worst clips, to listen to, as far as a page can hold it; what cannot be read is left out.
+    """Return the FLAC pieces of the worst clips up to PAGE_BYTES in total, without clips that cannot be read.
 
-    Of a server that is away, no more is asked.
+    Reading stops at the first UnreachableError: the remaining clips would only wait for the same server.
     """
-    sounds: dict[str, list[bytes]] = {}
-    left = PAGE_BYTES
+    clip_audio: dict[str, list[bytes]] = {}
+    bytes_left = PAGE_BYTES
     for clip in card["worst"]:
         name = clip["utterance_id"]
         try:
             pieces = [read_sample(stream.store, stream.index, row).audio for row in evaluation.rows[name]]
-            if sum(map(len, pieces)) <= left:
-                sounds[name] = pieces
-                left -= sum(map(len, pieces))
+            if sum(map(len, pieces)) <= bytes_left:
+                clip_audio[name] = pieces
+                bytes_left -= sum(map(len, pieces))
         except UnreachableError:
             break
         except (ShardError, StoreError):
             continue
-    return sounds
+    return clip_audio
 
 
-def _piece(row: int, sample: Sample, hypothesis: Hypothesis, seconds: float, decoded: bool) -> DecodedSegment:
-    shared = sample.recording_id != sample.utterance_id
+def _segment(row: int, sample: Sample, hypothesis: Hypothesis, seconds: float, decoded: bool) -> DecodedSegment:
+    is_piece = sample.recording_id != sample.utterance_id
     return DecodedSegment(
         row,
         sample.recording_id,
-        sample.piece if shared else 0,
+        sample.piece if is_piece else 0,
         sample.child_id,
         sample.session_id,
         sample.corpus,
         sample.age_bucket,
         seconds,
         decoded,
-        (sample.parent_text or "") if shared else sample.text,
+        (sample.parent_text or "") if is_piece else sample.text,
         hypothesis.text,
         hypothesis.confidence,
     )
 
 
-def _score(pieces: list[DecodedSegment], index: ShardIndex, expected: int, world: World) -> Evaluation:
-    """Pieces of all ranks → recordings → counts. Each rank counts the recordings dealt to it, then all are summed."""
-    everywhere = [piece for rank in world.gather(pieces) for piece in rank]
-    seen = Counter((piece.recording_id, piece.piece) for piece in everywhere)
-    if len(seen) != expected or max(seen.values(), default=1) > 1:
+def _score(segments: list[DecodedSegment], index: ShardIndex, expected: int, world: World) -> Evaluation:
+    """Join the segments of all ranks into recordings; each rank counts its share of them, then counts are summed."""
+    all_segments = [segment for rank in world.gather(segments) for segment in rank]
+    occurrences = Counter((segment.recording_id, segment.piece) for segment in all_segments)
+    if len(occurrences) != expected or max(occurrences.values(), default=1) > 1:
         raise StreamtrainError(
-            f"{len(everywhere)} clips were decoded, {len(seen)} of them distinct, {expected} expected"
+            f"{len(all_segments)} clips were decoded, {len(occurrences)} distinct; expected {expected}, each once"
         )
     recordings: dict[str, list[DecodedSegment]] = defaultdict(list)
-    for piece in everywhere:
-        recordings[piece.recording_id].append(piece)
+    for segment in all_segments:
+        recordings[segment.recording_id].append(segment)
     names = sorted(recordings)
-    mine = {name: _count(recordings[name], index.track) for name in names[world.rank :: world.size]}
-    total = _sum_over_ranks(world, (symbols for symbols, _ in mine.values()))
-    words = _sum_over_ranks(world, (words for _, words in mine.values() if words))
-    counted = {name: counts for rank in world.gather(mine) for name, counts in rank.items()}
-    clips = tuple(_clip(name, recordings[name], *counted[name]) for name in names)
-    rows = {name: tuple(piece.row for piece in _in_order(recordings[name])) for name in names}
+    local_counts = {name: _count(recordings[name], index.track) for name in names[world.rank :: world.size]}
+    total = _sum_over_ranks(world, (symbols for symbols, _ in local_counts.values()))
+    words = _sum_over_ranks(world, (words for _, words in local_counts.values() if words))
+    counts_by_name = {name: counts for rank in world.gather(local_counts) for name, counts in rank.items()}
+    clips = tuple(_clip(name, recordings[name], *counts_by_name[name]) for name in names)
+    rows = {name: tuple(segment.row for segment in _in_order(recordings[name])) for name in names}
     return Evaluation(total, words if index.track == "word" else None, clips, index.track, rows)
 
 
@@ -211,34 +211,34 @@ def _sum_over_ranks(world: World, counts: Iterable[EditCounts]) -> EditCounts:
     return EditCounts(*world.sum(astuple(sum(counts, EditCounts()))))
 
 
-def _in_order(pieces: Iterable[DecodedSegment]) -> list[DecodedSegment]:
-    return sorted(pieces, key=lambda piece: piece.piece)
+def _in_order(segments: Iterable[DecodedSegment]) -> list[DecodedSegment]:
+    return sorted(segments, key=lambda segment: segment.piece)
 
 
-def _count(pieces: Iterable[DecodedSegment], track: str) -> tuple[EditCounts, EditCounts | None]:
-    """Edits of a recording over symbols, and of the word track over words."""
-    ordered = _in_order(pieces)
+def _count(segments: Iterable[DecodedSegment], track: str) -> tuple[EditCounts, EditCounts | None]:
+    """Count the edits of a recording over symbols and, for the word track, over words."""
+    ordered = _in_order(segments)
     reference = normalize(ordered[0].reference, track)
-    hypothesis = normalize(join_texts([piece.hypothesis for piece in ordered]), track)
+    hypothesis = normalize(join_texts([segment.hypothesis for segment in ordered]), track)
     words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if track == "word" else None
     return count_edits(reference, hypothesis), words
 
 
-def _clip(name: str, pieces: Sequence[DecodedSegment], counts: EditCounts, words: EditCounts | None) -> ClipScore:
-    ordered = _in_order(pieces)
+def _clip(name: str, segments: Sequence[DecodedSegment], counts: EditCounts, words: EditCounts | None) -> ClipScore:
+    ordered = _in_order(segments)
     first = ordered[0]
     return ClipScore(
         utterance_id=name,
         child_id=first.child_id,
         session_id=first.session_id,
-        decoded=all(piece.decoded for piece in ordered),
+        decoded=all(segment.decoded for segment in ordered),
         corpus=first.corpus,
         age_bucket=first.age_bucket,
-        seconds=round(sum(piece.seconds for piece in ordered), 3),
+        seconds=round(sum(segment.seconds for segment in ordered), 3),
         reference=first.reference,
-        hypothesis=join_texts([piece.hypothesis for piece in ordered]),
-        confidence=sum(piece.confidence * piece.seconds for piece in ordered)
-        / max(sum(piece.seconds for piece in ordered), 1e-9),
+        hypothesis=join_texts([segment.hypothesis for segment in ordered]),
+        confidence=sum(segment.confidence * segment.seconds for segment in ordered)
+        / max(sum(segment.seconds for segment in ordered), 1e-9),
         counts=counts,
         words=words,
     )

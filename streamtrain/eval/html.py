@@ -1,4 +1,4 @@
-"""The scorecard as one page that opens without a network: pictures and sounds are inside it."""
+"""Write the scorecard as one HTML page that opens without a network: images and audio are embedded."""
 
 import base64
 import io
@@ -16,10 +16,10 @@ from streamtrain.eval.metrics import Floats
 from streamtrain.eval.scorecard import ClipScore, count_confusions, render_interval, warnings
 
 INK, BLUE, RED, GRID = "#22303c", "#33658a", "#c8553d", "#d9dee3"
-SHOWN_SYMBOLS = 45  # of the confusion matrix, the most frequent
+SHOWN_SYMBOLS = 45  # the most frequent, in the confusion matrix
 SHOWN_CHILDREN = 60
 NOTHING, OTHERS = "∅", "others"
-TITLES = {"corpus": "Corpus", "age_bucket": "Age", "duration": "Duration", "label_length": "Symbols of the label"}
+TITLES = {"corpus": "Corpus", "age_bucket": "Age", "duration": "Duration", "label_length": "Label length in symbols"}
 
 STYLE = """
 :root { color-scheme: light; }
@@ -38,7 +38,7 @@ td, th { padding: .22rem .5rem .22rem 0; vertical-align: top; } .r { text-align:
 .bar u { position: absolute; top: .3rem; height: .12rem; background: #c8553d; }
 .warn { border-left: 4px solid #c8553d; background: #fdf3f0; padding: .5rem .9rem; margin: .4rem 0; }
 .clip { border-top: 1px solid #d9dee3; padding: .6rem 0; } .clip code { font-size: .85rem; color: #66757f; }
-.text { font-size: 1.05rem; } .text span { display: inline-block; width: 4.2rem; color: #66757f; font-size: .85rem; }
+.text { font-size: 1.05rem; } .text span { display: inline-block; width: 5.4rem; color: #66757f; font-size: .85rem; }
 audio { height: 2rem; margin-top: .3rem; } img { max-width: 100%; }
 """
 
@@ -46,13 +46,13 @@ audio { height: 2rem; margin-top: .3rem; } img { max-width: 100%; }
 def write_page(
     card: Mapping[str, Any],
     clips: Sequence[ClipScore],
-    sounds: Mapping[str, Sequence[bytes]],
+    clip_audio: Mapping[str, Sequence[bytes]],
     path: Path,
     comparison: Comparison | None = None,
 ) -> None:
-    """Write the page. `sounds` are the FLAC pieces of the worst clips, by their id, as far as they could be read."""
-    said, heard, counts = confusion_matrix(count_confusions(clips, card["track"]))
-    changed = _comparison(comparison) if comparison else ""
+    """Write the page. `clip_audio` has the FLAC pieces of the worst clips by id, if they could be read."""
+    rows, columns, counts = confusion_matrix(count_confusions(clips, card["track"]))
+    compared = _comparison(comparison) if comparison else ""
     write_inside(
         path,
         f"""<!doctype html>
@@ -62,17 +62,17 @@ def write_page(
 <div class="sub">{_context(card)}</div>
 {"".join(f'<div class="warn">{escape(line)}</div>' for line in warnings(dict(card)))}
 <div class="tiles">{_tiles(card)}</div>
-{changed}
+{compared}
 <div class="columns">{"".join(_group(TITLES[name], card, name) for name in TITLES)}</div>
 {_children(card)}
-<h2>Which symbols are taken for which</h2>
-<div class="note">Of each symbol that was said (a row), how often each was heard (a column), on a logarithmic scale;
-{NOTHING}: not heard, or heard where nothing was said. {_tell_shown([*said, *heard])}</div>
-<img alt="confusion matrix" src="{_png(lambda figure: draw_confusions(figure, said, heard, counts), (9.6, 9.0))}">
+<h2>Symbol confusions</h2>
+<div class="note">How often each reference symbol (row) became each hypothesis symbol (column), on a logarithmic scale;
+{NOTHING}: a deletion (column) or an insertion (row). {_shown_symbols_note([*rows, *columns])}</div>
+<img alt="confusion matrix" src="{_png(lambda figure: draw_confusions(figure, rows, columns, counts), (9.6, 9.0))}">
 <div class="columns"><div>{_most_confused(card)}</div><div>{_calibration(card)}</div></div>
 <h2>The {len(card["worst"])} worst clips</h2>
-<div class="note">Those with most edits: listen before you blame the model.</div>
-{"".join(_clip(clip, sounds.get(clip["utterance_id"], ())) for clip in card["worst"])}
+<div class="note">Those with the most edits: listen before you blame the model.</div>
+{"".join(_clip(clip, clip_audio.get(clip["utterance_id"], ())) for clip in card["worst"])}
 </body></html>
 """,
     )
@@ -88,16 +88,16 @@ def _tiles(card: Mapping[str, Any]) -> str:
     tiles = [("CER, pooled", f"{card['cer']:.4f}", render_interval(dict(card)))]
     if "wer" in card:
         tiles.append(("WER", f"{card['wer']:.4f}", f"{card['word_edits']:,} edits ÷ {card['reference_words']:,} words"))
-    for name, said in (("child", "mean of the children"), ("corpus", "mean of the corpora")):
+    for name, note in (("child", "mean over children"), ("corpus", "mean over corpora")):
         macro = card["macro"][name]
-        tiles.append((f"CER, {said}", f"{macro['cer']:.4f}", _interval(macro["interval_95"])))
-    kinds = f"{card['substitutions']:,} taken for others, {card['deletions']:,} missed, {card['insertions']:,} made up"
+        tiles.append((f"CER, {note}", f"{macro['cer']:.4f}", _interval(macro["interval_95"])))
+    kinds = f"{card['substitutions']:,} substituted, {card['deletions']:,} deleted, {card['insertions']:,} inserted"
     tiles.append(("edits", f"{card['edits']:,}", f"÷ {card['reference_length']:,} symbols; {kinds}"))
     lost = card["validation"].get("rejected", 0)
-    tiles.append(("clips", f"{card['clips']:,}", f"{lost:,} rejected at the build; {len(card['undecodable'])} unread"))
+    tiles.append(("clips", f"{card['clips']:,}", f"{lost:,} rejected by the build; {len(card['undecodable'])} unread"))
     return "".join(
-        f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(said)}</span></div>'
-        for title, value, said in tiles
+        f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>'
+        for title, value, note in tiles
     )
 
 
@@ -109,9 +109,9 @@ def _range(interval: Sequence[float] | None) -> str:
     return f"{interval[0]:.4f} – {interval[1]:.4f}" if interval else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> str:
-    """Cells are HTML; all but the first `right` columns stand to the right."""
-    side = [""] * right + [' class="r"'] * (len(head) - right)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table of HTML cells; all but the first `left` columns are right-aligned."""
+    side = [""] * left + [' class="r"'] * (len(head) - left)
     titles = "".join(f"<th{place}>{escape(title)}</th>" for place, title in zip(side, head, strict=True))
     body = ("".join(f"<td{place}>{cell}</td>" for place, cell in zip(side, row, strict=True)) for row in rows)
     return f"<table><tr>{titles}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
@@ -148,14 +148,14 @@ def _children(card: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     more = f", the {SHOWN_CHILDREN} with the highest CER" if len(rows) > SHOWN_CHILDREN else ""
     table = _table(("child", "CER", "edits", "symbols", "clips"), cells)
-    return f"<h2>Children</h2><details><summary>{len(rows):,} of them{more}</summary>{table}</details>"
+    return f"<h2>Children</h2><details><summary>{len(rows):,} children{more}</summary>{table}</details>"
 
 
 def _most_confused(card: Mapping[str, Any]) -> str:
     cells = [
         (_symbol(row["reference"]), _symbol(row["hypothesis"]), f"{row['count']:,}") for row in card["confusions"][:15]
     ]
-    return "<h2>Most frequent edits</h2>" + _table(("said", "heard", "times"), cells, 2)
+    return "<h2>Most frequent edits</h2>" + _table(("reference", "hypothesis", "count"), cells, 2)
 
 
 def _symbol(symbol: str) -> str:
@@ -168,23 +168,23 @@ def _calibration(card: Mapping[str, Any]) -> str:
         for row in card["calibration"]
     ]
     return (
-        "<h2>Does it know when it is right?</h2>"
-        + _table(("confidence", "its mean", "1 − CER", "clips"), cells)
-        + '<div class="note">Where the two agree, its confidence can be believed.</div>'
+        "<h2>Confidence calibration</h2>"
+        + _table(("confidence", "mean", "1 − CER", "clips"), cells)
+        + '<div class="note">If mean confidence and 1 − CER agree, the confidence is well calibrated.</div>'
     )
 
 
 def _clip(clip: Mapping[str, Any], pieces: Sequence[bytes]) -> str:
-    inside = (base64.b64encode(piece).decode() for piece in pieces)
-    sounds = "".join(f'<div><audio controls src="data:audio/flac;base64,{data}"></audio></div>' for data in inside)
+    encoded = (base64.b64encode(piece).decode() for piece in pieces)
+    players = "".join(f'<div><audio controls src="data:audio/flac;base64,{data}"></audio></div>' for data in encoded)
     counts = clip["counts"]
     edits = counts["substitutions"] + counts["deletions"] + counts["insertions"]
-    sounds = sounds or '<div class="note">Its audio is too long for this page, or could not be read.</div>'
+    players = players or '<div class="note">The audio is too long for this page or could not be read.</div>'
     return f"""<div class="clip"><code>{escape(clip["utterance_id"])}</code>
 <span class="sub">{edits:,} edits ÷ {counts["reference_length"]:,} symbols, {clip["seconds"]:.2f} s,
 confidence {clip["confidence"]:.2f}, {escape(clip["corpus"])}, {escape(clip["age_bucket"] or "age unknown")}</span>
-<div class="text"><span>label</span>{escape(clip["reference"]) or NOTHING}</div>
-<div class="text"><span>heard</span>{escape(clip["hypothesis"]) or NOTHING}</div>{sounds}</div>"""
+<div class="text"><span>reference</span>{escape(clip["reference"]) or NOTHING}</div>
+<div class="text"><span>hypothesis</span>{escape(clip["hypothesis"]) or NOTHING}</div>{players}</div>"""
 
 
 def _comparison(comparison: Comparison) -> str:
@@ -199,11 +199,11 @@ def _comparison(comparison: Comparison) -> str:
         for change in comparison.changed
     ]  # fmt: skip
     return (
-        f"<h2>Beside {escape(comparison.other)}</h2><div class='note'>Difference of the CER, this model's minus the "
-        "other's, on the same clips, with an interval over the children of both at once.</div>"
+        f"<h2>Compared with {escape(comparison.other)}</h2><div class='note'>CER difference, this model minus the "
+        "other, on the same clips; the interval resamples the same children for both.</div>"
         + _table(("by", "", "other", "this", "difference", "95 %"), rows, 2)
         + "<h2>Clips that changed most</h2>"
-        + _table(("clip", "label", "other", "this", "edits"), clips, 4)
+        + _table(("clip", "reference", "other", "this", "edits"), clips, 4)
     )
 
 
@@ -221,49 +221,49 @@ def _png(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 
 
 def confusion_matrix(confusions: Counter[tuple[str, str]]) -> tuple[list[str], list[str], Floats]:
-    """Return the symbols that were said, those that were heard, and how often each was for each, (said, heard).
+    """Return the reference symbols, the hypothesis symbols and the counts, shape (references, hypotheses).
 
-    The most frequent have a row and a column, if they have anything in it, and so have all `OTHERS` together.
+    The most frequent symbols, and all `OTHERS` together, have a row and a column each, unless it would be empty.
     """
-    seen: Counter[str] = Counter()
+    frequencies: Counter[str] = Counter()
     for pair, count in confusions.items():
-        seen.update(dict.fromkeys(filter(None, pair), count))
-    names = [symbol for symbol, _ in seen.most_common(SHOWN_SYMBOLS)] + [OTHERS, ""]
+        frequencies.update(dict.fromkeys(filter(None, pair), count))
+    names = [symbol for symbol, _ in frequencies.most_common(SHOWN_SYMBOLS)] + [OTHERS, ""]
     place = {symbol: number for number, symbol in enumerate(names)}
     matrix = np.zeros((len(names), len(names)))
-    for (reference, heard), count in confusions.items():
-        matrix[place.get(reference, place[OTHERS]), place.get(heard, place[OTHERS])] += count
+    for (reference, hypothesis), count in confusions.items():
+        matrix[place.get(reference, place[OTHERS]), place.get(hypothesis, place[OTHERS])] += count
     rows, columns = np.flatnonzero(matrix.any(axis=1)), np.flatnonzero(matrix.any(axis=0))
     return [names[row] for row in rows], [names[column] for column in columns], matrix[np.ix_(rows, columns)]
 
 
-def draw_confusions(figure: Any, said: Sequence[str], heard: Sequence[str], counts: Floats) -> None:
-    """The matrix, each row a share of how often its symbol was said; of what was made up, a share of all."""
+def draw_confusions(figure: Any, rows: Sequence[str], columns: Sequence[str], counts: Floats) -> None:
+    """Draw each row as shares of its symbol's reference count; insertions as shares of all reference symbols."""
     from matplotlib.colors import LogNorm
 
-    of_each = counts.sum(axis=1)
-    every = sum(of_each[row] for row, symbol in enumerate(said) if symbol)
-    times = np.array([of_each[row] if symbol else every for row, symbol in enumerate(said)])
-    shares = counts / np.maximum(times, 1)[:, None]
+    row_totals = counts.sum(axis=1)
+    total = sum(row_totals[row] for row, symbol in enumerate(rows) if symbol)
+    denominators = np.array([row_totals[row] if symbol else total for row, symbol in enumerate(rows)])
+    shares = counts / np.maximum(denominators, 1)[:, None]
     axes = figure.subplots()
-    picture = axes.imshow(np.where(shares > 0, shares, np.nan), norm=LogNorm(1e-3, 1), cmap="Blues")
-    axes.set_xticks(range(len(heard)), map(_name_symbol, heard))
-    axes.set_yticks(range(len(said)), map(_name_symbol, said))
+    image = axes.imshow(np.where(shares > 0, shares, np.nan), norm=LogNorm(1e-3, 1), cmap="Blues")
+    axes.set_xticks(range(len(columns)), map(_name_symbol, columns))
+    axes.set_yticks(range(len(rows)), map(_name_symbol, rows))
     axes.tick_params(length=0, labelsize=8, labeltop=True)
-    axes.set(xlabel="heard", ylabel="said")
-    axes.set_xticks(np.arange(len(heard) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(said) + 1) - 0.5, minor=True)
+    axes.set(xlabel="hypothesis", ylabel="reference")
+    axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color=GRID, linewidth=0.4)
     axes.tick_params(which="minor", length=0)
-    figure.colorbar(picture, ax=axes, shrink=0.6, label="share of the times it was said")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the reference symbol's occurrences")
 
 
 def _name_symbol(symbol: str) -> str:
     return {" ": "␣", "": NOTHING}.get(symbol, symbol)
 
 
-def _tell_shown(symbols: Iterable[str]) -> str:
-    """Say how many symbols the matrix has, and whether these are all."""
-    own = set(symbols) - {"", OTHERS}
-    frequent = f"The {len(own)} most frequent symbols, and all others together."
-    return frequent if OTHERS in symbols else f"All {len(own)} symbols."
+def _shown_symbols_note(symbols: Iterable[str]) -> str:
+    """Return a sentence on how many symbols the matrix shows, and whether these are all."""
+    names = set(symbols) - {"", OTHERS}
+    frequent = f"The {len(names)} most frequent symbols, and all others together."
+    return frequent if OTHERS in symbols else f"All {len(names)} symbols."

@@ -1,4 +1,4 @@
-"""Edit counts between references and hypotheses, and what is said of them. Counts add up; the ratio is taken once."""
+"""Count edits between references and hypotheses and estimate intervals. Counts add up; the ratio is taken once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from sharding.files.document import STRICT, Size
 
 Floats = npt.NDArray[np.float64]
 
-_words_alike = EnglishTextNormalizer()
+_normalize_words = EnglishTextNormalizer()
 
 
 @dataclass(frozen=True, slots=True)
 class EditCounts:
+    """Hold the edits that turn hypotheses into references, by kind, and the references' length in symbols or words."""
+
     __pydantic_config__ = STRICT
 
     substitutions: Size = 0
@@ -38,13 +40,12 @@ class EditCounts:
 
     @property
     def rate(self) -> float:
-        """Edits ÷ reference length: CER of symbols, WER of words. Without any reference there is nothing to divide by:
-        0 if nothing was said, else 1 per symbol."""
+        """Return edits ÷ reference length (CER or WER), or just the edits if all references are empty."""
         return self.edits / self.reference_length if self.reference_length else float(self.edits)
 
 
 def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCounts:
-    """The fewest edits that turn the hypothesis into the reference: over symbols of strings, or words of lists."""
+    """Count the fewest edits between reference and hypothesis: over symbols of strings, or over words of lists."""
     substitutions = deletions = insertions = 0
     for operation in Levenshtein.editops(reference, hypothesis):
         substitutions += operation.tag == "replace"
@@ -54,16 +55,16 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCoun
 
 
 def spoken_words(text: str) -> list[str]:
-    """The words of a sentence as the challenge compares them: by Whisper's English normaliser (Radford et al. 2022).
+    """Return a text's words as the challenge compares them: by Whisper's English normaliser (Radford et al. 2022).
 
-    Cases, spellings, contractions, numbers and fillers count no longer; what stands in brackets is left out.
+    It unifies case, spelling, contractions and numbers, and removes fillers and text in brackets.
     """
-    words: list[str] = _words_alike(text).split()
+    words: list[str] = _normalize_words(text).split()
     return words
 
 
 class Resampling:
-    """Speakers drawn anew, with replacement, again and again: clips of one speaker are alike, so they stay together."""
+    """Resample speakers with replacement (bootstrap). Clips of one speaker are alike, so they stay together."""
 
     def __init__(self, speakers: Iterable[str], draws: int = 2000, seed: int = 0) -> None:
         self.speakers = sorted(set(speakers))
@@ -73,15 +74,13 @@ class Resampling:
         self.times = np.array([np.bincount(row, minlength=count) for row in chosen], np.float32)
 
     def rates(self, edits: Floats, lengths: Floats) -> Floats:
-        """Pooled rates (draws, groups) of sums (speakers, groups); NaN where no speaker of a group was drawn."""
+        """Return pooled rates (draws, groups) of sums (speakers, groups); NaN if no speaker of a group was drawn."""
         drawn = self.times @ (lengths + edits > 0)
         return np.where(drawn > 0, (self.times @ edits) / np.maximum(self.times @ lengths, 1), np.nan)
 
     def interval(self, values: Floats, level: float = 0.95) -> tuple[float, float] | None:
-        """Percentile interval (Efron 1979) of a value of each draw.
-
-        None where there are fewer than two speakers: one says nothing of how speakers differ.
-        """
+        """Return the percentile interval (Efron 1979) of values (draws,); None if there are fewer than two speakers,
+        as one does not show how speakers differ."""
         known = values[~np.isnan(values)]
         if len(self.speakers) < 2 or not len(known):
             return None

@@ -1,4 +1,4 @@
-"""CER or WER between two files in the submission's form, as the challenge scores it. Starts without torch."""
+"""Compute CER or WER between two files in the submission format, as the challenge does. Imports no torch."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,33 +10,33 @@ from sharding.files.names import canonical_name
 from sharding.labels.ipa import TRACKS, normalize_ipa
 from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
 
-RUN_HINT = "these are hypotheses that are scored already: scorecard.json beside them, or `summary RUN`, tells the score"
-LISTED = 10  # ids named in a message
+RUN_HINT = "these hypotheses are already scored: see scorecard.json in the same folder, or run `summary RUN`"
+LISTED = 10  # ids listed in an error message
 
 
 class ScoreError(StreamtrainError):
-    """Two files that cannot be compared."""
+    """Report two files that cannot be compared."""
 
 
 def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
-    """Corpus-level CER over the ids of `actual`, or WER where `predicted` is of the word track.
+    """Return the corpus-level CER over the ids of `actual`, or the WER if `predicted` is of the word track.
 
-    Raises ScoreError where ids are missing, surplus or double.
+    Raises ScoreError if ids are missing, surplus or duplicated.
     """
     track = _track_of(predicted)
     hypotheses, references = _read(predicted, TRACKS[track]), _read(actual, TRACKS[track])
     if not references:
-        raise ScoreError(f"{actual}: the file has no rows", f"it holds the labels: utterance_id and {TRACKS[track]}")
+        raise ScoreError(f"{actual}: the file has no rows", f"give rows with utterance_id and {TRACKS[track]}")
     faults = [
-        f"{what} {counted(len(ids), 'id')}: {', '.join(sorted(ids)[:LISTED])}{', …' if len(ids) > LISTED else ''}"
-        for what, ids in (
+        f"{problem} {counted(len(ids), 'id')}: {', '.join(sorted(ids)[:LISTED])}{', …' if len(ids) > LISTED else ''}"
+        for problem, ids in (
             ("has no row for", references.keys() - hypotheses.keys()),
-            ("has surplus", hypotheses.keys() - references.keys()),
+            ("has extra rows for", hypotheses.keys() - references.keys()),
         )
         if ids
     ]
     if faults:
-        raise ScoreError(f"{predicted}: {'; '.join(faults)}", f"a score is over every clip of {actual}, each once")
+        raise ScoreError(f"{predicted}: {'; '.join(faults)}", f"give each clip of {actual} exactly one row")
     compared = spoken_words if track == "word" else normalize_ipa
     pairs = ((compared(text), compared(hypotheses[name])) for name, text in references.items())
     total = sum((count_edits(reference, hypothesis) for reference, hypothesis in pairs), EditCounts())
@@ -61,7 +61,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _track_of(predicted: Path) -> str:
-    """Told by the first row that has a label of either."""
+    """Return the track of the first row that has a label of any track; "phonetic" if there is none."""
     with suppress(OSError), open_regular(predicted) as lines:
         for line in lines:
             with suppress(ValueError):
@@ -83,19 +83,19 @@ def _read(path: Path, label: str) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}: not a row with utterance_id and {label}"
+        problem = f"{path}:{number}: not a row with utterance_id and {label}"
         try:
             row = parse_json(line)
-            written, text = row["utterance_id"], row[label]
-            if not isinstance(written, str) or not isinstance(text, str | None):
-                raise TypeError("they are not text")
+            utterance_id, text = row["utterance_id"], row[label]
+            if not isinstance(utterance_id, str) or not isinstance(text, str | None):
+                raise TypeError("these are not text")
         except KeyError as error:
             hint = RUN_HINT if "hypothesis" in row else None
-            raise ScoreError(f"{where}: it has {', '.join(row)}", hint) from error
+            raise ScoreError(f"{problem}: it has {', '.join(row)}", hint) from error
         except (ValueError, TypeError) as error:
-            raise ScoreError(f"{where} ({error})", "one JSON object per line") from error
-        name = canonical_name(written)
+            raise ScoreError(f"{problem} ({error})", "one JSON object per line") from error
+        name = canonical_name(utterance_id)
         if name in texts:
-            raise ScoreError(f"{path}:{number}: utterance_id {written!r} comes twice")
+            raise ScoreError(f"{path}:{number}: utterance_id {utterance_id!r} occurs twice")
         texts[name] = text or ""
     return texts

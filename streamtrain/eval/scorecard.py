@@ -1,4 +1,4 @@
-"""What a person needs to believe a score: its interval, its groups, its confusions, its worst clips. Without torch."""
+"""Build, write, read and render the scorecard: interval, groups, confusions, worst clips. Imports no torch."""
 
 import bisect
 import json
@@ -32,12 +32,12 @@ from sharding.labels.ipa import normalize
 from sharding.shardset.index import ShardIndex
 from streamtrain.eval.metrics import EditCounts, Floats, Resampling
 
-DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, of the groups
+DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, upper edges of the groups
 LENGTH_EDGES = (5, 10, 20, 40, 80)  # symbols, likewise
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # likewise
 WORST_CLIPS = 20
 CONFUSIONS = 30
-MAY_LACK = 0.01  # of the draws a group
+MAX_LACKING = 0.01  # share of the draws that may lack a group
 SCORECARD, HYPOTHESES = "scorecard.json", "hypotheses.jsonl"
 
 Groups = dict[str, list["ClipScore"]]
@@ -45,7 +45,7 @@ Groups = dict[str, list["ClipScore"]]
 
 @dataclass(frozen=True, slots=True)
 class ClipScore:
-    """One recording, scored once."""
+    """Hold the score of one recording."""
 
     __pydantic_config__ = STRICT
 
@@ -60,11 +60,11 @@ class ClipScore:
     hypothesis: str
     confidence: Number
     counts: EditCounts  # over symbols
-    words: EditCounts | None  # over words as the challenge compares them, of the word track
+    words: EditCounts | None  # over words as the challenge compares them; word track only
 
     @property
     def speaker(self) -> str:
-        """As far as the shard set tells: the child, else the session, else the clip itself."""
+        """Return the best speaker id that the shard set has: the child, else the session, else the clip."""
         return self.child_id or self.session_id or self.utterance_id
 
 
@@ -73,7 +73,7 @@ class _Rate(TypedDict):
 
 
 class _Card(_Rate):
-    """What others read of a scorecard."""
+    """Describe the fields that other modules read from a scorecard."""
 
     cer_interval_95: tuple[Number, Number] | None
     children: Size
@@ -86,24 +86,24 @@ _RATE, _CARD, _CLIP = TypeAdapter(_Rate), TypeAdapter(_Card), TypeAdapter(ClipSc
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The total over all ranks, and, on every rank, the clips it is made of."""
+    """Hold the total over all ranks and, on every rank, the clips in it."""
 
     total: EditCounts
-    words: EditCounts | None  # of the word track
+    words: EditCounts | None  # word track only
     clips: tuple[ClipScore, ...]  # sorted by id
     track: str
-    rows: dict[str, tuple[int, ...]]  # of the index, by the clip's id: its pieces in order
+    rows: dict[str, tuple[int, ...]]  # rows of the index by clip id: its pieces in order
 
 
 def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
-    """The scorecard as it is written. The index tells what validation has lost."""
+    """Return the scorecard as it is written. `index` has the counts of rejected validation clips."""
     total, clips = evaluation.total, evaluation.clips
-    drawn = Resampling(clip.speaker for clip in clips)
+    draws = Resampling(clip.speaker for clip in clips)
     by_child = group(clips, lambda clip: clip.speaker)
     groups = groupings(clips)
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
     words = evaluation.words
-    of_words = (
+    word_fields = (
         {"wer": words.rate, "word_edits": words.edits, "reference_words": words.reference_length} if words else {}
     )
     return (
@@ -111,7 +111,7 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
         | {
             "track": evaluation.track,
             "cer": total.rate,
-            "cer_interval_95": drawn.interval(drawn.rates(*sums({"all": list(clips)}, drawn.speakers))[:, 0]),
+            "cer_interval_95": draws.interval(draws.rates(*sums({"all": list(clips)}, draws.speakers))[:, 0]),
             "edits": total.edits,
             "reference_length": total.reference_length,
             "clips": len(clips),
@@ -119,32 +119,32 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             "deletions": total.deletions,
             "insertions": total.insertions,
             "children": len(by_child),
-            "macro": {"child": _macro_by_child(by_child, drawn)}
-            | {name: _macro(each, drawn) for name, each in groups.items()},
-            "groups": {name: _rows(each, drawn) for name, each in groups.items()},
+            "macro": {"child": _macro_by_child(by_child, draws)}
+            | {name: _macro(grouping, draws) for name, grouping in groups.items()},
+            "groups": {name: _rows(grouping, draws) for name, grouping in groups.items()},
             "by_child": _rows(by_child, None),
             "calibration": _calibration(clips),
             "confusions": [
-                {"reference": spoken, "hypothesis": heard, "count": count}
-                for (spoken, heard), count in count_confusions(clips, evaluation.track).most_common()
-                if spoken != heard
+                {"reference": reference, "hypothesis": hypothesis, "count": count}
+                for (reference, hypothesis), count in count_confusions(clips, evaluation.track).most_common()
+                if reference != hypothesis
             ][:CONFUSIONS],
             "worst": [asdict(clip) for clip in worst],
             "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
             "validation": index.notes.get("validation", {}),
         }
-        | of_words
+        | word_fields
     )
 
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
-    """`scorecard.json`, and every clip's reference and hypothesis in `hypotheses.jsonl`."""
+    """Write `scorecard.json`, and each clip's reference and hypothesis to `hypotheses.jsonl`."""
     write_inside(folder / SCORECARD, json.dumps(card, ensure_ascii=False, indent=1))
     write_inside(folder / HYPOTHESES, "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips))
 
 
 def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
-    """What `write_scorecard` wrote. Raises StreamtrainError where it is not there, or not that."""
+    """Return what `write_scorecard` wrote. Raises StreamtrainError if it is missing or malformed."""
     try:
         card = parse_json(read_document(folder / SCORECARD))
         validate(card, _CARD)
@@ -157,7 +157,7 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
 
 
 def read_rate(path: Path) -> float:
-    """Return the CER that a file says. Raises StreamtrainError if it says none."""
+    """Return the CER in a scorecard file. Raises StreamtrainError if it has none."""
     try:
         return parse(read_document(path), _RATE)["cer"]
     except (OSError, ValueError) as error:
@@ -165,7 +165,7 @@ def read_rate(path: Path) -> float:
 
 
 def render(card: dict[str, Any]) -> str:
-    """The scorecard as a person reads it in a terminal."""
+    """Return the scorecard as text for a terminal."""
     macro = ", ".join(f"by {name.replace('_', ' ')} {card['macro'][name]['cer']:.4f}" for name in ("child", "corpus"))
     lines = [
         f"CER {card['cer']:.4f}  ({render_interval(card)})   "
@@ -177,22 +177,22 @@ def render(card: dict[str, Any]) -> str:
         lines[0] += f"\nWER {card['wer']:.4f}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
     for title, rows in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in rows))
-    sure = (f"{row['name']} right {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
-    lines.append(f"{'confidence':>12}  " + "   ".join(sure))
+    calibration = (f"{row['name']} right {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
+    lines.append(f"{'confidence':>12}  " + "   ".join(calibration))
     return "\n".join(lines + warnings(card))
 
 
 def warnings(card: dict[str, Any]) -> list[str]:
-    """What makes a score say less than it seems to."""
-    said = []
+    """Return the reasons why a score may mislead."""
+    notes = []
     if card["undecodable"]:
-        said.append(f"{len(card['undecodable'])} clips did not decode and were scored as silence: see scorecard.json")
+        notes.append(f"{len(card['undecodable'])} clips did not decode and were scored as silence: see scorecard.json")
     lost = card["validation"].get("rejected", 0)
     if lost:
-        said.append(f"{lost} validation clips were rejected at the build and are not in this score")
+        notes.append(f"{lost} validation clips were rejected by the build and are not in this score")
     if not card["validation"].get("disjoint_by_speaker", True):
-        said.append("validation is not disjoint by speaker: this score flatters the model")
-    return said
+        notes.append("validation is not disjoint by speaker: this score is too optimistic")
+    return notes
 
 
 def render_interval(card: dict[str, Any]) -> str:
@@ -206,7 +206,7 @@ def render_interval(card: dict[str, Any]) -> str:
 
 
 def groupings(clips: Sequence[ClipScore]) -> dict[str, Groups]:
-    """The clips by corpus, age, duration and label length; each clip once in each."""
+    """Group the clips by corpus, age, duration and label length; each grouping has each clip once."""
     return {
         "corpus": group(clips, lambda clip: clip.corpus),
         "age_bucket": group(clips, lambda clip: clip.age_bucket or UNKNOWN, age_order),
@@ -218,7 +218,7 @@ def groupings(clips: Sequence[ClipScore]) -> dict[str, Groups]:
 def group(
     clips: Iterable[ClipScore], key: Callable[[ClipScore], str], order: Callable[[str], Any] | None = None
 ) -> Groups:
-    """Group clips by the key, in the order of keys."""
+    """Group clips by `key`; the groups are sorted by `order` of their keys, or by the keys."""
     groups: Groups = defaultdict(list)
     for clip in clips:
         groups[key(clip)].append(clip)
@@ -230,7 +230,7 @@ def total_of(clips: Iterable[ClipScore]) -> EditCounts:
 
 
 def sums(groups: Groups, speakers: Sequence[str]) -> tuple[Floats, Floats]:
-    """Edits and reference lengths of each speaker in each group, shape (speakers, groups)."""
+    """Return edits and reference lengths of each speaker in each group, each of shape (speakers, groups)."""
     place = {speaker: row for row, speaker in enumerate(speakers)}
     edits, lengths = np.zeros((2, len(speakers), len(groups)))
     for column, clips in enumerate(groups.values()):
@@ -240,43 +240,43 @@ def sums(groups: Groups, speakers: Sequence[str]) -> tuple[Floats, Floats]:
     return edits, lengths
 
 
-def _rows(groups: Groups, drawn: Resampling | None) -> list[dict[str, Any]]:
-    rates = drawn.rates(*sums(groups, drawn.speakers)) if drawn else None
+def _rows(groups: Groups, draws: Resampling | None) -> list[dict[str, Any]]:
+    rates = draws.rates(*sums(groups, draws.speakers)) if draws else None
     rows = []
     for column, (name, clips) in enumerate(groups.items()):
         counts, speakers = total_of(clips), len({clip.speaker for clip in clips})
         row = {"name": name, "cer": counts.rate, "edits": counts.edits, "reference_length": counts.reference_length,
                "clips": len(clips)}  # fmt: skip
-        if drawn is not None and rates is not None:
+        if draws is not None and rates is not None:
             known = speakers > 1
-            row |= {"children": speakers, "interval_95": drawn.interval(rates[:, column]) if known else None}
+            row |= {"children": speakers, "interval_95": draws.interval(rates[:, column]) if known else None}
         rows.append(row)
     return rows
 
 
-def _macro(groups: Groups, drawn: Resampling) -> dict[str, Any]:
-    """The mean of the groups' rates, whatever their sizes.
+def _macro(groups: Groups, draws: Resampling) -> dict[str, Any]:
+    """Return the mean of the groups' rates, unweighted, with its interval.
 
-    Where each speaker is in one group, speakers are drawn within it, so that every draw has every group. Otherwise
-    draws that lack a group are left out. There is no interval where a group has one speaker, or is lacking often.
+    If each speaker is in one group, speakers are drawn within it, so that every draw has every group. Otherwise draws
+    that lack a group are left out. There is no interval if a group has one speaker or is often missing from the draws.
     """
     speakers = [sorted({clip.speaker for clip in clips}) for clips in groups.values()]
     interval = None
-    if min(map(len, speakers)) > 1 and sum(map(len, speakers)) == len(drawn.speakers):
-        parts = [(Resampling(of, seed=number), {name: clips})
-                 for number, (of, (name, clips)) in enumerate(zip(speakers, groups.items(), strict=True))]  # fmt: skip
-        rates = np.stack([part.rates(*sums(own, part.speakers))[:, 0] for part, own in parts], axis=1)
-        interval = drawn.interval(rates.mean(axis=1))
+    if min(map(len, speakers)) > 1 and sum(map(len, speakers)) == len(draws.speakers):
+        parts = [(Resampling(ids, seed=number), {name: clips})
+                 for number, (ids, (name, clips)) in enumerate(zip(speakers, groups.items(), strict=True))]  # fmt: skip
+        rates = np.stack([part.rates(*sums(part_groups, part.speakers))[:, 0] for part, part_groups in parts], axis=1)
+        interval = draws.interval(rates.mean(axis=1))
     elif min(map(len, speakers)) > 1:
-        means = drawn.rates(*sums(groups, drawn.speakers)).mean(axis=1)  # NaN where a group is lacking
-        interval = drawn.interval(means) if np.isnan(means).mean() <= MAY_LACK else None
+        means = draws.rates(*sums(groups, draws.speakers)).mean(axis=1)  # NaN if a draw lacks a group
+        interval = draws.interval(means) if np.isnan(means).mean() <= MAX_LACKING else None
     return {"cer": _mean_rate(groups), "interval_95": interval}
 
 
-def _macro_by_child(by_child: Groups, drawn: Resampling) -> dict[str, Any]:
-    rates = np.array([total_of(by_child[speaker]).rate for speaker in drawn.speakers])
-    means = drawn.times @ rates / max(len(rates), 1)
-    return {"cer": _mean_rate(by_child), "interval_95": drawn.interval(means)}
+def _macro_by_child(by_child: Groups, draws: Resampling) -> dict[str, Any]:
+    rates = np.array([total_of(by_child[speaker]).rate for speaker in draws.speakers])
+    means = draws.times @ rates / max(len(rates), 1)
+    return {"cer": _mean_rate(by_child), "interval_95": draws.interval(means)}
 
 
 def _mean_rate(groups: Groups) -> float:
@@ -286,28 +286,28 @@ def _mean_rate(groups: Groups) -> float:
 def _edged_groups(
     clips: Iterable[ClipScore], value: Callable[[ClipScore], float], edges: Sequence[float], unit: str = ""
 ) -> Groups:
-    """Clips by the first edge that their value does not exceed, the least first."""
+    """Group clips by the first edge that their value does not exceed, in ascending order."""
     names = [*(f"≤ {edge:g}{unit}" for edge in edges), f"> {edges[-1]:g}{unit}"]
     groups = group(clips, lambda clip: names[bisect.bisect_left(edges, value(clip))])
     return {name: groups[name] for name in names if name in groups}
 
 
 def _calibration(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
-    """Whether the model knows when it is right: by its confidence, the mean of it beside 1 − CER."""
+    """Return mean confidence and accuracy (1 − CER) of the clips, grouped by confidence."""
     groups = _edged_groups(clips, lambda clip: clip.confidence, CONFIDENCE_EDGES)
     return [
-        {"name": name, "clips": len(theirs), "confidence": sum(clip.confidence for clip in theirs) / len(theirs),
-         "accuracy": 1 - total_of(theirs).rate}
-        for name, theirs in groups.items()
+        {"name": name, "clips": len(members), "confidence": sum(clip.confidence for clip in members) / len(members),
+         "accuracy": 1 - total_of(members).rate}
+        for name, members in groups.items()
     ]  # fmt: skip
 
 
 def count_confusions(clips: Iterable[ClipScore], track: str) -> Counter[tuple[str, str]]:
-    """How often each reference symbol was heard as which: ("a", "a") right, ("a", "") not heard, ("", "a") made up."""
+    """Count symbol pairs (reference, hypothesis): ("a", "a") correct, ("a", "") a deletion, ("", "a") an insertion."""
     pairs: Counter[tuple[str, str]] = Counter()
     for clip in clips:
         reference, hypothesis = normalize(clip.reference, track), normalize(clip.hypothesis, track)
-        for run in Levenshtein.opcodes(reference, hypothesis):  # of equal symbols, or of one kind of edit
-            spoken, heard = reference[run.src_start : run.src_end], hypothesis[run.dest_start : run.dest_end]
-            pairs.update(zip_longest(spoken, heard, fillvalue=""))
+        for run in Levenshtein.opcodes(reference, hypothesis):  # a run of equal symbols, or of one kind of edit
+            expected, decoded = reference[run.src_start : run.src_end], hypothesis[run.dest_start : run.dest_end]
+            pairs.update(zip_longest(expected, decoded, fillvalue=""))
     return pairs

@@ -1,4 +1,4 @@
-"""A shard set's labels on the time line: each word of a recording, and which words lie before each cut of the build."""
+"""Align a shard set's labels in time: each word of a recording, and the words before each cut of the build."""
 
 import json
 import math
@@ -31,20 +31,20 @@ from streamtrain.model.inference import chunk_by_memory, compute_log_probs, usua
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
-WINDOW_SEC = 20.0  # of a long recording are heard at a time …
-CONTEXT_SEC = 2.5  # … with these on either side, of which nothing is told
-WHOLE_SEC = 25.0  # up to here a recording is heard whole, as it is in training
+WINDOW_SEC = 20.0  # windows of a long recording …
+CONTEXT_SEC = 2.5  # … have this context on either side, whose frames are dropped
+WHOLE_SEC = 25.0  # a recording up to this length is one window, as in training
 READERS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledRecording:
-    """A recording with its whole label, put together from its pieces."""
+    """Hold a recording with its whole label, joined from its pieces."""
 
     utterance_id: str
     text: str
     waveform: Waveform
-    cuts: tuple[int, ...]  # samples at which its pieces begin, but for the first
+    cuts: tuple[int, ...]  # samples at which its pieces begin, except the first
     error: str | None = None
 
     @property
@@ -54,27 +54,26 @@ class LabelledRecording:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of a recording that is heard at once: samples, and which frames of it are kept, to lie where."""
+    """Describe a stretch of a recording (in samples) for one forward, and its frames that enter the recording's."""
 
     recording: int
     start: int
     end: int
-    skip: int  # frames of context
-    first: int  # frame of the recording
+    skip: int  # leading frames of context
+    first: int  # position in the recording, frames
     frames: int
 
 
 def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: float | None = None) -> int:
-    """Write a JSONL row, compressed, for each recording that has a label; returns how many there are.
+    """Write a compressed JSONL row for each recording that has a label or an error; return the number of rows.
 
-    Its fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, the probability that
-    both lie within 60 ms, its `evidence`, by how many nats the label is likelier with it than without it, and its
-    `order`, by how many it is likelier than with this word and the next the other way round), `cuts`
-    (each with its second, the likeliest number of words before it, the probability of that, and the probability that it
-    falls `inside` a word), `pieces` (for each what lies between the cuts: how much likelier, in nats, what is heard is
-    than the label in the half second where they differ most), `without` (the same around some of its words, had the
-    label left them out: what wrong labels look like to this model), `log_prob` (of the label, for each frame, beside
-    the best path there is), `error`.
+    Fields: `utterance_id`, `text`, `seconds`, `words` (each with `start` and `end` in seconds, as `confidence` the
+    probability that both are right within 60 ms, as `evidence` the log-likelihood ratio in nats of the label with and
+    without it, as `order` that of the label and the label with this word and the next swapped), `cuts` (each with its
+    second, the likeliest number of words before it, the probability of that number, and the probability that it falls
+    `inside` a word), `pieces` (for each the log-likelihood ratio in nats of the best path and the label, in the half
+    second in which they differ most), `without` (the same around deleted words, for some words: what wrong labels look
+    like to this model), `log_prob` (of the label, per frame, relative to the best path), `error`.
     """
     store = open_store(shards)
     index = read_index(store)
@@ -115,13 +114,13 @@ def _load(store: Store, index: ShardIndex, key: str, rows: Sequence[int]) -> Lab
 
 
 def _label_of(samples: Sequence[Sample]) -> str:
-    """The whole label of a recording: its pieces', or, where one is not certain of its own, the one that it keeps."""
+    """Return a recording's whole label: the parent text if an uncertain piece keeps it, else that of its pieces."""
     whole = [sample.parent_text for sample in samples if sample.parent_text is not None]
     return whole[0] if whole else join_texts([sample.text for sample in samples])
 
 
 def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]) -> Iterator[Window]:
-    """Yield windows that keep each frame once that convolutions of these kernels and strides make of a recording."""
+    """Yield windows that cover each frame of a recording once, given the (kernel, stride) of each convolution."""
     frames = max(int(count_frames(torch.tensor(samples), geometry)), 0)
     hop = math.prod(stride for _, stride in geometry)
     in_window, in_context = (round(seconds * SAMPLE_RATE / hop) for seconds in (WINDOW_SEC, CONTEXT_SEC))
@@ -129,28 +128,28 @@ def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]
         yield Window(recording, 0, samples, 0, 0, frames)
         return
     for first in range(0, frames, in_window):
-        kept = min(in_window, frames - first)
+        count = min(in_window, frames - first)
         skip = min(in_context, first)
-        end = (first + kept + in_context) * hop
-        yield Window(recording, (first - skip) * hop, min(end, samples), skip, first, kept)
+        end = (first + count + in_context) * hop
+        yield Window(recording, (first - skip) * hop, min(end, samples), skip, first, count)
 
 
 def _align_chunk(model: CTCModel, recordings: Sequence[LabelledRecording], seconds: float) -> Iterator[dict[str, Any]]:
-    whole = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
-    cut = {number: list(windows_of(number, len(recording.waveform), model.geometry))
-           for number, recording in whole.items()}  # fmt: skip
-    heard = {number: torch.zeros(sum(one.frames for one in windows), len(model.vocab), device=model.device)
-             for number, windows in cut.items()}  # fmt: skip
-    windows = list(chain.from_iterable(cut.values()))
+    loaded = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
+    windows_by_number = {number: list(windows_of(number, len(recording.waveform), model.geometry))
+                         for number, recording in loaded.items()}  # fmt: skip
+    outputs = {number: torch.zeros(sum(window.frames for window in windows), len(model.vocab), device=model.device)
+               for number, windows in windows_by_number.items()}  # fmt: skip
+    windows = list(chain.from_iterable(windows_by_number.values()))
     for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
         chosen = [windows[i] for i in batch]
-        waveforms = [whole[window.recording].waveform[window.start : window.end] for window in chosen]
+        waveforms = [loaded[window.recording].waveform[window.start : window.end] for window in chosen]
         log_probs, _ = compute_log_probs(model, waveforms)
         for window, frames in zip(chosen, log_probs, strict=True):
-            kept = frames[window.skip : window.skip + window.frames]
-            heard[window.recording][window.first : window.first + window.frames] = kept
+            without_context = frames[window.skip : window.skip + window.frames]
+            outputs[window.recording][window.first : window.first + window.frames] = without_context
     for number, recording in enumerate(recordings):
-        yield _row(recording, heard.get(number), model)
+        yield _row(recording, outputs.get(number), model)
 
 
 def _row(recording: LabelledRecording, log_probs: torch.Tensor | None, model: CTCModel) -> dict[str, Any]:
@@ -168,26 +167,26 @@ def _row(recording: LabelledRecording, log_probs: torch.Tensor | None, model: CT
     if log_probs is None:
         return row
     cuts = [min(cut // model.frame_samples, len(log_probs) - 1) for cut in recording.cuts]
-    near, width = (max(round(n * FRAME_SAMPLES / model.frame_samples), 1) for n in (NEAR_FRAMES, GAP_FRAMES))
+    near, width = (max(round(frames * FRAME_SAMPLES / model.frame_samples), 1) for frames in (NEAR_FRAMES, GAP_FRAMES))
     try:
-        found = align(log_probs, recording.text, model.vocab, cuts, near)
+        alignment = align(log_probs, recording.text, model.vocab, cuts, near)
     except AlignError as error:
         return row | {"error": str(error)}
-    second = model.frame_samples / SAMPLE_RATE  # of a frame
-    evidence, order = word_llrs(log_probs, found.words, model.vocab)
-    without = deletion_gaps(log_probs, found.words, recording.utterance_id, model.vocab, width) if cuts else []
+    second = model.frame_samples / SAMPLE_RATE  # length of a frame
+    evidence, order = word_llrs(log_probs, alignment.words, model.vocab)
+    without = deletion_gaps(log_probs, alignment.words, recording.utterance_id, model.vocab, width) if cuts else []
     return row | {
         "words": [
             {"word": word.text, "start": round(word.first_frame * second, 3), "end": round(word.end_frame * second, 3),
              "confidence": round(word.confidence, 4), "evidence": round(nats, 2), "order": round(before_next, 2)}
-            for word, nats, before_next in zip(found.words, evidence, order, strict=True)
+            for word, nats, before_next in zip(alignment.words, evidence, order, strict=True)
         ],
         "cuts": [
             {"at": round(cut / SAMPLE_RATE, 6), "words_before": int(before.argmax()),
              "probability": round(float(before.max()), 6), "inside": round(max(1 - float(before.sum()), 0.0), 6)}
-            for cut, before in zip(recording.cuts, found.before, strict=True)
+            for cut, before in zip(recording.cuts, alignment.before, strict=True)
         ],
-        "pieces": [{"gap": round(gap, 3)} for gap in worst_gaps(found.gap, cuts, width)],
+        "pieces": [{"gap": round(gap, 3)} for gap in worst_gaps(alignment.gap, cuts, width)],
         "without": [round(gap, 3) for gap in without],
-        "log_prob": round((found.log_prob - found.best_log_prob) / len(log_probs), 4),
+        "log_prob": round((alignment.log_prob - alignment.best_log_prob) / len(log_probs), 4),
     }  # fmt: skip

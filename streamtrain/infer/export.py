@@ -1,4 +1,4 @@
-"""A portable model: the Hugging Face layout, loaded back and compared before anyone relies on it."""
+"""Export a model in the Hugging Face layout, load it back, and compare the two before anyone relies on it."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger("streamtrain")
 TOLERANCE = 1e-5
 RUN_FILES = {"scorecard.json": "scorecard.json", "curves.png": "curves.png", "config.json": "training.json",
           "trained_on.json": "trained_on.json"}  # fmt: skip
-RECIPE = frozenset(  # the settings that a model card shows, where they are set
+CARD_SETTINGS = frozenset(  # the settings that a model card lists, if they are set
     ["pretrained", "scratch", "dropout", "freeze_cnn", "mask_time_prob", "mask_feature_prob", "batch_seconds",
      "speed_factors", "gain_db", "micro_batches_per_step", "epochs", "max_steps", "schedule", "warmup_steps", "head_lr",
      "layer_decay", "freeze_encoder_steps", "ema_decay", "patience", "seed"]
@@ -41,7 +41,7 @@ class _Group(TypedDict):
 
 
 class _Card(TypedDict):
-    """What a model card tells of a scorecard."""
+    """Describe the fields of a scorecard that a model card uses."""
 
     cer: Number
     cer_interval_95: tuple[Number, Number] | None
@@ -56,7 +56,7 @@ class _Card(TypedDict):
 
 
 class _Data(TypedDict):
-    """trained_on.json as it is written."""
+    """Describe trained_on.json."""
 
     shards: str
     index: str
@@ -66,7 +66,7 @@ class _Data(TypedDict):
 
 
 class _Training(TypedDict):
-    """The sections of a run's configuration."""
+    """Describe the sections of a run's configuration."""
 
     model: dict[str, Any]
     train: dict[str, Any]
@@ -78,11 +78,11 @@ _CARD, _DATA, _TRAINING = TypeAdapter(_Card), TypeAdapter(_Data), TypeAdapter(_T
 
 
 class ExportError(StreamtrainError):
-    """An export that does not compute what the model computes."""
+    """Report an export that cannot be written or does not compute what the model computes."""
 
 
 def save_best(model: CTCModel, folder: Path) -> None:
-    """Write a model to `folder`, verified, whole or not at all. Raise StoreError if it cannot be written."""
+    """Write a verified model to `folder`, whole or not at all. Raises StoreError if it cannot be written."""
     with new_folder(folder, _bytes_of(model)) as partial:
         save_model(model, partial)
         difference = verify(model, partial)
@@ -92,14 +92,14 @@ def save_best(model: CTCModel, folder: Path) -> None:
 def export_model(source: Path, out: Path) -> float:
     """Copy a trained model to a new folder, with a model card, and verify the copy.
 
-    What lies beside the model in its run's folder goes along: scorecard, curves, and the run's configuration as
-    `training.json`. Returns what `verify` does.
+    The files of its run are copied too, if present: scorecard, curves, `trained_on.json`, and the run's configuration
+    as `training.json`. Returns the largest difference that `verify` measures.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ExportError(f"{out}: is not an empty folder", "choose another one")
+        raise ExportError(f"{out}: is not an empty folder", "choose another folder")
     model, run = load_trained(source), source.resolve().parent
     warn_unless_finished(source)
-    with new_folder(Path(os.path.realpath(out)), _bytes_of(model)) as partial:  # a link stays, as with files
+    with new_folder(Path(os.path.realpath(out)), _bytes_of(model)) as partial:  # a link is kept, as with files
         save_model(model, partial)
         for name, copied in RUN_FILES.items():
             if (run / name).is_file():
@@ -113,49 +113,49 @@ def _bytes_of(model: CTCModel) -> int:
 
 
 def verify(model: CTCModel, folder: Path) -> float:
-    """Hold a model, as it was trained, against what Transformers makes of the folder that it was saved to.
+    """Compare a trained model with the one that Transformers loads from the folder that it was saved to.
 
-    The weights must be the same, bit for bit. Returns the largest difference of log-probabilities seen, on a second of
-    noise. Raises ExportError if that is above 1e-5, or another weight was read.
+    The weights must be equal bit for bit. Returns the largest difference of log-probabilities on a second of noise.
+    Raises ExportError if that is above 1e-5 or a weight differs.
     """
     from transformers import AutoModelForCTC
 
     noise = torch.randn(1, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     network = AutoModelForCTC.from_pretrained(folder).eval()
     with torch.inference_mode():
-        ours = model(noise, torch.tensor([noise.shape[1]]))
-        theirs = network(noise).logits.log_softmax(-1)
-    difference = float((ours - theirs).abs().max())
-    if not difference <= TOLERANCE:  # or it is not a number
+        expected = model(noise, torch.tensor([noise.shape[1]]))
+        log_probs = network(noise).logits.log_softmax(-1)
+    difference = float((expected - log_probs).abs().max())
+    if not difference <= TOLERANCE:  # also if it is NaN
         raise ExportError(
-            f"{folder}: Transformers' log-probabilities differ by {difference:.2g}, {TOLERANCE:g} is allowed"
+            f"{folder}: Transformers' log-probabilities differ by {difference:.2g}, at most {TOLERANCE:g} is allowed"
         )
-    wanted, seen = model.network.state_dict(), network.state_dict()
-    if seen.keys() != wanted.keys() or any(not torch.equal(seen[name], wanted[name]) for name in seen):
+    saved, loaded = model.network.state_dict(), network.state_dict()
+    if loaded.keys() != saved.keys() or any(not torch.equal(loaded[name], saved[name]) for name in loaded):
         raise ExportError(f"{folder}: does not hold the weights that were to be saved")
     return difference
 
 
 def _model_card(folder: Path, name: str, track: str) -> str:
-    """In the form of the Hugging Face hub; what is known of the model lies in `folder`."""
+    """Return a model card in the Hugging Face hub's form, from the run's files in `folder`."""
     card, config = _read(folder / "scorecard.json", _CARD), _read(folder / "training.json", _TRAINING)
     data = _read(folder / "trained_on.json", _DATA)
     speech = "phones (IPA)" if track == "phonetic" else "words, in letters"
     head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
-    about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. It hears 16 kHz, one channel.\n"
+    about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. Its input is 16 kHz, one channel.\n"
     use = (
         "```python\nfrom transformers import pipeline\n\n"
         'print(pipeline("automatic-speech-recognition", ".")("clip.flac")["text"])  # decoded by ffmpeg\n```\n'
     )
-    parts = [("Use", use), ("Data", _data(data)), ("Score", _scores(card)), ("Recipe", _recipe(config))]
+    parts = [("Use", use), ("Data", _data(data)), ("Score", _scores(card)), ("Training settings", _settings(config))]
     curves = "![curves](curves.png)\n" if (folder / "curves.png").is_file() else ""
     return "\n".join([head + about, *(f"## {title}\n\n{text}" for title, text in parts if text), curves])
 
 
-def _read(path: Path, wanted: TypeAdapter[Any]) -> dict[str, Any]:
-    """What a run has left there; nothing where it is not there, or something else of that name."""
+def _read(path: Path, schema: TypeAdapter[Any]) -> dict[str, Any]:
+    """Return the content of a run's file; {} if it is missing or of another form."""
     with suppress(OSError, DocumentError):
-        return {**parse(read_document(path), wanted)}
+        return {**parse(read_document(path), schema)}
     return {}
 
 
@@ -186,29 +186,29 @@ def _time(hours: float) -> str:
 def _scores(card: dict[str, Any]) -> str:
     if not card:
         return "Not scored.\n"
-    said = f"CER {card['cer']:.4f} ({render_interval(card)})"
-    said += f", WER {card['wer']:.4f}" if "wer" in card else ""
+    summary = f"CER {card['cer']:.4f} ({render_interval(card)})"
+    summary += f", WER {card['wer']:.4f}" if "wer" in card else ""
     lines = [f"| {'':20} | CER | 95 % interval | clips |", "|---|---:|---:|---:|"]
     for title, rows in card["groups"].items():
         for row in rows:
-            low_high = row.get("interval_95")
-            interval = f"{low_high[0]:.4f} – {low_high[1]:.4f}" if low_high else ""
+            bounds = row.get("interval_95")
+            interval = f"{bounds[0]:.4f} – {bounds[1]:.4f}" if bounds else ""
             lines.append(
                 f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
             )
-    head = f"{said} on {counted(card['clips'], 'clip')} of split `{card['split']}` of `{card['shards']}`."
+    head = f"{summary} on {counted(card['clips'], 'clip')} of split `{card['split']}` of `{card['shards']}`."
     return "\n".join([head, "", *lines, *(f"\n**{line}**" for line in warnings(card))]) + "\n"
 
 
-def _recipe(config: dict[str, Any]) -> str:
-    """The settings that decide what is learnt; the whole configuration lies in training.json."""
+def _settings(config: dict[str, Any]) -> str:
+    """Return a table of the settings that decide what is learnt; the whole configuration is in training.json."""
     if not config:
         return ""
     chosen = {
         f"{section}.{key}": value
         for section in ("model", "train", "data")
         for key, value in config[section].items()
-        if key in RECIPE and value not in (None, [], 0, False)
+        if key in CARD_SETTINGS and value not in (None, [], 0, False)
     }
     chosen["deepspeed.optimizer"] = config["deepspeed"].get("optimizer")
     rows = [f"| `{name}` | `{json.dumps(value)}` |" for name, value in chosen.items()]

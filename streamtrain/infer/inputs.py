@@ -1,4 +1,4 @@
-"""What there is to transcribe: files, folders, zips, manifests, shard sets and buckets, as one list of recordings."""
+"""List the recordings to transcribe: from files, folders, zips, manifests, shard sets and buckets."""
 
 import os
 import re
@@ -26,61 +26,60 @@ from sharding.sources.manifest import ManifestOptions, read_source
 from streamtrain.data.cache import read_verified
 
 MANIFEST = re.compile(r"(?i)\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
-SHOWN_KINDS = 5  # of files that are no audio, by their suffixes
-FIELDS = ("utterance_id", "audio_path")  # of a manifest
+SHOWN_KINDS = 5  # suffixes of files without audio, in a message
+FIELDS = ("utterance_id", "audio_path")  # read from a manifest
 
 
 @dataclass(frozen=True, slots=True)
 class AudioChunk:
-    """Bytes of audio, and where in the recording they begin."""
+    """Hold encoded audio and its start in the recording."""
 
     audio: bytes
     start_sec: float = 0.0
-    utterance_id: str = ""  # of the recording, where it is known only now
+    utterance_id: str = ""  # of the recording, if known only after loading
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One row of the result."""
+    """Describe a recording to transcribe: one row of the result."""
 
     utterance_id: str
-    audio_path: str  # as a person finds it
+    audio_path: str  # as the user can find it
     load: Callable[[], list[AudioChunk]]  # raises AudioError, StoreError, ShardError or OSError
-    stamp: str = ""  # of a file: another one, another file
+    stamp: str = ""  # size and mtime of a file, to detect a change
 
 
 def find_recordings(
     sources: Sequence[str], audio_root: str = "", columns: Mapping[str, str] | None = None
 ) -> list[Recording]:
-    """All that the sources hold, in their order; of manifests, the audio root and the columns are as for a build.
+    """Return all recordings in the sources, in order; `audio_root` and `columns` apply to manifests, as in a build.
 
-    Raises StreamtrainError where one holds nothing, or where two recordings would have one name.
+    Raises StreamtrainError if a source has no audio or two recordings would have the same name.
     """
     chosen = {name: column for name, column in (columns or {}).items() if name in FIELDS}
-    reading = ManifestOptions(columns=chosen, follow_links=True, audio_root=audio_root, fields=FIELDS)
+    options = ManifestOptions(columns=chosen, follow_links=True, audio_root=audio_root, fields=FIELDS)
     if (audio_root or columns) and not any(map(MANIFEST.search, sources)):
-        raise StreamtrainError("no source is a transcripts file", "--audio-root and --columns tell how these are read")
-    found: list[Recording] = []
+        raise StreamtrainError("no source is a transcripts file", "--audio-root and --columns apply to these only")
+    recordings: list[Recording] = []
     for source in sources:
-        here = list(_find(source, reading))
-        if not here:
+        additions = list(_find(source, options))
+        if not additions:
             raise StreamtrainError(f"no audio in {source}", f"looked for {', '.join(AUDIO_SUFFIXES)}, and zips of them")
-        found += here
-    names = Counter(canonical_name(one.utterance_id) for one in found)
-    double = [name for name, count in names.items() if count > 1]
-    if double:
+        recordings += additions
+    names = Counter(canonical_name(recording.utterance_id) for recording in recordings)
+    duplicates = [name for name, count in names.items() if count > 1]
+    if duplicates:
         raise StreamtrainError(
-            f"{len(double):,} names stand for several recordings, such as {double[0]!r}",
-            "give the folder that holds them all, a transcripts file with an utterance_id of its own for each, or one "
-            "source at a time",
+            f"{len(duplicates):,} names are shared by several recordings, such as {duplicates[0]!r}",
+            "give their common folder, a transcripts file with unique utterance_ids, or one source at a time",
         )
-    return found
+    return recordings
 
 
-def _find(source: str, reading: ManifestOptions) -> Iterator[Recording]:
+def _find(source: str, options: ManifestOptions) -> Iterator[Recording]:
     path = Path(source)
     if "://" in source and (MANIFEST.search(source) or source.lower().endswith(".zip")):
-        raise StreamtrainError(f"{source}: is not read from a bucket", "copy it here first")
+        raise StreamtrainError(f"{source}: cannot be read from a bucket", "copy it to this machine first")
     if "://" in source and not is_audio(source):
         yield from _in_store(open_store(source))
     elif "://" in source:
@@ -93,7 +92,7 @@ def _find(source: str, reading: ManifestOptions) -> Iterator[Recording]:
     elif not path.is_file():
         raise StreamtrainError(f"{source}: there is no such file or folder")
     elif MANIFEST.search(path.name):
-        yield from _in_manifest(path, reading)
+        yield from _in_manifest(path, options)
     elif path.suffix.lower() == ".zip":
         yield from _in_zip(path)
     else:
@@ -101,12 +100,12 @@ def _find(source: str, reading: ManifestOptions) -> Iterator[Recording]:
 
 
 def _printable(path: str) -> str:
-    """Linux allows any bytes in a name."""
+    """Return a path as valid UTF-8, since Linux allows any bytes in a name."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _in_folder(folder: Path) -> Iterator[Recording]:
-    """Its audio files and those of its zips, links followed."""
+    """Return the audio files in a folder and in its zips, following links."""
     paths = {os.path.relpath(path, folder): Path(path) for path in walk_files(str(folder), follow_links=True)}
     zips = {name: AudioRoot(str(path), "") for name, path in paths.items() if name.lower().endswith(".zip")}
     make = {name: partial(_file, path) for name, path in paths.items() if name not in zips}
@@ -120,21 +119,20 @@ def _in_zip(path: Path) -> Iterator[Recording]:
     return (_member(root, name, utterance_id) for name, utterance_id in _choose_audio(str(path), list_files(root)))
 
 
-def _choose_audio(where: str, names: Iterable[str]) -> list[tuple[str, str]]:
-    """The audio among files, each with an id: its stem if all differ, else its path, with the suffix if needed.
+def _choose_audio(source: str, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the audio files, each with an id: its stem if all differ, else its path, with the suffix if needed.
 
-    Others are counted for the user, but for hidden ones.
+    Other files are counted on stderr, except hidden ones.
     """
     names = sorted(names)
     audio = list(filter(is_audio, names))
     others = [name for name in names if not is_audio(name) and "/." not in f"/{name}"]
     if others:
         kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in others).most_common()
-        told = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS]) + ", …" * (
-            len(kinds) > SHOWN_KINDS
-        )
-        said = f"{counted(len(others), 'file')} ({_printable(told)})"
-        print(f"{_printable(where)}: not looked at: {said}", file=sys.stderr)
+        more = ", …" if len(kinds) > SHOWN_KINDS else ""
+        summary = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS]) + more
+        skipped = f"{counted(len(others), 'file')} ({_printable(summary)})"
+        print(f"{_printable(source)}: skipped {skipped}", file=sys.stderr)
     paths = list(map(PurePosixPath, audio))
     ids = [path.stem for path in paths]
     for longer in ([str(path.with_suffix("")) for path in paths], audio):
@@ -144,7 +142,7 @@ def _choose_audio(where: str, names: Iterable[str]) -> list[tuple[str, str]]:
 
 def _file(path: Path, utterance_id: str) -> Recording:
     stamp = ""
-    with suppress(OSError):  # such as a link that leads nowhere, which is told in its row
+    with suppress(OSError):  # such as a broken link: loading it reports the error in its row
         status = path.stat()
         stamp = f"{status.st_size} {status.st_mtime_ns}"
     return Recording(_printable(utterance_id), _printable(str(path)), partial(_read_file, path), stamp)
@@ -154,7 +152,7 @@ def _read_file(path: Path) -> list[AudioChunk]:
     try:
         return [AudioChunk(read_document(path, LARGE_BYTES))]
     except DocumentError as error:
-        raise AudioError(f"not audio that can be read: {error}") from error
+        raise AudioError(f"cannot be read as audio: {error}") from error
 
 
 def _object(store: Reader, name: str, utterance_id: str) -> Recording:
@@ -175,16 +173,16 @@ def _in_store(store: Store) -> Iterator[Recording]:
     return (_object(store, name, utterance_id) for name, utterance_id in _choose_audio(store.url, store.names()))
 
 
-def _in_manifest(path: Path, reading: ManifestOptions) -> Iterator[Recording]:
-    """The rows of a transcripts file, as a build names and finds them; no label is needed."""
-    source = read_source(path, reading)
+def _in_manifest(path: Path, options: ManifestOptions) -> Iterator[Recording]:
+    """Yield the recordings of a transcripts file with the ids and paths of a build; no label is needed."""
+    source = read_source(path, options)
     for row, number in enumerate(source.numbers.tolist()):
         utterance_id, audio_path = source.layout.locate(source.line(row), number)
         yield _member(source.layout.audio, audio_path, utterance_id)
 
 
 def _in_shards(store: Reader) -> Iterator[Recording]:
-    """Every recording of a shard set once, whole."""
+    """Yield each recording of a shard set once, whole."""
     index = read_index(store)
     for name, rows in rows_of_recordings(store, index):
         shard = index.shards[index.samples["shard"][rows[0]]]
@@ -192,15 +190,15 @@ def _in_shards(store: Reader) -> Iterator[Recording]:
 
 
 def rows_of_recordings(store: Reader, index: ShardIndex) -> Iterator[tuple[str, list[int]]]:
-    """The rows of each recording, by its key: several where the build cut it into pieces, in no order."""
+    """Yield each recording's key and index rows: several, unordered, if the build cut it into pieces."""
     keys = read_keys(store, index).tolist()
     named = sorted((key if index.external else whole_key(key), row) for row, key in enumerate(keys))
-    for name, group in groupby(named, key=lambda one: one[0]):
+    for name, group in groupby(named, key=lambda pair: pair[0]):
         yield name, [row for _, row in group]
 
 
 def read_pieces(store: Reader, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
-    """The samples of a recording, in order. Raises ShardError where one is damaged."""
+    """Return the samples of a recording in order. Raises ShardError if one is damaged."""
     samples = [
         sample
         for row in rows

@@ -1,4 +1,4 @@
-"""Recordings to JSONL: each decoded, batched by length, and written in the order it was found; goes on after a kill."""
+"""Transcribe recordings to JSONL: decode, batch by length, write rows in input order; resume after a kill."""
 
 import io
 import json
@@ -41,17 +41,17 @@ LogProbs = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class DecodingOptions:
-    """How recordings are read out."""
+    """Hold the settings of decoding."""
 
-    batch_seconds: float | None = None  # padded seconds of a forward, or by the model; texts do not depend on it
+    batch_seconds: float | None = None  # padded seconds per forward, None: by the model; texts do not depend on it
     beam: int = 0  # prefixes; 0: the best path
-    nbest: int = 0  # texts of each recording, of a beam
+    nbest: int = 0  # hypotheses per recording, from the beam
     log_probs: Path | None = None  # folder for each recording's log-probabilities
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoadedRecording:
-    """A recording that was decoded and cut, or why it could not be."""
+    """Hold a recording's decoded and cut audio, or the error that prevented it."""
 
     recording: Recording
     utterance_id: str
@@ -66,24 +66,24 @@ class LoadedRecording:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was read out of one piece."""
+    """Hold the hypothesis and the words of one piece."""
 
     hypothesis: Hypothesis
     words: list[Word]
-    log_probs: LogProbs | None  # (T, V), where it is to be kept
+    log_probs: LogProbs | None  # (T, V), if they are to be written
 
 
 def transcribe(
     model_folder: Path, recordings: Sequence[Recording], out: Path, options: DecodingOptions | None = None
 ) -> int:
-    """Write a JSONL row per recording; returns how many failed.
+    """Write a JSONL row per recording; return how many failed.
 
-    Its fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (of the word track `orthographic_text`),
-    `confidence`, `words` (each with its `start` and `end` in seconds and its confidence), `error`; and `alternatives`,
-    the best so many of a beam.
+    Fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (on the word track `orthographic_text`),
+    `confidence`, `words` (each with its `start` and `end` in seconds and its confidence), `error`; and `nbest`, the
+    best hypotheses of a beam.
 
-    A recording that cannot be read gets a row with its error. What a killed run has done is not done again, where the
-    same is asked for; the file is then the same as if nothing had been.
+    A recording that cannot be read gets a row with its error. A killed run resumes if the request is the same, and the
+    resulting file is identical to that of an uninterrupted run.
     """
     options = options or DecodingOptions()
     _check_free(out, recordings)
@@ -96,7 +96,7 @@ def transcribe(
         failed = progress.failed
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
             for chunk in chunk_by_memory(read_ahead(load, iter(left), READERS)):
-                rows = _read_chunk(model, chunk, options)
+                rows = _decode_chunk(model, chunk, options)
                 failed += sum(row["error"] is not None for row in rows)
                 progress.write(rows, failed)
                 bar.update(len(rows))
@@ -107,7 +107,7 @@ def transcribe(
 
 
 def _check_free(out: Path, recordings: Sequence[Recording]) -> None:
-    """Raise StreamtrainError if the file is there: it does not tell by which model, so it is not written over."""
+    """Raise StreamtrainError if the file exists: its rows do not record the model, so it is not overwritten."""
     place = file_to_replace(out)
     if place is None or not place.is_file() or not place.stat().st_size:
         return
@@ -116,8 +116,8 @@ def _check_free(out: Path, recordings: Sequence[Recording]) -> None:
         same = [row["audio_path"] for row in rows] == [recording.audio_path for recording in recordings]
     except (ValueError, TypeError, KeyError):
         same = False
-    said = f"holds all these {len(recordings):,} recordings: it is done already" if same else "holds something else"
-    raise StreamtrainError(f"{out}: {said}", "name another file; or delete it, to transcribe them (anew)")
+    content = f"already has all these {len(recordings):,} recordings" if same else "has other content"
+    raise StreamtrainError(f"{out}: {content}", "name another file, or delete this one to write it again")
 
 
 class _State(TypedDict):
@@ -133,14 +133,14 @@ _STATE = TypeAdapter(_State)
 
 
 class Progress:
-    """The rows that were written so far, of a file under another name until they are all there."""
+    """Track the rows written so far to a partial file, which is renamed when it is complete."""
 
     def __init__(self, out: Path, digest: str) -> None:
         self._out, self._digest = out, digest
         self._held = ExitStack()
         self.rows = self.failed = 0
         self._place = place = file_to_replace(out)
-        if place is None:  # a device or a pipe: what went there stays there, and a later run begins anew
+        if place is None:  # a device or a pipe: written rows cannot be resumed, so a later run starts over
             self._file = self._held.enter_context(written(out))
             return
         self._partial, self._state = sibling(place, ".part"), sibling(place, ".part.json")
@@ -161,15 +161,15 @@ class Progress:
                 if state["digest"] == digest and self._partial.stat().st_size >= state["bytes"]:
                     self.rows, self.failed, size = state["rows"], state["failed"], state["bytes"]
             except ValueError:
-                pass  # a state that was cut off says nothing: begin anew
+                pass  # a truncated state has no information: start over
             if not self.rows:
-                print(f"{self._partial}: what an earlier run has done is of another request; all is done anew")
+                print(f"{self._partial}: an earlier run's rows are for another request; starting over")
         if self.rows:
-            print(f"going on after {counted(self.rows, 'recording')} that an earlier run has done")
+            print(f"resuming after {counted(self.rows, 'recording')} of an earlier run")
         self._file.truncate(size)
 
     def write(self, rows: Sequence[dict[str, Any]], failed: int) -> None:
-        """Rows that a later run need not make again once this has returned."""
+        """Write rows durably: a later run does not repeat them once this has returned."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         with explaining(self._out, len(data)):
             self._file.write(data)
@@ -190,45 +190,45 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Let other runs write the file, finished or not. Rows that were written stay, for the next run to go on."""
+        """Release the file to other runs, finished or not. Written rows stay, so the next run can resume."""
         if self._place is not None and not self.rows:
             self._partial.unlink(missing_ok=True)
-        with explaining(self._out):  # what could not be written is tried once more
+        with explaining(self._out):  # closing retries what could not be written
             self._held.close()
 
 
 def load(recording: Recording) -> LoadedRecording:
-    """Decode a recording and cut what is too long. What is wrong with it is told in `error`.
+    """Decode a recording and cut it if it is too long; its `error` is set if it cannot be read.
 
-    Raises StoreError where the place it comes from fails, which is no fault of the recording.
+    Raises StoreError if its store fails, which is no fault of the recording.
     """
     try:
-        loaded = recording.load()
+        chunks = recording.load()
         pieces: list[Waveform] = []
         starts: list[float] = []
-        for piece in loaded:
-            waveform, _ = decode(piece.audio, prove=True)
+        for chunk in chunks:
+            waveform, _ = decode(chunk.audio, prove=True)
             for start, segment in split_at_pauses(waveform):
                 pieces.append(segment)
-                starts.append(piece.start_sec + start / SAMPLE_RATE)
-        name = loaded[0].utterance_id or recording.utterance_id
+                starts.append(chunk.start_sec + start / SAMPLE_RATE)
+        name = chunks[0].utterance_id or recording.utterance_id
         return LoadedRecording(recording, name, tuple(pieces), tuple(starts))
     except (AudioError, MissingError, ShardError) as error:
-        said = error.message
+        message = error.message
     except OSError as error:
-        said = str(error.strerror or error)
-    return LoadedRecording(recording, recording.utterance_id, error=said)
+        message = str(error.strerror or error)
+    return LoadedRecording(recording, recording.utterance_id, error=message)
 
 
-def _read_chunk(model: CTCModel, sounds: Sequence[LoadedRecording], options: DecodingOptions) -> list[dict[str, Any]]:
-    pieces = [piece for sound in sounds for piece in sound.pieces]
-    heard = iter(_read_pieces(model, pieces, options))
-    return [_row(sound, [next(heard) for _ in sound.pieces], model, options) for sound in sounds]
+def _decode_chunk(model: CTCModel, items: Sequence[LoadedRecording], options: DecodingOptions) -> list[dict[str, Any]]:
+    pieces = [piece for item in items for piece in item.pieces]
+    transcripts = iter(_decode_pieces(model, pieces, options))
+    return [_row(item, [next(transcripts) for _ in item.pieces], model, options) for item in items]
 
 
-def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], options: DecodingOptions) -> list[Transcript]:
-    """Each piece, in batches of like length."""
-    heard: dict[int, Transcript] = {}
+def _decode_pieces(model: CTCModel, pieces: Sequence[Waveform], options: DecodingOptions) -> list[Transcript]:
+    """Decode each piece, in batches of similar length."""
+    transcripts: dict[int, Transcript] = {}
     seconds = options.batch_seconds or usual_batch_seconds(model)
     for batch in plan_evaluation([len(piece) for piece in pieces], seconds):
         log_probs, frames = compute_log_probs(model, [pieces[i] for i in batch])
@@ -236,38 +236,38 @@ def _read_pieces(model: CTCModel, pieces: Sequence[Waveform], options: DecodingO
         rows = log_probs.cpu().numpy()
         for i, row, length, hypothesis in zip(batch.tolist(), rows, frames.tolist(), hypotheses, strict=True):
             words = word_timestamps(row[:length], hypothesis.text, model.vocab)
-            heard[i] = Transcript(hypothesis, words, row[:length].copy() if options.log_probs else None)
-    return [heard[i] for i in range(len(pieces))]
+            transcripts[i] = Transcript(hypothesis, words, row[:length].copy() if options.log_probs else None)
+    return [transcripts[i] for i in range(len(pieces))]
 
 
 def _row(
-    sound: LoadedRecording, heard: Sequence[Transcript], model: CTCModel, options: DecodingOptions
+    loaded: LoadedRecording, transcripts: Sequence[Transcript], model: CTCModel, options: DecodingOptions
 ) -> dict[str, Any]:
-    """The row of a recording, from its pieces."""
+    """Return the row of a recording, joined from the transcripts of its pieces."""
     track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
-    row: dict[str, Any] = {"utterance_id": sound.utterance_id, "audio_path": sound.recording.audio_path}
-    if sound.error is not None:
-        return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": sound.error}
-    hypotheses = [piece.hypothesis for piece in heard]
-    shares = [len(piece) / sum(map(len, sound.pieces)) for piece in sound.pieces]
+    row: dict[str, Any] = {"utterance_id": loaded.utterance_id, "audio_path": loaded.recording.audio_path}
+    if loaded.error is not None:
+        return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": loaded.error}
+    hypotheses = [piece.hypothesis for piece in transcripts]
+    shares = [len(piece) / sum(map(len, loaded.pieces)) for piece in loaded.pieces]
     row |= {
         TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
-        "confidence": round(sum(one.confidence * share for one, share in zip(hypotheses, shares, strict=True)), 4),
+        "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
             _timed(word, start, frame_sec)
-            for piece, start in zip(heard, sound.starts, strict=True)
+            for piece, start in zip(transcripts, loaded.starts, strict=True)
             for word in piece.words
         ],
         "error": None,
     }
     if options.nbest:
         joined = join_nbest([hypothesis.nbest for hypothesis in hypotheses])
-        row["nbest"] = [asdict(one) for one in joined[: options.nbest]]
+        row["nbest"] = [asdict(item) for item in joined[: options.nbest]]
     if options.log_probs:
-        kept = np.concatenate([piece.log_probs for piece in heard if piece.log_probs is not None])
+        log_probs = np.concatenate([piece.log_probs for piece in transcripts if piece.log_probs is not None])
         array = io.BytesIO()
-        np.save(array, kept.astype(np.float16))
-        write_inside(options.log_probs / f"{escape_key(sound.utterance_id)}.npy", array.getvalue())
+        np.save(array, log_probs.astype(np.float16))
+        write_inside(options.log_probs / f"{escape_key(loaded.utterance_id)}.npy", array.getvalue())
     return row
 
 
@@ -281,7 +281,7 @@ def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
 
 
 def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], options: DecodingOptions) -> str:
-    """Of all that decides the rows."""
+    """Return a digest of everything that determines the rows."""
     state = xxhash.xxh3_128()
     for name in ("config.json", "model.safetensors", "vocab.json"):
         with open(model / name, "rb") as file:

@@ -1,1 +1,1 @@
-"""The network, its vocabulary and its decoding."""
+"""Hold the network, its vocabulary and its decoding."""

@@ -1,4 +1,4 @@
-"""Whether the model hub answers: asked once, with an end. Libraries would each try again for a minute."""
+"""Check once, with a time limit, whether the model hub answers: libraries would each retry for a minute."""
 
 import os
 import ssl
@@ -13,16 +13,16 @@ HUB_SEC = 8.0
 
 
 def needs_hub(name: str) -> bool:
-    """Whether a model is looked for on the hub: not a folder, nor where HF_HUB_OFFLINE forbids it."""
+    """Return whether a model is looked up on the hub: it is no local path, and HF_HUB_OFFLINE does not forbid it."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     return not offline and not Path(name).is_dir() and not name.startswith(("/", ".", "~"))
 
 
 def why_unreachable() -> str | None:
-    """Return why the hub cannot be reached; None if it answers, whatever it says."""
+    """Return why the hub cannot be reached; None if it answers, with whatever status."""
     hub = os.environ.get("HF_ENDPOINT", HUB)
     answers: SimpleQueue[str | None] = SimpleQueue()
-    threading.Thread(target=lambda: answers.put(_ask(hub)), daemon=True).start()  # a time-out does not end all of it
+    threading.Thread(target=lambda: answers.put(_ask(hub)), daemon=True).start()  # a time-out does not bound all of it
     try:
         return answers.get(timeout=HUB_SEC)
     except Empty:

@@ -1,4 +1,4 @@
-"""Phones or letters to ids and back. The vocabulary travels with the model, as Transformers' tokenizer files."""
+"""Convert phones or letters to ids and back. The vocabulary is saved with the model, as Transformers' tokenizer."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer'
 
 @dataclass(frozen=True)
 class Vocab:
-    """`tokens[i]` is the token of id i."""
+    """Hold the tokens of a model; `tokens[i]` is the token of id i."""
 
     tokens: tuple[str, ...]
 
@@ -27,7 +27,7 @@ class Vocab:
 
     @property
     def blank_inside(self) -> int:
-        """Of a word: to CTC all blanks are the same."""
+        """Return the blank within a word: to CTC all blanks are the same."""
         return self.blank
 
     @property
@@ -43,16 +43,16 @@ class Vocab:
 
     @property
     def track(self) -> str:
-        """What the model writes: phones, or else letters."""
+        """Return the track that the model outputs: phonetic if it has all phones, else word."""
         return "phonetic" if set(SYMBOLS) <= set(self.tokens) else "word"
 
     def encode(self, text: str) -> list[int]:
-        """One id per symbol of a normalised label, so a label's length is known without encoding it."""
+        """Return one id per symbol of a normalised label, so that its length is known without encoding it."""
         ids = self._ids()
         return [ids.get(SPACE if symbol == " " else symbol, ids[UNKNOWN]) for symbol in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids that were already collapsed; blank and unknown say nothing."""
+        """Return the text of collapsed ids, without blank and unknown."""
         text = "".join(self.tokens[i] for i in ids if self.tokens[i] not in (BLANK, UNKNOWN))
         return " ".join(text.replace(SPACE, " ").split())
 
@@ -61,13 +61,13 @@ class Vocab:
 
 
 def vocab_of(track: str) -> Vocab:
-    """Every symbol of the phonetic or the word track: the same for each corpus, so that models can be compared."""
+    """Return all symbols of the phonetic or the word track: the same for each corpus, so that models are comparable."""
     symbols = sorted(LETTERS - {" "}) if track == "word" else SYMBOLS
     return Vocab((BLANK, SPACE, *symbols, UNKNOWN))
 
 
 def load_vocab(model: Path) -> Vocab:
-    """The vocabulary of a saved model. Raises StreamtrainError where its `vocab.json` is not one."""
+    """Return the vocabulary of a saved model. Raises StreamtrainError if its `vocab.json` is not valid."""
     path = model / "vocab.json"
     try:
         ids = parse(read_document(path), TypeAdapter(dict[str, Count]))

@@ -1,1 +1,1 @@
-"""The challenge's submission: a zip, the main.py in it, and its rehearsal."""
+"""Build the challenge's submission: a zip, the main.py in it, and its rehearsal."""

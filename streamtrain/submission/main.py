@@ -1,7 +1,7 @@
 """Transcribe data/audio with the model beside this file, offline: `main.py` of a submission.
 
-It says what `transcribe` says, because `package` puts the files that do it there into the zip as they are. Every clip
-gets a row: of one that `transcribe` refuses, with what is left of it, and its name and the reason in the log.
+It outputs what `transcribe` does, because `package` copies the files that do it into the zip unchanged. Every clip gets
+a row: a clip that `transcribe` refuses gets the text of what decodes, and its name and the reason in the log.
 """
 
 import io
@@ -31,8 +31,8 @@ from sharding.segment.cuts import split_at_pauses  # noqa: E402
 from streamtrain.model.ctc import CTCModel  # noqa: E402
 from streamtrain.model.inference import compute_log_probs, usual_batch_seconds  # noqa: E402
 
-LINES = 50  # of progress: the challenge keeps 500
-NAMED = 50  # clips with a fault
+LINES = 50  # of progress in the log: the challenge keeps 500
+NAMED = 50  # maximum of faulty clips in the log
 REASON_CHARACTERS = 150
 READERS = 4
 AHEAD = 64  # clips decoded ahead of their batch
@@ -40,10 +40,10 @@ BLOCK = 2**12  # samples of a damaged clip that are kept or lost together
 
 
 class Clip(NamedTuple):
-    """A clip as it is to be heard."""
+    """Hold a clip as the model receives it."""
 
-    pieces: list[Waveform]  # none of one that cannot be read
-    fault: str | None = None  # why it is not whole
+    pieces: list[Waveform]  # none if it cannot be read
+    fault: str | None = None  # why it is not complete
 
 
 def main() -> None:
@@ -57,23 +57,23 @@ def main() -> None:
     print(f"ready: on {recogniser.device.type} after {time.monotonic() - started:.2f} s, {versions}", flush=True)
     texts: dict[str, list[str]] = {name: [] for name in names}
     faults: dict[str, Clip] = {}
-    done = said = samples = 0
+    done = reported = samples = 0
     for batch in batches_of(decoded(paths, faults), recogniser.batch_seconds):
         for (name, _), text in zip(batch, recogniser.read([piece for _, piece in batch]), strict=True):
             texts[name].append(text)
         done += len(batch)
         samples += sum(len(piece) for _, piece in batch)
-        if done * LINES >= (said + 1) * len(names):
-            said = done * LINES // max(len(names), 1)
+        if done * LINES >= (reported + 1) * len(names):
+            reported = done * LINES // max(len(names), 1)
             print(f"{done:,} pieces of {len(names):,} clips, {time.monotonic() - started:.0f} s", flush=True)
     for name, clip in islice(faults.items(), NAMED):
-        said_of_it = "the text is of what is left" if clip.pieces else "the text is empty"
-        print(f"{name:.80}: {clip.fault:.{REASON_CHARACTERS}}: {said_of_it}", flush=True)
+        outcome = "the text is of what decodes" if clip.pieces else "the text is empty"
+        print(f"{name:.80}: {clip.fault:.{REASON_CHARACTERS}}: {outcome}", flush=True)
     write_rows(Path("submission") / "submission.jsonl", names, texts, settings["field"])
     unread = sum(not clip.pieces for clip in faults.values())
-    said_last = f"{len(names):,} rows, {unread:,} clips unread, {len(faults) - unread:,} in part"
+    counts = f"{len(names):,} rows, {unread:,} clips unread, {len(faults) - unread:,} in part"
     seconds = time.monotonic() - started
-    print(f"done: {said_last}, {samples / SAMPLE_RATE:.1f} s of speech, {seconds:.2f} s", flush=True)
+    print(f"done: {counts}, {samples / SAMPLE_RATE:.1f} s of speech, {seconds:.2f} s", flush=True)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -82,21 +82,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def find_audio(data: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Where each clip lies: as the metadata say, else under its own name; largest files first."""
-    named = {}
+    """Return each clip's path, from the metadata or else from its name; largest files first."""
+    listed = {}
     if (data / "utterance_metadata.jsonl").is_file():
         rows = read_rows(data / "utterance_metadata.jsonl")
-        named = {str(row["utterance_id"]): str(row.get("audio_path") or "") for row in rows}
-    found = {}
+        listed = {str(row["utterance_id"]): str(row.get("audio_path") or "") for row in rows}
+    paths = {}
     for name in names:
-        places = [data / named.get(name, ""), data / "audio" / named.get(name, ""), data / "audio" / f"{name}.flac"]
-        found[name] = next((place for place in places if place.is_file()), places[-1])
-    sizes = {name: os.path.getsize(path) if path.is_file() else 0 for name, path in found.items()}
-    return {name: found[name] for name in sorted(found, key=lambda name: (-sizes[name], name))}
+        places = [data / listed.get(name, ""), data / "audio" / listed.get(name, ""), data / "audio" / f"{name}.flac"]
+        paths[name] = next((place for place in places if place.is_file()), places[-1])
+    sizes = {name: os.path.getsize(path) if path.is_file() else 0 for name, path in paths.items()}
+    return {name: paths[name] for name in sorted(paths, key=lambda name: (-sizes[name], name))}
 
 
 def decoded(paths: dict[str, Path], faults: dict[str, Clip]) -> Iterator[tuple[str, Waveform]]:
-    """The pieces of every clip, in that order; clips that are not whole go to `faults`."""
+    """Yield the pieces of every clip, in the order of `paths`; clips with a fault are added to `faults`."""
     with ThreadPoolExecutor(READERS) as pool:
         clips = iter(paths.items())
         pending: deque[tuple[str, Future[Clip]]] = deque(
@@ -107,7 +107,7 @@ def decoded(paths: dict[str, Path], faults: dict[str, Clip]) -> Iterator[tuple[s
             pending.extend((name, pool.submit(load, path)) for name, path in islice(clips, 1))
             try:
                 clip = future.result()
-            except Exception as error:  # whatever is wrong with one clip, the others count
+            except Exception as error:  # a fault of one clip must not stop the others
                 clip = Clip([], str(getattr(error, "strerror", None) or error).split("\n")[0])
             if clip.fault is not None:
                 faults[name] = clip
@@ -115,7 +115,7 @@ def decoded(paths: dict[str, Path], faults: dict[str, Clip]) -> Iterator[tuple[s
 
 
 def load(path: Path) -> Clip:
-    """A clip at 16 kHz, cut at pauses where it is too long. Raises AudioError or OSError if nothing of it is left."""
+    """Return a clip at 16 kHz, cut at pauses if too long. Raises AudioError or OSError if nothing of it decodes."""
     data, fault = path.read_bytes(), None
     try:
         waveform, _ = decode(data, prove=True)
@@ -128,24 +128,24 @@ def load(path: Path) -> Clip:
 
 
 def rescue(data: bytes) -> Waveform | None:
-    """What decodes of a clip that was refused, with silence for what is no number; None if that is too little."""
+    """Return what decodes of a refused clip, with silence for non-finite samples; None if that is too little."""
     blocks: list[Waveform] = []
     with suppress(soundfile.LibsndfileError, RuntimeError), soundfile.SoundFile(io.BytesIO(data)) as file:
-        file.seekable = lambda: False  # else soundfile relies on what the header says of its length
+        file.seekable = lambda: False  # else soundfile relies on the length in the header
         while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
             blocks.append(np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0))
     if not blocks:
         return None
-    whole = io.BytesIO()
-    soundfile.write(whole, np.concatenate(blocks), file.samplerate, format="WAV", subtype="FLOAT")
+    rescued = io.BytesIO()
+    soundfile.write(rescued, np.concatenate(blocks), file.samplerate, format="WAV", subtype="FLOAT")
     try:
-        return decode(whole.getvalue())[0]
+        return decode(rescued.getvalue())[0]
     except AudioError:
         return None
 
 
 def batches_of(pieces: Iterator[tuple[str, Waveform]], seconds: float) -> Iterator[list[tuple[str, Waveform]]]:
-    """Consecutive pieces, which are of like length, within a cap on pieces × longest."""
+    """Yield batches of consecutive pieces, which have similar lengths, within a cap on pieces × longest."""
     batch: list[tuple[str, Waveform]] = []
     longest = 0
     for name, piece in pieces:
@@ -159,7 +159,7 @@ def batches_of(pieces: Iterator[tuple[str, Waveform]], seconds: float) -> Iterat
 
 
 class Recogniser:
-    """The model, and how its frames become text."""
+    """Transcribe waveforms with a model and the symbols of its output."""
 
     def __init__(self, folder: Path, normalize: bool, batch_seconds: float | None) -> None:
         from transformers import AutoModelForCTC, __version__
@@ -170,12 +170,12 @@ class Recogniser:
         ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         self._model = CTCModel(network.float(), ids, normalize).to(self.device).eval()
         self.batch_seconds = batch_seconds or usual_batch_seconds(self._model)
-        said = {number: token.replace("|", " ") for token, number in ids.items()}
-        self._symbols = [said[number] if said[number] not in ("[PAD]", "[UNK]") else "" for number in range(len(ids))]
+        tokens = {i: token.replace("|", " ") for token, i in ids.items()}
+        self._symbols = [tokens[i] if tokens[i] not in ("[PAD]", "[UNK]") else "" for i in range(len(ids))]
         self._blank = int(network.config.pad_token_id)
 
     def read(self, pieces: Sequence[Waveform]) -> list[str]:
-        """The best path of each piece, its repeats merged and its blanks dropped."""
+        """Return the best path of each piece, repeats merged and blanks dropped."""
         try:
             log_probs, frames = compute_log_probs(self._model, pieces)
         except torch.OutOfMemoryError:
@@ -190,7 +190,7 @@ class Recogniser:
 
     def _spell(self, ids: torch.Tensor) -> str:
         merged = torch.unique_consecutive(ids).tolist()
-        return " ".join("".join(self._symbols[one] for one in merged if one != self._blank).split())
+        return " ".join("".join(self._symbols[symbol] for symbol in merged if symbol != self._blank).split())
 
 
 def write_rows(path: Path, names: Sequence[str], texts: dict[str, list[str]], field: str) -> None:

@@ -1,4 +1,4 @@
-"""The challenge's submission: a zip with a model and a main.py that needs nothing of this, and its rehearsal."""
+"""Package a model as the challenge's submission, a zip that runs without this package, and rehearse its run."""
 
 import json
 import os
@@ -34,29 +34,29 @@ from streamtrain.run_status import warn_unless_finished
 
 HERE = Path(__file__).parent
 CONTRACT = "Python 3.11, torch 2.9.1, transformers 4.57.6"
-RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")  # of what its machine has
+RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")  # of its machine's packages
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
-TAKEN_ALONG = {  # what decodes, cuts and hears here does so there
+TAKEN_ALONG = {  # a submission decodes, cuts and infers with the same files
     "sharding": ("__init__.py", "errors.py", "audio/__init__.py", "audio/codec.py", "audio/containers.py",
                  "audio/flac.py", "audio/libflac.py", "audio/vad.py", "segment/__init__.py", "segment/cuts.py"),
     "streamtrain": ("__init__.py", "model/__init__.py", "model/ctc.py", "model/inference.py"),
     "silero_vad": ("__init__.py", "model.py", "utils_vad.py", "data/__init__.py", "data/silero_vad.jit"),
 }  # fmt: skip
-NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model, the same zip
+NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model gives the same zip
 
-CLIPS, SPEECH_SEC, LIMIT_SEC = 77_011, 38.4 * 3600, 2 * 3600  # of the hidden test set, and of its run
-MAX_LINES, MAX_COLUMNS = 500, 300  # of its log
+CLIPS, SPEECH_SEC, LIMIT_SEC = 77_011, 38.4 * 3600, 2 * 3600  # the hidden test set, and the time limit of its run
+MAX_LINES, MAX_COLUMNS = 500, 300  # limits of its log
 REHEARSED_CLIPS = 200
 REHEARSAL_LIMIT_SEC = 3600
-MADE_UP_SEC = (0.01, 0.025, 0.03, 0.3, 1.1, 1.1, 1.2, 2.0, 4.4, 6.5, 12.6, 24.9, 25.1, 61.0)
+SYNTHETIC_SEC = (0.01, 0.025, 0.03, 0.3, 1.1, 1.1, 1.2, 2.0, 4.4, 6.5, 12.6, 24.9, 25.1, 61.0)
 
 
 class PackageError(StreamtrainError):
-    """A submission that does not keep the challenge's contract; the message names the clause."""
+    """Report a submission that breaks the challenge's contract; the message names the clause."""
 
 
 class _Settings(TypedDict):
-    """What is read of submission.json."""
+    """Describe what is read from submission.json."""
 
     field: Literal["phonetic_text", "orthographic_text"]
 
@@ -66,30 +66,30 @@ _SETTINGS = TypeAdapter(_Settings)
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a submission did with some clips, as the challenge would run it."""
+    """Hold the results of a submission on some clips, run as the challenge would run it."""
 
     clips: int
     speech_sec: float
-    ready_sec: float  # from its start until the model was loaded, imports included
+    ready_sec: float  # from its start until the model is loaded, imports included
     work_sec: float  # from then to its end
     device: str
     versions: str  # of Python, torch and transformers
     log_lines: int
-    rate: float | None  # CER or WER, where the labels are known
+    rate: float | None  # CER or WER, if the labels are known
     unread: int
-    in_part: int  # clips that are not whole, of which the text is of what is left
+    in_part: int  # incomplete clips; their text is of what decodes
 
     @property
     def projected_sec(self) -> float:
-        """Of the whole test set, on a machine like this one."""
+        """Return the projected seconds for the whole test set, on a machine like this one."""
         return self.ready_sec + self.work_sec / max(self.speech_sec, 1e-9) * SPEECH_SEC
 
 
 def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
     """Write `out`, a zip with main.py at its root and the model beside it. Returns the model's track.
 
-    `batch_seconds` are the padded seconds of a forward, by the machine if None. Raises StreamtrainError where the
-    folder holds no whole model.
+    `batch_seconds` are the padded seconds of a forward; None: chosen by the machine. Raises StreamtrainError if the
+    folder holds no complete model.
     """
     loaded = load_trained(model)
     warn_unless_finished(model)
@@ -114,7 +114,7 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
 
 
 def _folder_of(name: str) -> Path:
-    """Return where a package lies, without importing it."""
+    """Return the folder of a package, without importing it."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
         raise PackageError(f"{name} is not installed, and its files are part of a submission")
@@ -123,16 +123,16 @@ def _folder_of(name: str) -> Path:
 
 def _member(name: str) -> zipfile.ZipInfo:
     member = zipfile.ZipInfo(name, NO_DATE)
-    member.external_attr = 0o644 << 16  # anyone may read it, whoever unpacks it
+    member.external_attr = 0o644 << 16  # readable by everyone, whoever unpacks it
     return member
 
 
 def rehearse(archive: Path, data: str | None = None, python: str = sys.executable) -> Rehearsal:
-    """Run a submission as the challenge does: unpacked, offline, with the runtime's packages alone, and look at it.
+    """Run and check a submission as the challenge does: unpacked, offline, with the runtime's packages alone.
 
-    `data` is a folder in the challenge's form, or a shard set whose validation clips are taken; else some noise is.
-    `python` may be an interpreter that has the runtime's very versions. Raises PackageError where the contract is not
-    kept.
+    `data` is a folder in the challenge's layout, or a shard set (its validation clips are used); None: noise.
+    `python` may be an interpreter that has the runtime's exact versions. Raises PackageError if the contract is
+    broken.
     """
     with tempfile.TemporaryDirectory(prefix="submission-") as name:
         folder = Path(name)
@@ -147,7 +147,7 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
         ready = re.search(r"^ready: on (\w+) after ([\d.]+) s(?:, (.*))?$", log, re.MULTILINE)
         unread = re.search(r"([\d,]+) clips unread, ([\d,]+) in part", log)
         if ready is None or unread is None:
-            raise PackageError(f"main.py says neither when it was ready nor what it could not read:\n{log[-2000:]}")
+            raise PackageError(f"main.py logs no line with `ready: …` or none with `… clips unread`:\n{log[-2000:]}")
         work_sec -= float(ready[2])
         lines = log.splitlines()
         if len(lines) > MAX_LINES or max(map(len, lines)) > MAX_COLUMNS:
@@ -175,15 +175,15 @@ def render(done: Rehearsal, track: str) -> str:
     return (
         f"rehearsed offline on {done.clips:,} clips ({done.speech_sec:,.0f} s of speech, {done.unread} unread, "
         f"{done.in_part} in part){rate}\n"
-        f"with {done.versions}; the challenge has {CONTRACT} (--python may name an interpreter that has them)\n"
-        f"every id once and in order, symbols as allowed, {done.log_lines} lines of log\n"
+        f"with {done.versions}; the challenge has {CONTRACT} (set --python to an interpreter that has them)\n"
+        f"every id once and in order, only allowed symbols, {done.log_lines} lines of log\n"
         f"the test set ({CLIPS:,} clips, {SPEECH_SEC / 3600:g} h) would take {done.projected_sec / 60:,.0f} minutes on "
-        f"this machine's {done.device}: {within} the {LIMIT_SEC / 3600:g} hours it is given on an A100"
+        f"this machine's {done.device}: {within} the limit of {LIMIT_SEC / 3600:g} hours on an A100"
     )
 
 
 def _run(folder: Path, python: str) -> tuple[str, float, float]:
-    """Its log, and what it says at its end: the seconds that it took, and those of speech that it heard."""
+    """Run main.py; return its log, and from its last line the seconds that it took and the seconds of speech."""
     variables = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         variables["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -195,14 +195,14 @@ def _run(folder: Path, python: str) -> tuple[str, float, float]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PackageError(f"main.py cannot be run by {python}: {error}") from error
-    said = re.search(r"^done: .*?([\d.]+) s of speech, ([\d.]+) s$", done.stdout, re.MULTILINE)
-    if done.returncode or said is None:
+    summary = re.search(r"^done: .*?([\d.]+) s of speech, ([\d.]+) s$", done.stdout, re.MULTILINE)
+    if done.returncode or summary is None:
         raise PackageError(f"main.py ended with status {done.returncode}:\n{done.stdout[-2000:]}")
-    return done.stdout, float(said[2]), float(said[1])
+    return done.stdout, float(summary[2]), float(summary[1])
 
 
 def _field_of(settings: Path) -> str:
-    """Return the field that its rows have, besides the id."""
+    """Return the field that the rows have besides the id."""
     try:
         return parse(read_document(settings), _SETTINGS)["field"]
     except (OSError, DocumentError) as error:
@@ -210,17 +210,17 @@ def _field_of(settings: Path) -> str:
 
 
 def _check_rows(folder: Path, field: str) -> int:
-    """The number of rows. Raises PackageError where they are not those of the format file."""
+    """Return the number of rows. Raises PackageError if they do not match the format file."""
     out = folder / "submission" / "submission.jsonl"
     if not out.is_file():
         raise PackageError("main.py wrote no submission/submission.jsonl")
-    wanted = [row["utterance_id"] for row in _rows(folder / "data" / "submission_format.jsonl")]
-    rows = list(_rows(out))
-    given = [row["utterance_id"] for row in rows]
-    if given != wanted:
-        extra, lacking = Counter(given) - Counter(wanted), Counter(wanted) - Counter(given)
+    wanted = [row["utterance_id"] for row in _read_rows(folder / "data" / "submission_format.jsonl")]
+    rows = list(_read_rows(out))
+    actual = [row["utterance_id"] for row in rows]
+    if actual != wanted:
+        surplus, missing = Counter(actual) - Counter(wanted), Counter(wanted) - Counter(actual)
         raise PackageError(
-            f"{len(given):,} rows, {len(wanted):,} wanted; surplus {list(extra)[:3]}, lacking {list(lacking)[:3]}, "
+            f"{len(actual):,} rows, {len(wanted):,} wanted; surplus {list(surplus)[:3]}, lacking {list(missing)[:3]}, "
             "or in another order"
         )
     alphabet = alphabet_of(next(track for track, name in TRACKS.items() if name == field))
@@ -233,7 +233,7 @@ def _check_rows(folder: Path, field: str) -> int:
     return len(rows)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = read_document(path, LARGE_BYTES).split(b"\n")
     except (OSError, DocumentError) as error:
@@ -246,7 +246,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if row is None:
             continue
         if not isinstance(row.get("utterance_id"), str):
-            raise PackageError(f"{path.name}:{number}: it has no utterance_id that is text")
+            raise PackageError(f"{path.name}:{number}: its utterance_id is missing or not text")
         yield row
 
 
@@ -254,45 +254,45 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lay_out(folder: Path, data: str | None, field: str) -> Path | None:
-    """Lay out `data/` as the challenge does; returns a file with the labels, where they are known."""
+    """Lay out `data/` as the challenge does; return a file with the labels, if they are known."""
     if data is not None and (Path(data) / "submission_format.jsonl").is_file():
         folder.symlink_to(Path(data).resolve())
         return None
     (folder / "audio").mkdir(parents=True)
     if data is None:
-        _write(folder, field, {f"U_{number:016x}": (audio, None) for number, audio in enumerate(_made_up())})
+        _write_clips(folder, field, {f"U_{i:016x}": (audio, None) for i, audio in enumerate(_synthetic_clips())})
         return None
     store = open_store(data)
     index = read_index(store)
     if TRACKS[index.track] != field:
-        raise PackageError(f"{data}: its labels are of the {index.track} track, the model writes {field}")
+        raise PackageError(f"{data}: its labels are of the {index.track} track, the model outputs {field}")
     rows = index.split("valid")
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), REHEARSED_CLIPS)).astype(int))]
-    samples = [read_sample(store, index, row) for row in chosen.tolist()]
-    whole = {sample.utterance_id: (sample.audio, sample.text) for sample in samples if sample.parent_id is None}
-    if not whole:
-        raise PackageError(f"{data}: has no whole validation clip to rehearse on")
-    return _write(folder, field, whole)
+    selected = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), REHEARSED_CLIPS)).astype(int))]
+    samples = [read_sample(store, index, row) for row in selected.tolist()]
+    clips = {sample.utterance_id: (sample.audio, sample.text) for sample in samples if sample.parent_id is None}
+    if not clips:
+        raise PackageError(f"{data}: has no uncut validation clip to rehearse on")
+    return _write_clips(folder, field, clips)
 
 
-def _write(folder: Path, field: str, clips: Mapping[str, tuple[bytes, str | None]]) -> Path:
+def _write_clips(folder: Path, field: str, clips: Mapping[str, tuple[bytes, str | None]]) -> Path:
     labels = folder.parent / "labels.jsonl"
     with (
         open(folder / "submission_format.jsonl", "w", encoding="utf-8") as form,
         open(folder / "utterance_metadata.jsonl", "w", encoding="utf-8") as metadata,
-        open(labels, "w", encoding="utf-8") as actual,
+        open(labels, "w", encoding="utf-8") as references,
     ):
         for name, (audio, text) in clips.items():
             audio_path = f"audio/{escape_key(name)}.flac"  # an id may be anything
             (folder / audio_path).write_bytes(audio)
             form.write(json.dumps({"utterance_id": name, field: ""}) + "\n")
             metadata.write(json.dumps({"utterance_id": name, "audio_path": audio_path}) + "\n")
-            actual.write(json.dumps({"utterance_id": name, field: text}, ensure_ascii=False) + "\n")
+            references.write(json.dumps({"utterance_id": name, field: text}, ensure_ascii=False) + "\n")
     return labels
 
 
-def _made_up() -> Sequence[bytes]:
-    """Noise of all lengths, silence, and a file that is no audio."""
+def _synthetic_clips() -> Sequence[bytes]:
+    """Return noise of all lengths, silence, and a file that is not audio."""
     random = np.random.default_rng(0)
-    noise = [random.normal(0, 0.05, round(seconds * SAMPLE_RATE)).astype(np.float32) for seconds in MADE_UP_SEC]
+    noise = [random.normal(0, 0.05, round(seconds * SAMPLE_RATE)).astype(np.float32) for seconds in SYNTHETIC_SEC]
     return [*map(encode, [*noise, np.zeros(SAMPLE_RATE, np.float32)]), b"not audio"]

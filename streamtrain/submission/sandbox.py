@@ -1,7 +1,7 @@
-"""Run a script as a machine would that has no network and only some packages: `offline.py PACKAGE,… SCRIPT`.
+"""Run a script as on a machine without network and with only some packages: `sandbox.py PACKAGE,… SCRIPT`.
 
-A rehearsal, not a prison: modules of other packages are not found, and connections are refused. Needs the standard
-library alone, so that any interpreter can be asked.
+It is a rehearsal, not a secure sandbox: modules of other packages are not found, and connections are refused. Needs the
+standard library alone, so that any interpreter can run it.
 """
 
 import importlib.machinery
@@ -15,24 +15,24 @@ from types import ModuleType
 
 
 def needed_by(packages: Iterable[str]) -> set[str]:
-    """The packages named, and all that they require, by their normal names."""
-    found: set[str] = set()
-    waiting = [_normal(package) for package in packages]
-    while waiting:
-        package = waiting.pop()
-        if package in found:
+    """Return the normalised names of the packages and of all that they require."""
+    required: set[str] = set()
+    pending = [_normalized(package) for package in packages]
+    while pending:
+        package = pending.pop()
+        if package in required:
             continue
-        found.add(package)
+        required.add(package)
         try:
-            wanted = importlib.metadata.requires(package) or []
+            lines = importlib.metadata.requires(package) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        waiting += [_normal(re.split(r"[^\w.-]", each, maxsplit=1)[0]) for each in wanted if "extra ==" not in each]
-    return found
+        pending += [_normalized(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in lines if "extra ==" not in line]
+    return required
 
 
 def hide(modules: set[str], folder: str) -> None:
-    """Have these top-level modules not be found, but below the script's own folder."""
+    """Hide these top-level modules from import, except below the script's own folder."""
 
     class Finder(importlib.machinery.PathFinder):
         @classmethod
@@ -45,25 +45,25 @@ def hide(modules: set[str], folder: str) -> None:
             places = [spec.origin or "", *(spec.submodule_search_locations or ())]
             return spec if any(os.path.realpath(place).startswith(folder) for place in places if place) else None
 
-    sys.meta_path[:] = [Finder if each is importlib.machinery.PathFinder else each for each in sys.meta_path]
+    sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 
 
 def rehearse(packages: Sequence[str], script: str) -> None:
     allowed = needed_by(packages)
     modules = importlib.metadata.packages_distributions()
-    hidden = {name for name, owners in modules.items() if not allowed & {_normal(owner) for owner in owners}}
+    hidden = {name for name, owners in modules.items() if not allowed & {_normalized(owner) for owner in owners}}
     hide(hidden, os.path.join(os.path.realpath(os.path.dirname(script) or "."), ""))
 
     def refuse(event: str, _: object) -> None:
         if event in ("socket.connect", "socket.getaddrinfo"):
-            raise OSError("there is no network where a submission runs")
+            raise OSError("there is no network on the challenge's machine")
 
     sys.addaudithook(refuse)
     sys.argv = [script]
     runpy.run_path(script, run_name="__main__")
 
 
-def _normal(package: str) -> str:
+def _normalized(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 

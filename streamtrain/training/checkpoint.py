@@ -1,7 +1,7 @@
 """Save and resume. A checkpoint is whole or absent: written under another name, synced, renamed, then pointed to.
 
-It holds whole tensors in fp32, so it belongs to no world size and to no ZeRO stage. `state.json` names every file with
-its checksum, and is written last.
+It holds whole tensors in fp32, so it fits any world size and any ZeRO stage. `state.json` lists every file with its
+checksum, and is written last.
 """
 
 import json
@@ -40,8 +40,8 @@ FILES: Mapping[str, "FileName"] = {
     "ema": "average.safetensors",
 }
 CHUNK_BYTES = 8 * 2**20
-FULL_HINT = "the checkpoints before it are whole; make room, and the same command goes on from the newest"
-REPLANNED = frozenset(  # settings that may change on the way: they decide how the clips that are left come
+FULL_HINT = "the checkpoints before it are whole; make room, and the same command resumes from the newest"
+REPLANNED = frozenset(  # settings that may change during a run: they decide how the remaining clips are batched
     [
         "data.batch_seconds",
         "data.shuffle_shards",
@@ -56,28 +56,28 @@ REPLANNED = frozenset(  # settings that may change on the way: they decide how t
 
 
 class CheckpointError(StreamtrainError):
-    """A checkpoint that is not there, not whole, or of another run."""
+    """Report a checkpoint that is missing, damaged, or of another run."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, beside its tensors. Nothing random needs to be kept: all is drawn by seed, epoch and step."""
+    """Hold the progress of a run, beside its tensors. No random state is needed: seed, epoch and step determine it."""
 
     __pydantic_config__ = STRICT
 
-    config: dict[str, Any]  # its decisive part
+    config: dict[str, Any]  # the settings of `Config.resume_key`
     index_digest: str
     planner_version: int
     step: Count = 0  # optimizer steps done
     epoch: Count = 0
     step_in_epoch: Count = 0
-    completed: tuple[PlanPrefix, ...] = ()  # how this epoch was planned before it was planned anew
-    split: str = ""  # that the scores below are of
+    completed: tuple[PlanPrefix, ...] = ()  # plans by which this epoch was trained before it was re-planned
+    split: str = ""  # of the scores below
     evaluated: Annotated[int, Field(strict=True, ge=-1)] = -1  # step of the last evaluation
     best_cer: Number | None = None
     best_step: Count | None = None
     evaluations_since_best: Count = 0
-    skipped: Count = 0  # steps whose gradient was not finite
+    skipped: Count = 0  # steps with a gradient that was not finite
 
 
 FileName = Literal["model.safetensors", "optimizer.safetensors", "average.safetensors"]
@@ -94,7 +94,7 @@ class _File(TypedDict):
 
 
 class _Document(TypedDict):
-    """state.json as it is written."""
+    """Describe state.json as it is written."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -109,7 +109,7 @@ _DOCUMENT = TypeAdapter(_Document)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whose files were checked when it was opened."""
+    """Hold a checkpoint's state and the description of its files."""
 
     path: Path
     state: RunState
@@ -121,25 +121,25 @@ class Checkpoint:
         return self.path.name
 
 
-def save_checkpoint(parts: FullState, state: RunState, folder: Path, keep: int) -> Path:
-    """Write `step-…` in `folder`, by one rank. Keeps the newest `keep` checkpoints, and that of the best score."""
+def save_checkpoint(full_state: FullState, state: RunState, folder: Path, keep: int) -> Path:
+    """Write `step-…` in `folder`, by one rank. Keep the newest `keep` checkpoints, and that of the best score."""
     name = f"step-{state.step:07d}"
     final = folder / name
     recover_replaced(folder, NAMES)
-    for left_behind in folder.glob(".step-*"):
-        shutil.rmtree(left_behind, ignore_errors=True)
-    saved = {file: tensors for part, file in FILES.items() if (tensors := getattr(parts, part))}
-    needed = sum(tensor.nbytes for tensors in saved.values() for tensor in tensors.values())
-    with new_folder(final, needed, FULL_HINT) as partial:
-        for file, tensors in saved.items():
-            save_file(tensors, partial / file)
-            set_default_mode(partial / file)
-        files = {file: _describe(partial / file) for file in saved}
-        document = {"state": asdict(state), "scalars": parts.scalars, "files": files}
-        (partial / STATE_NAME).write_text(json.dumps(document | {"digest": _digest(document)}, indent=1))
-    _point(folder / NEWEST, name)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    tensors_by_file = {file: tensors for field, file in FILES.items() if (tensors := getattr(full_state, field))}
+    needed = sum(tensor.nbytes for tensors in tensors_by_file.values() for tensor in tensors.values())
+    with new_folder(final, needed, FULL_HINT) as temporary:
+        for file, tensors in tensors_by_file.items():
+            save_file(tensors, temporary / file)
+            set_default_mode(temporary / file)
+        files = {file: _describe(temporary / file) for file in tensors_by_file}
+        document = {"state": asdict(state), "scalars": full_state.scalars, "files": files}
+        (temporary / STATE_NAME).write_text(json.dumps(document | {"digest": _digest(document)}, indent=1))
+    _set_link(folder / NEWEST, name)
     if state.best_step is not None and (folder / f"step-{state.best_step:07d}").is_dir():
-        _point(folder / BEST, f"step-{state.best_step:07d}")
+        _set_link(folder / BEST, f"step-{state.best_step:07d}")
     best = (folder / BEST).resolve()
     for old in list_checkpoints(folder)[:-keep]:
         if old.resolve() != best:
@@ -148,21 +148,21 @@ def save_checkpoint(parts: FullState, state: RunState, folder: Path, keep: int) 
 
 
 def delete_later_checkpoints(chosen: Path) -> None:
-    """Remove the checkpoints after the one that the run goes on from: they are of another future."""
+    """Delete the checkpoints after the one that the run resumes from: training continues differently from there."""
     for later in list_checkpoints(chosen.parent):
         if later.name > chosen.name:
             _remove(later)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """What `--resume` means: `auto` the newest in the run folder, if any; `none`; or the path of one."""
+    """Return the checkpoint that `--resume` names: `auto`, the newest in `folder`, if any; `none`; or a path."""
     if resume == "none":
         return None
     if resume == "auto":
         found = next(reversed(list_checkpoints(folder)), None)
         for other in sorted(folder.glob(NAMES)):
             if found is None or other.name > found.name:
-                log.info("%s: has no %s, so it is not whole: passed over", other, STATE_NAME)
+                log.info("%s: skipped, because it is incomplete (it has no %s)", other, STATE_NAME)
         return found
     path = Path(resume)
     if not (path / STATE_NAME).is_file():
@@ -176,35 +176,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's state, and check that each of its files is whole."""
     checkpoint = read_checkpoint(path)
     path = checkpoint.path
-    for name, described in checkpoint.files.items():
+    for name, expected in checkpoint.files.items():
         try:
-            seen = _describe(path / name)
+            actual = _describe(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}", _earlier_hint(path)) from error
-        if seen != described:
+        if actual != expected:
             raise CheckpointError(
-                f"{path / name}: damaged: it has {seen['bytes']:,} bytes with checksum {seen['checksum']}, "
-                f"{STATE_NAME} says {described['bytes']:,} with {described['checksum']}",
+                f"{path / name}: damaged: it has {actual['bytes']:,} bytes with checksum {actual['checksum']}, "
+                f"{STATE_NAME} has {expected['bytes']:,} with {expected['checksum']}",
                 _earlier_hint(path),
             )
     return checkpoint
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint by its state alone."""
+    """Read a checkpoint's state, without checking its files."""
     path = path.resolve()
     try:
-        said = parse_json(read_document(path / STATE_NAME))
-        document = validate(said, _DOCUMENT)
-        if said.pop("digest") != _digest(said):
-            raise ValueError("its digest is another")
+        content = parse_json(read_document(path / STATE_NAME))
+        document = validate(content, _DOCUMENT)
+        if content.pop("digest") != _digest(content):
+            raise ValueError("its digest does not match")
         return Checkpoint(path, document["state"], {**document["scalars"]}, document["files"])
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE_NAME}: damaged ({error})", _earlier_hint(path)) from error
 
 
 def load_state(checkpoint: Checkpoint) -> FullState:
-    """The tensors of a checkpoint, mapped into memory."""
+    """Load the tensors of a checkpoint, mapped into memory."""
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for part, file in FILES.items():
         try:
@@ -215,41 +215,41 @@ def load_state(checkpoint: Checkpoint) -> FullState:
 
 
 def resume_state(checkpoint: Checkpoint, config: Config, index_digest: str, replan: bool) -> RunState:
-    """The state to go on with. Raises CheckpointError, and says what differs, where a checkpoint is of another run.
+    """Return the state to resume from. Raise CheckpointError, with the differences, if it is of another run.
 
-    With `replan` the settings of the plan may differ: what is left of the epoch is then planned by those of `config`.
+    With `replan`, batching settings may differ: the rest of the epoch is then planned by those of `config`.
     """
     state = checkpoint.state
-    here = {"config": config.resume_key, "index_digest": index_digest, "planner_version": PLANNER_VERSION}
-    saved = {name: getattr(state, name) for name in here}
-    with suppress(ValidationError):  # settings that are younger than the checkpoint had their defaults
+    current = {"config": config.resume_key, "index_digest": index_digest, "planner_version": PLANNER_VERSION}
+    saved = {name: getattr(state, name) for name in current}
+    with suppress(ValidationError):  # settings newer than the checkpoint had their defaults
         saved["config"] = Config.model_validate(state.config).resume_key
-    differ = dict(_differences(saved, here))
+    differ = dict(_differences(saved, current))
     if not differ:
         return state
     if not differ.keys() <= REPLANNED or not replan:
-        said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
-        said = said.replace("index_digest was", "the index of data.shards was")
+        message = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in differ.items())
+        message = message.replace("index_digest was", "the index of data.shards was")
         hint = REPLAN_HINT if differ.keys() <= REPLANNED else OTHER_RUN_HINT
-        raise CheckpointError(f"{checkpoint.path}: belongs to another run: {said}", hint)
+        raise CheckpointError(f"{checkpoint.path}: belongs to another run: {message}", hint)
     try:
-        before = PlanPrefix(PlanSettings.of(Config.model_validate(state.config)), state.step_in_epoch)
+        prefix = PlanPrefix(PlanSettings.of(Config.model_validate(state.config)), state.step_in_epoch)
     except ValidationError as error:
         raise CheckpointError(
-            f"{checkpoint.path}: its settings are none: {error.errors()[0]['msg']}", OTHER_RUN_HINT
+            f"{checkpoint.path}: its settings are invalid: {error.errors()[0]['msg']}", OTHER_RUN_HINT
         ) from error
-    if before.steps == 0 or before.settings == PlanSettings.of(config):
+    if prefix.steps == 0 or prefix.settings == PlanSettings.of(config):
         return replace(state, config=config.resume_key)
-    return replace(state, config=config.resume_key, step_in_epoch=0, completed=(*state.completed, before))
+    return replace(state, config=config.resume_key, step_in_epoch=0, completed=(*state.completed, prefix))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """List the complete checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob(NAMES) if (path / STATE_NAME).is_file())
 
 
 REPLAN_HINT = (
-    "undo the change, or add --replan: what this epoch has left is then planned by the new settings, each clip once"
+    "undo the change, or add --replan: the rest of this epoch is then planned by the new settings, each clip once"
 )
 OTHER_RUN_HINT = (
     "undo the change, resume another checkpoint with --resume PATH, or start over with --resume none; "
@@ -258,17 +258,17 @@ OTHER_RUN_HINT = (
 
 
 def _earlier_hint(path: Path) -> str:
-    """The hint of an error about a checkpoint: where else the run can go on from."""
+    """Return the hint of an error about a checkpoint: which earlier one the run can resume from."""
     earlier = [other for other in list_checkpoints(path.parent) if other.name < path.name]
-    return f"--resume {earlier[-1]} goes on from the one before it" if earlier else "start over with --resume none"
+    return f"--resume {earlier[-1]} uses the one before it" if earlier else "start over with --resume none"
 
 
 def _differences(
-    saved: dict[str, Any], here: dict[str, Any], path: str = ""
+    saved: dict[str, Any], current: dict[str, Any], path: str = ""
 ) -> Iterator[tuple[str, tuple[object, object]]]:
-    """Each value that differs, by its place, such as train.epochs: what it was, and is."""
-    for key in sorted(saved.keys() | here.keys()):
-        was, now = saved.get(key), here.get(key)
+    """Yield each value that differs: its key, such as train.epochs, and what it was and is."""
+    for key in sorted(saved.keys() | current.keys()):
+        was, now = saved.get(key), current.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             yield from _differences(was, now, f"{path}{key}.")
         elif was != now:
@@ -288,17 +288,17 @@ def _digest(document: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 
-def _point(link: Path, name: str) -> None:
-    """Make a link point to a checkpoint, without a moment at which there is none."""
-    fresh = link.with_name(f".{link.name}.link")
-    with suppress(OSError):  # a convenience, and not every file system has links
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(name)
-        os.replace(fresh, link)
+def _set_link(link: Path, name: str) -> None:
+    """Make a link point to a checkpoint. At no time is there no link."""
+    temporary = link.with_name(f".{link.name}.link")
+    with suppress(OSError):  # the link is a convenience, and not every file system has links
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name)
+        os.replace(temporary, link)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Out of sight first: one that is half removed must not look whole."""
+    """Delete a checkpoint. Rename it first: one that is half deleted must not look whole."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.gone")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

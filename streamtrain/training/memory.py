@@ -1,4 +1,4 @@
-"""Before the first step: the largest forwards that the plan will ask for, to meet the end of memory now."""
+"""Probe the memory before the first step, by running the plan's largest batches, so that a run fails early."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,12 +24,12 @@ Run = Callable[[Batch], None]  # forward and backward of a batch
 
 
 class ProbeError(StreamtrainError):
-    """A batch that the memory does not hold."""
+    """Report a batch that does not fit the memory."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One forward of the plan: what it is called, and how large it is."""
+    """Describe the name and size of a batch that one forward pass takes."""
 
     name: str
     clips: int
@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def seconds(self) -> float:
-        """Padding included."""
+        """Return its length, padding included."""
         return self.clips * self.samples / SAMPLE_RATE
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank, in bytes, as a line through what was seen: `base` + `per_second` × padded seconds."""
+    """Model the memory of one rank, in bytes, as a fitted line: `base` + `per_second` × padded seconds."""
 
     limit: int
     base: float
@@ -61,12 +61,12 @@ class Memory:
 
     @property
     def largest(self) -> float:
-        """Padded seconds that fit."""
+        """Return the padded seconds that fit."""
         return max(USABLE * self.limit - self.base, 0.0) / max(self.per_second, 1.0)
 
 
 def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | None) -> list[Shape]:
-    """The micro-batch with the longest clip and the one with most padded seconds, with all it may be merged with."""
+    """Return the micro-batches with the longest clip and with most padded seconds, as large as merging makes them."""
     shapes = []
     whole_step = int(plan.clips.sum(axis=1).max())
     for name, sizes in (("the longest", plan.longest), ("the densest", plan.padded)):
@@ -79,7 +79,7 @@ def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | 
 
 
 def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) -> list[Shape]:
-    """Return the batch of an evaluation with the longest clip and that with most padded seconds."""
+    """Return the evaluation batch with the longest clip and that with most padded seconds."""
     sizes = [(len(batch), int(lengths[batch].max())) for batch in plan_evaluation(lengths, batch_seconds)]
     longest, densest = max(sizes, key=lambda size: size[1]), max(sizes, key=lambda size: size[0] * size[1])
     return [Shape(f"the {name} batch of the evaluation", clips, samples, 1)
@@ -87,54 +87,54 @@ def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) ->
 
 
 def probe(run: Run, shapes: list[Shape], world: World, loader: LoaderMemory = NOTHING_AHEAD) -> Memory:
-    """Run each shape, smaller ones before it; all ranks together.
+    """Run each shape, with fewer clips first, and return the fitted memory. All ranks call it together.
 
-    Raises ProbeError where one does not fit, or where what is loaded ahead does not.
+    Raise ProbeError if a shape does not fit, or if the batches loaded ahead do not.
     """
     largest = max(shapes, key=lambda shape: shape.seconds)
     _check_loader(loader.at(largest.seconds), world)
-    here = loader if world.device.type == "cpu" else NOTHING_AHEAD  # in the same memory
+    host_loader = loader if world.device.type == "cpu" else NOTHING_AHEAD  # on CPU it takes the same memory
     limit = _limit(world)
-    once = _peak_of(run, shapes[0].of(1), Memory(limit, 0.0, 0.0), world)  # what libraries need is no batch's
-    memory = Memory(limit, once, 0.0)
-    seen: list[tuple[float, float]] = []
+    baseline = _peak_of(run, shapes[0].of(1), Memory(limit, 0.0, 0.0), world)  # includes what libraries allocate once
+    memory = Memory(limit, baseline, 0.0)
+    measured: list[tuple[float, float]] = []
     for shape in shapes:
-        for clips in _doubling(shape.clips):  # so that each foretells the next
-            part = shape.of(clips)
-            if world.device.type == "cpu" and memory.at(part.seconds) > limit:
-                raise _does_not_fit(part, memory)  # here memory never says no: the kernel kills
-            seen.append((part.seconds, _peak_of(run, part, memory, world) + here.at(part.seconds)))
-            memory = _line_through(seen, limit)
-    if here.batches and memory.at(largest.seconds) > limit:
+        for clips in _doubling(shape.clips):  # so that each size predicts the next
+            smaller = shape.of(clips)
+            if world.device.type == "cpu" and memory.at(smaller.seconds) > limit:
+                raise _does_not_fit(smaller, memory)  # on CPU nothing raises: the kernel kills the process
+            measured.append((smaller.seconds, _peak_of(run, smaller, memory, world) + host_loader.at(smaller.seconds)))
+            memory = _line_through(measured, limit)
+    if host_loader.batches and memory.at(largest.seconds) > limit:
         raise _does_not_fit(largest, memory)
     return memory
 
 
 def _check_loader(needed: float, world: World) -> None:
-    """Raise ProbeError if what is loaded ahead needs more than the rank's share of the host's memory."""
+    """Raise ProbeError if the batches loaded ahead need more than the rank's share of the host's memory."""
     share = _host_share(world)
     if needed > share:
         raise ProbeError(
             f"the batches that are loaded ahead take up to {needed / GIB:.2f} GiB, {share / GIB:.2f} GiB of this "
             "machine's memory are left for this rank",
-            "lower data.workers, or what they load: data.batch_seconds and data.device_batch_seconds",
+            "lower data.workers, or the size of a batch: data.batch_seconds and data.device_batch_seconds",
         )
 
 
 def _doubling(clips: int) -> list[int]:
-    """1, 2, 4, … and the number itself."""
+    """Return 1, 2, 4, … and the number itself."""
     return [2**power for power in range(clips.bit_length()) if 2**power < clips] + [clips]
 
 
-def _line_through(seen: list[tuple[float, float]], limit: int) -> Memory:
-    """Through the smallest and the largest forward, by seconds."""
-    (least, low), (most, high) = min(seen), max(seen)
+def _line_through(measured: list[tuple[float, float]], limit: int) -> Memory:
+    """Fit a line through the smallest and the largest forward pass, by seconds."""
+    (least, low), (most, high) = min(measured), max(measured)
     slope = max(high - low, 0.0) / (most - least) if most > least else 0.0
     return Memory(limit, high - slope * most, slope)
 
 
 def render(memory: Memory, shapes: list[Shape], loader: LoaderMemory = NOTHING_AHEAD) -> str:
-    """One line for the log of a run."""
+    """Return one line for the log of a run."""
     largest = max(shapes, key=lambda shape: shape.seconds)
     return (
         f"memory: {memory.at(largest.seconds) / GIB:.2f} of {memory.limit / GIB:.1f} GiB that a rank has, for {largest}"
@@ -144,15 +144,15 @@ def render(memory: Memory, shapes: list[Shape], loader: LoaderMemory = NOTHING_A
 
 def _does_not_fit(shape: Shape, memory: Memory) -> ProbeError:
     longest, fits = shape.samples / SAMPLE_RATE, int(memory.largest) if memory.per_second else 0
-    hint = f"data.batch_seconds={fits} would fit (and data.device_batch_seconds, where it is set)"
+    hint = f"data.batch_seconds={fits} would fit (and data.device_batch_seconds, if it is set)"
     if fits < longest:
         hint = "model.gradient_checkpointing=true takes less, and so do shards built with a lower --max-duration"
     return ProbeError(f"{shape}: more than the {memory.limit / GIB:.1f} GiB of memory that a rank has", hint)
 
 
 def _peak_of(run: Run, shape: Shape, memory: Memory, world: World) -> int:
-    """Bytes that this rank held at most, of noise in that shape."""
-    _forget_peak(world)
+    """Return the peak memory of this rank, in bytes, when it runs noise of a shape."""
+    _reset_peak(world)
     try:
         run(_noise(shape))
     except RuntimeError as error:  # torch.OutOfMemoryError is one, and a CPU's allocator has no class of its own
@@ -165,7 +165,7 @@ def _peak_of(run: Run, shape: Shape, memory: Memory, world: World) -> int:
 
 
 def _noise(shape: Shape) -> Batch:
-    """Clips that weigh nothing, so that no gradient comes of them."""
+    """Return noise of a shape, at weight 0, so that its gradient is 0."""
     random = torch.Generator().manual_seed(0)
     return Batch(
         inputs=torch.randn(shape.clips, shape.samples, generator=random),
@@ -177,7 +177,7 @@ def _noise(shape: Shape) -> Batch:
     )
 
 
-def _forget_peak(world: World) -> None:
+def _reset_peak(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     else:
@@ -186,7 +186,7 @@ def _forget_peak(world: World) -> None:
 
 
 def _status(name: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -194,7 +194,7 @@ def _status(name: str) -> int:
 
 
 def _limit(world: World) -> int:
-    """Return the bytes that this rank may hold: of its GPU, or of the host."""
+    """Return the bytes that this rank may use, of its GPU or of the host."""
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
         return int(free + torch.cuda.memory_reserved(world.device))
@@ -202,7 +202,7 @@ def _limit(world: World) -> int:
 
 
 def _host_share(world: World) -> int:
-    """Return the bytes that this rank may take yet of what the machine or its container has left."""
+    """Return the bytes that this rank may still take of what the machine or its container has left."""
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # no container, or one without a limit
         group = Path("/sys/fs/cgroup")
@@ -212,6 +212,6 @@ def _host_share(world: World) -> int:
 
 
 def _file_cache(group: Path) -> int:
-    """Bytes that a container's kernel gives back when they are needed."""
+    """Return the bytes of file cache that a container's kernel frees if they are needed."""
     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     return int(stat["inactive_file"]) + int(stat["active_file"])

@@ -1,7 +1,7 @@
-"""A copy of the run in a bucket, for machines that vanish with their disks: made in the background, pointed to last.
+"""Copy a run to a bucket in the background, for machines that lose their disks. The pointer to a copy is written last.
 
-`newest.json` says of which pieces each file of the newest copy is made. A piece is named by its checksum: what has not
-changed is not sent again, what is read back is checked, and nothing that a pointer names is ever overwritten.
+`newest.json` lists the pieces of each file in the newest copy. A piece is named by its checksum, so that unchanged data
+is not sent again, data that is read back can be checked, and nothing that a pointer names is ever overwritten.
 """
 
 import json
@@ -29,12 +29,12 @@ from streamtrain.training.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointE
 log = logging.getLogger("streamtrain")
 
 POINTER, PIECES = "newest.json", "pieces/"
-PREVIOUS = "previous.json"  # the pointer before, whose pieces are kept: copied over the newest, it takes a run back
-CHUNK_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has its place in the file
+PREVIOUS = "previous.json"  # the pointer before it, whose pieces stay: copied over newest.json, it takes a run back
+PIECE_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has a fixed place in the file
 FETCHED_AT_ONCE = 8  # pieces, each held in memory until it is written
-NO_MIRROR = "is the server's disk or line faulty? name another train.mirror to go on without this copy"
-PART = ".mirrored.part"  # in the run folder: what is being fetched, and what a broken-off attempt has fetched
-STAGING = ".mirror"  # in the run folder: what is on its way, whatever becomes of the originals meanwhile
+NO_MIRROR = "is the server's disk or network faulty? name another train.mirror to continue without this copy"
+PART = ".mirrored.part"  # in the run folder: files being fetched, or fetched by an aborted attempt
+STAGING = ".mirror"  # in the run folder: files to send, even if the originals change in the meantime
 FILES = (
     "log.csv",
     "ranks.csv",
@@ -45,24 +45,24 @@ FILES = (
     "curves.png",
     "scorecard.json",
     "hypotheses.jsonl",
-)  # written in place: copied, where others are linked
+)  # overwritten in place, so they are copied; other files are linked
 FOLDERS = ("best",)
 
 
 class _Pointer(TypedDict):
-    """newest.json as it is written."""
+    """Describe newest.json as it is written."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     checkpoint: Annotated[str, Field(pattern=r"^step-\d+$")]
-    files: dict[str, list[str]]  # the pieces of each
+    files: dict[str, list[str]]  # the pieces of each file
 
 
 _POINTER = TypeAdapter(_Pointer)
 
 
 class Mirror:
-    """Copies each checkpoint that it is offered, with the run's other files; the newest where it falls behind."""
+    """Copy each enqueued checkpoint with the run's other files; only the newest one if the copying falls behind."""
 
     def __init__(self, store: Store, run: Path) -> None:
         self._store, self._run = store, run
@@ -71,15 +71,15 @@ class Mirror:
         self._waiting: Path | None = None
         self._changed = threading.Condition()
         self._busy = self._closing = False
-        self._failed: StoreError | None = None  # the last copy, if it failed
-        self._unsent: Path | None = None  # and what it was to send
-        self._copied: tuple[str, float] | None = None  # the newest copy that was made, and when
+        self._failed: StoreError | None = None  # why the last copy failed, if it did
+        self._unsent: Path | None = None  # the staged files of that copy
+        self._copied: tuple[str, float] | None = None  # the newest complete copy, and its time
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
     def check_writable(self) -> None:
-        """Write, read and delete a piece that no copy has. Raise StoreError if that fails, before there is any work."""
-        name = _name(b"")
+        """Write, read and delete an unused piece. Raise StoreError if that fails, before there is any work to lose."""
+        name = _piece_name(b"")
         try:
             self._store.write(name, b"")
             _read_piece(self._store, name)
@@ -88,10 +88,10 @@ class Mirror:
             raise StoreError(f"train.mirror cannot be used: {error.message}", error.hint) from error
 
     def check(self, check: Callable[[Path], object]) -> bool:
-        """Tell whether the copy is ahead of the run folder, once its state alone shows that it is of this run.
+        """Return whether the copy is ahead of the run folder. Raise StoreError if it is not a copy of this run.
 
-        `check` looks at a checkpoint's state, and raises CheckpointError if it is not of this run; so nothing of
-        another run is overwritten, neither here nor there. Raises StoreError if the copy is not of this run.
+        `check` reads the state of a checkpoint, and raises CheckpointError if it is not of this run. So nothing of
+        another run is overwritten, neither locally nor in the mirror.
         """
         pointer = _read_pointer(self._store)
         if pointer is None:
@@ -100,14 +100,14 @@ class Mirror:
         with TemporaryDirectory() as folder:
             self._fetch([f"{checkpoint}/{STATE_NAME}"], pointer, Path(folder))
             self._check(check, Path(folder) / checkpoint, "another run's? name another train.mirror")
-        here = list_checkpoints(self._run / "checkpoints")
-        ahead = not here or here[-1].name < pointer["checkpoint"]
-        if here and ahead:
-            check(here[-1])
+        local = list_checkpoints(self._run / "checkpoints")
+        ahead = not local or local[-1].name < pointer["checkpoint"]
+        if local and ahead:
+            check(local[-1])
         return ahead
 
     def fetch(self) -> None:
-        """Bring the copy into the run folder, over what is there. Raises StoreError if the copy is not whole.
+        """Restore the run folder from the copy, overwriting files. Raise StoreError if the copy is not whole.
 
         Pieces that an earlier attempt has fetched are checked and not fetched again.
         """
@@ -116,15 +116,15 @@ class Mirror:
             return
         part, checkpoint = self._run / PART, f"checkpoints/{pointer['checkpoint']}"
         log.info("%s: copying %s from the mirror", self._run, pointer["checkpoint"])
-        if part.is_symlink():  # what it leads to is none of ours
+        if part.is_symlink():  # it may lead outside of the run folder
             remove(part)
         for path in [path for path in part.rglob("*") if path.is_file()]:
             if path.relative_to(part).as_posix() not in pointer["files"]:
-                path.unlink()  # an earlier attempt fetched it, of an older copy
+                path.unlink()  # an earlier attempt fetched it from an older copy
         self._fetch(pointer["files"], pointer, part)
         self._check(open_checkpoint, part / checkpoint, NO_MIRROR)
         (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: what has it is whole
+        for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: it marks the folder as complete
             if (part / name).exists():
                 if (self._run / name).is_dir():
                     shutil.rmtree(self._run / name)
@@ -144,43 +144,43 @@ class Mirror:
                 pieces = pointer["files"][name]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with open(path, "ab", opener=open_lock_file) as file:
-                    file.truncate(min(file.tell(), len(pieces) * CHUNK_BYTES))
+                    file.truncate(min(file.tell(), len(pieces) * PIECE_BYTES))
                 places += [(path, number, pieces) for number in range(len(pieces))]
             with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-                for _ in pool.map(lambda place: self._fetch_piece(*place), places):  # which cancels the rest on error
+                for _ in pool.map(lambda place: self._fetch_piece(*place), places):  # an error cancels the rest
                     pass
             for name in names:
                 sync(folder / name)
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            hint = "make room, and the same command goes on with what it has fetched"
+            hint = "make room; the same command then resumes with what it has fetched"
             raise StoreError(f"{folder}: the mirror's copy cannot be written: {error}", hint) from error
 
     def _fetch_piece(self, path: Path, number: int, pieces: list[str]) -> None:
-        """Put one piece of a file in its place, unless it is there."""
+        """Write one piece of a file to its place, unless it is there already."""
         with open(path, "r+b", opener=open_lock_file) as file:
-            file.seek(number * CHUNK_BYTES)
-            if _name(file.read(CHUNK_BYTES)) == pieces[number]:
+            file.seek(number * PIECE_BYTES)
+            if _piece_name(file.read(PIECE_BYTES)) == pieces[number]:
                 return
             data = _read_piece(self._store, pieces[number])
             last = number == len(pieces) - 1
-            if len(data) != CHUNK_BYTES and not last:
-                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {CHUNK_BYTES:,}")
-            file.seek(number * CHUNK_BYTES)
+            if len(data) != PIECE_BYTES and not last:
+                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {PIECE_BYTES:,}")
+            file.seek(number * PIECE_BYTES)
             file.write(data)
             if last:
                 file.truncate()
 
     def _check(self, check: Callable[[Path], object], checkpoint: Path, hint: str) -> None:
-        """Check a checkpoint outside of its run. Raises StoreError if `check` raises CheckpointError."""
+        """Check a checkpoint outside of its run. Raise StoreError if `check` raises CheckpointError."""
         try:
             check(checkpoint)
         except CheckpointError as error:
-            said = error.message.removeprefix(f"{checkpoint.resolve()}").lstrip(":/ ")
+            message = error.message.removeprefix(f"{checkpoint.resolve()}").lstrip(":/ ")
             hint = error.hint if error.hint == REPLAN_HINT else hint
-            raise StoreError(f"{self._store.url}: {checkpoint.name} {said}", hint) from error
+            raise StoreError(f"{self._store.url}: {checkpoint.name} {message}", hint) from error
 
     def clear(self) -> None:
-        """Delete the pointer, after the copy that is under way: no machine goes on from either; the run starts over."""
+        """Delete the pointers, after any copy in progress, so that no machine resumes from them: the run restarts."""
         with self._changed:
             self._drop_waiting()
             self._changed.wait_for(lambda: not self._busy)
@@ -189,16 +189,16 @@ class Mirror:
             self._store.delete(name)
 
     def enqueue(self, checkpoint: Path) -> None:
-        """Have a checkpoint copied, unless a newer one is offered before its turn comes.
+        """Stage a checkpoint to be copied, replacing one that is still waiting.
 
-        Called by the thread that writes the run's files: none of them changes while it is staged.
+        The caller is the thread that writes the run's files, so none of them changes while it is staged.
         """
         if self._closing:
-            raise RuntimeError(f"{checkpoint}: offered to a mirror that is closed")
-        shutil.rmtree(self._run / PART, ignore_errors=True)  # the run goes on from elsewhere
+            raise RuntimeError(f"{checkpoint}: enqueued in a mirror that is closed")
+        shutil.rmtree(self._run / PART, ignore_errors=True)  # the run did not resume from the mirror
         with explaining(self._staging):
             self._staging.mkdir(exist_ok=True)
-            staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # its own: a step may come twice
+            staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # unique: a step may come twice
             for name in self._files_of(checkpoint):
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 if name in FILES:
@@ -216,9 +216,9 @@ class Mirror:
         self._waiting = None
 
     def close(self, wait_sec: float | None = None) -> None:
-        """Wait for the last copy, at most so long. Raises StoreError if it failed or is not there by then.
+        """Wait at most `wait_sec` for the last copy. Raise StoreError if it failed or is not complete by then.
 
-        Without a limit, one that failed is tried once more.
+        Without a limit, retry a failed copy once.
         """
         with self._changed:
             self._closing = True
@@ -227,7 +227,7 @@ class Mirror:
         if not done:
             raise StoreError(f"{self._store.url}: the last checkpoint has not reached the mirror in {wait_sec:g} s")
         if self._unsent is not None and wait_sec is None:
-            self._try(self._unsent)
+            self._try_copy(self._unsent)
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._failed is not None:
             raise StoreError(f"{self._failed.message} ({self._newest()})", self._failed.hint) from self._failed
@@ -254,19 +254,19 @@ class Mirror:
                 self._busy = True
             if self._unsent is not None:
                 shutil.rmtree(self._unsent, ignore_errors=True)
-            self._try(staged)
+            self._try_copy(staged)
             if self._failed is not None:
-                log.warning("%s has not reached the mirror (%s), the next one is tried: %s",
+                log.warning("%s has not reached the mirror (%s); the next one is tried: %s",
                             staged.stem, self._newest(), self._failed.message)  # fmt: skip
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _try(self, staged: Path) -> None:
-        """Copy what is staged, or note why that failed: training goes on, and does not wait for a dead thread."""
+    def _try_copy(self, staged: Path) -> None:
+        """Copy the staged files, or record why that failed: training continues, and does not wait for a dead thread."""
         try:
             self._copy(staged)
-        except Exception as error:  # whatever it is
+        except Exception as error:  # any kind, so that the thread survives
             self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
             self._unsent = staged
         else:
@@ -275,38 +275,38 @@ class Mirror:
             shutil.rmtree(staged, ignore_errors=True)
 
     def _copy(self, staged: Path) -> None:
-        """Send what is not there yet, read it back, point to it, and delete what nothing needs any longer.
+        """Send new pieces and read them back, write the pointer, and delete pieces that neither pointer needs.
 
-        Of what is there, only what the pointer names is known to be whole: it was read back before it was named.
+        Of the pieces in the store, only those that the pointer names are known to be whole: they were read back.
         """
-        before = _read_pointer(self._store)
-        kept = _pieces_of(before["files"]) if before else set()
-        sent = kept.intersection(self._store.names())
+        previous = _read_pointer(self._store)
+        previous_pieces = _all_pieces(previous["files"]) if previous else set()
+        sent = previous_pieces.intersection(self._store.names())
         files: dict[str, list[str]] = {}
         for path in sorted(path for path in staged.rglob("*") if path.is_file()):
             pieces = files[path.relative_to(staged).as_posix()] = []
-            for data in _pieces(path):
-                pieces.append(name := _name(data))
+            for data in _read_pieces(path):
+                pieces.append(name := _piece_name(data))
                 if name not in sent:
                     self._store.write(name, data)
                     _read_piece(self._store, name)
                     sent.add(name)
         self._check(open_checkpoint, staged / "checkpoints" / staged.stem, "is this machine's disk faulty?")
-        there = {name for name in self._store.names() if name.startswith(PIECES)}  # what else lies there is not ours
-        if missing := _pieces_of(files) - there:
-            raise StoreError(f"{self._store.url}: pieces are gone, such as {min(missing)}", NO_MIRROR)
-        if before is not None:
-            self._store.write(PREVIOUS, json.dumps(before, indent=1).encode())
+        stored = {name for name in self._store.names() if name.startswith(PIECES)}  # leave other objects alone
+        if missing := _all_pieces(files) - stored:
+            raise StoreError(f"{self._store.url}: pieces are missing, such as {min(missing)}", NO_MIRROR)
+        if previous is not None:
+            self._store.write(PREVIOUS, json.dumps(previous, indent=1).encode())
         self._store.write(POINTER, json.dumps({"checkpoint": staged.stem, "files": files}, indent=1).encode())
-        for name in there - _pieces_of(files) - kept:
+        for name in stored - _all_pieces(files) - previous_pieces:
             self._store.delete(name)
 
 
-def _link(path: Path, to: Path) -> None:
+def _link(path: Path, target: Path) -> None:
     try:
-        os.link(path, to)
-    except OSError:  # not every file system has links
-        shutil.copyfile(path, to)
+        os.link(path, target)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(path, target)
 
 
 def _read_pointer(store: Store) -> dict[str, Any] | None:
@@ -315,26 +315,26 @@ def _read_pointer(store: Store) -> dict[str, Any] | None:
     except MissingError:
         return None
     except ValueError as error:
-        raise StoreError(f"{store.url}/{POINTER}: is no mirror of a run ({error})", NO_MIRROR) from error
+        raise StoreError(f"{store.url}/{POINTER}: is not the mirror of a run ({error})", NO_MIRROR) from error
     return {**pointer}
 
 
-def _pieces_of(files: dict[str, list[str]]) -> set[str]:
+def _all_pieces(files: dict[str, list[str]]) -> set[str]:
     return {piece for pieces in files.values() for piece in pieces}
 
 
 def _read_piece(store: Store, name: str) -> bytes:
-    data = store.read(name, CHUNK_BYTES)
-    if _name(data) != name:
-        raise StoreError(f"{store.url}/{name}: came back as {_name(data)}", NO_MIRROR)
+    data = store.read(name, PIECE_BYTES)
+    if _piece_name(data) != name:
+        raise StoreError(f"{store.url}/{name}: read back as {_piece_name(data)}", NO_MIRROR)
     return data
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _read_pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while data := file.read(CHUNK_BYTES):
+        while data := file.read(PIECE_BYTES):
             yield data
 
 
-def _name(data: bytes) -> str:
+def _piece_name(data: bytes) -> str:
     return f"{PIECES}{xxhash.xxh3_128_hexdigest(data)}"

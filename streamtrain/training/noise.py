@@ -1,4 +1,4 @@
-"""A room around each clip of training: noise of another loudness and colour in each epoch."""
+"""Add noise to each training clip, of another loudness and colour in each epoch."""
 
 from dataclasses import dataclass, replace
 
@@ -12,25 +12,25 @@ from streamtrain.model.ctc import count_frames
 from streamtrain.model.inference import zero_mean_unit_variance
 from streamtrain.training.spec_augment import SpecAugment
 
-DULL_HZ = (100.0, 8_000.0)  # above a frequency drawn from this range the noise falls by 6 dB an octave
+DULL_HZ = (100.0, 8_000.0)  # range of corner frequencies; above its corner the noise falls by 6 dB an octave
 
 
 def augment_batch(masking: SpecAugment, noise: "RoomNoise | None", epoch: int, batch: Batch) -> Batch:
-    """What the threads or processes that load a batch do to it last."""
+    """Augment a batch, as the last work of the threads or processes that load it."""
     batch = silence_too_dense(batch, count_frames(batch.input_lengths, masking.geometry))
     return masking.hide(epoch, noise.add(epoch, batch) if noise else batch)
 
 
 @dataclass(frozen=True)
 class RoomNoise:
-    """Drawn where batches are loaded, keyed by (seed, epoch, utterance)."""
+    """Draw noise when batches are loaded, keyed by (seed, epoch, utterance)."""
 
     seed: int
-    snr_db: tuple[float, float]  # loudness of the clip above the noise, drawn evenly from this range
-    normalize: bool  # whether the model hears clips at zero mean and unit variance
+    snr_db: tuple[float, float]  # range of the signal-to-noise ratio, drawn evenly
+    normalize: bool  # whether the model takes clips at zero mean and unit variance
 
     def add(self, epoch: int, batch: Batch) -> Batch:
-        """The batch with noise in every clip; what pads it stays silent."""
+        """Return the batch with noise in every clip; its padding stays silent."""
         inputs = batch.inputs.numpy().copy()
         for row, key, samples in zip(inputs, batch.keys, batch.input_lengths.tolist(), strict=True):
             clip = row[:samples]
@@ -43,7 +43,7 @@ class RoomNoise:
 
 
 def room_noise(samples: int, random: np.random.Generator) -> Waveform:
-    """So many samples of stationary noise with an RMS of 1, duller or brighter."""
+    """Return stationary noise of so many samples with an RMS of 1, of a random colour."""
     corner = np.exp(random.uniform(*np.log(DULL_HZ)))
     spectrum = np.fft.rfft(random.standard_normal(samples, np.float32))
     spectrum /= 1 + np.fft.rfftfreq(samples, 1 / SAMPLE_RATE) / corner

@@ -1,4 +1,4 @@
-"""All before the first step: one run in its folder, one opinion among the ranks, the model as it begins or goes on."""
+"""Set up a run: lock its folder, check that the ranks agree, build or restore the model, probe the memory."""
 
 import json
 import logging
@@ -52,28 +52,25 @@ from streamtrain.training.zero_engine import Engine
 
 log = logging.getLogger("streamtrain")
 
-TRIED_LENGTHS = {  # of the clips, in samples, of the batches on which the order of gradients is tried
+ORDER_CHECK_LENGTHS = {  # samples of each clip in the batches on which the order of gradients is checked
     "a silent row": [SILENT_SAMPLES],
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
 LOCK_NAME = ".lock"
-LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv", "finished.json")  # one at least, in a run's folder
-LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to go
+LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv", "finished.json")  # a run's folder has at least one of them
+LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to exit
 
 
 def train(config: Config, world: World, resume: str = "auto", replan: bool = False) -> None:
-    """Train as configured; leaves everything in `train.run_dir`. All ranks call it together.
-
-    With `replan`, what a resumed epoch has left may be planned by other settings than those it began with.
-    """
+    """Train into `train.run_dir`, on all ranks. With `replan`, a resumed epoch may be re-planned by other settings."""
     run = Path(config.train.run_dir)
     with _lock_run(run, world):
         store = open_store(config.data.shards)
         index = read_index(store)
         mirror = None
-        with world.on_main("bring the run folder up to its mirror") as mine:
-            if mine:
+        with world.on_main("restore the run folder from its mirror") as is_main:
+            if is_main:
                 check_presence(store, index)
                 recover_replaced(run / "checkpoints", NAMES)
                 recover_replaced(run, "best")
@@ -82,12 +79,8 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
             index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
-        _check_ranks_agree(
-            world,
-            json.dumps([config.resume_key, config.eval.split]),
-            index.digest,
-            checkpoint.name if checkpoint else "",
-        )
+        data_identity = index.digest, checkpoint.name if checkpoint else ""
+        _check_ranks_agree(world, json.dumps([config.resume_key, config.eval.split]), *data_identity)
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.resume_key, index.digest, PLANNER_VERSION)
         if checkpoint is not None:
@@ -98,25 +91,11 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
-                log.info("planned anew: %d steps are left, of %d", plans.total_steps - state.step, plans.total_steps)
-        scored = state.split in ("", config.eval.split)
-        if not scored and state.best_cer is not None:
-            log.info("eval.split was %r, is %r: the best score is sought anew", state.split, config.eval.split)
-        if not world.gather((run / "best").is_dir())[0] or not scored:  # resumed into a new run folder, maybe
-            state = replace(state, best_cer=None, best_step=None, evaluated=-1, evaluations_since_best=0)
-        state = replace(state, split=config.eval.split)
-        if state.step == plans.total_steps:
-            log.info("%s: all %d steps are done; --replan with more train.epochs goes on, --resume none starts over",
-                     run, state.step)  # fmt: skip
-        elif is_stopped_early(state, config.train.patience):
-            log.info("%s: no better score in %d evaluations; a higher train.patience goes on",
-                     run, state.evaluations_since_best)  # fmt: skip
-        elif config.train.probe:
-            fresh = plan_epoch(index, PlanSettings.of(config), state.epoch) if state.completed else None
-            whole = fresh or plans.epoch(state.epoch)
-            log.info("%s", _probe(engine, whole, index, config)[0])
-        with world.on_main("prepare the run folder") as mine:
-            if mine:
+                log.info("re-planned: %d of %d steps are left", plans.total_steps - state.step, plans.total_steps)
+        state = _keep_scores(state, config, run, world)
+        _probe_unless_done(config, index, plans, state, engine)
+        with world.on_main("prepare the run folder") as is_main:
+            if is_main:
                 _prepare(run, config, index, found, resume, mirror)
         data, model = config.data, engine.model
         make = partial(
@@ -127,10 +106,33 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
 
+def _keep_scores(state: RunState, config: Config, run: Path, world: World) -> RunState:
+    """Return the state for `eval.split`, without its best score if that is of another split or best/ is missing."""
+    scored = state.split in ("", config.eval.split)
+    if not scored and state.best_cer is not None:
+        log.info("eval.split was %r, is %r: the best score is reset", state.split, config.eval.split)
+    if not world.gather((run / "best").is_dir())[0] or not scored:  # resumed into a new run folder, maybe
+        state = replace(state, best_cer=None, best_step=None, evaluated=-1, evaluations_since_best=0)
+    return replace(state, split=config.eval.split)
+
+
+def _probe_unless_done(config: Config, index: ShardIndex, plans: Plans, state: RunState, engine: Engine) -> None:
+    """Log why no step is left, if so; otherwise probe the memory, if `train.probe`."""
+    run = Path(config.train.run_dir)
+    if state.step == plans.total_steps:
+        log.info("%s: all %d steps are done; raise train.epochs with --replan, or use --resume none", run, state.step)
+    elif is_stopped_early(state, config.train.patience):
+        count = state.evaluations_since_best
+        log.info("%s: no better score in %d evaluations; raise train.patience to continue", run, count)
+    elif config.train.probe:
+        whole = plan_epoch(index, PlanSettings.of(config), state.epoch) if state.completed else plans.epoch(state.epoch)
+        log.info("%s", _probe(engine, whole, index, config)[0])
+
+
 def _prepare(
     run: Path, config: Config, index: ShardIndex, found: Path | None, resume: str, mirror: Mirror | None
 ) -> None:
-    """Leave in the run folder, and in its mirror, what the run goes on from, and what it was asked for."""
+    """Delete checkpoints that the run does not continue from, here and in the mirror, and write the configuration."""
     discard_result(run)
     if resume == "none":
         remove(run / "checkpoints")
@@ -140,7 +142,7 @@ def _prepare(
         chosen = run / "checkpoints" / found.resolve().name
         delete_later_checkpoints(chosen)
         if mirror is not None:
-            mirror.enqueue(chosen)  # else a later one would come back
+            mirror.enqueue(chosen)  # otherwise a later checkpoint would be restored from the mirror
     write_inside(run / "config.json", json.dumps(config.model_dump(), indent=1))
     write_inside(run / "trained_on.json", json.dumps(_describe(index, config.data.shards), indent=1))
 
@@ -148,12 +150,12 @@ def _prepare(
 def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[float]) -> None:
     """Raise TrainError if the model makes fewer frames of a training clip than its label has symbols.
 
-    The build has seen to that for wav2vec2's strides alone. Such a clip's loss is infinite, and its step lost.
+    The build checks this for wav2vec2's strides only. The loss of such a clip is infinite, and its step is lost.
     """
     if int(model.frame_counts(torch.tensor(SILENT_SAMPLES))) < 1:
         raise TrainError(
             f"the model makes no frame of {SILENT_SAMPLES / SAMPLE_RATE:g} s: its kernels and strides are too large",
-            "take a model of smaller ones (model.scratch: conv_kernel, conv_stride)",
+            "use a model with smaller ones (model.scratch: conv_kernel, conv_stride)",
         )
     rows = index.split("train")
     clips = index.samples[rows]
@@ -162,17 +164,17 @@ def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[fl
     if (missing > 0).any():
         worst = int(missing.argmax())
         raise TrainError(
-            f"{(missing > 0).sum():,} of {len(rows):,} training clips have more symbols than frames, of which this "
-            f"model makes {SAMPLE_RATE / model.frame_samples:g} a second: a clip of "
+            f"{(missing > 0).sum():,} of {len(rows):,} training clips have more symbols than frames (this model makes "
+            f"{SAMPLE_RATE / model.frame_samples:g} a second): a clip of "
             f"{index.shards[clips['shard'][worst]].name} (row {rows[worst]} of the index) has "
             f"{clips['label_length'][worst]} symbols and {max(frames[worst], 0)} frames",
-            "take a model of smaller strides (model.scratch: conv_stride)"
+            "use a model with smaller strides (model.scratch: conv_stride)"
             + (", or data.speed_factors of at most 1" if max(speed_factors, default=1) > 1 else ""),
         )
 
 
 def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
-    """What a model card tells of the data."""
+    """Return what a model card reports about the data."""
     rows = index.split("train")
     hours = float(index.samples["samples"][rows].sum(dtype=np.int64)) / SAMPLE_RATE / 3600
     rejected = index.notes.get("validation", {}).get("rejected", 0)
@@ -180,34 +182,31 @@ def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
 
 
 def find_batch_seconds(config: Config, world: World) -> None:
-    """Print the largest `data.batch_seconds` whose forward and backward the memory of every rank holds."""
+    """Print the largest `data.batch_seconds` that fits the memory of every rank, forward and backward."""
     index = read_index(open_store(config.data.shards))
     plan = plan_epoch(index, PlanSettings.of(config), 0)
     engine = _start_engine(config, index, None, plan.steps, world)
-    said, memory = _probe(engine, plan, index, config)
-    fits = int(min(memory.largest for memory in world.gather(memory)))
+    summary, memory = _probe(engine, plan, index, config)
+    largest = int(min(memory.largest for memory in world.gather(memory)))
     if world.main:
-        print(said)
-        print(f"data.batch_seconds={fits} fits")
-        if fits * config.train.micro_batches_per_step > plan.padded.sum() / SAMPLE_RATE:
-            print("(more than the whole epoch holds: what a step learns from is then the limit, not the memory)")
+        print(summary)
+        print(f"data.batch_seconds={largest} fits")
+        if largest * config.train.micro_batches_per_step > plan.padded.sum() / SAMPLE_RATE:
+            print("(more than the whole epoch: a step is then limited by the data, not by the memory)")
 
 
 def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -> tuple[str, Memory]:
-    """Run the largest forwards and backwards of a plan, beside all that training keeps.
-
-    Raises ProbeError where the memory does not hold them.
-    """
+    """Run a plan's largest forwards and backwards beside the optimizer state. Raise ProbeError if they do not fit."""
     engine.make_moments()
     shapes = largest_shapes(plan, int(index.samples["label_length"].max()), config.data.device_batch_seconds)
     loader = loader_memory(index, config.data.workers, _loads_in_processes(config, engine.world))
-    a_step = plan.padded.max() / SAMPLE_RATE * plan.micro_batches_per_step / engine.world.size  # s, held together
-    loader = replace(loader, batches=loader.batches + a_step / max(shape.seconds for shape in shapes))
+    step_seconds = plan.padded.max() / SAMPLE_RATE * plan.micro_batches_per_step / engine.world.size  # held together
+    loader = replace(loader, batches=loader.batches + step_seconds / max(shape.seconds for shape in shapes))
     memory = probe(lambda batch: _run_unweighted(engine, batch), shapes, engine.world, loader)
     lengths = index.samples["samples"][index.split(config.eval.split)]
     if len(lengths):
-        scored = evaluation_shapes(lengths, config.data.batch_seconds)
-        probe(partial(_score_unweighted, engine.scored_copy()), scored, engine.world)
+        eval_shapes = evaluation_shapes(lengths, config.data.batch_seconds)
+        probe(partial(_score_unweighted, engine.scored_copy()), eval_shapes, engine.world)
     return render(memory, shapes, loader), memory
 
 
@@ -216,19 +215,19 @@ def _loads_in_processes(config: Config, world: World) -> bool:
 
 
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:
-    """Raises CheckpointError where a checkpoint, of which the state alone is looked at, is not of this run."""
+    """Raise CheckpointError if a checkpoint is not of this run. Only its state is read."""
     checkpoint = read_checkpoint(path)
     resume_state(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
 
 
 def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path], None]) -> Mirror | None:
-    """Return the mirror, if there is to be one; if it is ahead of this machine, bring the run folder up to it."""
+    """Return the mirror, if one is configured. If it is ahead of this machine, restore the run folder from it."""
     if config.train.mirror is None:
         return None
     mirror = Mirror(open_store(config.train.mirror), run)
     mirror.check_writable()
     if resume != "none":
-        fetched = (run / PART).is_dir()  # a kill among the moves of `fetch` leaves best/ and no checkpoint
+        fetched = (run / PART).is_dir()  # a kill between the moves of `fetch` leaves best/ and no checkpoint
         _check_best(run, fetched or bool(list_checkpoints(run / "checkpoints")), resume)
         if mirror.check(check) and resume == "auto":
             discard_result(run)
@@ -237,7 +236,7 @@ def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path],
 
 
 def _run_unweighted(engine: Engine, batch: Batch) -> None:
-    """Forward and backward of clips that weigh nothing: all gradients are 0, and no step follows."""
+    """Run forward and backward on clips of weight 0: all gradients are 0, and no step follows."""
     batch = batch.to(engine.world.device)
     frames = engine.model.frame_counts(batch.input_lengths)
     log_probs = engine.forward(batch.inputs, batch.input_lengths)
@@ -246,93 +245,93 @@ def _run_unweighted(engine: Engine, batch: Batch) -> None:
 
 
 def _score_unweighted(model: CTCModel, batch: Batch) -> None:
-    """Run a forward as an evaluation does."""
+    """Run a forward pass as an evaluation does."""
     with scoring_mode():
         model(batch.inputs.to(model.device), batch.input_lengths)
 
 
 def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> ShardIndex:
-    """The index that the run began with: of a shard set that has grown since, the old one, which was kept."""
-    began_with = checkpoint.state.index_digest
-    if began_with == index.digest or not store.exists(archived_index_name(began_with)):
+    """Return the index that the run began with: the archived one if the shard set has grown since."""
+    digest = checkpoint.state.index_digest
+    if digest == index.digest or not store.exists(archived_index_name(digest)):
         return index
-    return read_index(store, archived_index_name(began_with))
+    return read_index(store, archived_index_name(digest))
 
 
 def _log_growth(used: ShardIndex, newest: ShardIndex, store: Store) -> ShardIndex:
     more, count = len(newest.samples) - len(used.samples), len(used.samples)
     if more:
-        log.info("%s has grown by %d samples; this run goes on with the %d it began with", store.url, more, count)
+        log.info("%s has grown by %d samples; this run continues with the %d it began with", store.url, more, count)
     return used
 
 
 def _start_engine(
     config: Config, index: ShardIndex, checkpoint: Checkpoint | None, total_steps: int, world: World
 ) -> Engine:
-    """The model as it begins, or as the checkpoint has it."""
+    """Build the model, new or from the checkpoint, under DeepSpeed, and check that gradients arrive in one order."""
     log.info("model: %s", config.model.pretrained or "from scratch")
-    _look_for_hub(config.model.pretrained, world)
+    _check_hub(config.model.pretrained, world)
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
     model = load_model(config.model, index.track)
     _check_frames(model, index, config.data.speed_factors)
     if config.data.gain_db and model.normalize:
         log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
-    log.info("LayerDrop is off: under ZeRO, ranks that skip different layers would fall out of step")
-    parts = load_state(checkpoint) if checkpoint else None
-    if parts is not None:
-        model.network.load_state_dict(parts.params)
-    recipe = make_schedule(model, config.train, config.peak_rate, total_steps)
-    engine = Engine(model.to(world.device), recipe, config.deepspeed, config.train.ema_decay, world)
-    if parts is not None:
-        engine.restore(parts)
-    torch.manual_seed(world.rank)  # what draws at random must not decide which layers run
+    log.info("LayerDrop is off: under ZeRO, all ranks must run the same layers")
+    full_state = load_state(checkpoint) if checkpoint else None
+    if full_state is not None:
+        model.network.load_state_dict(full_state.params)
+    schedule = make_schedule(model, config.train, config.peak_rate, total_steps)
+    engine = Engine(model.to(world.device), schedule, config.deepspeed, config.train.ema_decay, world)
+    if full_state is not None:
+        engine.restore(full_state)
+    torch.manual_seed(world.rank)  # random draws must not decide which layers run
     orders: dict[str, list[str]] = {}
-    for name, lengths in TRIED_LENGTHS.items():
-        tried = world.gather(engine.check_gradient_order(lengths))
-        orders |= {f"rank {rank}, {name}": order for rank, order in enumerate(tried)}
-        check_order(orders)  # at once: after another forward the ranks of ZeRO-3 may wait for one another
+    for name, lengths in ORDER_CHECK_LENGTHS.items():
+        gathered = world.gather(engine.check_gradient_order(lengths))
+        orders |= {f"rank {rank}, {name}": order for rank, order in enumerate(gathered)}
+        check_order(orders)  # at once: after another forward the ranks of ZeRO-3 may deadlock
     return engine
 
 
-def _look_for_hub(name: str | None, world: World) -> None:
-    """Have all ranks take the model from the cache if rank 0 cannot reach the hub that it would come from."""
+def _check_hub(name: str | None, world: World) -> None:
+    """Make all ranks load the model from the cache only, if rank 0 cannot reach the hub that it would come from."""
     reason = why_unreachable() if world.main and name is not None and needs_hub(name) else None
     reason = world.gather(reason)[0]
     if reason is not None:
-        log.info("the model hub cannot be reached (%s): %s is looked for in the cache alone", reason, name)
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read as Transformers is imported
+        log.info("the model hub cannot be reached (%s): %s is looked up in the cache only", reason, name)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # Transformers reads it when it is imported
 
 
 def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpoint | None, resume: str) -> None:
-    """What would fail only after minutes, or cost an earlier result, is refused before the model is loaded."""
+    """Raise TrainError, before the model is loaded, for what would fail minutes later or lose an earlier result."""
     if config.eval.split == "unlabelled":
-        raise TrainError("eval.split is 'unlabelled', whose clips have no labels to score", "valid is the usual one")
+        raise TrainError("eval.split is 'unlabelled': its clips have no labels to score", "use eval.split=valid")
     if config.eval.split not in SPLITS:
         raise TrainError(f"eval.split is {config.eval.split!r}", f"the splits are {', '.join(SPLITS)}")
     if not len(index.split(config.eval.split)):
-        log.warning("the shard set has no clips in split %r: nothing is scored on the way, and the weights of the last "
-                    "step are kept, whatever they are worth", config.eval.split)  # fmt: skip
+        log.warning("the shard set has no clips in split %r: nothing is scored during training, and the weights of "
+                    "the last step are saved, however good they are", config.eval.split)  # fmt: skip
     _check_best(run, checkpoint is not None, resume)
 
 
 def _check_best(run: Path, has_checkpoint: bool, resume: str) -> None:
-    """Raise TrainError if a model in best/ would be overwritten by a run that begins anew unasked, or is damaged."""
+    """Raise TrainError if best/ is damaged, or would be overwritten by a run that starts over unasked."""
     if resume != "none":
         try:
             check_sums(run / "best")
         except ChecksumError as error:
-            hint = f"remove {run / 'best'}: the same command then goes on, and seeks the best score anew"
+            hint = f"remove {run / 'best'}: the same command then resumes, and looks for a new best score"
             raise TrainError(error.message, hint) from error
     if not has_checkpoint and resume == "auto" and (run / "best").exists():
         raise TrainError(
-            f"{run}: holds a model in best/, but no checkpoint to go on from",
+            f"{run}: holds a model in best/, but no checkpoint to resume from",
             "name another train.run_dir, or start over with --resume none",
         )
 
 
 @contextmanager
 def _lock_run(run: Path, world: World) -> Iterator[None]:
-    """Hold the run folder, so that no second run writes into it. A start that failed leaves no new one behind."""
+    """Lock the run folder, so that no second run writes into it. If the start fails, remove the folder if it is new."""
     if not world.main:
         yield
         return
@@ -340,7 +339,7 @@ def _lock_run(run: Path, world: World) -> Iterator[None]:
     if not any((run / name).exists() for name in LEFT_BY_RUNS):
         for path in run.rglob("*"):
             if path.is_file():
-                raise TrainError(f"{run}: holds {path.relative_to(run)}, and no run", "name another train.run_dir")
+                raise TrainError(f"{run}: holds {path.relative_to(run)}, but no run", "name another train.run_dir")
     with explaining(run):
         run.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoints", "tensorboard"):
@@ -367,11 +366,11 @@ def _lock_run(run: Path, world: World) -> Iterator[None]:
 
 
 def _check_ranks_agree(world: World, *hashes: str) -> None:
-    """Raises TrainError on every rank where ranks have other configurations or plans than rank 0."""
-    everyone = world.gather(hashes)
-    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    """Raise TrainError on every rank if a rank's configuration, data or plan differs from rank 0's."""
+    all_hashes = world.gather(hashes)
+    odd = [rank for rank, rank_hashes in enumerate(all_hashes) if rank_hashes != all_hashes[0]]
     if odd:
         raise TrainError(
             f"ranks {odd} have another configuration, shard set, epoch plan or checkpoint than rank 0",
-            "do all machines see the same configuration, shards and run folder, and the same version of streamtrain?",
+            "give all machines the same configuration, shards, run folder and version of streamtrain",
         )

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
+"""Log a run: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
 
 import csv
 import io
@@ -15,10 +15,10 @@ from sharding.files.writing import append, explaining, write_inside
 from streamtrain.eval.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
 from streamtrain.run_status import RESULT_NAME, read_result
 
-LINE_EVERY_SEC = 60.0  # where the output is no terminal
+LINE_EVERY_SEC = 60.0  # if the output is not a terminal
 SAMPLES_SHOWN = 8
 SILENT_MODEL = (
-    "  it says nothing yet, all blank: as CTC does at first; if that lasts, raise the learning rate, lengthen "
+    "  all hypotheses are empty (blank), as usual for CTC at first; if this lasts, raise the learning rate, lengthen "
     "train.warmup_steps, lower model.dropout"
 )
 RANKS_SHOWN = 64  # in TensorBoard
@@ -26,40 +26,40 @@ RANKS_SHOWN = 64  # in TensorBoard
 
 @dataclass(frozen=True)
 class StepRow:
-    """A row of log.csv: one optimizer step."""
+    """Describe one optimizer step, a row of log.csv."""
 
     step: int
     epoch: int
     loss: float  # nats per label symbol, over the whole step
     lr: float
     grad_norm: float
-    seconds: float  # that the step took, waiting included
+    seconds: float  # duration of the step, waiting included
     audio_sec_per_sec: float  # true seconds of speech trained on, per second
     padding: float  # 1 − true ÷ padded seconds
-    data_wait: float  # share of the step that the rank which waited longest stood waiting for data
+    data_wait: float  # share of the step spent waiting for data, by the rank that waited longest
     silent: int  # clips that did not decode, on all ranks
-    skipped: int  # 1 where the gradient was not finite, and the step changed nothing
-    cer: float | None  # where an evaluation followed the step
+    skipped: int  # 1 if the gradient was not finite, so that the step changed nothing
+    cer: float | None  # if an evaluation followed the step
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """A row of ranks.csv: what one rank's data took since the last one."""
+    """Describe one rank's data loading since its last row, as a row of ranks.csv."""
 
     step: int
     rank: int
-    data_wait: float  # share of the steps that it stood waiting for data
-    look_ahead: float  # batches that were ready when one was taken, on average
-    read_ms: float  # of a loader thread, for each clip
+    data_wait: float  # share of the steps spent waiting for data
+    look_ahead: float  # batches that were ready when a step took one, on average
+    read_ms: float  # of a loader thread, per clip
     decode_ms: float
-    cache_hits: float  # share of the shards asked for that were there; 1 without a cache
+    cache_hits: float  # share of the requested shards that were in the cache; 1 without a cache
     mb_fetched: float  # into the cache
-    retries: int  # requests that were repeated, and shards that came or stood wrong
+    retries: int  # repeated requests, and shards that were damaged on arrival or in the cache
     silent: int  # clips that did not decode
 
 
 class RunLog:
-    """Rank 0's view of a run. Rows of steps that a resume will compute again are dropped from the log."""
+    """Write the log of a run, on rank 0. Rows of steps that a resumed run will repeat are dropped."""
 
     def __init__(self, run_dir: Path, total_steps: int, done_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -72,17 +72,17 @@ class RunLog:
         self._drop_samples_from(done_steps + 1)
         self._ranks = run_dir / "ranks.csv"
         lines = _read_lines(self._ranks).splitlines(keepends=True)[1:]
-        kept = [line for line in lines if _step_of(line, self._ranks) <= done_steps]
-        write_inside(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(kept))
+        lines = [line for line in lines if _step_of(line, self._ranks) <= done_steps]
+        write_inside(self._ranks, ",".join(field.name for field in fields(RankRow)) + "\n" + "".join(lines))
         self._events = run_dir / "tensorboard"
         with explaining(self._events):
             self._board = SummaryWriter(str(self._events), purge_step=done_steps + 1)
-        # Where nobody watches, a bar would fill the log: there a line a minute says the same
+        # Without a terminal a bar would fill the log: a line a minute shows the same
         self._bar = tqdm(
             total=total_steps, initial=done_steps, desc="training", unit="step", smoothing=0.05, disable=None
         )
-        self._total, self._began, self._began_at = total_steps, time.monotonic(), done_steps
-        self._said = self._began
+        self._total, self._start_time, self._start_step = total_steps, time.monotonic(), done_steps
+        self._last_line_time = self._start_time
 
     def step(self, row: StepRow) -> None:
         self.rows.append(row)
@@ -90,23 +90,23 @@ class RunLog:
         self._draw(
             {f"train/{name}": value for name, value in asdict(row).items() if name not in ("step", "cer")}, row.step
         )
-        self._tell(row)
+        self._show(row)
 
-    def _tell(self, row: StepRow) -> None:
-        said = (
+    def _show(self, row: StepRow) -> None:
+        metrics = (
             f"loss {row.loss:.3f}, lr {row.lr:.2g}, grad norm {row.grad_norm:.2g}, "
             f"{row.audio_sec_per_sec:,.0f} audio-s/s, padding {row.padding:.1%}, waiting {row.data_wait:.1%}"
         )
         if not self._bar.disable:
-            self._bar.set_postfix_str(said, refresh=False)
+            self._bar.set_postfix_str(metrics, refresh=False)
             self._bar.update()
             return
         now = time.monotonic()
-        is_first = row.step == self._began_at + 1
-        if is_first or now - self._said >= LINE_EVERY_SEC or row.step == self._total:
-            self._said = now
-            left = (now - self._began) / (row.step - self._began_at) * (self._total - row.step)
-            self.message(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {said}")
+        is_first = row.step == self._start_step + 1
+        if is_first or now - self._last_line_time >= LINE_EVERY_SEC or row.step == self._total:
+            self._last_line_time = now
+            left = (now - self._start_time) / (row.step - self._start_step) * (self._total - row.step)
+            self.message(f"step {row.step:,} of {self._total:,}, {tqdm.format_interval(left)} left: {metrics}")
 
     def ranks(self, rows: Sequence[RankRow]) -> None:
         append(self._ranks, _csv(list(asdict(row).values()) for row in rows))
@@ -125,7 +125,7 @@ class RunLog:
             self._rewrite()
             self.draw_curves()
         self._draw({"valid/cer": total.rate}, step)
-        self._drop_samples_from(step)  # a run may be resumed at a step that was scored
+        self._drop_samples_from(step)  # a run may be resumed at a step that was already scored
         shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
         texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
         append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
@@ -149,9 +149,9 @@ class RunLog:
 
     def _drop_samples_from(self, step: int) -> None:
         path = self._folder / "samples.txt"
-        told = _read_lines(path).split("--- step ")[1:]
-        kept = [one for one in told if _step_of(one, path) < step]
-        write_inside(path, "".join(f"--- step {one}" for one in kept))
+        samples = _read_lines(path).split("--- step ")[1:]
+        samples = [sample for sample in samples if _step_of(sample, path) < step]
+        write_inside(path, "".join(f"--- step {sample}" for sample in samples))
 
     def _rewrite(self) -> None:
         names: list[object] = [field.name for field in fields(StepRow)]
@@ -159,9 +159,9 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[StepRow]:
-    """The rows of a log.csv; none where there is no such file. A last line that was cut off is left out.
+    """Return the rows of a log.csv, none if there is no such file. An incomplete last line is skipped.
 
-    Raises StreamtrainError where it is none.
+    Raise StreamtrainError if the file is not a log.
     """
     rows = []
     try:
@@ -170,33 +170,33 @@ def read_log(path: Path) -> list[StepRow]:
             values |= {name: int(cells[name]) for name in ("step", "epoch", "silent", "skipped")}
             rows.append(StepRow(**values))
     except (csv.Error, ValueError, TypeError, KeyError) as error:
-        raise _no_log(path, error) from error
+        raise _not_a_log(path, error) from error
     return rows
 
 
 def _read_lines(path: Path) -> str:
-    """Return the lines of a log, none if there is no such file.
+    """Return the complete lines of a log, none if there is no such file.
 
-    A last one that a kill or a full disk has cut off, maybe within a symbol, is left out.
+    A kill or a full disk may have cut the last line off, even within a symbol; it is skipped.
     """
     data = path.read_bytes() if path.is_file() else b""
     try:
         return data[: data.rfind(b"\n") + 1].decode()
     except UnicodeDecodeError as error:
-        raise _no_log(path, error) from error
+        raise _not_a_log(path, error) from error
 
 
 def _step_of(text: str, path: Path) -> int:
-    """The number before the first comma."""
+    """Return the step of a row: the number before its first comma."""
     try:
         return int(text.partition(",")[0])
     except ValueError as error:
-        raise _no_log(path, error) from error
+        raise _not_a_log(path, error) from error
 
 
-def _no_log(path: Path, error: Exception) -> StreamtrainError:
+def _not_a_log(path: Path, error: Exception) -> StreamtrainError:
     return StreamtrainError(
-        f"{path}: is not the log of a run ({error})", "it is damaged, or another version's: move it away"
+        f"{path}: is not the log of a run ({error})", "it is damaged or of another version: move it away"
     )
 
 
@@ -236,28 +236,28 @@ def _csv(rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cells(row: StepRow) -> list[object]:
-    """Full precision: `repr` of a float reads back as the same float."""
+    """Return the cells of a row in full precision: the `repr` of a float reads back as the same float."""
     return ["" if value is None else repr(value) for value in asdict(row).values()]
 
 
 def render_run(run_dir: Path) -> str:
-    """The closing screen of a run: its score before and after, some of its transcriptions, where its files are."""
+    """Return the closing screen of a run: its score before and after, some hypotheses, and the paths of its files."""
     if (run_dir / RESULT_NAME).is_file() and not (run_dir / SCORECARD).exists():
         return _render_unscored(run_dir)
     card, clips = read_scorecard(run_dir)
     before, page = run_dir / "before.json", run_dir / "scorecard.html"
-    first = f"{read_rate(before):.3f}" if before.is_file() else "?"
-    ended = f"\n  {read_result(run_dir)}" if (run_dir / RESULT_NAME).is_file() else ""
-    shown = "\n".join(
-        f"    {clip.utterance_id}\n      said   {clip.reference}\n      heard  {clip.hypothesis}"
+    cer_before = f"{read_rate(before):.3f}" if before.is_file() else "?"
+    result = f"\n  {read_result(run_dir)}" if (run_dir / RESULT_NAME).is_file() else ""
+    samples = "\n".join(
+        f"    {clip.utterance_id}\n      reference   {clip.reference}\n      hypothesis  {clip.hypothesis}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
     )
     return f"""
-  CER {card["cer"]:.4f}, {render_interval(card)}; before training {first}
-  ({counted(card["clips"], "clip")} of split {card["split"]}){ended}
+  CER {card["cer"]:.4f}, {render_interval(card)}; before training {cer_before}
+  ({counted(card["clips"], "clip")} of split {card["split"]}){result}
 
   A few transcriptions
-{shown}
+{samples}
 
   Curves       {run_dir / "curves.png"}
   Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}

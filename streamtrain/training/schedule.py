@@ -1,4 +1,4 @@
-"""Which weights learn how fast, and when: learning rates by step, by layer, and of an encoder that thaws later."""
+"""Schedule learning rates by step, by layer, and for an encoder that is frozen at first."""
 
 import math
 import re
@@ -10,22 +10,22 @@ from torch import nn
 from streamtrain.config import TrainConfig
 from streamtrain.model.ctc import CTCModel
 
-HOLD_SHARE = 0.4  # of all steps, tri-stage (Baevski et al. 2020)
+HOLD_SHARE = 0.4  # of all steps, in tri-stage (Baevski et al. 2020)
 TRI_STAGE_END = 0.05  # of the peak: an exponential never reaches 0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every step as a share of its peak, over the exact number of steps."""
+    """Describe the learning rate of every step as a share of its peak, over the exact number of steps."""
 
     kind: str
     warmup_steps: int
-    hold_steps: int  # at the peak, of tri-stage
+    hold_steps: int  # at the peak, in tri-stage
     total_steps: int
-    end: float  # share of the peak that it falls to, after the last step
+    end: float  # share of the peak that is reached after the last step
 
     def at(self, step: int) -> float:
-        """Of optimizer step `step`, counted from 0: a linear warm-up, then as `kind` says."""
+        """Return the share at optimizer step `step`, counted from 0: a linear warm-up, then as `kind` defines."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.kind == "constant":
@@ -41,38 +41,38 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class ParamGroup:
-    """Parameters that learn at one rate."""
+    """Hold parameters that have the same learning rate."""
 
     parameters: list[nn.Parameter]
     peak: float  # learning rate
-    first_step: int = 0  # before it they stay as they are
+    first_step: int = 0  # until then they are frozen
 
 
 @dataclass(frozen=True, eq=False)
 class LRSchedule:
-    """The groups of a model and how their rates move."""
+    """Hold the parameter groups of a model and their learning rates by step."""
 
     groups: list[ParamGroup]
     schedule: Schedule
 
     @property
     def learning(self) -> int:
-        """Return the number of weights that learn."""
+        """Return the number of trainable weights."""
         return sum(parameter.numel() for group in self.groups for parameter in group.parameters)
 
     def rates(self, step: int) -> list[float]:
-        """The learning rate of each group at optimizer step `step`, counted from 0."""
+        """Return the learning rate of each group at optimizer step `step`, counted from 0."""
         return [group.peak * self.schedule.at(step) * self._thawed(group, step) for group in self.groups]
 
     def _thawed(self, group: ParamGroup, step: int) -> float:
-        """What thaws later warms up anew: Adam's bias correction is over by then, and its first steps are too large."""
+        """Return the share of a warm-up after thawing: Adam's bias correction is over, so steps would be too large."""
         if group.first_step == 0:
             return 1.0
         return min(1.0, max(0, step + 1 - group.first_step) / max(self.schedule.warmup_steps, 1))
 
 
 def make_schedule(model: CTCModel, settings: TrainConfig, peak: float, total_steps: int) -> LRSchedule:
-    """Groups by layer where rates differ, one group where they do not. `peak` is the encoder's."""
+    """Group parameters by learning rate: by layer if rates differ, otherwise in one group. `peak` is the encoder's."""
     tri_stage = settings.schedule == "tri-stage"
     hold = settings.hold_steps if settings.hold_steps is not None else round(HOLD_SHARE * total_steps)
     end = settings.final_lr_ratio if settings.final_lr_ratio is not None else TRI_STAGE_END * tri_stage
@@ -88,7 +88,7 @@ def make_schedule(model: CTCModel, settings: TrainConfig, peak: float, total_ste
 
 
 def _by_depth(model: CTCModel) -> Iterator[tuple[int, nn.Parameter]]:
-    """Every parameter that learns and its depth: 0 below the first layer, 1 … N within them, N + 1 the head."""
+    """Yield every trainable parameter with its depth: 0 below the first layer, 1 … N within them, N + 1 the head."""
     for name, parameter in model.network.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -1,4 +1,4 @@
-"""What training hides of each clip from the encoder: spans of frames and of features (SpecAugment)."""
+"""Mask spans of frames and of features of each training clip (SpecAugment)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from streamtrain.model.ctc import count_frames
 
 @dataclass(frozen=True)
 class Spans:
-    """About a share of all is covered by spans of so many."""
+    """Describe spans of `length` that cover about `share` of a sequence."""
 
     share: float
     length: int
@@ -21,7 +21,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Drawn where batches are loaded, keyed by (seed, epoch, utterance)."""
+    """Draw masks when batches are loaded, keyed by (seed, epoch, utterance)."""
 
     seed: int
     of_frames: Spans
@@ -30,7 +30,7 @@ class SpecAugment:
     geometry: tuple[tuple[int, int], ...]  # of the network's convolutions
 
     def hide(self, epoch: int, batch: Batch) -> Batch:
-        """The batch with its masks: frames (B, T) and features (B, H); None where nothing ever is hidden."""
+        """Return the batch with its masks: frames (B, T) and features (B, H); None if nothing is ever masked."""
         frames = count_frames(batch.input_lengths, self.geometry).tolist()
         return replace(
             batch,
@@ -43,8 +43,8 @@ class SpecAugment:
     ) -> torch.Tensor | None:
         if spans.share == 0:
             return None
-        hidden = np.zeros((len(keys), max(lengths)), bool)
-        for row, key, length in zip(hidden, keys, lengths, strict=True):
+        masks = np.zeros((len(keys), max(lengths)), bool)
+        for row, key, length in zip(masks, keys, lengths, strict=True):
             random = keyed_random(kind, self.seed, epoch, key)
             row[:length] = span_mask(length, spans.share, spans.length, random)
-        return torch.from_numpy(hidden)
+        return torch.from_numpy(masks)

@@ -1,4 +1,4 @@
-"""One readable loop: plan, stream, step, evaluate, save. Every number that decides a step is known before it."""
+"""Run the training loop: plan, stream, step, evaluate, save. Every number that decides a step is known before it."""
 
 import json
 import logging
@@ -41,49 +41,48 @@ from streamtrain.training.zero_engine import Engine
 log = logging.getLogger("streamtrain")
 
 RANK_LOG_EVERY = 20  # steps
-MIRROR_GRACE_SEC = 10.0  # after SIGTERM: the launcher kills after 30 s
+MIRROR_GRACE_SEC = 10.0  # after SIGTERM; the launcher kills after 30 s
 SILENT = [field.name for field in fields(StreamCounts)].index("silent")
-MAX_SKIPPED = 20  # steps in a row; fp16 skips some at its start, until its loss scale fits
-MAX_TOO_DENSE = 0.001  # share of clips that may train as silence though their bytes are right
+MAX_SKIPPED = 20  # consecutive steps; fp16 skips some at its start, until its loss scale fits
+MAX_TOO_DENSE = 0.001  # share of the clips that may be trained as silence although their bytes are right
 
 
 class TrainError(StreamtrainError):
-    """Training that cannot go on."""
+    """Report that training cannot start or continue."""
 
 
 def check_order(orders: Mapping[str, Sequence[str]]) -> None:
-    """Raise TrainError unless gradients reached the weights in the same order everywhere: `orders` by place.
+    """Raise TrainError unless gradients arrived in the same order everywhere. `orders` maps places to weight names.
 
-    ZeRO-2 and -3 flatten gradients into buckets as they arrive and sum the buckets over the ranks, so that in another
-    order the gradient of one weight is added to that of another.
+    ZeRO-2 and -3 flatten gradients into buckets as they arrive and all-reduce the buckets. In a different order, the
+    gradient of one weight would be added to that of another.
     """
     (first, expected), *others = orders.items()
     differ = set(expected).union(*orders.values()) - set(expected).intersection(*orders.values())
     if differ:
         named = ", ".join(sorted(differ)[:3])
         raise TrainError(
-            f"gradients of {len(differ)} weights come on some ranks and not on others: {named}, …",
-            "ranks must run the same layers: what draws at random, such as LayerDrop, must be off",
+            f"{len(differ)} weights get gradients on some ranks but not on others: {named}, …",
+            "all ranks must run the same layers: turn off random layer choices, such as LayerDrop",
         )
-    for other, order in others:
-        for number, (one, another) in enumerate(zip_longest(expected, order, fillvalue="no weight"), start=1):
-            if one != another:
+    for place, order in others:
+        for number, (wanted, arrived) in enumerate(zip_longest(expected, order, fillvalue="no weight"), start=1):
+            if wanted != arrived:
                 raise TrainError(
-                    f"gradients arrive in another order on {other} than on {first}: the {number}th is that of "
-                    f"{another} instead of {one}",
-                    "summed over ranks they would mix weights, so no step is taken; please report the model's "
-                    "configuration",
+                    f"gradients arrive in a different order on {place} than on {first}: number {number} is of "
+                    f"{arrived} instead of {wanted}",
+                    "the all-reduce would mix up weights, so no step is taken; please report the model's configuration",
                 )
 
 
 class Plans:
-    """The plan of each epoch from a state on, and how many steps the run has. Holds one epoch's plan at a time."""
+    """Plan each epoch from a state on, one epoch in memory at a time, and count the steps of the run."""
 
     def __init__(self, index: ShardIndex, config: Config, state: RunState) -> None:
         self._index = index
         self._settings = PlanSettings.of(config)
-        self._began_in, self._begun = state.epoch, state.completed
-        self._kept: tuple[int, EpochPlan] | None = None
+        self._first_epoch, self._completed = state.epoch, state.completed
+        self._current: tuple[int, EpochPlan] | None = None
         limit = config.train.max_steps or math.inf
         total = state.step - state.step_in_epoch
         for epoch in range(state.epoch, config.train.epochs):
@@ -94,14 +93,14 @@ class Plans:
         self.limit = f"train.max_steps={limit}" if total >= limit else f"train.epochs={config.train.epochs}"
 
     def epoch(self, number: int) -> EpochPlan:
-        if self._kept is None or self._kept[0] != number:
-            begun = self._begun if number == self._began_in else ()
-            self._kept = (number, plan_remaining(self._index, self._settings, number, begun))
-        return self._kept[1]
+        if self._current is None or self._current[0] != number:
+            completed = self._completed if number == self._first_epoch else ()
+            self._current = (number, plan_remaining(self._index, self._settings, number, completed))
+        return self._current[1]
 
 
 class Trainer:
-    """The loop and the little it must remember."""
+    """Run the training loop and hold its state."""
 
     def __init__(
         self,
@@ -128,42 +127,42 @@ class Trainer:
         self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
         self._preemption = Preemption()
         self.stream.patience = Deadline(stopped=lambda: self._preemption.asked)
-        self._saved = saved  # what the newest checkpoint holds
-        self._silenced = 0  # clips of this epoch, of all ranks, that trained as silence
+        self._saved = saved  # the state in the newest checkpoint
+        self._silenced = 0  # clips of this epoch, on all ranks, that were trained as silence
         self._skipped_in_a_row = 0
-        self._update_sec = 0.0  # of the optimizer, in the step before
-        self._told = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # of each rank, since it was last written
+        self._update_sec = 0.0  # duration of the previous optimizer update
+        self._rank_stats = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # since they were last written
         self.monitor = RunLog(self.run_dir, plans.total_steps, state.step) if world.main else None
 
     def run(self) -> None:
-        """Train to the last step; evaluate and save on the way and at the end, and when the machine is taken away."""
+        """Train to the last step. Evaluate and save on the way, at the end, and if asked to stop."""
         try:
             self._run()
         except PreemptedError as error:
             self._save()
             self._close(MIRROR_GRACE_SEC)
-            self.world.barrier()  # rank 0 holds the store at which the others wait
-            said = f"stopped at step {self.state.step}; the same command goes on from there"
-            stopped = PreemptedError(said)
+            self.world.barrier()  # rank 0 hosts the store at which the other ranks wait
+            message = f"stopped at step {self.state.step}; the same command resumes from there"
+            stopped = PreemptedError(message)
             stopped.exit_code = self._preemption.exit_code
             raise stopped from error
         unmirrored = self._close(None)
-        with self.world.on_main("end the run whole") as mine:
-            if mine:
+        with self.world.on_main("check best/ and write the result") as is_main:
+            if is_main:
                 check_sums(self.run_dir / "best", must_have=True)  # it was verified when it was saved
-                self._write_finish(unmirrored)
+                self._write_result(unmirrored)
 
-    def _write_finish(self, unmirrored: str | None) -> None:
-        """Write and tell, as the run's last act, what ended it. Raise StreamtrainError if its mirror lacks that."""
+    def _write_result(self, unmirrored: str | None) -> None:
+        """Write and log why the run ended, as its last act. Raise StreamtrainError if the mirror is incomplete."""
         state, patience = self.state, self.config.train.patience
         limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
-        finish = RunResult(state.step, limit, state.best_cer, state.best_step, unmirrored)
-        log.info("%s", finish)
-        write_result(self.run_dir, finish)
-        check_mirrored(self.run_dir, finish)
+        result = RunResult(state.step, limit, state.best_cer, state.best_step, unmirrored)
+        log.info("%s", result)
+        write_result(self.run_dir, result)
+        check_mirrored(self.run_dir, result)
 
     def _close(self, wait_sec: float | None) -> str | None:
-        """Let the mirror come to its end, for at most so long. Return on rank 0 why it lacks the last checkpoint."""
+        """Close the mirror, within `wait_sec`, and the log. Return on rank 0 why the mirror is incomplete, if it is."""
         unmirrored = None
         with self.world.on_main("copy the last checkpoint to the mirror"):
             if self.mirror is not None:
@@ -177,13 +176,13 @@ class Trainer:
         return unmirrored
 
     def _run(self) -> None:
-        self._save()  # before any result: from now on the same command always has a place to go on from
+        self._save()  # before any result, so that the same command can always resume
         self._evaluate_if_due()
         while not self._finished:
             epoch = self.state.epoch
             plan = self.plans.epoch(epoch)
-            for forwards, waited in self._steps(plan):
-                row, asked = self._step(plan, forwards, waited)
+            for batches, waited in self._steps(plan):
+                row, asked = self._step(plan, batches, waited)
                 if self.monitor is not None:
                     self.monitor.step(row)
                 if self._finished or self.state.step % RANK_LOG_EVERY == 0:
@@ -199,9 +198,9 @@ class Trainer:
             if self.state.epoch == epoch and not self._finished:
                 raise TrainError(
                     f"the data of epoch {epoch} ended after {self.state.step_in_epoch} of its {plan.steps} steps",
-                    "the same command goes on from the newest checkpoint; if it happens again, please report it",
+                    "the same command resumes from the newest checkpoint; if this happens again, please report it",
                 )
-        self._save()  # where only the last evaluation was missing
+        self._save()  # if only the last evaluation was missing
 
     @property
     def _finished(self) -> bool:
@@ -209,54 +208,51 @@ class Trainer:
         return stopped or self.state.step == self.plans.total_steps
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
-        """The rest of the epoch: this rank's forwards of each step, and the seconds it waited for them."""
+        """Yield for each remaining step of the epoch this rank's batches and the seconds it waited for them."""
         merged = self.config.data.device_batch_seconds
-        finish = partial(augment_batch, self._masking, self._noise, self.state.epoch)
-        forwards: list[StepBatch] = []
+        transform = partial(augment_batch, self._masking, self._noise, self.state.epoch)
+        batches: list[StepBatch] = []
         started = time.perf_counter()
-        for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, finish):
-            forwards.append(item)
+        for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, transform):
+            batches.append(item)
             if item.last:
-                yield forwards, time.perf_counter() - started
-                forwards.clear()  # rather than a new list: the loop still holds this one while the next step is loaded
+                yield batches, time.perf_counter() - started
+                batches.clear()  # not a new list: the caller still holds this one while the next step is loaded
                 started = time.perf_counter()
 
-    def _step(self, plan: EpochPlan, forwards: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
-        """One optimizer step, and whether a rank was asked to stop.
-
-        The loss is CTC summed over the clips of all ranks ÷ the label symbols of the step.
-        """
+    def _step(self, plan: EpochPlan, batches: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
+        """Run one optimizer step on the CTC sum of all ranks ÷ label symbols. Return its row, and whether to stop."""
         started = time.perf_counter()
-        state, here = self.state, self.state.step_in_epoch
-        symbols = max(int(plan.label_characters[here]), 1)
+        state, step = self.state, self.state.step_in_epoch
+        symbols = max(int(plan.label_characters[step]), 1)
         self.model.encoder_frozen = state.step < self.config.train.freeze_encoder_steps
-        nats = torch.zeros((), dtype=torch.float64, device=self.world.device)  # read once: each look waits for a GPU
-        for item in forwards:
-            summed = self._forward(item.batch.to(self.world.device), item.micro_batch_ids[0])
-            self.engine.backward(summed / symbols, last=item.last)
-            nats += summed.detach()
-        lost = float(nats)  # waits for the GPU, so that its time is this rank's own
+        nats = torch.zeros((), dtype=torch.float64, device=self.world.device)  # read once: each read waits for the GPU
+        for item in batches:
+            loss_sum = self._forward(item.batch.to(self.world.device), item.micro_batch_ids[0])
+            self.engine.backward(loss_sum / symbols, last=item.last)
+            nats += loss_sum.detach()
+        rank_nats = float(nats)  # waits for the GPU, so that its time is this rank's own
         arrivals = self.engine.take_arrivals()
-        counts, here_sec = self.stream.take_counts(), time.perf_counter() - started
-        failed = [key for item in forwards for key in item.batch.failed]
-        crowded = [key for item in forwards for key in item.batch.too_dense]
-        silenced = len(failed) + len(crowded)
-        told = [lost, waited, waited + here_sec + self._update_sec, *astuple(counts)]
-        everyone = self.world.gather_floats([silenced, _fingerprint(arrivals), self._preemption.asked, *told])
-        all_silenced, fingerprints, asked = everyone[:, 0].sum(), everyone[:, 1], bool(everyone[:, 2].any())
-        everyone = everyone[:, 3:]
-        if (fingerprints != fingerprints[0]).any():  # before the sums are used
+        counts, compute_sec = self.stream.take_counts(), time.perf_counter() - started
+        failed = [key for item in batches for key in item.batch.failed]
+        too_dense = [key for item in batches for key in item.batch.too_dense]
+        silenced = len(failed) + len(too_dense)
+        stats = [rank_nats, waited, waited + compute_sec + self._update_sec, *astuple(counts)]
+        all_ranks = self.world.gather_floats([silenced, _fingerprint(arrivals), self._preemption.asked, *stats])
+        all_silenced, fingerprints, asked = all_ranks[:, 0].sum(), all_ranks[:, 1], bool(all_ranks[:, 2].any())
+        all_ranks = all_ranks[:, 3:]
+        if (fingerprints != fingerprints[0]).any():  # before the all-reduced gradients are used
             orders = self.world.gather(self.engine.names_of(arrivals))
             check_order({f"rank {rank}": order for rank, order in enumerate(orders)})
-        updating = time.perf_counter()
+        update_started = time.perf_counter()
         norm = self.engine.step(state.step)
-        self._update_sec = time.perf_counter() - updating
-        loss = float(everyone[:, 0].sum()) / symbols
-        self._check(loss, norm, forwards)
-        self._check_silenced(failed, crowded, int(all_silenced), first_step=here == 0)
-        self._told += everyone
+        self._update_sec = time.perf_counter() - update_started
+        loss = float(all_ranks[:, 0].sum()) / symbols
+        self._check(loss, norm, batches)
+        self._check_silenced(failed, too_dense, int(all_silenced), first_step=step == 0)
+        self._rank_stats += all_ranks
         seconds = waited + time.perf_counter() - started
-        true, padded = int(plan.true[here].sum()), int(plan.padded[here].sum())
+        true, padded = int(plan.true[step].sum()), int(plan.padded[step].sum())
         self.state = _advance(state, plan, skipped=norm is None)
         row = StepRow(
             step=self.state.step,
@@ -267,17 +263,17 @@ class Trainer:
             seconds=seconds,
             audio_sec_per_sec=true / SAMPLE_RATE / seconds,
             padding=1 - true / max(padded, 1),
-            data_wait=float((everyone[:, 1] / everyone[:, 2]).max()),
-            silent=int(everyone[:, 3 + SILENT].sum()),
+            data_wait=float((all_ranks[:, 1] / all_ranks[:, 2]).max()),
+            silent=int(all_ranks[:, 3 + SILENT].sum()),
             skipped=int(norm is None),
             cer=None,
         )
         return row, asked
 
     def _log_rank_stats(self) -> None:
-        """What each rank's data took since this was last told."""
+        """Write each rank's data-loading statistics since the last call."""
         rows = []
-        for rank, (_, waited, seconds, *values) in enumerate(self._told.tolist()):
+        for rank, (_, waited, seconds, *values) in enumerate(self._rank_stats.tolist()):
             counts = StreamCounts(*values)
             rows.append(
                 RankRow(
@@ -295,57 +291,57 @@ class Trainer:
             )
         if self.monitor is not None:
             self.monitor.ranks(rows)
-        self._told[:] = 0
+        self._rank_stats[:] = 0
 
-    def _forward(self, batch: Batch, number: int) -> torch.Tensor:
-        """Summed CTC loss of a batch. Dropout depends on the place in the plan of its first clips, not on the rank."""
+    def _forward(self, batch: Batch, micro_batch_id: int) -> torch.Tensor:
+        """Return the summed CTC loss of a batch. Dropout is seeded by the first micro-batch's id, not by the rank."""
         seed, state = self.config.train.seed, self.state
-        torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, number).integers(2**62)))
+        torch.manual_seed(int(keyed_random("dropout", seed, state.epoch, state.step, micro_batch_id).integers(2**62)))
         frames = self.model.frame_counts(batch.input_lengths)
         log_probs = self.engine.forward(
             batch.inputs, batch.input_lengths, batch.time_mask, batch.feature_mask
         )  # (B, T, V)
         return ctc_sum(log_probs, frames, batch.targets, batch.target_lengths, batch.weights, self.model.vocab.blank)
 
-    def _check(self, loss: float, norm: float | None, forwards: list[StepBatch]) -> None:
-        """What all ranks see alike, so that all stop here together, or none."""
+    def _check(self, loss: float, norm: float | None, batches: list[StepBatch]) -> None:
+        """Raise TrainError after too many non-finite steps. `loss` and `norm` are equal on all ranks, so all raise."""
         finite = norm is not None and math.isfinite(loss)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if not finite:
-            keys = ", ".join(key for item in forwards for key in item.batch.keys[:3])
-            what = f"step {self.state.step + 1}: the loss is {loss:g}, its gradient is not finite"
-            log.warning("%s: the step is skipped (rank %d had %s, …)", what, self.world.rank, keys)
+            keys = ", ".join(key for item in batches for key in item.batch.keys[:3])
+            message = f"step {self.state.step + 1}: the loss is {loss:g}, its gradient is not finite"
+            log.warning("%s: the step is skipped (rank %d: clips %s, …)", message, self.world.rank, keys)
             if self._skipped_in_a_row >= MAX_SKIPPED:
                 raise TrainError(
-                    f"{what}, as in the {MAX_SKIPPED - 1} steps before it (rank {self.world.rank} had {keys}, …)",
+                    f"{message}, as in the {MAX_SKIPPED - 1} steps before it (rank {self.world.rank}: clips {keys}, …)",
                     "lower the learning rate or lengthen train.warmup_steps, then resume from an earlier checkpoint",
                 )
 
-    def _check_silenced(self, failed: list[str], crowded: list[str], everywhere: int, first_step: bool) -> None:
-        """Name the clips of this rank that train as silence. Raises TrainError where all ranks have had too many."""
+    def _check_silenced(self, failed: list[str], too_dense: list[str], count: int, first_step: bool) -> None:
+        """Log this rank's clips that train as silence. Raise TrainError if all ranks together have too many."""
         for key in failed:
             log.warning("%s does not decode as planned: trained as silence, without its label", key)
-        for key in crowded:
-            log.warning("%s has a label of more symbols and blanks than frames: trained as silence, without it", key)
-        self._silenced = everywhere if first_step else self._silenced + everywhere
+        for key in too_dense:
+            log.warning("%s has a label of more symbols and blanks than frames: trained as silence, unlabelled", key)
+        self._silenced = count if first_step else self._silenced + count
         if self._silenced > MAX_TOO_DENSE * len(self.stream.index.samples) + 1:
             raise TrainError(
-                f"{self._silenced} clips of this epoch do not decode though their checksums hold, or have labels too "
-                "long for their frames; they are named above",
-                "bad memory, or a broken libsndfile? run `python -m sharding verify SHARDS --decode`; for long labels "
-                "take a model with more frames a second",
+                f"{self._silenced} clips of this epoch do not decode although their checksums match, or have labels "
+                "too long for their frames; they are named above",
+                "is the memory or libsndfile faulty? run `python -m sharding verify SHARDS --decode`; for long labels, "
+                "use a model with more frames per second",
             )
 
     def _evaluate_if_due(self) -> None:
-        """Score the model as it is, on every so many steps and at the end; keep it as `best/` where none was better.
+        """Score the model every `eval.every_steps` steps and at the end. Save it as `best/` if it is the best yet.
 
-        Where there is nothing to score on, the last one is kept.
+        If the split has no clips, save the weights of the last step.
         """
         settings, state = self.config.eval, self.state
         if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
             return
         if not len(self.stream.index.split(settings.split)):
-            self._keep_unscored()
+            self._save_unscored()
             return
         model = self.engine.scored_copy()
         evaluation = evaluate(
@@ -355,7 +351,7 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.evaluated(state.step, evaluation)
         if state.step == 0:
-            self._first_cer(cer)
+            self._write_first_cer(cer)
         if state.best_cer is not None and cer >= state.best_cer:
             since = state.evaluations_since_best + 1
             self.state = replace(state, evaluated=state.step, evaluations_since_best=since)
@@ -363,24 +359,24 @@ class Trainer:
                 log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
             return
         self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
-        with self.world.on_main("save best/") as mine:
-            if mine:
+        with self.world.on_main("save best/") as is_main:
+            if is_main:
                 save_best(model.cpu(), self.run_dir / "best")
                 self._write_scorecard(evaluation)
 
-    def _keep_unscored(self) -> None:
-        """Keep the weights of the last step as `best/`."""
+    def _save_unscored(self) -> None:
+        """Save the weights of the last step as `best/`; do nothing before that step."""
         if not self._finished:
             return
         model = self.engine.scored_copy()
         self.state = replace(self.state, evaluated=self.state.step)
         if self.monitor is not None:
             self.monitor.draw_curves()
-        with self.world.on_main("save best/") as mine:
-            if mine:
+        with self.world.on_main("save best/") as is_main:
+            if is_main:
                 save_best(model.cpu(), self.run_dir / "best")
 
-    def _first_cer(self, cer: float) -> None:
+    def _write_first_cer(self, cer: float) -> None:
         if self.world.main:
             write_inside(self.run_dir / "before.json", json.dumps({"cer": cer}))
 
@@ -394,11 +390,11 @@ class Trainer:
     def _save(self) -> None:
         if self.state == self._saved:
             return
-        parts = self.engine.gather()
-        with self.world.on_main(f"save step {self.state.step}") as mine:
-            if mine:
+        full_state = self.engine.gather()
+        with self.world.on_main(f"save step {self.state.step}") as is_main:
+            if is_main:
                 folder, keep = self.run_dir / "checkpoints", self.config.train.keep_checkpoints
-                saved = save_checkpoint(parts, self.state, folder, keep)
+                saved = save_checkpoint(full_state, self.state, folder, keep)
                 if self.mirror is not None:
                     self.mirror.enqueue(saved)
         self._saved = self.state
@@ -410,7 +406,7 @@ def _fingerprint(arrivals: Sequence[int]) -> float:
 
 
 def is_stopped_early(state: RunState, patience: int | None) -> bool:
-    """Whether the score has got no better for too long."""
+    """Return whether there were `patience` evaluations without a better score."""
     return patience is not None and state.evaluations_since_best >= patience
 
 

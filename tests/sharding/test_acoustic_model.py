@@ -164,9 +164,9 @@ def test_nothing_is_learned_from_nothing(sounds: PhoneGMM) -> None:
     words = words_of(0, 60)
     alone = split_recording("parent", said(0, words), " ".join(words))
     (reason,) = {segment.reason for segment in alone}
-    assert str(reason).startswith("too few labels to learn the sounds of words from")
+    assert str(reason).startswith("too few labels to train the acoustic model")
     too_many = split(sounds, said(0, words), words * 40)
-    assert {segment.reason for segment in too_many} == {"the label does not fit into the recording"}
+    assert {segment.reason for segment in too_many} == {"the label needs more frames than the recording has"}
     assert sounds.encode("kæt ☃") == [*sounds.encode("kæt"), len(sounds.alphabet) + 1]
 
 
@@ -193,7 +193,7 @@ def test_a_build_learns_from_its_short_clips_and_labels_long_ones(tmp_path: Path
     for workers in (1, 2):
         done = run_sharding("build", corpus, "--out", tmp_path / f"out{workers}", "--workers", workers)
         assert done.returncode == 0, done.stderr
-        assert "by sounds" in done.stdout
+        assert "by acoustic_model" in done.stdout
         assert "learning" in done.stderr
     one, two = read_tars(tmp_path / "out1"), read_tars(tmp_path / "out2")
     assert one == two

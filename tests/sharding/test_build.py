@@ -470,7 +470,7 @@ def test_the_same_build_again_has_nothing_to_do(small_corpus: Path, small_shards
     ("arguments", "difference"),
     [
         (["--num-buckets", 3, "--shard-mb", 0.1], "num_buckets 2 there, 3 asked"),
-        (["--num-buckets", 2, "--shard-mb", 0.1, "--max-duration", 20], "limit_sec 25.0 there, 20.0 asked"),
+        (["--num-buckets", 2, "--shard-mb", 0.1, "--max-duration", 20], "max_duration 25.0 there, 20.0 asked"),
     ],
 )
 def test_an_out_that_was_built_otherwise_is_left_alone(
@@ -501,7 +501,7 @@ def test_an_out_that_cannot_be_written_is_named(
     done = run_sharding("build", small_corpus, "--out", tmp_path / out)
     assert done.returncode == 1
     assert str(tmp_path / out) in done.stderr
-    assert "hint: name a place that can be written" in done.stderr
+    assert "hint: name a path that can be written" in done.stderr
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -565,7 +565,7 @@ def test_everybody_and_nobody_validate_where_it_is_asked_for(children: set[str])
 
 
 @pytest.mark.parametrize(("children", "sizes", "said"), [
-    (1, {"train": 6, "valid": 0}, "all clips that could be are of one speaker"),
+    (1, {"train": 6, "valid": 0}, "all usable clips are of one speaker"),
     (2, {"train": 3, "valid": 3}, "validation has 50% of the labelled clips, --valid-fraction asks for 10%"),
     (3, {"train": 4, "valid": 2}, "validation has 33% of the labelled clips"),
 ])  # fmt: skip
@@ -643,7 +643,7 @@ def test_labels_of_another_alphabet_end_the_build_whichever_side_has_them(
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "'What about the bus' has symbols outside the alphabet of the phonetic track: 'W' U+0057, 'a' U+0061" in said
-    assert f"% of all symbols in the labels for {side} are foreign, 5% are the most" in said
+    assert f"% of all symbols in the labels for {side} are foreign, at most 5% are accepted" in said
     assert "hint: --track word" in said
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -663,21 +663,21 @@ def test_pieces_without_a_label_are_told_by_reason_with_the_commands_that_come_n
     assert main(["build", str(folder), "--out", str(out), "--workers", "1", "--valid-fraction", "0"]) == 0
     said, summary = capsys.readouterr().out, read_summary(out)
     [(reason, count)] = summary["unlabelled_reasons"].items()
-    assert reason.startswith("too few labels to learn the sounds of words from")
+    assert reason.startswith("too few labels to train the acoustic model")
     assert count == summary["unlabelled_pieces"] > 1
-    assert f"{count:6,} unlabelled: {reason}\n{count:,} pieces of long recordings are kept without a label" in said
+    assert f"{count:6,} unlabelled: {reason}\n{count:,} segments of long recordings are kept without a label" in said
     assert f"python -m streamtrain align RUN/best {out} --out alignments.jsonl.zst" in said
     assert f"python -m sharding build SOURCE… --out {out}2 --alignments alignments.jsonl.zst" in said
 
 
 def test_reasons_that_differ_only_in_their_numbers_are_one() -> None:
-    reasons = ["a word is not heard: 1.0 nats speak for 'a: b'", *(f"a cut is not sure: 0.{n}" for n in range(3)), None]
+    reasons = ["a word lacks evidence: 1.0 nats for 'a: b'", *(f"a cut is uncertain: 0.{n}" for n in range(3)), None]
     pieces = [{"label_status": "unlabelled" if reason else "labelled", "reason": reason} for reason in reasons]
     utterance = Utterance("id", "", "", "", "", "", None, "", "", None, "")
     tally = write_ledger([ledger_row(utterance, "train", "split", 30.0, pieces=pieces)] * 2).tally
     assert list(_commonest_first(tally.unlabelled_pieces).items()) == [
-        ("a cut is not sure", 6),
-        ("a word is not heard", 2),
+        ("a cut is uncertain", 6),
+        ("a word lacks evidence", 2),
     ]
 
 

@@ -149,7 +149,7 @@ def test_a_server_that_goes_away_for_good_ends_the_build_with_a_word_and_without
     *_, error, hint = told.strip().splitlines()
     assert error.startswith(f"UnreachableError: {url}/")
     assert "/b0" in error.partition(": Generic")[0]
-    assert "; asked again for up to 3 s\n" in told
+    assert "; retrying for up to 3 s\n" in told
     assert hint.startswith("hint: ")
     names = set(BucketStore(url).names())
     assert any(name.endswith(".tar") for name in names)

@@ -238,7 +238,7 @@ ALONE = np.random.default_rng(1).normal(0, 0.1, len(SOUND)).astype(np.float32)  
 MIDDLE = len(SOUND) // 2
 PARTLY = np.where(abs(np.arange(len(SOUND)) - MIDDLE) < 4_000, -1, 1).astype(np.float32)  # half a second turned round
 HUM = 0.001 * float(abs(SOUND).max()) * np.sin(np.arange(len(SOUND)) / 50).astype(np.float32)
-CANCELLED = "channels that cancel out: the loudest alone is used"
+CANCELLED = "channels that cancel out: only the loudest is used"
 
 
 @pytest.mark.parametrize(
@@ -316,4 +316,4 @@ def test_a_header_without_a_length_is_remarked_on() -> None:
     data = bytearray(wav(SOUND, "PCM_16"))
     data[40:44] = b"\xff" * 4
     for audio in (bytes(data), flac_without_length()):
-        assert decode_native(audio).remarks == ("header without a length: taken to be whole",)
+        assert decode_native(audio).remarks == ("header without a length: assumed to be whole",)

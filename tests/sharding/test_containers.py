@@ -23,8 +23,8 @@ ID3V2 = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
 ID3V1 = b"TAG" + bytes(125)
 APE_TAG = b"APETAGEX" + struct.pack("<IIII", 2000, 32, 0, 0x8000_0000) + bytes(8)
 TAIL_LEFT_OUT, UNTOLD = (
-    "more behind the end that the header tells: left out",
-    "header without a length: taken to be whole",
+    "data after the end that the header declares: left out",
+    "header without a length: assumed to be whole",
 )
 
 
@@ -60,7 +60,7 @@ def test_a_part_of_a_file_is_never_kept_as_the_whole(container: str) -> None:
                 decode(data[: int(share * len(data))])
         if container not in TAKEN:
             with pytest.raises(
-                AudioError, match=f"{container} file: nothing in it tells .*; convert it" if data else ""
+                AudioError, match=f"{container} file: nothing in it shows .*; convert it" if data else ""
             ):
                 decode(data)
         elif data and (container, subtype) not in UNREADABLE:
@@ -236,7 +236,7 @@ def test_oggs_that_are_joined_are_refused_and_a_tag_at_the_end_is_not(pages: lis
 @pytest.mark.parametrize("before", [b"", ID3V2, ID3V2 * 2])
 def test_of_joined_mp3s_the_first_is_not_taken_for_all(before: bytes, between: bytes) -> None:
     part = make_audio("MP3")
-    with pytest.raises(AudioError, match=r"MP3 that does not say its length: 1\.00 s of 2\.\d\d s decode"):
+    with pytest.raises(AudioError, match=r"MP3 without declared length: 1\.00 s of 2\.\d\d s decode"):
         decode(before + part + between + part)
     assert seconds_of(before + part + ID3V1) == pytest.approx(1, abs=0.01)
 
@@ -251,7 +251,7 @@ def test_what_a_recorder_leaves_behind_an_mp3_is_passed_over_quickly() -> None:
 def test_an_mp3_of_other_rates_behind_the_first_is_seen_too() -> None:
     file = io.BytesIO()
     soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 44_100), 44_100, format="MP3")
-    with pytest.raises(AudioError, match="does not say its length"):
+    with pytest.raises(AudioError, match="without declared length"):
         decode(make_audio("MP3") + ID3V1 + file.getvalue())
 
 
@@ -265,5 +265,5 @@ def test_an_mp3_without_a_tag_is_taken_whole_and_refused_if_it_is_cut(rate: int)
     assert b"Info" in tag
     data = b"".join(frames)
     assert seconds_of(data) == pytest.approx(2, abs=0.15)
-    with pytest.raises(AudioError, match=r"cut off|does not say its length"):
+    with pytest.raises(AudioError, match=r"cut off|without declared length"):
         decode(data[:-20])

@@ -244,7 +244,7 @@ def test_a_limit_on_the_size_of_files_is_named_and_without_it_the_build_goes_on(
     )
     assert code == 1
     assert said.startswith(f"StoreError: {out}/")
-    assert ": File too large\nhint: the size of files is limited here" in said
+    assert ": File too large\nhint: the size of files is limited: check" in said
     assert not (out / "index.json").exists()
     assert finish(build(out, *whole.sources)) == (0, "")
     assert files_of(out) == whole.files
@@ -276,7 +276,7 @@ def test_a_read_only_out_is_named_and_left_as_it_is(
     for name in ("absent", "empty", "half"):
         said = sentence_in(tmp_path / name)
         told = rf"StoreError: {tmp_path / 'disk' / name}(/\.building)?: Read-only file system"
-        assert re.fullmatch(rf"{told}\nhint: it is mounted read-only: name another place", said)
+        assert re.fullmatch(rf"{told}\nhint: it is mounted read-only: name another path", said)
     assert files_of(tmp_path / "disk") == before
 
 
@@ -285,7 +285,7 @@ def test_an_out_without_permission_is_named(whole: Whole, tmp_path: Path) -> Non
     out = tmp_path / "out"
     out.mkdir(mode=0o555)
     code, said = finish(build(out, *whole.sources))
-    assert (code, said) == (1, f"StoreError: {out}: Permission denied\nhint: name a place where you may write")
+    assert (code, said) == (1, f"StoreError: {out}: Permission denied\nhint: name a path that you may write to")
     assert not list(out.iterdir())
 
 

@@ -236,13 +236,13 @@ def test_a_scheduler_that_goes_ends_the_build(corpora: Path, tmp_path: Path) -> 
 def test_a_cluster_without_workers_is_given_up_and_one_with_threads_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "DESERTED_SEC", 1.0)
-    monkeypatch.setattr(cluster, "LOOK_SEC", 0.1)
+    monkeypatch.setattr(cluster, "NO_WORKER_SEC", 1.0)
+    monkeypatch.setattr(cluster, "POLL_SEC", 0.1)
     with running_cluster(tmp_path / "cluster") as empty:
         with pytest.raises(StreamtrainError, match="no worker for 1 s") as caught:
             ClusterWorkers(empty.address)
         assert f"dask worker {empty.address} --nthreads 1" in str(caught.value.hint)
-        monkeypatch.setattr(cluster, "DESERTED_SEC", READY_SEC)
+        monkeypatch.setattr(cluster, "NO_WORKER_SEC", READY_SEC)
         empty.start_worker(threads=2)
         with pytest.raises(StreamtrainError, match="runs 2 threads, and must run one"):
             ClusterWorkers(empty.address)
@@ -296,7 +296,7 @@ def test_a_worker_without_out_or_of_a_build_that_ended_writes_nothing(tmp_path: 
 
 def test_a_source_that_a_machine_does_not_see_is_no_fault_of_its_clips(tmp_path: Path) -> None:
     away = AudioRoot(str(tmp_path / "away"))
-    with pytest.raises(ManifestError, match=f"is not there on {socket.gethostname()}"), open_audio(away, "clip.flac"):
+    with pytest.raises(ManifestError, match=f"does not exist on {socket.gethostname()}"), open_audio(away, "clip.flac"):
         pass
-    with pytest.raises(ManifestError, match=f"is not there on {socket.gethostname()}"):
+    with pytest.raises(ManifestError, match=f"does not exist on {socket.gethostname()}"):
         list_audio(away)

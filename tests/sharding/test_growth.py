@@ -272,7 +272,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     assert "nothing was written" in done.stdout
     assert not (tmp_path / "out").exists()
     wet = run_sharding("build", sources[0], "--out", tmp_path / "out", *SMALL_SHARDS)
-    known, next_commands = wet.stdout.split("a model that was trained on the others may know their words:\n")
+    known, next_commands = wet.stdout.split("a model trained on the other clips may be able to align their words:\n")
     assert len(next_commands.splitlines()) == 3
     assert done.stdout.splitlines()[:-1] == known.splitlines()
     assert digest_of(tmp_path / "out") == digest_of(first_build)
@@ -375,12 +375,12 @@ def test_verify_looks_at_the_index_that_an_older_run_may_need(
     done = run_sharding("verify", built)
     assert done.returncode == 1
     assert old.name in done.stderr
-    assert "a training run that began with it needs it" in done.stderr
+    assert "training runs that started with it, and repairs, require it" in done.stderr
     doomed = sorted(built.glob("train/*.tar"))[0]
     flip_in_the_middle(doomed)
     assert doomed.name in run_sharding("verify", built).stderr  # shards first
     old.write_bytes((built / "index.json").read_bytes())
-    assert "under another's name" in run_sharding("verify", built, "--repair", *sources).stderr
+    assert "under the name of another index" in run_sharding("verify", built, "--repair", *sources).stderr
     old.unlink()
     assert f"{old.name}: is missing" in run_sharding("verify", built, "--repair", *sources).stderr
 

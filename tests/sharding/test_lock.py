@@ -29,9 +29,9 @@ from tests.tools.seaweed import Seaweed
 
 HOLD = """
 import sys
-from sharding.build.lock import sole_build
+from sharding.build.lock import exclusive_build
 from sharding.shardset.store import open_store
-with sole_build(open_store(sys.argv[1])):
+with exclusive_build(open_store(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -143,7 +143,7 @@ def test_of_many_that_come_and_go_never_two_are_in(out: str, tmp_path: Path) -> 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="Not a directory\nhint: name a place that can be written") as refused:
+    with pytest.raises(StoreError, match="Not a directory\nhint: name a path that can be written") as refused:
         enter(str(tmp_path / "file" / "out"))
     assert str(refused.value).startswith(f"{tmp_path / 'file' / 'out'}: ")
 
@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     if os.access(tmp_path, os.W_OK):
         pytest.skip("root writes everywhere")
-    with pytest.raises(StoreError, match=f"{tmp_path}: Permission denied\nhint: name a place where you may write"):
+    with pytest.raises(StoreError, match=f"{tmp_path}: Permission denied\nhint: name a path that you may write to"):
         enter(str(tmp_path))
 
 
@@ -199,7 +199,7 @@ def test_the_lock_of_another_is_not_removed(tmp_path: Path) -> None:
 
 def test_a_lease_of_another_host_holds_while_it_is_renewed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "RENEW_SEC", 0.3)
-    monkeypatch.setattr(lock, "ABANDONED_SEC", 2.0)
+    monkeypatch.setattr(lock, "EXPIRY_SEC", 2.0)
     with exclusive_build(open_store(url)) as lease:
         elsewhere(monkeypatch)
         for _ in range(5):
@@ -212,7 +212,7 @@ def test_a_lease_of_another_host_holds_while_it_is_renewed(url: str, monkeypatch
 
 
 def test_a_lease_of_another_host_is_taken_over_once_it_is_silent(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "ABANDONED_SEC", 2.0)
+    monkeypatch.setattr(lock, "EXPIRY_SEC", 2.0)
     with exclusive_build(open_store(url)) as first:
         elsewhere(monkeypatch)
         time.sleep(3.5)
@@ -248,7 +248,7 @@ def test_a_later_process_with_the_number_of_a_dead_one_is_told_from_it(url: str)
 
 
 def test_what_is_no_lease_counts_as_one_until_it_is_old(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "ABANDONED_SEC", 1.0)
+    monkeypatch.setattr(lock, "EXPIRY_SEC", 1.0)
     BucketStore(url).write(LOCK_NAME, b"[]")
     with pytest.raises(StoreError, match=r"another build is running \(pid \? on host \? since \?, last seen"):
         enter(url)

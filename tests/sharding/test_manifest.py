@@ -55,7 +55,7 @@ def test_a_folder_without_a_manifest_or_with_two_is_refused(corpus: Path, refuse
     assert "no table (JSONL, CSV or TSV) in this folder; in and below it " in message
     assert "make a CSV with the columns audio_path, phonetic_text and child_id" in message
     recording = next((corpus / "audio").iterdir())
-    assert f"{recording}: is audio: a source is the table that names it" in refuse(recording)
+    assert f"{recording}: is an audio file: a source is the table that lists it" in refuse(recording)
 
 
 def test_for_a_folder_without_a_table_those_below_that_have_one_are_named(

@@ -249,7 +249,7 @@ def test_a_member_that_is_there_twice_is_told(second: str, tmp_path: Path) -> No
     first, rest = tar({second: FLAC}), tar({"c.flac": FLAC, "c.txt": b"k", "d.flac": FLAC, "d.txt": b"k"})
     member = 512 + len(FLAC) + -len(FLAC) % 512
     _, reasons = index_one(tmp_path, first[:member] + rest)
-    assert reasons == {"c": "these bytes are not a sample: c.flac is there twice", "d": None}
+    assert reasons == {"c": "these bytes are not a sample: c.flac occurs twice", "d": None}
 
 
 def test_numbers_are_names_in_the_json_of_a_sample(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_numbers_are_names_in_the_json_of_a_sample(tmp_path: Path) -> None:
     assert {name: str(reason).rpartition(": ")[2] for name, reason in reasons.items() if reason} == {
         "d": "child_id is [1], a string is expected",
         "e": "child_id is True, a string is expected",
-        "f": r"child_id is '\ud800', which holds half a character",
+        "f": r"child_id is '\ud800', which has a lone surrogate",
         "g": "text is 0, a string is expected",
     }
 
@@ -335,7 +335,7 @@ def test_of_several_forms_the_exact_one_is_taken_and_others_are_told(place: str,
     reasons = build(write_manifest(tmp_path, rows), out=tmp_path / "out")
     assert reasons["exact"] is None
     assert [sample.audio for _, sample in read_all(tmp_path / "out").values()] == [data[forms[1]]]
-    assert str(reasons["several"]).startswith("audio_path fits several files that differ by their Unicode form: ")
+    assert str(reasons["several"]).startswith("audio_path matches several files that differ only in Unicode form: ")
     assert all(ascii(form)[1:-1] in str(reasons["several"]) for form in forms)
     orphans = (tmp_path / "out/report/orphans.txt").read_text().splitlines()
     assert sorted(orphans) == sorted(f"{tmp_path.name}/audio/{form}.flac" for form in (forms[0], forms[2]))
@@ -371,7 +371,7 @@ def test_a_corpus_whose_audio_is_all_links_says_so_and_is_read_by_the_switch(
     out = tmp_path / "out"
     assert main(["build", str(corpus), "--out", str(out)]) == 1
     said = capsys.readouterr().err
-    assert f"all 4 audio files looked at are links that lead outside this folder, such as 'audio/corpus-0000.flac' to '{tmp_path}/blobs/0'" in said  # fmt: skip # noqa: E501
+    assert f"all 4 audio files checked are links that lead outside this folder, such as 'audio/corpus-0000.flac' to '{tmp_path}/blobs/0'" in said  # fmt: skip # noqa: E501
     assert "hint: --follow-links reads them" in said
     assert not out.exists()
     assert set(build(corpus, "--follow-links", out=out).values()) == {None}
@@ -435,7 +435,7 @@ def test_a_key_with_blanks_is_told_by_what_helps(corpus: Path, capsys: pytest.Ca
     ]
     write_manifest(corpus, rows)
     assert main(["build", str(corpus), "--out", str(corpus / "out")]) == 1
-    assert "hint: take the blanks off ' audio_path'" in capsys.readouterr().err
+    assert "hint: remove the blanks around ' audio_path'" in capsys.readouterr().err
 
 
 # --- labels -----------------------------------------------------------------------------------------------------

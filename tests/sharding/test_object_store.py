@@ -190,7 +190,7 @@ def test_a_server_that_stays_away_is_told_at_the_first_retry_and_in_time_whateve
 
     with ThreadPoolExecutor(len(DOOMED)) as pool:
         list(pool.map(is_told, DOOMED))
-    assert [record.getMessage().endswith("; asked again for up to 1.5 s") for record in caplog.records] == [
+    assert [record.getMessage().endswith("; retrying for up to 1.5 s") for record in caplog.records] == [
         True for _ in DOOMED
     ]
     proxy.clear()

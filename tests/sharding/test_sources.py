@@ -175,7 +175,7 @@ def test_a_compressed_file_that_is_cut_short_is_refused(name: str, kept: float, 
     copy_audio(corpus, tmp_path / "copy")
     data = PACKERS[name]((corpus / MANIFEST).read_bytes() * 10_000)
     (tmp_path / "copy" / name).write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(ManifestError, match=rf"{name}: damaged .*\nhint: it may not have been copied whole"):
+    with pytest.raises(ManifestError, match=rf"{name}: damaged .*\nhint: the copy may be incomplete"):
         read_source(tmp_path / "copy", ManifestOptions())
 
 
@@ -198,19 +198,19 @@ BAD_TABLES: dict[str, tuple[str, str]] = {  # what is in the file, and what is s
     "a cell too few": (f"{ROW}b,audio/b.flac\n", ":3: not a table: the row has 2 cells, the header 3"),
     "an open quote": (f'{ROW}b,"audio/b.flac,k\n{GOOD}\n', ":3: not a table: unexpected end of data"),
     "text after a quote": (f'{ROW}b,"audio/"b.flac,k\n', ":3: not a table: ',' expected after"),
-    "a column twice": (f"{HEADER},audio_path\n{GOOD},x\n", ":1: not a table: column 'audio_path' is there twice"),
+    "a column twice": (f"{HEADER},audio_path\n{GOOD},x\n", ":1: not a table: column 'audio_path' occurs twice"),
     "nothing": ("", ": the file has no rows"),
     "a header alone": (f"{HEADER}\n", ": the file has no rows"),
     "no path": (f"{ROW}b,,k\n", ":3: 'utterance_id' and 'audio_path' must not be empty"),
-    "NUL": (f"{ROW}b,audio/\0.flac,k\n", ":3: 'audio_path' is 'audio/\\x00.flac', which holds NUL"),
+    "NUL": (f"{ROW}b,audio/\0.flac,k\n", ":3: 'audio_path' is 'audio/\\x00.flac', which contains NUL"),
     "a misspelt column": (
         ROW.replace("audio_path", "audio_pth"),
         ":2: field 'audio_path' is missing; the row has: utterance_id, audio_pth, phonetic_text\n"
-        "hint: rename 'audio_pth' to 'audio_path', or say --columns audio_path=audio_pth",
+        "hint: rename 'audio_pth' to 'audio_path', or use --columns audio_path=audio_pth",
     ),
     "a misspelt id": (ROW.replace("utterance_id", "uterance_id"), "hint: did you mean 'utterance_id'?"),
-    "a foreign column": (ROW.replace("audio_path", "wav"), "--columns says which is which: audio_path=COLUMN"),
-    "another track": (ROW.replace("phonetic", "orthographic"), "hint: --track word takes these labels"),
+    "a foreign column": (ROW.replace("audio_path", "wav"), "map the columns with --columns audio_path=COLUMN"),
+    "another track": (ROW.replace("phonetic", "orthographic"), "hint: use --track word for these labels"),
     "a path twice": (
         "audio_path,phonetic_text\naudio/meadow-0000.flac,k\n\naudio/meadow-0000.wav,k\n",
         "x.csv:4: utterance_id 'audio/meadow-0000' was seen before, at ",
@@ -312,7 +312,7 @@ def test_a_row_that_alone_has_no_id_or_one_is_refused(corpus: Path, tmp_path: Pa
     bare = {name: value for name, value in rows[0].items() if name != "utterance_id"}
     rows = [bare | {"audio_path": f"audio/{number}.flac"} for number in range(600)]
     rows[1]["utterance_id"] = "x"  # not one of those that are looked at before the work
-    assert ":2: 'utterance_id' is a field of this row and not of others" in refuse(
+    assert ":2: 'utterance_id' is a field of this row but not of others" in refuse(
         write_manifest(folder, [*rows, bare])
     )
 
@@ -320,10 +320,10 @@ def test_a_row_that_alone_has_no_id_or_one_is_refused(corpus: Path, tmp_path: Pa
 @pytest.mark.parametrize(("row", "said"), [
     ({"audio_filepath": "x.wav", "duration": 1.5, "text": "kæt"},
      "fields 'audio_path' and 'phonetic_text' are missing; the row has: audio_filepath, duration, text\n"
-     "hint: --columns says which is which: audio_path=audio_filepath,text=text\n"),
-    ({"wav": "x.wav", "ipa": "kæt"}, "hint: --columns says which is which: audio_path=COLUMN,text=COLUMN\n"),
+     "hint: map the columns with --columns audio_path=audio_filepath,text=text\n"),
+    ({"wav": "x.wav", "ipa": "kæt"}, "hint: map the columns with --columns audio_path=COLUMN,text=COLUMN\n"),
     ({"wav": "x.wav", "orthographic_text": "cat"},
-     "hint: --track word takes these labels; --columns says which is which: audio_path=COLUMN\n"),
+     "hint: use --track word for these labels; map the columns with --columns audio_path=COLUMN\n"),
 ])  # fmt: skip
 def test_all_fields_that_are_missing_are_told_at_once(row: Row, said: str, tmp_path: Path, refuse: Refuse) -> None:
     (tmp_path / "corpus").mkdir()
@@ -361,7 +361,7 @@ def test_absolute_paths_are_refused_with_the_option_that_takes_them(
     rows = [row | {"audio_path": f"{corpus}/{row['audio_path']}"} for row in read_manifest(corpus)]
     folder = write_manifest(copy_audio(corpus, tmp_path / "corpus"), rows)
     said = f"audio paths are absolute, such as '{corpus}/audio/meadow-0000.flac'"
-    hint = f"hint: --audio-root DIR takes those that lie below DIR, such as {corpus}/audio\n"
+    hint = f"hint: --audio-root DIR accepts those below DIR, such as {corpus}/audio\n"
     assert f"{said}\n{hint}" in refuse(folder)
     assert f"{said}, and not below --audio-root {folder}\n{hint}" in refuse(folder, "--audio-root", folder)
     assert "--audio-root nowhere: there is no such folder" in refuse(folder, "--audio-root", "nowhere")
@@ -377,7 +377,7 @@ def test_no_path_escapes_the_audio_root(corpus: Path, tmp_path: Path) -> None:
     paths = {
         f"{root}/audio/good.flac": None,
         f"{root}/../root-beside/x.flac": "audio_path leads outside its folder",
-        f"{root}-beside/x.flac": "audio_path leads outside its folder: --audio-root DIR takes",
+        f"{root}-beside/x.flac": "audio_path leads outside its folder: --audio-root DIR accepts",
         f"{root}/link.flac": "audio file is a link that leads outside",
     }
     row = read_manifest(corpus)[0]
@@ -674,7 +674,7 @@ def test_a_source_without_any_audio_is_refused_at_once(
     shutil.copy(corpus / MANIFEST, folder)
     lose(folder)
     said = refuse(folder)
-    assert f"{folder}: there is no audio: none of 6 audio paths looked at" in said
+    assert f"{folder}: there is no audio: none of 6 audio paths checked" in said
     assert seen in said
     assert "hint: audio paths are relative to the folder of their transcripts file" in said
 
@@ -797,7 +797,7 @@ def test_what_was_done_to_a_sound_or_a_label_is_in_the_ledger_and_the_summary(
     )
     at = "'@' is left out of the label, as by the official scorer"
     colon = "':' is left out of the label, as by the official scorer; length is 'ː' U+02D0"
-    cancelled = "channels that cancel out: the loudest alone is used"
+    cancelled = "channels that cancel out: only the loudest is used"
     integers = "float samples in the range of integers: divided by 32768"
     for _ in range(2):
         (tmp_path / "out/index.json").unlink(missing_ok=True)

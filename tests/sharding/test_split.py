@@ -101,8 +101,8 @@ def test_the_voice_detector_leaves_torch_as_it_was() -> None:
 import numpy, torch
 torch.set_num_threads(2)
 before = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_num_interop_threads(), torch.initial_seed()
-from sharding.audio.vad import listen
-listen(numpy.zeros(16_000, numpy.float32))
+from sharding.audio.vad import detect_speech
+detect_speech(numpy.zeros(16_000, numpy.float32))
 after = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_num_interop_threads(), torch.initial_seed()
 print(before == after, before, after)
 """
@@ -268,7 +268,7 @@ def test_a_word_that_goes_on_after_a_pause_is_refused(
         heard(text, [42_000], [1], 1.0, 0.0), starts=(9_999 - start, 45_000), ends=(resumed + end, 63_000)
     )
     first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
-    assert (first.refused == "a word is heard on both sides of a pause: 'kæt'") == (over and long)
+    assert (first.refused == "a word spans a pause: 'kæt'") == (over and long)
     assert second.refused is None
 
 
@@ -277,7 +277,7 @@ def test_words_that_are_likelier_the_other_way_round_are_refused() -> None:
     evidence = replace(heard(text, [32_000], [2], 1.0, 0.0), order=(-0.1, -5.0, 7.0, 9.0))
     stretches = [Stretch(0, 30_000, True), Stretch(34_000, 64_000, True)]
     first, second = words_by_evidence(text, evidence, cuts, stretches, samples)
-    assert first.refused == "two words are likelier the other way round: 'kæt dɑg'"
+    assert first.refused == "two words are likelier in reverse order: 'kæt dɑg'"
     assert second.refused is None  # what comes over the cut is the cut's business
 
 
@@ -348,22 +348,22 @@ def test_with_alignments_the_audio_stays_and_the_labels_come(
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another label": (lambda row: row.update(text=row["text"] + "t"), "(another label was aligned)"),
-    "other cuts": (lambda row: row["cuts"][0].update(at=row["cuts"][0]["at"] + 0.01), "(other cuts were aligned)"),
-    "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "a cut is not sure: 0.94"),
+    "another label": (lambda row: row.update(text=row["text"] + "t"), "(a different label was aligned)"),
+    "other cuts": (lambda row: row["cuts"][0].update(at=row["cuts"][0]["at"] + 0.01), "(different cuts were aligned)"),
+    "an unsure cut": (lambda row: row["cuts"][0].update(probability=0.94), "a cut is uncertain: 0.94"),
     "a cut inside a word": (
-        lambda row: row["cuts"][0].update(probability=0.001, inside=0.999), "a cut is not sure: 0.10",
+        lambda row: row["cuts"][0].update(probability=0.001, inside=0.999), "a cut is uncertain: 0.10",
     ),
     "something else is heard": (
-        lambda row: row["pieces"].__setitem__(-1, {"gap": 25.0}), "something else is heard",
+        lambda row: row["pieces"].__setitem__(-1, {"gap": 25.0}), "the audio does not match the label",
     ),
     "a word that is not heard": (
-        lambda row: row["words"][-1].update(evidence=-4.2), "a word is not heard: -4.2 nats speak for",
+        lambda row: row["words"][-1].update(evidence=-4.2), "a word lacks evidence: -4.2 nats for",
     ),
     "a label it failed on": (lambda row: row.update(error="too few frames"), "(not aligned: too few frames)"),
     "all words at once": (
         lambda row: [cut.update(words_before=len(row["text"].split()) - 1) for cut in row["cuts"]],
-        "symbols a second of speech",
+        "symbols per second of speech",
     ),
 }  # fmt: skip
 

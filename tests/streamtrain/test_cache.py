@@ -187,7 +187,7 @@ def test_what_will_be_needed_is_fetched_ahead_into_whatever_room_there_is(bucket
 
 
 def test_a_cache_without_room_for_two_shards_is_refused(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"data\.cache_gb is .*\nhint: give the cache room for two shards"):
+    with pytest.raises(StoreError, match=r"data\.cache_gb is .*\nhint: give the cache room for at least two shards"):
         cached(bucket, tmp_path / "cache", 2 * largest_of(meadow) - 4096)
 
 
@@ -222,7 +222,7 @@ def test_a_shard_that_spoils_in_the_cache_is_noticed_and_fetched_again(
     assert stream_all(cached(bucket, tmp_path / "cache"), meadow) == training_keys(meadow)
     assert {path: path.read_bytes() for path in files(tmp_path / "cache")} == good
     for path in good:
-        assert f"{path}: spoilt in the cache, fetched again" in caplog.text
+        assert f"{path}: corrupt in the cache, will be fetched again" in caplog.text
 
 
 def test_a_folder_in_place_of_a_cached_shard_is_told(bucket: BucketStore, meadow: Path, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_an_index_damaged_in_the_bucket_is_named(name: str, bucket: BucketStore)
 
 def test_an_upload_without_its_index_says_how_to_make_one(url: str) -> None:
     with pytest.raises(
-        ShardError, match=r"index\.json: there is no shard set here[^\n]*\nhint: name the folder of one"
+        ShardError, match=r"index\.json: there is no shard set here[^\n]*\nhint: name the folder of a shard set"
     ):
         read_index(open_store(url))
 

@@ -148,7 +148,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(asked: str, work: P
     wait_for_all(everyone)  # the launcher would kill after 30 s
     (stopped_at,) = (step for step in steps_saved(folder) if step % 10)
     assert stopped_at == len(read_rows(folder)) >= 4
-    assert f"stopped at step {stopped_at}; the same command goes on from there" in log.read_text()
+    assert f"stopped at step {stopped_at}; the same command resumes from there" in log.read_text()
     assert "Traceback" not in log.read_text()
     run(training(work, folder.name, *SETTINGS))
     assert losses(folder) == whole
@@ -166,7 +166,7 @@ def test_a_run_that_was_asked_to_stop_says_so_to_its_scheduler_and_may_go_on_by_
     larger = (*one_epoch, "data.batch_seconds=6", "train.micro_batches_per_step=2")
     refused = run(training(work, folder.name, *larger, ranks=1), expect=1).stderr
     assert "data.batch_seconds was 2.1, is 6.0; train.micro_batches_per_step was 1, is 2" in refused
-    assert "add --replan: what this epoch has left is then planned by the new settings, each clip once" in refused
+    assert "add --replan: the rest of this epoch is then planned by the new settings, each clip once" in refused
     command = [*training(work, folder.name, *larger, ranks=2), "--replan"]
     kill_after_steps(command, folder, 2)
     run(training(work, folder.name, *larger, ranks=2))  # the other plan is its own now
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     if (name, damage) == ("state.json", Path.unlink):  # it is not whole, and so is none
         with caplog.at_level("INFO", "streamtrain"):
             assert find_checkpoint("auto", tmp_path) == tmp_path / "step-0000001"
-        assert f"{tmp_path / 'step-0000002'}: has no state.json, so it is not whole: passed over" in caplog.text
+        assert f"{tmp_path / 'step-0000002'}: skipped, because it is incomplete (it has no state.json)" in caplog.text
         return
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(tmp_path / "step-0000002")
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_stops_the_run_in_words(work: Path, finished: Path)
     flip(newest / "optimizer.safetensors")
     done = run(training(work, "damaged", *TWO_STEPS, ranks=1), expect=1)
     assert f"CheckpointError: {newest / 'optimizer.safetensors'}: damaged" in done.stderr
-    assert f"--resume {before} goes on from the one before it" in done.stderr
+    assert f"--resume {before} uses the one before it" in done.stderr
     assert "Traceback" not in done.stderr
     run(training(work, "damaged", *TWO_STEPS, ranks=1, resume=str(before)))
     open_checkpoint(newest)
@@ -395,7 +395,7 @@ def test_a_mirror_that_spoilt_is_refused(work: Path, seaweed: Seaweed, url: str)
     store.write(piece, whole[:-1] + bytes([whole[-1] ^ 1]))
     shutil.rmtree(folder)
     done = run(training(work, folder.name, *settings, ranks=1), expect=1, **seaweed.environment)
-    assert f"{piece}: came back as" in done.stderr
+    assert f"{piece}: read back as" in done.stderr
     assert not list_checkpoints(folder / "checkpoints")
 
 
@@ -463,14 +463,14 @@ def test_a_setting_that_is_younger_than_a_checkpoint_had_its_default(work: Path,
     path.write_text(json.dumps(document | {"digest": _digest(document)}))
     assert "resumed at step 1" in run(training(work, "older", *TWO_STEPS, ranks=1)).stderr
     refused = run(training(work, "older", *TWO_STEPS, "eval.split=unlabelled", ranks=1), expect=1).stderr
-    assert "TrainError: eval.split is 'unlabelled', whose clips have no labels to score" in refused
+    assert "TrainError: eval.split is 'unlabelled': its clips have no labels to score" in refused
 
 
 def test_the_best_score_of_one_split_is_never_that_of_another(work: Path, finished: Path) -> None:
     """The score on what is trained on, which is far from that on the validation clips."""
     folder = shutil.copytree(finished, work / "resplit", symlinks=True)
     done = run(training(work, "resplit", *TWO_STEPS, "eval.split=train", ranks=1))
-    assert "eval.split was 'valid', is 'train': the best score is sought anew" in done.stderr
+    assert "eval.split was 'valid', is 'train': the best score is reset" in done.stderr
     card, before = (json.loads((each / "scorecard.json").read_text()) for each in (folder, finished))
     assert (card["split"], before["split"]) == ("train", "valid")
     state = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state

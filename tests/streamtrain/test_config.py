@@ -259,9 +259,7 @@ def test_a_mirror_has_a_place_of_its_own(mirror: str, key: str | None) -> None:
     if key is None:
         assert load_config("configs/zero2.json", settings).train.mirror == mirror
         return
-    with pytest.raises(
-        ConfigError, match=f"train.mirror, '{mirror}', lies in {key}, '.*': it needs a place of its own"
-    ):
+    with pytest.raises(ConfigError, match=f"train.mirror, '{mirror}', lies in {key}, '.*': it must lie outside"):
         load_config("configs/zero2.json", settings)
 
 

@@ -139,9 +139,9 @@ def test_a_machine_knows_when_its_own_ranks_read_which_shard_however_many_the_ot
 def test_ranks_find_their_neighbours_under_either_launcher_on_machines_of_unequal_slots(tmp_path: Path) -> None:
     script, hosts = tmp_path / "meet.py", tmp_path / "hosts"
     script.write_text(
-        "from streamtrain.distributed import running\n"
-        "with running() as world:\n"
-        "    print(f'rank {world.rank} with {sorted(world.meet().neighbours)}.')\n"
+        "from streamtrain.distributed import process_group\n"
+        "with process_group() as world:\n"
+        "    print(f'rank {world.rank} with {sorted(world.find_neighbours().neighbours)}.')\n"
     )
     hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=3\n")
     port = str(free_port())
@@ -366,8 +366,8 @@ def test_an_error_comes_where_its_batch_would_have_and_the_threads_stop() -> Non
 
 
 @pytest.mark.parametrize(("workers", "patience", "error", "words"), [
-    (2, Deadline(1), StallError, r"rank 0's batch of step \d+ of this epoch has not come in [12] s(?s:.*)dump --pid"),
-    (0, Deadline(60, lambda: True, 1), LostStepError, r"step \d+ of this epoch has not come in [12] s: the step"),
+    (2, Deadline(1), StallError, r"rank 0's batch of step \d+ of this epoch has not arrived within [12] s(?s:.*)--pid"),
+    (0, Deadline(60, lambda: True, 1), LostStepError, r"of this epoch has not arrived within [12] s; the current"),
 ])  # fmt: skip
 def test_a_read_that_hangs_is_told_in_time_and_keeps_nobody(
     workers: int, patience: Deadline, error: type[Exception], words: str, tmp_path: Path

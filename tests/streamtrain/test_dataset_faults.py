@@ -169,7 +169,7 @@ def test_a_server_that_dies_holds_a_run_for_its_patience_and_not_once_more_for_e
     with pytest.raises(StoreError):
         next(items)
     assert store.retries < 200  # 32 to 80 where all wait once, and twelve times as many if once for each shard
-    assert [record.getMessage().endswith("; asked again for up to 3 s") for record in caplog.records] == [True]
+    assert [record.getMessage().endswith("; retrying for up to 3 s") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("how", ["is down", "never answers"])
@@ -185,7 +185,7 @@ def test_a_shard_that_another_rank_has_given_up_since_it_was_asked_for_is_given_
     else:
         proxy.plan(Fault("stall response", TAR, times=100))
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(theirs._touch, name)
+        other = pool.submit(theirs._prefetch, name)
         time.sleep(0.5)
         with pytest.raises(StoreError, match=name) as told:
             ours.read_ranges(name, [(0, 1)])

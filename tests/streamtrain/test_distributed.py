@@ -15,7 +15,7 @@ from tests.tools.training_runs import ROOT, environment
     ("mode", "told"),
     [
         ("slow", "rank 1 goes on"),
-        ("collective", "another rank is gone, or hangs"),  # so it would give up
+        ("collective", "a peer rank exited or hangs"),  # so it would give up
         (
             "fails",
             "rank 1: StreamtrainError: rank 0 could not fetch the copy: StoreError: s3://bucket/run: no such bucket",

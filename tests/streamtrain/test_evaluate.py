@@ -181,7 +181,7 @@ def test_scores_of_other_clips_are_not_compared(shards: Path, model: Path, tmp_p
     (tmp_path / "two" / "hypotheses.jsonl").write_text("".join(lines[1:]), "utf-8")
     done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path / "two")
     assert done.returncode == 1
-    assert "the two scores are not of the same clips: 1 are in one alone" in done.stderr
+    assert "the two scores are not of the same clips: 1 are in only one" in done.stderr
     done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path)
     assert "no scorecard" in done.stderr
 
@@ -256,7 +256,7 @@ def test_the_matrix_of_confusions_has_all_that_was_said_and_heard(shown: int, mo
         assert rows["b"] == 5
         assert counts[said.index("a"), heard.index("x")] == 2
         assert counts[said.index(""), heard.index("x")] == 3
-        assert page._tell_shown(said + heard) == "All 3 symbols."
+        assert page._shown_symbols_note(said + heard) == "All 3 symbols."
     else:
         assert rows["others"] == 5
-        assert page._tell_shown(said + heard) == "The 2 most frequent symbols, and all others together."
+        assert page._shown_symbols_note(said + heard) == "The 2 most frequent symbols, and all others together."

@@ -121,10 +121,10 @@ def test_a_clip_that_a_manifest_names_and_nobody_has_is_an_error_of_its_own(corp
         (b'{"audio_path": "\xff.flac"}\n', r"rows\.jsonl:1: not JSON: .*unicode"),
         (b"[1]\n", r"rows\.jsonl:1: a JSON object is expected, found list"),
         (b'{"audio_path": 3}\n', r"rows\.jsonl:1: 'audio_path' is 3, a string is expected"),
-        (b'{"audio_path": "a\\u0000.flac"}\n', r"rows\.jsonl:1: 'audio_path' is .*, which holds NUL"),
+        (b'{"audio_path": "a\\u0000.flac"}\n', r"rows\.jsonl:1: 'audio_path' is .*, which contains NUL"),
         (
             b'{"audio_path": "a.flac", "utterance_id": "\\ud800"}\n',
-            r"rows\.jsonl:1: .*, which holds .* half a character",
+            r"rows\.jsonl:1: .*, which contains .* a lone surrogate",
         ),
         (b'{"audio_path": "nobody.flac"}\n', "there is no audio"),
         (b"", "the file has no rows"),
@@ -160,7 +160,7 @@ def test_every_kind_of_audio_is_found_and_other_files_are_counted(
             archive.writestr(name, b"sound")
     for source in (tmp_path / "folder", tmp_path / "a.zip"):
         assert list(bytes_of(source)) == ["a", "b", "c", "d", "e", "f"]
-        assert capsys.readouterr().err == f"{source}: not looked at: 3 files (2 .txt, 1 no suffix)\n"
+        assert capsys.readouterr().err == f"{source}: skipped 3 files (2 .txt, 1 no suffix)\n"
 
 
 def test_files_that_differ_by_their_suffix_alone_keep_it_in_their_names(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders_or_refused(corpus: Pa
             archive.writestr("001.flac", data)
     names = ["kid1.zip/001.flac", "kid1/001.flac", "kid2.zip/001.flac", "kid2/001.flac"]
     assert [one.utterance_id for one in find_recordings([str(tmp_path)])] == [name[:-5] for name in names]
-    with pytest.raises(StreamtrainError, match="1 names stand for several recordings, such as '001'"):
+    with pytest.raises(StreamtrainError, match="1 names are shared by several recordings, such as '001'"):
         find_recordings([str(tmp_path / "kid1"), str(tmp_path / "kid2")])
 
 

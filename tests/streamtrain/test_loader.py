@@ -56,7 +56,7 @@ def assert_alike(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
         (item.step, item.micro_batch_ids, item.last) for item in theirs
     ]
     for mine, other in zip(ours, theirs, strict=True):
-        for named in ("keys", "failed", "crowded"):
+        for named in ("keys", "failed", "too_dense"):
             assert getattr(mine.batch, named) == getattr(other.batch, named)
         for name in ("inputs", "input_lengths", "targets", "target_lengths", "weights", "time_mask", "feature_mask"):
             one, another = getattr(mine.batch, name), getattr(other.batch, name)
@@ -178,7 +178,7 @@ def test_a_process_that_is_killed_between_epochs_is_told(meadow: Path) -> None:
     child = child_of(loading)
     child.kill()
     child.wait()
-    with pytest.raises(LoaderError, match="is gone"):
+    with pytest.raises(LoaderError, match="exited"):
         list(loading.epoch(plan))
     assert len(list(loading.epoch(plan))) == plan.steps * 8
 
@@ -191,7 +191,7 @@ def test_a_process_that_is_killed_is_told_and_sigterm_is_not_its_to_answer(meado
     os.kill(child.pid, signal.SIGTERM)
     next(items)
     os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(LoaderError, match="is gone"):
+    with pytest.raises(LoaderError, match="exited"):
         list(items)
 
 
@@ -208,7 +208,7 @@ def stop_in(seconds: float) -> Callable[[], bool]:
 
 def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow: Path) -> None:
     loading, plan = processes_of(meadow, workers=1), plan_of(meadow)
-    step = r"rank 0's batch of step \d+ of this epoch .loading process 1 of 1. has not come in"
+    step = r"rank 0's batch of step \d+ of this epoch .loading process 1 of 1. has not arrived within"
 
     def expect(items: Iterator[StepBatch], patience: Deadline, error: type[Exception], words: str) -> None:
         child = child_of(loading)
@@ -222,7 +222,7 @@ def test_a_process_that_hangs_is_told_in_time_and_the_next_epoch_is_whole(meadow
     next(items := loading.epoch(plan))
     expect(items, Deadline(1), StallError, step + r" 1 s(?s:.*)py-spy dump --pid {pid}")
     next(items := loading.epoch(plan))
-    expect(items, Deadline(60, stop_in(1), 1), LostStepError, f"stopped, though {step}(?s:.*)same command")
+    expect(items, Deadline(60, stop_in(1), 1), LostStepError, f"stopped: {step}(?s:.*)same command")
     assert len(list(loading.epoch(plan))) == plan.steps * 8
     more_than_a_pipe_holds = partial(weigh, bytes(8_000_000))
     expect(loading.epoch(plan, finish=more_than_a_pipe_holds), Deadline(1), StallError, step)

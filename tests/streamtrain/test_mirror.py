@@ -210,7 +210,7 @@ def test_a_copy_of_which_a_piece_is_deleted_meanwhile_is_not_pointed_to_and_made
     store.delete(piece)
     proxy.clear()
     wait_for(lambda: bool(caplog.records))
-    assert f"pieces are gone, such as {piece}" in caplog.text
+    assert f"pieces are missing, such as {piece}" in caplog.text
     assert not store.exists(POINTER)
     mirror.close()
     assert fetched(store, tmp_path / "empty") == copied(run, checkpoint)
@@ -334,7 +334,7 @@ def test_a_piece_that_spoilt_in_the_bucket_is_refused_and_nothing_is_to_be_seen(
     offer(folder_store, run, save(run, 1, seed=1))
     piece = pointer_of(folder_store)["files"]["checkpoints/step-0000001/model.safetensors"][3]
     folder_store.write(piece, folder_store.read(piece)[:-1])
-    with pytest.raises(StoreError, match=f"{piece}: came back as"):
+    with pytest.raises(StoreError, match=f"{piece}: read back as"):
         fetched(folder_store, tmp_path / "empty")
     assert os.listdir(tmp_path / "empty") == [PART]
 
@@ -384,7 +384,7 @@ def test_a_mirror_that_cannot_be_written_is_told_before_the_first_step(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     config = load_config("configs/zero2.json", [f"train.mirror={tmp_path / 'file' / 'mirror'}"])
-    with pytest.raises(StoreError, match=r"^train\.mirror cannot be used: .*Not a directory\nhint: name a place"):
+    with pytest.raises(StoreError, match=r"^train\.mirror cannot be used: .*Not a directory\nhint: name a path"):
         _open_mirror(config, run, "none", read_checkpoint)
     proxy.plan(Fault("503", "PUT", times=1_000))
     with pytest.raises(StoreError, match=f"^train.mirror cannot be used: {url}/pieces/.* 503 .*\nhint: is the server"):

@@ -443,7 +443,7 @@ def test_a_folder_that_holds_no_such_model_is_named(damage: Callable[[Path], Non
     with pytest.raises(ModelError) as refused:
         load_model(ModelConfig(pretrained=str(encoder)))
     assert f"model '{encoder}' cannot be loaded: " in str(refused.value)
-    assert "hint: the folder must hold config.json and model.safetensors, whole" in str(refused.value)
+    assert "hint: the folder must hold complete config.json and model.safetensors" in str(refused.value)
 
 
 def test_a_model_from_scratch_is_as_its_configuration_says() -> None:
@@ -588,7 +588,7 @@ def without_an_extractor(folder: Path) -> None:
     ("damage", "told"),
     [
         (fewer_layers, r"16 weights of its file are in no layer that config.json names: wav2vec2.encoder.layers.1"),
-        (two_files, r"model.safetensors and pytorch_model.bin hold other weights \(\S+\): move away the one"),
+        (two_files, r"model.safetensors and pytorch_model.bin hold different weights \(\S+\): move away the one"),
         (half_of("processor_config.json"), r"cannot be loaded: (pre)?processor_config.json: not JSON"),
         (half_of("preprocessor_config.json"), r"cannot be loaded: (pre)?processor_config.json: not JSON"),
         (without_an_extractor, "has no processor_config.json: whether its inputs are normalised is not known"),

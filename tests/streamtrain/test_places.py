@@ -111,7 +111,7 @@ def test_training_tells_of_a_run_folder_of_something_else_and_of_a_lost_shard_be
         "train": {"run_dir": str(tmp_path / "run")}, "deepspeed": {"optimizer": {"params": {"lr": 1e-4}}},
     })  # fmt: skip
     model = fill(tmp_path / "run", "config.json")
-    with pytest.raises(TrainError, match=rf"{model}: holds config.json, and no run"):
+    with pytest.raises(TrainError, match=rf"{model}: holds config.json, but no run"):
         train(config, World())
     assert contents(model) == {"config.json": b"{}"}
     (model / "config.json").unlink()

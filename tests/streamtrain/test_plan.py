@@ -384,7 +384,7 @@ def test_on_the_real_shape_padding_is_under_one_percent_and_ranks_hardly_wait(ep
 
 
 def count_pairs_that_meet_again(first: EpochPlan, second: EpochPlan) -> float:
-    """As `meet_again` tells, pair by pair."""
+    """As `batch_overlap` tells, pair by pair."""
     pairs = [
         {pair for step in range(plan.steps) for batch in batches_of(plan, step)
          for pair in combinations(sorted(batch), 2)}

@@ -49,14 +49,14 @@ HALF_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
         (section("bf16", 2, communication_data_type="fp16"), "summed in fp32 alone", "write fp32"),
         (section("bf16", 2) | {"bf16": {"enabled": "auto"}}, "bf16.enabled is 'auto'", "true or false"),
         (section("bf16", 2) | {"bf16": {"enabled": True, "check_grad_overflow": False}}, "not supported", "its keys"),
-        (section("fp32", 3, ("offload_param",)), "offload_param is not trained at stage 3", "offload_optimizer and"),
+        (section("fp32", 3, ("offload_param",)), "offload_param is not supported at stage 3", "offload_optimizer and"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
             "ratio",
             "pin_memory",
         ),
-        (section("bf16", 1, ("offload_optimizer",)), "bf16 with stage 1 and offload_optimizer", "take stage 2"),
-        (section("fp32", 2, ("offload_param",)), "offload_param is not trained at stage 2", "no offload; offload_opt"),
+        (section("bf16", 1, ("offload_optimizer",)), "bf16 with stage 1 and offload_optimizer", "use stage 2"),
+        (section("fp32", 2, ("offload_param",)), "offload_param is not supported at stage 2", "no offload; offload"),
         (section("fp32", 0), "stage is 0", "1, 2 and 3"),
         ({}, "stage is None", "1, 2 and 3"),
         (section("fp32", [2]), "stage is [2]", "1, 2 and 3"),  # type: ignore[arg-type]
@@ -145,13 +145,13 @@ def test_gradients_are_summed_in_fp32_and_buckets_hold_what_learns(precision: st
 
 BEHIND = """
 import torch
-from streamtrain.distributed import running
+from streamtrain.distributed import process_group
 
 def amid_no_numbers(values):
     whole = torch.full((values.numel() + 200_000,), float("nan"), dtype=values.dtype)
     return whole[100_000 : 100_000 + values.numel()].view(values.shape).copy_(values)
 
-with running():
+with process_group():
     for clips in (1, 2, 3, 4) * 10:
         for samples in (641, 1283):
             sound = amid_no_numbers(torch.randn(clips, 64, samples).bfloat16())

@@ -105,7 +105,7 @@ def test_a_head_for_other_symbols_is_never_laid_under_ours(fits: bool, tmp_path:
         resize_head(source, tokens)
     with pytest.raises(ModelError) as refused:
         load_model(ModelConfig(pretrained=str(source)))
-    assert f"its head is for symbols of its own ({' '.join(tokens[:12])} …)" in refused.value.message
+    assert f"its head outputs its own symbols ({' '.join(tokens[:12])} …)" in refused.value.message
     assert "--set model.vocab=new" in str(refused.value.hint)
     model = load_model(ModelConfig(pretrained=str(source), vocab="new"))
     assert model.vocab == vocab_of("phonetic")
@@ -135,7 +135,7 @@ def test_a_model_that_has_all_symbols_and_more_keeps_its_head_and_ids(tmp_path: 
     assert torch.equal(model.network.lm_head.weight, load_file(source / "model.safetensors")["lm_head.weight"])
     config = json.loads((source / "config.json").read_text())
     write(source / "config.json", config | {"pad_token_id": 1})  # its blank is another output
-    with pytest.raises(ModelError, match="its head is for symbols of its own"):
+    with pytest.raises(ModelError, match="its head outputs its own symbols"):
         load_model(ModelConfig(pretrained=str(source)))
 
 
@@ -145,7 +145,7 @@ def test_a_head_of_more_outputs_than_the_vocabulary_is_refused(tmp_path: Path) -
     resize_head(source, [*vocab_of("phonetic").tokens, "<s>", "</s>"])
     tokens = json.loads((source / "vocab.json").read_text())
     write(source / "vocab.json", {token: number for token, number in tokens.items() if not token.endswith("s>")})
-    with pytest.raises(ModelError, match="its head is for symbols of its own"):
+    with pytest.raises(ModelError, match="its head outputs its own symbols"):
         load_model(ModelConfig(pretrained=str(source)))
     config = json.loads((source / "config.json").read_text())
     write(source / "config.json", config | {"vocab_size": len(vocab_of("phonetic"))})
@@ -158,7 +158,7 @@ def test_a_head_of_more_outputs_than_the_vocabulary_is_refused(tmp_path: Path) -
 def test_a_model_without_its_tokens_is_not_taken_for_one_of_ours(tmp_path: Path) -> None:
     source = publish(tmp_path / "model", "hubert", fine_tuned=True, file="bin")
     (source / "vocab.json").unlink()
-    with pytest.raises(ModelError, match=r"its head is for symbols of its own \(which are not told\)"):
+    with pytest.raises(ModelError, match=r"its head outputs its own symbols \(not listed\)"):
         load_model(ModelConfig(pretrained=str(source)))
 
 

@@ -59,7 +59,7 @@ def test_the_rate_is_jiwers_over_the_whole_corpus(write: Write) -> None:
 def test_ids_that_differ_by_their_unicode_form_or_outer_blanks_are_the_same(write: Write) -> None:
     actual = write("actual.jsonl", {"an\u00e3o": "kæt"})
     assert score_files(write("predicted.jsonl", {"ana\u0303o ": "kæt"}), actual)["edits"] == 0
-    with pytest.raises(ScoreError, match="comes twice"):
+    with pytest.raises(ScoreError, match="occurs twice"):
         score_files(write("predicted.jsonl", {"ana\u0303o": "kæt", "an\u00e3o": "kæt"}), actual)
 
 
@@ -85,7 +85,7 @@ def test_files_of_two_tracks_are_not_compared(write: Write, tmp_path: Path) -> N
 
 def test_of_the_hypotheses_of_a_run_it_is_told_where_their_score_is(tmp_path: Path, write: Write) -> None:
     (tmp_path / "hypotheses.jsonl").write_text('{"utterance_id": "a", "reference": "k", "hypothesis": "k"}\n')
-    with pytest.raises(ScoreError, match=r"hint: these are hypotheses that are scored already: scorecard\.json"):
+    with pytest.raises(ScoreError, match=r"hint: these hypotheses are already scored: see scorecard\.json"):
         score_files(tmp_path / "hypotheses.jsonl", write("actual.jsonl", REFERENCES))
 
 
@@ -93,7 +93,7 @@ def test_missing_and_surplus_ids_are_named(write: Write) -> None:
     fewer = {"a": "k"}
     with pytest.raises(ScoreError, match=r"(?m)few\.jsonl: has no row for 3 ids: b, c, d$"):
         score_files(write("few.jsonl", fewer), write("actual.jsonl", REFERENCES))
-    with pytest.raises(ScoreError, match=r"(?m)more\.jsonl: has surplus 1 id: e$"):
+    with pytest.raises(ScoreError, match=r"(?m)more\.jsonl: has extra rows for 1 id: e$"):
         score_files(write("more.jsonl", HYPOTHESES | {"e": "k"}), write("actual.jsonl", REFERENCES))
     many = {f"clip-{n:03d}": "" for n in range(25)}
     with pytest.raises(ScoreError, match=r"(?m)has no row for 25 ids: clip-000, .*clip-009, …$"):
@@ -131,7 +131,7 @@ def test_a_malformed_row_is_named_by_file_and_number(line: bytes, write: Write, 
 def test_an_id_that_comes_twice_is_named(write: Write) -> None:
     actual = write("actual.jsonl", REFERENCES)
     actual.write_text(actual.read_text("utf-8") * 2, "utf-8")
-    with pytest.raises(ScoreError, match=r"actual\.jsonl:5: utterance_id 'a' comes twice"):
+    with pytest.raises(ScoreError, match=r"actual\.jsonl:5: utterance_id 'a' occurs twice"):
         score_files(write("predicted.jsonl", HYPOTHESES), actual)
 
 

@@ -141,8 +141,8 @@ def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog:
     stopped_at = len(read_rows(folder))
     assert steps_saved(folder)[-1] == stopped_at > 4
     told = folder.with_suffix(".out").read_text()
-    assert "stopping: this step is saved first; Ctrl-C again ends at once" in told
-    assert f"stopped at step {stopped_at}; the same command goes on from there" in told
+    assert "stopping once this step is saved; press Ctrl-C again to end at once" in told
+    assert f"stopped at step {stopped_at}; the same command resumes from there" in told
     assert samples.startswith("--- step 0, CER")
     assert (folder / "samples.txt").read_text().startswith(samples)
     done = run_module("streamtrain", "summary", folder)
@@ -197,4 +197,4 @@ def test_idle_threads_give_their_core_away_soon_and_their_number_is_told(
     command = [sys.executable, "launch/evaluate.py", "--model", tmp_path, "--shards", small_shards, "--out", tmp_path]
     done = run(command, expect=1, OMP_DISPLAY_ENV="verbose", **chosen)
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
-    assert "threads of each rank: 1 (" in done.stderr
+    assert "threads per rank: 1 (" in done.stderr

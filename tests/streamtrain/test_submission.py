@@ -185,9 +185,9 @@ def test_a_module_of_the_submission_is_found_though_one_of_its_name_is_installed
     (info / "top_level.txt").write_text("streamtrain\nother\n")
     main = tmp_path / "there" / "main.py"
     script = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); sys.path.insert(0, {str(ROOT)!r})\n"
-    script += (
-        f"from streamtrain import offline; del sys.modules['streamtrain']; offline.rehearse(['numpy'], {str(main)!r})"
-    )
+    script += "from streamtrain.submission import sandbox\n"
+    script += "for name in [name for name in sys.modules if name.startswith('streamtrain')]: del sys.modules[name]\n"
+    script += f"sandbox.rehearse(['numpy'], {str(main)!r})\n"
     finds = f"import sys\nsys.path.insert(0, {str(main.parent)!r})\n"
     main.write_text(finds + "import streamtrain\nprint(streamtrain.where)\nimport other\n")
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)

@@ -173,7 +173,7 @@ def test_what_cannot_be_transcribed_is_told_before_anything_is_written(folder: P
     with pytest.raises(StreamtrainError, match=r"vocab\.json: no vocabulary[^\n]*\nhint: .*RUN/best"):
         transcribe(tmp_path / "empty", find_recordings([str(tmp_path / "clip.flac")]), tmp_path / "out.jsonl")
     for out in (tmp_path / "empty", tmp_path / "clip.flac" / "out.jsonl"):
-        with pytest.raises(StreamtrainError, match=f"{out}: .*\nhint: name a place that can be written"):
+        with pytest.raises(StreamtrainError, match=f"{out}: .*\nhint: name a path that can be written"):
             transcribe(folder, find_recordings([str(tmp_path / "clip.flac")]), out)
     assert not list(tmp_path.rglob("*out.jsonl*"))
 
@@ -268,12 +268,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(folder: Path, tmp_path: 
     with open(tmp_path / ".killed.jsonl.part", "ab") as torn:
         torn.write(b'{"utterance_id": "07')
     done = run_module(*command[2:], out)
-    assert re.search(r"going on after (512|1,024) recordings", done.stdout)
+    assert re.search(r"resuming after (512|1,024) recordings", done.stdout)
     assert "1,099 recordings transcribed, 1 failed" in done.stdout
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob(".*"))
-    for sources, said in (([many], "holds all these 1,100 recordings: it is done already"),
-                          ([tmp_path / "0.flac"], "holds something else")):  # fmt: skip
+    for sources, said in (([many], "already has all these 1,100 recordings"),
+                          ([tmp_path / "0.flac"], "has other content")):  # fmt: skip
         with pytest.raises(StreamtrainError, match=said):
             rows_of(folder, sources, out)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -296,8 +296,8 @@ def test_another_request_begins_anew(
     rows = rows_of(folder, [clips], tmp_path / "out.jsonl")
     assert len(rows) == 12
     said = capsys.readouterr().out
-    assert "is of another request; all is done anew" in said
-    assert "going on" not in said
+    assert "are for another request; starting over" in said
+    assert "resuming" not in said
 
 
 def test_a_shard_set_is_transcribed_recording_by_recording(folder: Path, small_shards: Path, tmp_path: Path) -> None:

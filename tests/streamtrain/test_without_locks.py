@@ -35,7 +35,7 @@ import os, sys, threading, time
 from contextlib import suppress
 from pathlib import Path
 from sharding.errors import StoreError
-from sharding.build.lock import sole_build
+from sharding.build.lock import exclusive_build
 from sharding.shardset.store import open_store
 out, left = Path(sys.argv[1]), sys.argv[2]
 entered, failed = [], []
@@ -46,7 +46,7 @@ start, end = threading.Barrier(6, lambda: (out / ".building.held").write_text(le
 def run():
     for _ in range(30):
         start.wait(20)  # all find what a dead process left
-        with suppress(StoreError), sole_build(open_store(out)) as lease:
+        with suppress(StoreError), exclusive_build(open_store(out)) as lease:
             os.close(os.open(out / "inside", os.O_CREAT | os.O_EXCL))  # fails if another is in
             lease.check()
             entered.append(1)

@@ -165,7 +165,7 @@ def test_any_name_that_the_system_takes_is_written_and_a_longer_one_is_told(name
     write(tmp_path / name, b"newer")
     assert (tmp_path / name).read_bytes() == b"newer"
     assert sibling(tmp_path / name, ".part").name.encode()
-    with pytest.raises(StoreError, match="File name too long\nhint: name a place"):
+    with pytest.raises(StoreError, match="File name too long\nhint: name a path"):
         write(tmp_path / f"{name}ɑ", b"new")
     assert names(tmp_path) == [name]
 
@@ -183,11 +183,11 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(size: int, tm
     ("where", "said"),
     [
         ("/dev/full", "No space left on device\nhint: make room"),
-        (".", "Is a directory\nhint: name a place"),
-        ("file/out", "Not a directory\nhint: name a place"),
-        ("loop", "Too many levels of symbolic links\nhint: name a place"),
-        ("/proc/out", "No such file or directory\nhint: name a place"),
-        ("x" * 300, "File name too long\nhint: name a place"),
+        (".", "Is a directory\nhint: name a path"),
+        ("file/out", "Not a directory\nhint: name a path"),
+        ("loop", "Too many levels of symbolic links\nhint: name a path"),
+        ("/proc/out", "No such file or directory\nhint: name a path"),
+        ("x" * 300, "File name too long\nhint: name a path"),
     ],
 )
 def test_what_cannot_be_written_is_told_with_its_path_and_a_hint(where: str, said: str, tmp_path: Path) -> None:

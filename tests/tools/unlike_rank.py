@@ -27,7 +27,7 @@ def load_unlike_model(*arguments: Any) -> CTCModel:
         if next(forwards, None) is not None:
             return
         if "UNLIKE_ORDER" in os.environ:
-            CTCModel._front_end_learns = False  # type: ignore[assignment,method-assign]
+            CTCModel._trains_front_end = False  # type: ignore[assignment,method-assign]
             return
         if after:
             layer = model.network.base_model.encoder.layers[int(os.environ["RANK"])]

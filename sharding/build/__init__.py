@@ -1,0 +1,1 @@
+"""Build a shard set from sources: scan, split, plan, write, publish, verify."""

@@ -1,0 +1,1 @@
+"""Plan an epoch and stream its batches to the ranks."""
