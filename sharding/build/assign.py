@@ -31,6 +31,7 @@ PLANNED_DTYPE = np.dtype(
 )
 PlannedTable = npt.NDArray[np.void]  # (N,) of PLANNED_DTYPE
 Mask = npt.NDArray[np.bool_]
+Hashes = npt.NDArray[np.uint64]  # of speakers
 Segments = Mapping[int, Sequence[Segment]]  # of long recordings, by row of the clip
 PlannedShard = tuple[str, int, npt.NDArray[np.int64]]  # name, bucket, rows in the PlannedTable
 
@@ -43,27 +44,26 @@ class SplitExceptions:
     kept_in_training: tuple[int, ...] = ()  # in training, as validation would otherwise be too large
 
 
-def choose_exceptions(speakers: npt.NDArray[np.uint64], fraction: float, kept: tuple[int, ...] = ()) -> SplitExceptions:
-    """Choose the fewest exceptions by which at least one speaker validates, and at most twice the `fraction`.
+def choose_exceptions(speakers: Hashes, fraction: float, in_training: tuple[int, ...] = ()) -> SplitExceptions:
+    """Choose the fewest exceptions by which at least one of several speakers, and at most 2 × `fraction`, validate.
 
-    At least one speaker trains, also a single one, and so do those `kept` in training before. A fraction of 0 or 1
+    At least one speaker trains, also if there is only one, and so do those `in_training` already. A fraction of 0 or 1
     needs no exception.
     """
-    speakers = np.setdiff1d(speakers, np.array(kept, np.uint64))  # ascending, unique
+    speakers = np.setdiff1d(speakers, np.array(in_training, np.uint64))  # ascending, unique
     if not len(speakers) or not 0 < fraction < 1:
-        return SplitExceptions(kept_in_training=kept)
-    total = len(speakers) + len(kept)
+        return SplitExceptions(kept_in_training=in_training)
+    total = len(speakers) + len(in_training)
     below = int(is_validation(speakers, fraction, SplitExceptions()).sum())
     count = min(max(below, 1), max(int(2 * fraction * total), 1), total - 1)
     fallback = int(speakers[0]) if count > below else None
-    return SplitExceptions(fallback, kept + tuple(speakers[count : max(below, 1)].tolist()))
+    return SplitExceptions(fallback, in_training + tuple(speakers[count : max(below, 1)].tolist()))
 
 
-def is_validation(speakers: npt.NDArray[np.uint64], fraction: float, exceptions: SplitExceptions) -> Mask:
+def is_validation(speakers: Hashes, fraction: float, exceptions: SplitExceptions) -> Mask:
     """Return which clips, given the hashes of their speakers, are in the validation split, shape (N,).
 
-    Apart from the exceptions, these are all clips of speakers whose hash is below `fraction`, so that they stay in
-    validation as data grows.
+    A speaker whose hash is below `fraction` validates, apart from the exceptions, and stays there as data grows.
     """
     limit, fallback = np.uint64(max(round(fraction * 2**64) - 1, 0)), exceptions.fallback_speaker
     valid = speakers <= limit if fraction > 0 else np.zeros(len(speakers), bool)
@@ -80,7 +80,7 @@ def assign_shards(
     members: PlannedTable,
     bins: Sequence[float],
     shard_bytes: int,
-    min_shards_per_bucket: int,
+    min_shards: int,
     first_numbers: Mapping[tuple[str, int], int] | None = None,
 ) -> list[PlannedShard]:
     """Group samples by split and bucket into shards of about equal size, numbered from `first_numbers` or 0.
@@ -94,18 +94,17 @@ def assign_shards(
     for rows in np.split(order, np.flatnonzero(np.diff(group)) + 1) if len(order) else []:
         split, bucket = SPLITS[members["split"][rows[0]]], int(members["bucket"][rows[0]])
         first = (first_numbers or {}).get((split, bucket), 0)
-        parts = _cut_evenly(rows, members["bytes"][rows], shard_bytes, min_shards_per_bucket)
-        for number, part in enumerate(parts, first):
+        for number, part in enumerate(_cut_evenly(rows, members["bytes"][rows], shard_bytes, min_shards), first):
             shards.append((f"{split}/b{bucket:02d}-{number:05d}.tar", bucket, part))
     return shards
 
 
 def _cut_evenly(
-    rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.uint64], shard_bytes: int, min_shards_per_bucket: int
+    rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.uint64], shard_bytes: int, min_shards: int
 ) -> list[npt.NDArray[np.int64]]:
     """Split the rows into parts of about equal size, none of them empty."""
     ends = np.cumsum(sizes.astype(np.int64))
-    count = min(max(min_shards_per_bucket, -(-int(ends[-1]) // shard_bytes)), len(rows))
+    count = min(max(min_shards, -(-int(ends[-1]) // shard_bytes)), len(rows))
     part = np.arange(count)
     starts = np.searchsorted(ends, part * int(ends[-1]) // count, side="right")
     starts = np.maximum.accumulate(starts - part) + part  # each starts at least one clip after the one before,
@@ -126,7 +125,7 @@ def _whole_clips(clips: ClipTable, rows: npt.NDArray[np.int64], valid: Mask) -> 
 
 
 def _segments_of(segments: Segments, valid: Mask) -> PlannedTable:
-    rows = [(clip, number, segment) for clip, pieces in segments.items() for number, segment in enumerate(pieces)]
+    rows = [(clip, number, segment) for clip, parts in segments.items() for number, segment in enumerate(parts)]
     members = np.zeros(len(rows), PLANNED_DTYPE)
     for member, (clip, number, segment) in zip(members, rows, strict=True):
         split = "valid" if valid[clip] else "unlabelled" if segment.label_status == "unlabelled" else "train"

@@ -188,7 +188,7 @@ def _decode(sample: Sample, job: TarJob) -> Decoded:
     return decoded
 
 
-def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
+def _find_samples(data: bytes, location: str) -> Iterator[tuple[str, int, int]]:
     """Yield each sample's key and byte range, from its first header to the end of its last member's padding."""
     key, start, end = "", 0, 0
     try:
@@ -205,12 +205,12 @@ def _find_samples(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:
                 end = info.offset_data + info.size + -info.size % BLOCK
             rest = data[tar.offset :]  # after the last readable header: the end mark, or a damaged header
     except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-        raise ShardError(f"{where}: not a whole tar: {error}", "copy it again") from error
+        raise ShardError(f"{location}: not a whole tar: {error}", "copy it again") from error
     if rest.strip(b"\0"):
-        raise ShardError(f"{where}: there is no header at byte {len(data) - len(rest)}",
+        raise ShardError(f"{location}: there is no header at byte {len(data) - len(rest)}",
                          "copy it again; it may be several tars joined together")  # fmt: skip
     if len(rest) < len(END_OF_ARCHIVE):
-        raise ShardError(f"{where}: the end-of-archive block is missing", "copy it again")
+        raise ShardError(f"{location}: the end-of-archive block is missing", "copy it again")
     if key:
         yield key, start, end
 

@@ -202,7 +202,7 @@ class _BucketLease(BuildLock):
 def _bucket_lease(url: str) -> Iterator[BuildLock]:
     lease = _BucketLease(url)
     if not lease.acquire():
-        print(f"{url}: the server has no conditional writes: make sure that no other build runs", file=sys.stderr)
+        print(f"{url}: no conditional writes here: make sure that no other build runs", file=sys.stderr)
         yield BuildLock()
         return
     try:

@@ -202,7 +202,7 @@ def _check_worker(store: Store, context: BuildContext) -> None:
         versions = (ENCODER_VERSIONS, context.encoder_versions)
         have, want = ("format {}, libsndfile {}, soxr {}".format(*version) for version in versions)
         hint = "install the same versions on all machines"
-        raise ShardError(f"{socket.gethostname()} writes shards with {have}; this build requires {want}", hint)
+        raise ShardError(f"{socket.gethostname()} writes shards with {have}; this build needs {want}", hint)
     if context.token:
         check_token(store, context.token)
 

@@ -65,14 +65,14 @@ def check_report(store: Store, index: ShardIndex) -> list[str]:
     checksums = contents.pop(CHECKSUMS_NAME)
     if checksums is None:
         return faults
-    where, listed = f"{store.url}/{stored_name(CHECKSUMS_NAME)}", checksums.decode(errors="replace").split("\n")
+    path, listed = f"{store.url}/{stored_name(CHECKSUMS_NAME)}", checksums.decode(errors="replace").split("\n")
     expected = [_checksum_line(name, data or b"") for name, data in contents.items()]
-    faults += [f"{store.url}/{stored_name(name)}: its checksum is {line[:16]}…, {where} lists another"
+    faults += [f"{store.url}/{stored_name(name)}: its checksum is {line[:16]}…, {path} lists another"
                for (name, data), line in zip(contents.items(), expected, strict=True)
                if data is not None and line not in listed]  # fmt: skip
     if _header(index) not in listed:
-        faults.append(f"{where}: belongs to another index, this set has the index {index.digest[:16]}…")
-    return faults or [f"{where}: has lines besides the checksums"] * (listed != [_header(index), *expected, ""])
+        faults.append(f"{path}: belongs to another index, this set has the index {index.digest[:16]}…")
+    return faults or [f"{path}: has lines besides the checksums"] * (listed != [_header(index), *expected, ""])
 
 
 # --- while a set is appended to -------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def _read(store: Store, index: ShardIndex, name: str) -> bytes:
     if checksums is not None:  # sets older than the checksums have none
         lines = checksums.decode(errors="replace").split("\n")
         if _checksum_line(name, data) not in lines or _header(index) not in lines:
-            where = f"{store.url}/{stored_name(name)}"
-            raise ShardError(f"{where}: damaged: its checksum or its index differs from {CHECKSUMS_NAME}", COPY_HINT)
+            path = f"{store.url}/{stored_name(name)}"
+            raise ShardError(f"{path}: damaged: its checksum or its index differs from {CHECKSUMS_NAME}", COPY_HINT)
     return data
 
 

@@ -469,8 +469,8 @@ def test_the_same_build_again_has_nothing_to_do(small_corpus: Path, small_shards
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
-        (["--num-buckets", 3, "--shard-mb", 0.1], "num_buckets 2 there, 3 asked"),
-        (["--num-buckets", 2, "--shard-mb", 0.1, "--max-duration", 20], "max_duration 25.0 there, 20.0 asked"),
+        (["--num-buckets", 3, "--shard-mb", 0.1], "num_buckets is 2 there, requested 3"),
+        (["--num-buckets", 2, "--shard-mb", 0.1, "--max-duration", 20], "max_duration is 25.0 there, requested 20.0"),
     ],
 )
 def test_an_out_that_was_built_otherwise_is_left_alone(
@@ -479,7 +479,7 @@ def test_an_out_that_was_built_otherwise_is_left_alone(
     before = digest_of(small_shards)
     done = run_sharding("build", small_corpus, "--out", small_shards, *arguments)
     assert done.returncode == 1
-    assert f"{small_shards}: holds a shard set built otherwise: {difference}" in done.stderr
+    assert f"{small_shards}: holds a shard set built with other settings: {difference}" in done.stderr
     assert "hint: choose another --out" in done.stderr
     assert digest_of(small_shards) == before
 
@@ -490,7 +490,7 @@ def test_an_out_built_from_other_sources_is_left_alone(
     other = make_corpus(tmp_path / "other", clips=2)
     done = run_sharding("build", other, "--out", small_shards, "--num-buckets", 2, "--shard-mb", 0.1)
     assert done.returncode == 1
-    assert "of other sources, or of sources that have changed" in done.stderr
+    assert "built from other sources, or its sources have changed" in done.stderr
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/nothing"])

@@ -387,4 +387,4 @@ def test_a_clip_that_vanishes_or_changes_between_its_examination_and_its_shard_i
     assert_balanced(tmp_path / "out")
     code, said = finish(build(tmp_path / "out", folder))
     assert code == 1
-    assert "sources that have changed" in said
+    assert "sources have changed" in said

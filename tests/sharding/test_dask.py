@@ -229,7 +229,7 @@ def test_a_scheduler_that_goes_ends_the_build(corpora: Path, tmp_path: Path) -> 
         short.ends.close()
         code, said = end_of(build)
     assert code == 1
-    assert f"StreamtrainError: --scheduler {short.address}: does not answer any more" in said
+    assert f"StreamtrainError: --scheduler {short.address}: no longer responds" in said
     assert not (tmp_path / "out/index.json").exists()
 
 
@@ -244,7 +244,7 @@ def test_a_cluster_without_workers_is_given_up_and_one_with_threads_refused(
         assert f"dask worker {empty.address} --nthreads 1" in str(caught.value.hint)
         monkeypatch.setattr(cluster, "NO_WORKER_SEC", READY_SEC)
         empty.start_worker(threads=2)
-        with pytest.raises(StreamtrainError, match="runs 2 threads, and must run one"):
+        with pytest.raises(StreamtrainError, match="runs 2 threads, must run one"):
             ClusterWorkers(empty.address)
 
 
@@ -284,13 +284,13 @@ def a_job(out: Path, token: str, made_by: tuple[int, str, str] = ENCODER_VERSION
 
 
 def test_a_worker_without_out_or_of_a_build_that_ended_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="does not see the build that it works for"):
+    with pytest.raises(StoreError, match="cannot see the lock of its build"):
         make_shard(a_job(tmp_path / "elsewhere", "token"))
     with exclusive_build(FolderStore(tmp_path)) as lease:
         make_shard(a_job(tmp_path, lease.token))
         with pytest.raises(StoreError, match=f"now held by another build .pid {os.getpid()} on host"):
             make_shard(a_job(tmp_path, "of-a-build-that-ended"))
-        with pytest.raises(ShardError, match=r"makes shards with format .*; this build with format 1, libsndfile 0"):
+        with pytest.raises(ShardError, match=r"writes shards with format .*; this build needs format 1, libsndfile 0"):
             make_shard(a_job(tmp_path, lease.token, (1, "0", "0")))
 
 

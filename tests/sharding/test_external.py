@@ -259,7 +259,7 @@ def test_an_index_that_is_there_is_not_overwritten(small_shards: Path, run_shard
     before = (out / "index.json").read_bytes()
     done = run_sharding("index", out)
     assert done.returncode == 1
-    assert "has an index.json already" in done.stderr
+    assert "already has an index.json" in done.stderr
     assert (out / "index.json").read_bytes() == before
     (out / "index.json").unlink()
     assert (

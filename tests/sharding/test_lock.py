@@ -218,7 +218,7 @@ def test_a_lease_of_another_host_is_taken_over_once_it_is_silent(url: str, monke
         time.sleep(3.5)
         with exclusive_build(open_store(url)) as second:
             second.check()
-            with pytest.raises(StoreError, match=r"this build has lost its place: now held by .* on host elsewhere"):
+            with pytest.raises(StoreError, match=r"this build lost its lock: now held by .* on host elsewhere"):
                 first.check()
     assert not left_in(url)
 
@@ -236,7 +236,7 @@ def test_the_lease_of_another_is_not_removed(url: str) -> None:
 def test_a_lease_that_somebody_removed_is_noticed(url: str) -> None:
     with exclusive_build(open_store(url)) as lease:
         BucketStore(url).delete(LOCK_NAME)
-        with pytest.raises(StoreError, match="lost its place: somebody removed it"):
+        with pytest.raises(StoreError, match="lost its lock: it was removed"):
             lease.check()
     assert not left_in(url)
 
@@ -375,5 +375,5 @@ def test_without_conditional_writes_a_build_goes_on_and_says_that_it_is_unguarde
         with exclusive_build(open_store(url)) as lease:
             lease.check()
         server.shutdown()
-    assert capsys.readouterr().err == f"{url}: no conditional writes here, so see to it that no other build runs\n"
+    assert capsys.readouterr().err == f"{url}: no conditional writes here: make sure that no other build runs\n"
     assert not handler.objects  # type: ignore[attr-defined]

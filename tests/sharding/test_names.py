@@ -171,7 +171,7 @@ def test_a_pattern_that_no_tar_fits_is_refused(tmp_path: Path, capsys: pytest.Ca
     """Misspelt, it would leave nothing to validate on."""
     (tmp_path / "train.tar").write_bytes(tar({"c0.flac": FLAC, "c0.txt": b"k"}))
     assert main(["index", str(tmp_path), "--valid", "*dve*"]) == 1
-    assert "no tar fits --valid '*dve*'\nhint: there are train.tar" in capsys.readouterr().err
+    assert "no tar matches --valid '*dve*'\nhint: there are train.tar" in capsys.readouterr().err
 
 
 # --- tars of others ---------------------------------------------------------------------------------------------

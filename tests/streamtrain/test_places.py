@@ -39,7 +39,7 @@ def test_a_build_leaves_a_folder_of_something_else_as_it_is(
     corpus = make_corpus(tmp_path / "corpus", clips=2)
     assert main(["build", str(corpus), "--out", str(out), "--workers", "1"]) == 1
     said = capsys.readouterr().err
-    assert f"{out}: holds {len(names)} files, of no shard set" in said
+    assert f"{out}: holds {len(names)} files that belong to no shard set" in said
     assert "remove" not in said
     assert contents(out) == before
 
@@ -66,7 +66,7 @@ def test_a_build_takes_an_empty_place_and_what_a_killed_one_has_left(names: list
 
 
 def test_tars_are_not_indexed_over_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, hint in (("index.json", "of something else"), ("report/summary.json", "is there already")):
+    for name, hint in (("index.json", "to something else"), ("report/summary.json", "belongs to no index")):
         folder = fill(tmp_path / name.replace("/", "-"), name, "a.tar")
         before = contents(folder)
         assert main(["index", str(folder), "--workers", "1"]) == 1
@@ -128,11 +128,11 @@ def test_phones_parted_by_blanks_and_a_source_named_twice_are_told(
     corpus = make_corpus(tmp_path / "corpus", clips=20, seconds=(2, 3))
     command = ["build", str(corpus), "--out", str(tmp_path / "out"), "--workers", "1", "--dry-run"]
     assert main(command) == 0
-    assert "parted by blanks" not in capsys.readouterr().err
+    assert "separated by blanks" not in capsys.readouterr().err
     parted = [row | {"phonetic_text": " ".join(row["phonetic_text"].replace(" ", ""))} for row in read_manifest(corpus)]
     write_manifest(corpus, parted)
     main(command)
-    assert "are these phones parted by blanks?" in capsys.readouterr().err
+    assert "are the phones separated by blanks?" in capsys.readouterr().err
     assert main([command[0], str(corpus), *command[1:]]) == 1
     assert "hint: this source is named twice" in capsys.readouterr().err
 
