@@ -171,7 +171,8 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
         "from sharding.sources.manifest import ManifestOptions, read_source\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "start, before = time.process_time(), peak()\n"
-        "try:\n    read_source(Path(sys.argv[1]), ManifestOptions())\nexcept ManifestError as error:\n    print(error)\n"
+        "try:\n    read_source(Path(sys.argv[1]), ManifestOptions())\n"
+        "except ManifestError as error:\n    print(error)\n"
         "print(peak() - before, time.process_time() - start)\n"
     )
     done = subprocess.run(
