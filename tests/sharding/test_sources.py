@@ -264,7 +264,7 @@ def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
     soundfile.write(folder / "Zoë/1.wav", np.zeros(8000), 16_000)
     (folder / "Zoë/1.txt").write_text(f"{TEXT}\n", "utf-8")
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parents[2] / "sharding/README.md").read_text("utf-8")
     (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "csv.writer" in code)
     exec(recipe)
     source = read_source(folder, ManifestOptions())
