@@ -167,11 +167,12 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from sharding.report import inspect  # brings pandas, which no other command needs
+    from sharding.report import inspect  # imports pandas, which no other command needs
+    from sharding.shardset.table import read_clips
 
     store = open_store(options.shards)
     index = read_index(store)
-    tables = inspect.tabulate_clips(inspect.read_clips(store, index))
+    tables = inspect.tabulate_clips(read_clips(store, index))
     print(inspect.to_json(tables) if options.json else inspect.render(tables))
     if options.plots:
         inspect.write_plots(store, index, open_store(options.plots), options.workers)

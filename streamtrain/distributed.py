@@ -1,5 +1,6 @@
 """Provide rank identity, small collectives, and the set-up and shutdown of a rank's process group."""
 
+import atexit
 import ctypes
 import itertools
 import logging
@@ -264,6 +265,18 @@ def world_from_environment() -> World:
 def on_gpu() -> bool:
     """Return whether ranks compute on GPUs: if there are any, unless DS_ACCELERATOR=cpu forbids it."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def join_group() -> World:
+    """Return this process's rank in the group of its launcher, if there is one; the group ends with the process.
+
+    DeepSpeed keeps the groups that it makes, so a second training in one process uses those of the first.
+    """
+    world = world_from_environment()
+    if not torch.distributed.is_initialized():
+        _start_process_group(world)
+        atexit.register(torch.distributed.destroy_process_group)
+    return world
 
 
 @contextmanager

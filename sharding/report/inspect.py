@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
-from sharding.audio.codec import SAMPLE_RATE, decode
+from sharding.audio.codec import decode
 from sharding.errors import AudioError, ShardError
-from sharding.files.names import UNKNOWN, age_order
 from sharding.pool import Workers, count_done
 from sharding.shardset.index import ShardIndex, read_checked
-from sharding.shardset.schema import SPLITS, ShardEntry
+from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import Reader, Store, open_store
 from sharding.shardset.verify import check_shard
 
@@ -40,34 +38,6 @@ COLUMNS = {  # column → its heading and number format in a terminal
 PLOTS = ("durations.png", "symbols_per_second.png", "loudness.png", "symbols.png")
 SILENCE_DB = -100.0  # replaces the -∞ of digital silence; one step of 16 bits is at -90 dB
 Tables = dict[str, pd.DataFrame]
-
-
-def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
-    """Return one row per sample, in the order of `index.samples`. Raises ShardError naming a damaged shard index."""
-    shards = tqdm(index.shards, desc="reading", unit="shard", delay=1)
-    speakers = [speaker for shard in shards for speaker in read_checked(store, shard).speakers]
-    samples, ends = index.samples, {split: np.array(index.bucket_ends(split)) for split in SPLITS}
-    buckets = np.array([shard.bucket for shard in index.shards], np.int64)[samples["shard"]]
-    splits = np.array([shard.split for shard in index.shards], object)[samples["shard"]]
-    ages = [speaker.age_bucket or UNKNOWN for speaker in speakers]
-    seconds = samples["samples"] / SAMPLE_RATE
-    return pd.DataFrame(
-        {
-            "total": pd.Categorical(["total"] * len(speakers), ["total"]),  # a category has its row even without a clip
-            "split": pd.Categorical(splits, SPLITS),
-            "bucket": buckets,
-            "from_sec": np.array([0.0, *index.duration_bins])[buckets],
-            "to_sec": [ends[split][bucket] for split, bucket in zip(splits, buckets, strict=True)],
-            "corpus": [speaker.corpus or UNKNOWN for speaker in speakers],
-            "age_bucket": pd.Categorical(ages, sorted(set(ages), key=age_order)),
-            "child_id": [speaker.child_id or None for speaker in speakers],
-            "shard": samples["shard"],
-            "bytes": samples["bytes"].astype(np.int64),
-            "seconds": seconds,
-            "symbols": samples["label_length"].astype(np.int64),
-            "labelled_seconds": np.where(samples["label_length"] > 0, seconds, 0.0),
-        }
-    )
 
 
 def tabulate_clips(clips: pd.DataFrame) -> Tables:

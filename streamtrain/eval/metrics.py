@@ -9,6 +9,7 @@ from rapidfuzz.distance import Levenshtein
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from sharding.files.document import STRICT, Size
+from sharding.labels.ipa import normalize_ipa
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,6 +62,34 @@ def spoken_words(text: str) -> list[str]:
     """
     words: list[str] = _normalize_words(text).split()
     return words
+
+
+def cer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Return the corpus-level character error rate of IPA labels, in the challenge's normal form.
+
+    Raises:
+        ValueError: If there are not equally many of both.
+
+    Example:
+        >>> cer(["kæt", "dɔg"], ["kæp", "dɔg"])
+        0.16666666666666666
+    """
+    pairs = zip(map(normalize_ipa, references), map(normalize_ipa, hypotheses), strict=True)
+    return sum((count_edits(*pair) for pair in pairs), EditCounts()).rate
+
+
+def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Return the corpus-level word error rate of English text, over words as `spoken_words` returns them.
+
+    Raises:
+        ValueError: If there are not equally many of both.
+
+    Example:
+        >>> wer(["the cat"], ["a cat"])
+        0.5
+    """
+    pairs = zip(map(spoken_words, references), map(spoken_words, hypotheses), strict=True)
+    return sum((count_edits(*pair) for pair in pairs), EditCounts()).rate
 
 
 class Resampling:

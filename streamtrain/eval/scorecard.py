@@ -94,6 +94,16 @@ class Evaluation:
     track: str
     rows: dict[str, tuple[int, ...]]  # rows of the index by clip id: its pieces in order
 
+    @property
+    def cer(self) -> float:
+        """Return the pooled character error rate."""
+        return self.total.rate
+
+    @property
+    def wer(self) -> float | None:
+        """Return the pooled word error rate; None on the phonetic track."""
+        return self.words.rate if self.words else None
+
 
 def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
     """Return the scorecard as it is written. `index` has the counts of rejected validation clips."""

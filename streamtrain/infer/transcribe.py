@@ -96,7 +96,7 @@ def transcribe(
         failed = progress.failed
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
             for chunk in chunk_by_memory(read_ahead(load, iter(left), READERS)):
-                rows = _decode_chunk(model, chunk, options)
+                rows = decode_recordings(model, chunk, options)
                 failed += sum(row["error"] is not None for row in rows)
                 progress.write(rows, failed)
                 bar.update(len(rows))
@@ -220,7 +220,10 @@ def load(recording: Recording) -> LoadedRecording:
     return LoadedRecording(recording, recording.utterance_id, error=message)
 
 
-def _decode_chunk(model: CTCModel, items: Sequence[LoadedRecording], options: DecodingOptions) -> list[dict[str, Any]]:
+def decode_recordings(
+    model: CTCModel, items: Sequence[LoadedRecording], options: DecodingOptions
+) -> list[dict[str, Any]]:
+    """Return the row of each recording."""
     pieces = [piece for item in items for piece in item.pieces]
     transcripts = iter(_decode_pieces(model, pieces, options))
     return [_row(item, [next(transcripts) for _ in item.pieces], model, options) for item in items]

@@ -20,9 +20,10 @@ from matplotlib.image import imread
 from sharding.errors import ShardError
 from sharding.pool import Workers
 from sharding.report import plots
-from sharding.report.inspect import SILENCE_DB, measure_shard, read_clips
+from sharding.report.inspect import SILENCE_DB, measure_shard
 from sharding.shardset.index import ShardIndex, read_index
 from sharding.shardset.store import open_store
+from sharding.shardset.table import read_clips
 from tests.tools.commands import Command
 from tests.tools.corpus import make_corpus, read_manifest, write_manifest
 from tests.tools.seaweed import BUCKET, Seaweed

@@ -1,0 +1,64 @@
+"""Open a shard set from Python: its samples by key, and their table."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sharding.audio.codec import Waveform, decode
+from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
+from sharding.shardset.sample import Sample
+from sharding.shardset.store import Store, open_store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class ShardSet(Mapping[str, Sample]):
+    """Read the samples of a shard set by key, with random access, on disk or in a bucket.
+
+    Example:
+        >>> shards = open_shards("data/shards")
+        >>> shards["U_1"].text, len(shards)
+    """
+
+    def __init__(self, url: str, store: Store, index: ShardIndex) -> None:
+        self.url, self.store, self.index = url, store, index
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(read_keys(self.store, self.index).tolist())}
+
+    def __getitem__(self, key: str) -> Sample:
+        """Return a sample with its encoded audio. Raises KeyError, and ShardError if its checksum differs."""
+        return read_sample(self.store, self.index, self._rows[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self.index.samples)
+
+    def waveform(self, key: str) -> Waveform:
+        """Return the audio of a sample, float32 (samples,) at 16 kHz in [-1, 1]."""
+        return decode(self[key].audio)[0]
+
+    def table(self) -> "pd.DataFrame":
+        """Return a row per sample, by key: its split, bucket, corpus, age_bucket, child_id, bytes, seconds, symbols."""
+        from sharding.shardset.table import read_clips
+
+        return read_clips(self.store, self.index).set_index(read_keys(self.store, self.index)).drop(columns="total")
+
+
+def open_shards(url: str | Path) -> ShardSet:
+    """Open a shard set in a folder or at an `s3://`, `gs://`, `az://` or `https://` URL.
+
+    Raises:
+        StreamtrainError: If there is no shard set, or it is damaged.
+
+    Example:
+        >>> shards = open_shards("s3://speech/shards")
+        >>> shards.table().groupby("corpus").seconds.sum()
+    """
+    store = open_store(url)
+    return ShardSet(str(url), store, read_index(store))

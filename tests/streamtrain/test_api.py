@@ -1,0 +1,128 @@
+"""The public API: `import streamtrain as st` and nothing else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from torch.utils.data import DataLoader
+
+import streamtrain as st
+from tests.tools.commands import ROOT
+from tests.tools.corpus import read_manifest
+from tests.tools.models import save, talkative
+from tests.tools.training_runs import run
+
+EXAMPLE = """
+import sys
+import streamtrain as st
+raw, shards, model, run = sys.argv[1:]
+built = st.build([raw], shards, num_buckets=2, valid_fraction=0.3)
+print(built.rejected)
+config = st.load_config("configs/zero2.json", [
+    f"data.shards={shards}", "data.batch_seconds=8", f"model.pretrained={model}", f"train.run_dir={run}",
+    "train.max_steps=4", "train.warmup_steps=1", "eval.every_steps=2", "train.micro_batches_per_step=2"])
+print(st.plan(st.open_shards(shards), config).steps)
+for _ in range(2):  # the second time, nothing is left to do
+    result = st.train(config)
+    print(result.step, result.best_cer)
+model = st.load_model(f"{run}/best")
+evaluation = st.evaluate(model, st.open_shards(shards))
+assert evaluation.cer == result.best_cer, (evaluation.cer, result.best_cer)
+print("end")
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(work: Path) -> st.ShardSet:
+    return st.open_shards(work / "shards")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> st.Recogniser:
+    return st.load_model(save(talkative("wav2vec2, group norm"), tmp_path_factory.mktemp("model") / "best"))
+
+
+def test_every_name_is_there_and_the_import_takes_no_time() -> None:
+    assert all(getattr(st, name) is not None for name in st.__all__)
+    assert len(st.__all__) < 20
+    code = "import sys, streamtrain; print(sorted({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        st.nothing  # noqa: B018
+
+
+def test_a_shard_set_is_a_mapping_with_a_table(shards: st.ShardSet, work: Path) -> None:
+    table = shards.table()
+    assert set(shards) == set(table.index)
+    assert len(shards) == len(table)
+    texts = {row["utterance_id"]: row["phonetic_text"] for row in read_manifest(work / "raw/tiny")}
+    key = next(key for key in shards if table.loc[key, "split"] == "train")
+    sample = shards[key]
+    assert sample.text in texts[sample.parent_id or sample.utterance_id]
+    assert len(shards.waveform(key)) == round(table.loc[key, "seconds"] * 16_000)
+    with pytest.raises(KeyError):
+        shards["nobody"]
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (2, 1), (0, 2), (2, 2)])
+def test_a_dataset_has_each_labelled_clip_once(shards: st.ShardSet, workers: int, world_size: int) -> None:
+    """Whatever the number of ranks and of loader processes; another epoch has another order."""
+    table = shards.table()
+    orders = []
+    for epoch in (0, 1):
+        keys = []
+        for rank in range(world_size):
+            dataset = st.ShardDataset(shards, batch_seconds=8, rank=rank, world_size=world_size)
+            dataset.set_epoch(epoch)
+            batches = list(DataLoader(dataset, batch_size=None, num_workers=workers))
+            assert len(batches) == len(dataset)
+            assert all(batch.inputs.numel() <= 8 * 16_000 for batch in batches)
+            keys += [key for batch in batches for key in batch.keys]
+        assert sorted(keys) == sorted(table.index[table["split"] == "train"])
+        orders.append(keys)
+    assert orders[0] != orders[1]
+
+
+def test_samples_and_files_are_transcribed_alike(shards: st.ShardSet, model: st.Recogniser, tmp_path: Path) -> None:
+    waveform = np.concatenate([shards.waveform(key) for key in list(shards)[:3]])
+    soundfile.write(tmp_path / "clip.wav", waveform, 16_000, subtype="FLOAT")
+    of_samples, of_file = model.transcribe(waveform, sample_rate=16_000), model.transcribe(tmp_path / "clip.wav")
+    assert of_samples == of_file
+    assert of_samples.text == " ".join(word.text for word in of_samples.words)
+    assert 0 < of_samples.confidence <= 1
+    ends = [second for word in of_samples.words for second in (word.start, word.end)]
+    assert ends == sorted(ends)
+    assert ends[-1] <= len(waveform) / 16_000
+    stereo = np.stack([waveform, waveform], axis=1)
+    assert model.transcribe(stereo, sample_rate=16_000) == of_samples
+    assert len(model.transcribe(waveform, sample_rate=16_000, nbest=3).nbest) == 3
+    assert model.transcribe(waveform.repeat(2), sample_rate=32_000).text
+
+
+@pytest.mark.parametrize(("samples", "rate", "message"), [
+    (np.zeros(16_000, np.float32), None, "without their sample_rate"), (np.zeros(0, np.float32), 16_000, "expected"),
+    (np.full(16_000, np.nan, np.float32), 16_000, "finite"), (np.zeros((2, 2, 2), np.float32), 16_000, "shape"),
+])  # fmt: skip
+def test_samples_that_are_no_audio_are_refused(
+    samples: np.ndarray, rate: int | None, message: str, model: st.Recogniser
+) -> None:
+    with pytest.raises(st.StreamtrainError, match=message):
+        model.transcribe(samples, rate)
+
+
+def test_rates_are_those_of_the_whole_corpus() -> None:
+    assert st.cer(["kæt", "dɔg"], ["kæp", "dɔg"]) == 1 / 6
+    assert st.wer(["the cat"], ["a cat"]) == 1 / 2
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        st.cer(["kæt"], [])
+
+
+def test_a_script_builds_plans_trains_and_evaluates_in_one_process(work: Path, tmp_path: Path) -> None:
+    """Without a main guard, and going on after `train` has returned."""
+    arguments = [work / "raw/tiny", tmp_path / "shards", work / "model", tmp_path / "run"]
+    done = run([sys.executable, "-c", EXAMPLE, *arguments])
+    assert done.stdout.splitlines()[-1] == "end"
