@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -30,6 +31,7 @@ from streamtrain.world import World
 log = logging.getLogger("streamtrain")
 
 Tensors = dict[str, torch.Tensor]
+NO_FP16_HINT = "deepspeed.bf16.enabled=true trains in bf16, deepspeed.torch_autocast.enabled=true partly so"
 MAX_BUCKET = 500_000_000  # elements, as the engine's own
 
 
@@ -51,7 +53,10 @@ class Engine:
     ) -> None:
         self.model, self.world = model, world
         self._recipe = recipe
-        self._autocast = check_precision(settings) == "torch_autocast"
+        precision = check_precision(settings)
+        if precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError("deepspeed.fp16 is enabled, which this device does not compute in", NO_FP16_HINT)
+        self._autocast = precision == "torch_autocast"
         groups = [{"params": group.parameters, "lr": group.peak} for group in recipe.groups]
         try:
             self._engine, *_ = deepspeed.initialize(
