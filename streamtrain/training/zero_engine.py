@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -30,6 +31,7 @@ from streamtrain.training.schedule import LRSchedule
 log = logging.getLogger("streamtrain")
 
 Tensors = dict[str, torch.Tensor]
+NO_FP16_HINT = "deepspeed.bf16.enabled=true trains in bf16, deepspeed.torch_autocast.enabled=true partly so"
 MAX_BUCKET = 500_000_000  # elements, DeepSpeed's own default
 
 
@@ -51,7 +53,10 @@ class Engine:
     ) -> None:
         self.model, self.world = model, world
         self._schedule = schedule
-        self._autocast = check_precision(settings) == "torch_autocast"
+        precision = check_precision(settings)
+        if precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError("deepspeed.fp16 is enabled, which this device does not support", NO_FP16_HINT)
+        self._autocast = precision == "torch_autocast"
         groups = [{"params": group.parameters, "lr": group.peak} for group in schedule.groups]
         try:
             self._engine, *_ = deepspeed.initialize(

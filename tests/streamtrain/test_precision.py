@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from streamtrain.precision import NEVER, OFFLOADS, PRECISIONS, ConfigError, check_precision
 from tests.tools.ports import free_port
@@ -110,6 +111,10 @@ def test_what_is_allowed_is_trained_resumed_and_scored_alike(precision: str, sta
     if precision == "fp16":
         settings += ["deepspeed.fp16.initial_scale_power=8"]
     command = training(work, folder.name, *settings, config=f"zero{stage}")
+    if precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        assert "ConfigError: deepspeed.fp16 is enabled, which this device does not support" in run(command, expect=1).stderr
+        assert not folder.exists()
+        return
     run(command)
     whole = losses(folder)
     assert len(set(whole)) == 4
