@@ -132,7 +132,7 @@ def test_a_file_of_ours_with_an_unknown_field_is_refused() -> None:
                     behaviour = schema.get("extra_behavior") or schema.get("config", {}).get("extra_fields_behavior")
                     own = {schema["cls"].__name__, name}
                     assert behaviour == "forbid" or own & READ_IN_PART.keys(), f"{name}: {schema['cls'].__name__}"
-    assert {"_Document", "_Numbers", "_File", "_Pointer", "_State", "Finish", "ClipScore"} <= found
+    assert {"_Document", "_Numbers", "_File", "_Pointer", "_State", "RunResult", "ClipScore"} <= found
 
 
 BOMB = zstandard.ZstdCompressor(level=3).compress(bytes(2**29))  # half a gigabyte in a few kilobytes

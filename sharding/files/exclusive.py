@@ -48,7 +48,7 @@ class LockedError(Exception):
         self.holder, self.remedy = holder, remedy
 
     @property
-    def who(self) -> str:
+    def holder_note(self) -> str:
         """Return the holder's name in brackets as the end of a message, or nothing if it is unknown."""
         return "" if self.holder is None else f" ({name_holder(self.holder)})"
 

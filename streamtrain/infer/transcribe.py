@@ -152,7 +152,8 @@ class Progress:
             self._held.enter_context(exclusive(self._file))
         except LockedError as error:
             raise StreamtrainError(
-                f"{out}: another run is writing it{error.holder}", f"wait for it, or name another file{error.remedy}"
+                f"{out}: another run is writing it{error.holder_note}",
+                f"wait for it, or name another file{error.remedy}",
             ) from error
         size = 0
         if self._state.is_file() and self._partial.is_file():

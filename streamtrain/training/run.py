@@ -360,7 +360,7 @@ def _lock_run(run: Path, world: World) -> Iterator[None]:
                 raise
     except LockedError as error:
         raise TrainError(
-            f"{run}: another run is writing here{error.holder}",
+            f"{run}: another run is writing here{error.holder_note}",
             f"wait for it, stop it, or name another train.run_dir{error.remedy}",
         ) from error
 

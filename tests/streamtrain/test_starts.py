@@ -148,7 +148,7 @@ def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog:
     done = run_module("streamtrain", "summary", folder)
     assert done.returncode == 1
     assert "CER" in done.stdout
-    assert f"{folder}: this run has not finished (it has no finished.json)\nhint: the same training" in done.stderr
+    assert f"{folder}: this run has not finished (it has no finished.json)\nhint: run the same training" in done.stderr
     warn_unless_finished(folder / "best")
     assert "is the best model so far: its run has not finished" in caplog.text
 
