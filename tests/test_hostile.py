@@ -420,6 +420,8 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     (("settings", "valid_fraction"), 2, "less than"), (("settings", "more"), 1, "'settings.more' is unknown"),
     (("settings",), [], "'settings' is"), (("notes",), [], "'notes' is"), (("notes",), {}, "'notes.clips' is missing"),
     (("notes", "validation"), {}, "'notes.validation.disjoint_by_speaker' is missing"),
+    (("notes", "validation"), {"disjoint_by_speaker": True, "fallback_speaker": None, "clips": 0, "rejected": 0},
+     "'notes.validation.kept_in_training' is missing"), (("settings", "valid"), ["x"], "'settings.valid' is set"),
     (("notes", "validation", "fallback_speaker"), "x", "should match"),
     (("notes", "validation", "kept_in_training"), [0], "kept_in_training"),
     (("notes", "rejected"), "none", "'notes.rejected' is"), (("duration_bins",), [], "'duration_bins' is"),

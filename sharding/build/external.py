@@ -99,6 +99,7 @@ def index_tars(
             "validation": {
                 "disjoint_by_speaker": _is_disjoint(shards),
                 "fallback_speaker": None,
+                "kept_in_training": [],
                 "clips": tally.validation["clips"],
                 "rejected": tally.validation["rejected"],
             },

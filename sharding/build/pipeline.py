@@ -413,8 +413,7 @@ def _read_base(store: Store, settings: BuildConfig) -> ShardIndex | None:
     if not store.exists(INDEX_NAME):
         return None
     index, wanted = read_index(store), asdict(settings)
-    defaults = asdict(BuildConfig()) if index.settings_hash else {}  # an older set lacks newer settings
-    existing = defaults | index.settings
+    existing = index.settings
     differences = [f"{name} is {existing.get(name) or 'none'} there, requested {wanted[name] or 'none'}"
                    for name in wanted if existing.get(name) != wanted[name]]  # fmt: skip
     if differences:

@@ -1,7 +1,7 @@
 """Describe the index documents of a shard set as types that validate them when they are read."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Literal
 
 from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -39,7 +39,7 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
 class _BuildSettings(TypedDict, total=False):
-    """Describe the settings of a build; sets of older versions lack some."""
+    """Describe the settings of a build."""
 
     max_duration: Annotated[Number, Field(ge=0.01, le=86_400)]
     valid_fraction: Fraction
@@ -66,7 +66,7 @@ class _Settings(_BuildSettings, _External):
 class _Validation(TypedDict):
     disjoint_by_speaker: Annotated[bool, Field(strict=True)]
     fallback_speaker: _SpeakerHash | None
-    kept_in_training: NotRequired[list[_SpeakerHash]]  # sets of older versions have none
+    kept_in_training: list[_SpeakerHash]
     clips: Size
     rejected: Size
 
@@ -157,6 +157,8 @@ def check_document(document: IndexDocument) -> None:
     bins, shards, count = document.duration_bins, document.shards, document.samples["count"]
     if list(bins) != sorted(bins):
         raise DocumentError(f"'duration_bins' are {list(bins)}, but must increase")
+    if "valid" in document.settings and EXTERNAL not in document.settings:
+        raise DocumentError("'settings.valid' is set, although the tars are those of a build")
     for number, shard in enumerate(shards):
         if shard.bucket >= len(bins):
             raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)} buckets")

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 from sharding.audio.vad import Stretch
 from sharding.build.external import TarJob, index_tar
-from sharding.build.pipeline import BuildConfig, RunOptions, build
+from sharding.build.pipeline import BuildConfig, RunOptions, _exceptions_of, build
 from sharding.errors import AudioError, StreamtrainError
 from sharding.files.exclusive import parse_holder, this_process
 from sharding.report import files as report
@@ -220,6 +220,9 @@ def make_documents(folder: Path) -> dict[str, Document]:
 
     def read_set() -> None:
         index = read_index(store)
+        _exceptions_of(index)  # as an append does
+        if not index.external:
+            BuildConfig(**index.settings)  # as a repair does
         list(read_index_headers(store))
         check_shard(store, read_checked(store, index.shards[0]), index.track)
 
