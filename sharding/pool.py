@@ -71,6 +71,7 @@ class Workers:
     def __init__(self, count: int, executor: Executor | None = None) -> None:
         context = multiprocessing.get_context("spawn")  # rather than fork: the parent may have threads
         self.count = count
+        self._others = {process.pid for process in multiprocessing.active_children()}  # the caller's own
         self._counter = context.RawValue("q", 0)  # without a lock, which a killed worker would leave locked
         self._executor = executor or ProcessPoolExecutor(count, context, _start_worker, (self._counter,))
 
@@ -80,7 +81,8 @@ class Workers:
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:  # their results are lost anyway, and an unresponsive server may delay them
             for process in multiprocessing.active_children():
-                process.kill()
+                if process.pid not in self._others:
+                    process.kill()
         self._executor.shutdown(cancel_futures=True)
 
     def check_health(self) -> None:
@@ -90,7 +92,10 @@ class Workers:
         """Return a readable error if workers have died, or None if `error` has another cause."""
         if not isinstance(error, BrokenProcessPool):
             return None
-        return StreamtrainError(f"a worker process died while {label}", "out of memory? try fewer: --workers 1")
+        hint = (
+            "out of memory? try fewer: --workers 1; a Python script needs `if __name__ == '__main__':` around its calls"
+        )
+        return StreamtrainError(f"a worker process died while {label}", hint)
 
     def map(
         self,

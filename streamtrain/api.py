@@ -1,9 +1,12 @@
 """Build, plan, train and evaluate from Python. Each function is what the command of its name runs."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharding.errors import StreamtrainError
+from sharding.pool import available_cores
 from sharding.shardset.index import check_presence
 from streamtrain.config import Config
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
@@ -16,28 +19,56 @@ if TYPE_CHECKING:
     from streamtrain.run_status import RunResult
 
 
-def build(sources: Sequence[str | Path], out: str | Path, **settings: Any) -> "BuildResult":
-    """Build a shard set from corpora.
+def build(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    append: bool = False,
+    dry_run: bool = False,
+    alignments: str | Path | None = None,
+    columns: str = "",
+    audio_root: str = "",
+    follow_links: bool = False,
+    **settings: Any,
+) -> "BuildResult":
+    """Build a shard set from corpora. In a script, call it under `if __name__ == "__main__":`, as it starts processes.
 
     Args:
         sources: Folders, or transcripts files.
         out: Folder or URL of the shard set.
-        **settings: Options of the command, such as `max_duration=25` (s), `track="word"`, `workers=8`, `append=True`.
+        workers: Processes (default: the cores).
+        append: Add clips that `out` lacks.
+        dry_run: Decode, check and plan everything, and write nothing.
+        alignments: Output of `align` on shards of the same sources.
+        columns: Columns of a transcripts file with other names: "audio_path=path,text=sentence".
+        audio_root: Folder of absolute audio paths.
+        follow_links: Also read audio that links lead to outside its source's folder.
+        **settings: Settings of the bytes, such as `max_duration=25` (s), `track="word"`, `num_buckets=8`.
 
     Returns:
         The index, the summary, and the share of rejected clips.
 
     Raises:
-        StreamtrainError: If the sources cannot be read, or another build is writing there.
+        StreamtrainError: If a setting or a source has a fault, or another build is writing there.
 
     Example:
         >>> build(["data/raw/a"], "data/shards", max_duration=25).rejected
     """
     from sharding.build.pipeline import BuildConfig, RunOptions
     from sharding.build.pipeline import build as build_shards
+    from sharding.segment.evidence import NO_ALIGNMENTS, read_alignments
+    from sharding.shardset.schema import check_settings
+    from sharding.sources.manifest import ManifestOptions, parse_columns
 
-    run = {name: settings.pop(name) for name in ("workers", "append", "scheduler") if name in settings}
-    return build_shards([Path(source) for source in sources], str(out), BuildConfig(**settings), RunOptions(**run))
+    if isinstance(sources, str | Path) or "alignments" in settings:
+        raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
+    check_settings(settings)
+    aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
+    manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
+    options = RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
+    config = BuildConfig(**settings, alignments=aligned.digest)
+    return build_shards([Path(source) for source in sources], str(out), config, options)
 
 
 def plan(shards: ShardSet, config: Config, epoch: int = 0) -> EpochPlan:
@@ -58,7 +89,8 @@ def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunRes
         replan: Accept changed batching settings at a resume.
 
     Raises:
-        StreamtrainError: If the configuration, the data or a resume has a fault.
+        StreamtrainError: If the configuration, the data or a resume has a fault, or SIGTERM or Ctrl-C stopped the run.
+            The same call then resumes it.
 
     Example:
         >>> train(load_config("configs/demo.json", ["train.max_steps=10"])).best_cer
@@ -67,7 +99,12 @@ def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunRes
     from streamtrain.run_status import read_result
     from streamtrain.training.run import train as train_rank
 
-    train_rank(config, join_group(), resume, replan)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train_rank(config, join_group(), resume, replan)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return read_result(Path(config.train.run_dir))
 
 
@@ -87,7 +124,7 @@ def evaluate(
         Integer counts of all clips (`total`), `cer`, `wer` (word track) and `clips` with their hypotheses.
 
     Raises:
-        StreamtrainError: If the model is of another track, or shards are missing.
+        StreamtrainError: If the split has no clips, the model is of another track, or shards are missing.
 
     Example:
         >>> evaluate(load_model("runs/zero2/best"), open_shards("data/shards")).cer
@@ -97,6 +134,8 @@ def evaluate(
     from streamtrain.eval.evaluate import evaluate as evaluate_stream
 
     check_presence(shards.store, shards.index)
+    if split not in ("valid", "train") or not len(shards.index.split(split)):
+        raise StreamtrainError(f"{shards.url}: has no clips in split {split!r} to score")
     world = World()
     stream = ShardStream(shards.index, shards.store, model.network.vocab, model.network.normalize, world)
     return evaluate_stream(model.network, stream, split, batch_seconds, world, beam=beam)

@@ -1,13 +1,14 @@
 """Describe the index documents of a shard set as types that validate them when they are read."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.files.document import STRICT, Count, DocumentError, Fraction, Hash, Number, Size
+from sharding.errors import StreamtrainError
+from sharding.files.document import STRICT, Count, DocumentError, Fraction, Hash, Number, Size, validate
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
 SPLITS = ("train", "valid", "unlabelled")
@@ -41,6 +42,8 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 class _BuildSettings(TypedDict, total=False):
     """Describe the settings of a build."""
 
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
     max_duration: Annotated[Number, Field(ge=0.01, le=86_400)]
     valid_fraction: Fraction
     num_buckets: Annotated[Count, Field(ge=1, le=100)]
@@ -61,6 +64,17 @@ class _Settings(_BuildSettings, _External):
     """Describe the settings of a build, or of tars that another program wrote."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
+
+
+_SETTINGS = TypeAdapter(_BuildSettings)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise StreamtrainError if these are not settings of a build."""
+    try:
+        validate(settings, _SETTINGS)
+    except DocumentError as error:
+        raise StreamtrainError(f"setting {error}", f"settings: {', '.join(_BuildSettings.__annotations__)}") from error
 
 
 class _Validation(TypedDict):

@@ -33,6 +33,14 @@ class ShardSet(Mapping[str, Sample]):
         """Return a sample with its encoded audio. Raises KeyError, and ShardError if its checksum differs."""
         return read_sample(self.store, self.index, self._rows[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
@@ -40,7 +48,7 @@ class ShardSet(Mapping[str, Sample]):
         return len(self.index.samples)
 
     def waveform(self, key: str) -> Waveform:
-        """Return the audio of a sample, float32 (samples,) at 16 kHz in [-1, 1]."""
+        """Return the audio of a sample, float32 (samples,) at 16 kHz in [-1, 1]. Raises AudioError if it is damaged."""
         return decode(self[key].audio)[0]
 
     def table(self) -> "pd.DataFrame":

@@ -1,12 +1,15 @@
 """Serve an epoch plan as a torch IterableDataset, for training loops that are not ours."""
 
+import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from sharding.errors import StreamtrainError
 from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import ShardStream, WorkerShard
-from streamtrain.data.plan import EpochPlan, PlanSettings, check_world_size, plan_epoch
+from streamtrain.data.plan import EpochPlan, PlanError, PlanSettings, plan_epoch
 from streamtrain.data.shard_set import ShardSet
 from streamtrain.distributed import World
 from streamtrain.model.vocab import Vocab, vocab_of
@@ -26,10 +29,12 @@ class ShardDataset(IterableDataset[Batch]):
         normalize: Give each clip zero mean and unit variance, as models with `do_normalize` need it.
 
     Raises:
-        PlanError: If a clip is longer than `batch_seconds`.
+        StreamtrainError: If a clip is longer than `batch_seconds`, or a forked worker process reads from a bucket.
 
-    Each `Batch` has inputs (B, samples) float32 at 16 kHz, input_lengths (B,), targets (B, symbols) and target_lengths
-    (B,); a short epoch has empty batches. Any `DataLoader(dataset, batch_size=None, num_workers=N)` can share the work.
+    Each `Batch` has inputs (B, samples) float32 at 16 kHz, input_lengths (B,), targets (B, symbols), target_lengths
+    (B,) and weights (B,). A row of weight 0 is silence, without a loss: a clip that failed to decode, or the only
+    row of a batch if there are fewer clips than `world_size`. Threads read ahead; `DataLoader(dataset, batch_size=None,
+    num_workers=N)` adds forked processes for shards on disk, also with `persistent_workers`.
 
     Example:
         >>> dataset = ShardDataset(open_shards("data/shards"), batch_seconds=160)
@@ -51,20 +56,33 @@ class ShardDataset(IterableDataset[Batch]):
         normalize: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= rank < world_size:
+            raise PlanError(f"rank is {rank}: from 0 to {world_size - 1} is expected")
         self._settings = PlanSettings(batch_seconds, world_size, seed=seed, speed_factors=tuple(speed_factors))
-        check_world_size(world_size, self._settings.micro_batches_per_step)
         world, vocab = World(rank, world_size), vocab or vocab_of(shards.index.track)
         self._stream = ShardStream(shards.index, shards.store, vocab, normalize, world)
-        self.set_epoch(0)
+        self._remote, self._pid = shards.store.remote, os.getpid()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # seen by workers
+        self._planned: tuple[int, EpochPlan] | None = None
+        self._plan()
 
     def set_epoch(self, epoch: int) -> None:
-        """Plan another epoch, with another order of the clips."""
-        self._plan: EpochPlan = plan_epoch(self._stream.index, self._settings, epoch)
+        """Choose another epoch, with another order of the clips."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return self._plan.steps
+        return self._plan().steps
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
+        if self._remote and os.getpid() != self._pid:  # its connections do not survive a fork
+            hint = "num_workers=0: threads read ahead anyway; or copy the shards to a disk"
+            raise StreamtrainError("a forked worker process cannot read from a bucket", hint)
         worker = WorkerShard(info.id, info.num_workers) if info else WorkerShard()
-        return (step.batch for step in self._stream.epoch(self._plan, worker=worker))
+        return (step.batch for step in self._stream.epoch(self._plan(), worker=worker))
+
+    def _plan(self) -> EpochPlan:
+        epoch = int(self._epoch)
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, plan_epoch(self._stream.index, self._settings, epoch)
+        return self._planned[1]

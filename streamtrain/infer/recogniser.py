@@ -1,19 +1,19 @@
 """Transcribe one recording at a time from Python: a file, or samples that are there already."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import soxr
+import soundfile
 
-from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import AudioError, StreamtrainError
 from sharding.labels.ipa import TRACKS
-from sharding.segment.cuts import split_at_pauses
 from streamtrain.distributed import World
-from streamtrain.infer.inputs import Recording, find_recordings
+from streamtrain.infer.inputs import AudioChunk, Recording
 from streamtrain.infer.transcribe import DecodingOptions, LoadedRecording, decode_recordings, load
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.pretrained import load_trained
@@ -47,7 +47,7 @@ class Recogniser:
 
     def transcribe(
         self,
-        audio: str | Path | npt.NDArray[np.floating],
+        audio: str | Path | npt.NDArray[Any],
         sample_rate: int | None = None,
         *,
         beam: int = 0,
@@ -56,19 +56,23 @@ class Recogniser:
         """Return the transcription of a recording of any length; over 25 s it is split at pauses.
 
         Args:
-            audio: A file, or samples in [-1, 1], shape (samples,) or (samples, channels).
+            audio: A file on disk, or samples, shape (samples,) or (samples, channels): floats, int16, int32.
             sample_rate: Of samples, Hz.
             beam: Width of the prefix beam search; 0: the best path.
-            nbest: Texts of the n-best list, which needs a beam of at least that width.
+            nbest: Texts of the n-best list. The beam is at least as wide.
 
         Raises:
-            AudioError: If the file cannot be decoded, or the samples are not finite.
+            AudioError: If the file cannot be read, or is refused as in `transcribe`; likewise samples.
             StreamtrainError: If the sample rate is missing.
 
         Example:
             >>> load_model("runs/zero2/best").transcribe("clip.flac").text
         """
-        loaded = _from_samples(audio, sample_rate) if isinstance(audio, np.ndarray) else _from_file(Path(audio))
+        if isinstance(audio, np.ndarray):
+            data = _encode(audio, sample_rate)
+            loaded = _load("samples", lambda: [AudioChunk(data)])
+        else:
+            loaded = _load(str(audio), lambda: [AudioChunk(Path(audio).read_bytes())])
         (row,) = decode_recordings(self.network, [loaded], DecodingOptions(beam=max(beam, nbest), nbest=nbest))
         words = (TimedWord(word["word"], word["start"], word["end"], word["confidence"]) for word in row["words"])
         texts = (hypothesis["text"] for hypothesis in row.get("nbest", ()))
@@ -91,25 +95,28 @@ def load_model(folder: str | Path) -> Recogniser:
     return Recogniser(load_trained(folder).to(World().device))
 
 
-def _from_file(path: Path) -> LoadedRecording:
-    loaded = load(find_recordings([str(path)])[0])
+def _load(name: str, read: Callable[[], list[AudioChunk]]) -> LoadedRecording:
+    loaded = load(Recording(name, name, read))
     if loaded.error is not None:
-        raise AudioError(f"{path}: {loaded.error}")
+        raise AudioError(f"{name}: {loaded.error}")
     return loaded
 
 
-def _from_samples(samples: npt.NDArray[np.floating], sample_rate: int | None) -> LoadedRecording:
+def _encode(samples: npt.NDArray[Any], sample_rate: int | None) -> bytes:
+    """Return samples as a WAV file of their own type, so that they are checked, mixed and resampled like any file."""
     if sample_rate is None:
         raise StreamtrainError(
             "samples were given without their sample_rate", "transcribe(samples, sample_rate=16_000)"
         )
-    mono = samples.astype(np.float32) if samples.ndim == 1 else samples.mean(axis=1, dtype=np.float32)
-    if mono.ndim != 1 or not len(mono) or not np.isfinite(mono).all():
+    subtype = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT", "float64": "DOUBLE"}.get(samples.dtype.name)
+    if subtype is None or samples.ndim not in (1, 2) or not 0 < sample_rate < 2**31:
+        wanted = "int16, int32 or floats of shape (samples,) or (samples, channels)"
         raise AudioError(
-            f"samples of shape {samples.shape}: finite ones of shape (samples,) or (samples, channels) expected"
+            f"samples: {samples.dtype} of shape {samples.shape} at {sample_rate} Hz, {wanted} are expected"
         )
-    waveform = soxr.resample(mono, sample_rate, SAMPLE_RATE) if sample_rate != SAMPLE_RATE else mono
-    cut: Sequence[tuple[int, npt.NDArray[np.float32]]] = list(split_at_pauses(waveform))
-    recording = Recording("samples", "", load=list, stamp="")
-    starts = tuple(start / SAMPLE_RATE for start, _ in cut)
-    return LoadedRecording(recording, "samples", tuple(piece for _, piece in cut), starts)
+    file = io.BytesIO()
+    try:
+        soundfile.write(file, samples, sample_rate, format="WAV", subtype=subtype)
+    except (soundfile.LibsndfileError, ValueError) as error:
+        raise AudioError(f"samples of shape {samples.shape} at {sample_rate} Hz: {error}") from error
+    return file.getvalue()

@@ -16,7 +16,7 @@ from tests.tools.models import save, talkative
 from tests.tools.training_runs import run
 
 EXAMPLE = """
-import sys
+import signal, sys
 import streamtrain as st
 raw, shards, model, run = sys.argv[1:]
 built = st.build([raw], shards, num_buckets=2, valid_fraction=0.3)
@@ -31,6 +31,7 @@ for _ in range(2):  # the second time, nothing is left to do
 model = st.load_model(f"{run}/best")
 evaluation = st.evaluate(model, st.open_shards(shards))
 assert evaluation.cer == result.best_cer, (evaluation.cer, result.best_cer)
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 print("end")
 """
 
@@ -97,21 +98,70 @@ def test_samples_and_files_are_transcribed_alike(shards: st.ShardSet, model: st.
     ends = [second for word in of_samples.words for second in (word.start, word.end)]
     assert ends == sorted(ends)
     assert ends[-1] <= len(waveform) / 16_000
-    stereo = np.stack([waveform, waveform], axis=1)
-    assert model.transcribe(stereo, sample_rate=16_000) == of_samples
+    assert model.transcribe(np.stack([waveform, waveform], axis=1), sample_rate=16_000) == of_samples
+    opposite = model.transcribe(np.stack([waveform, -waveform], axis=1), sample_rate=16_000)
+    assert opposite.text == of_samples.text  # a mix would be silence
+    assert model.transcribe((waveform * 32_767).astype(np.int16), sample_rate=16_000).text == of_samples.text
     assert len(model.transcribe(waveform, sample_rate=16_000, nbest=3).nbest) == 3
     assert model.transcribe(waveform.repeat(2), sample_rate=32_000).text
 
 
 @pytest.mark.parametrize(("samples", "rate", "message"), [
-    (np.zeros(16_000, np.float32), None, "without their sample_rate"), (np.zeros(0, np.float32), 16_000, "expected"),
-    (np.full(16_000, np.nan, np.float32), 16_000, "finite"), (np.zeros((2, 2, 2), np.float32), 16_000, "shape"),
+    (np.zeros(16_000, np.float32), None, "without their sample_rate"), (np.zeros(0, np.float32), 16_000, "samples: "),
+    (np.full(16_000, np.nan, np.float32), 16_000, "samples: "), (np.zeros((2, 2, 2), np.float32), 16_000, "shape"),
+    (np.zeros(100, np.float32), 16_000, "samples: "), (np.zeros(16_000, np.float32), 0, "0 Hz"),
+    (np.zeros((2, 160_000), np.float32), 16_000, "shape"), (np.zeros(16_000, np.int64), 16_000, "int64"),
 ])  # fmt: skip
 def test_samples_that_are_no_audio_are_refused(
     samples: np.ndarray, rate: int | None, message: str, model: st.Recogniser
 ) -> None:
     with pytest.raises(st.StreamtrainError, match=message):
         model.transcribe(samples, rate)
+
+
+@pytest.mark.parametrize("place", ["missing.wav", "."])
+def test_what_is_no_file_is_refused(place: str, model: st.Recogniser, tmp_path: Path) -> None:
+    with pytest.raises(st.StreamtrainError, match=str(tmp_path / place)):
+        model.transcribe(tmp_path / place)
+
+
+@pytest.mark.parametrize("split", ["vaild", "unlabelled"])
+def test_a_split_without_clips_has_no_score(split: str, shards: st.ShardSet, model: st.Recogniser) -> None:
+    with pytest.raises(st.StreamtrainError, match=r"has no clips in split .* to score"):
+        st.evaluate(model, shards, split=split)
+
+
+def test_persistent_workers_see_the_epoch(shards: st.ShardSet) -> None:
+    dataset = st.ShardDataset(shards, batch_seconds=8)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    orders = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        orders.append([key for batch in loader for key in batch.keys])
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_a_forked_process_does_not_wait_for_a_bucket(bucket: object, url: str) -> None:
+    dataset = st.ShardDataset(st.open_shards(url), batch_seconds=8)
+    assert sum(len(batch.keys) for batch in dataset)
+    with pytest.raises(st.StreamtrainError, match="cannot read from a bucket"):
+        next(iter(DataLoader(dataset, batch_size=None, num_workers=1)))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"track": "words"}, "track"), ({"max_duration": -5}, "max_duration"), ({"maxduration": 5}, "maxduration"),
+    ({"alignments": "nofile.jsonl"}, "nofile.jsonl"),
+])  # fmt: skip
+def test_a_setting_that_is_none_is_named(settings: dict[str, object], message: str, work: Path, tmp_path: Path) -> None:
+    with pytest.raises(st.StreamtrainError, match=message):
+        st.build([work / "raw/tiny"], tmp_path / "out", **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_are_a_list(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(st.StreamtrainError, match="a list of folders or files"):
+        st.build(str(work / "raw/tiny"), tmp_path / "out")
 
 
 def test_rates_are_those_of_the_whole_corpus() -> None:
