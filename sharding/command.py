@@ -1,145 +1,176 @@
-"""What both command lines share: commands of one parser, numbers within bounds, errors told in one line."""
+"""Share what all commands have: one way to parse and to help, checked names, errors in one line."""
 
-import argparse
 import errno
 import io
-import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PosixPath
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter, Token
+from pydantic import Field
 
 from sharding.errors import StreamtrainError
 from sharding.files.names import expand_home
 from sharding.files.writing import STDOUT, file_to_replace, is_stdout
+from sharding.pool import available_cores
 
 PNG, JSONL, ZSTANDARD, ZIP = b"\x89PNG", b"{", b"\x28\xb5\x2f\xfd", b"PK"  # how files begin
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PYDANTIC = re.compile(r"\d+ validation error.*\n +(.*) \[type=[^\0]*")  # its message, and what it says of itself
 NAMED = 3  # sources, in the first line of a command
-Run = Callable[[argparse.Namespace], int]  # a command; returns its exit code
 
 
-class Commands:
-    """A parser of `python -m NAME COMMAND …`."""
+class OutFile(PosixPath):
+    """Name a file to write."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
-        self._parser = argparse.ArgumentParser(prog=prog, description=description)
-        self._commands = self._parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(self, name: str, run: Run, summary: str, opening: str) -> argparse.ArgumentParser:
-        """Add a command; `opening` is told as it starts, with the values of the options that it names in braces."""
-        added = self._commands.add_parser(name, help=summary, description=summary)
-        added.set_defaults(run=run, opening=opening)
-        return added
+def new_app(name: str, summary: str | None, **options: Any) -> App:
+    """Return a command line without commands; called without arguments, it prints its help."""
+    return App(name=name, help=summary, version=_version, help_format="markdown", help_flags=["--help", "-h"],
+               default_parameter=Parameter(negative=(), show_default=_show_default), **options)  # fmt: skip
 
-    def run(self, arguments: Sequence[str] | None) -> int:
-        """Run what is asked for; returns the exit code."""
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
-        options = self._parser.parse_args(list(map(expand_home, sys.argv[1:] if arguments is None else arguments)))
-        shared = any(isinstance(value, Path) and is_stdout(value) for value in vars(options).values())
-        announce(options.opening, options)
-        try:
-            _check_outputs(options)
-            with redirect_stdout(sys.stderr) if shared else nullcontext():
-                code = int(options.run(options))
-            print(end="", flush=True)  # also where it is closed
-            return code
-        except StreamtrainError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 1
-        except BrokenPipeError:  # whoever read this, such as head, has enough
+
+def run(app: App, arguments: Sequence[str] | None = None) -> int:
+    """Run the command that is asked for and return the exit code: 1 for an error, 2 for arguments that do not fit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no IPA
+    words = list(map(expand_home, sys.argv[1:] if arguments is None else arguments))
+    try:
+        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        chain = [*app.name, *(error.command_chain or ())]
+        text = PYDANTIC.sub(r"\1", str(error)).replace("Unused Tokens:", "too many arguments:")
+        print(f"error: {text}\nhint: `{' '.join(chain)} --help` tells what it takes", file=sys.stderr)
+        return 2
+    values = list(_values(bound.arguments.values()))
+    shared = any(isinstance(value, Path) and is_stdout(value) for value in values)
+    try:
+        _check_outputs(values)
+        with redirect_stdout(sys.stderr) if shared else nullcontext():
+            code = int(command(*bound.args, **bound.kwargs) or 0)
+        print(end="", flush=True)  # also if it is closed
+        return code
+    except StreamtrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read this, such as head, has enough
+        _drop_output()
+        return 1
+    except OSError as error:  # a file that cannot be read, or what is printed
+        if error.filename is None and error.errno in FULL:
             _drop_output()
-            return 1
-        except OSError as error:  # a file that cannot be read, or what is printed
-            if error.filename is None and error.errno in FULL:
-                _drop_output()
-                error = OSError(error.errno, error.strerror, "standard output")
-            print(f"{error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
-            return 1
+            error = OSError(error.errno, error.strerror, "standard output")
+        print(f"{error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Raise StreamtrainError if a file that it is to write is one that it is to read, through whatever links."""
-    values = [one for value in vars(options).values() for one in (value if isinstance(value, list) else [value])]
-    outputs = [value for value in values if isinstance(value, OutFile)]
-    inputs = [value for value in values if isinstance(value, str | Path) and not isinstance(value, OutFile)]
-    for out in outputs:
-        for read in inputs:
-            with suppress(OSError, ValueError):  # one of them is not there, or no path at all
-                if os.path.isfile(out) and os.path.samefile(out, read):
-                    raise StreamtrainError(f"{out}: is read, and would be replaced", "name another file to write")
+def announce(opening: str) -> None:
+    """Print on standard error what begins, before libraries are imported that take seconds."""
+    print(opening, file=sys.stderr, flush=True)
 
 
-def announce(opening: str, options: argparse.Namespace) -> None:
-    """Tell on the standard error what is begun, before libraries are imported that take seconds."""
-    named = {name: _shortened(value) if isinstance(value, list) else value for name, value in vars(options).items()}
-    print(opening.format_map(named), file=sys.stderr, flush=True)
-
-
-def _shortened(values: Sequence[object]) -> str:
+def shortened(values: Sequence[object]) -> str:
+    """Return the first of many names, and how many more there are."""
     more = len(values) - NAMED
     return ", ".join(map(str, values[:NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
+def _version() -> str:
+    with suppress(PackageNotFoundError):
+        return version("streamtrain")
+    return "not installed"
+
+
+def _show_default(value: Any) -> str | None:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or None
+    return f"{value:g}" if isinstance(value, float) else str(value) if value not in (None, "", False) else None
+
+
+def _values(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield every single value of the arguments, those of lists and option groups too."""
+    for value in values:
+        if is_dataclass(value):
+            yield from _values(getattr(value, field.name) for field in fields(value))
+        elif isinstance(value, list | tuple):
+            yield from _values(value)
+        else:
+            yield value
+
+
+def _check_outputs(values: Sequence[Any]) -> None:
+    """Raise StreamtrainError if a file to write is also one to read, through whatever links."""
+    outputs = [value for value in values if isinstance(value, OutFile)]
+    inputs = [value for value in values if isinstance(value, str | Path) and not isinstance(value, OutFile)]
+    for out in outputs:
+        for read in inputs:
+            with suppress(OSError, ValueError):  # one of them does not exist, or is no path at all
+                if os.path.isfile(out) and os.path.samefile(out, read):
+                    raise StreamtrainError(f"{out}: is read, and would be replaced", "name another file to write")
+
+
 def _drop_output() -> None:
-    """Have nothing of what was printed left to write: the interpreter would try again at its end, and complain."""
+    """Discard what is still to be printed: the interpreter would try again at its end, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-class OutFile(PosixPath):
-    """The name of a file to write."""
+# --- types of arguments -----------------------------------------------------------------------------------------
 
 
-def out_file(beginning: bytes) -> Callable[[str], Path]:
-    """Return a parser of names of files to write: `-` is the standard output, and then messages go elsewhere.
+def _check_name(_: Any, value: Any) -> None:
+    for name in value if isinstance(value, list) else [value]:
+        if name is not None and not str(name).strip():
+            raise ValueError("a name is expected; is a variable of the shell not set?")
 
-    It refuses a file that is there and begins otherwise than those that the command writes.
+
+def _check_folder(kind: Any, value: Any) -> None:
+    if str(value) == "-":
+        raise ValueError("a folder is written, not a stream; its name is expected")
+    _check_name(kind, value)
+
+
+def out_file(beginning: bytes) -> Parameter:
+    """Return the parameter of a file to write: `-` is standard output, and messages then go to standard error.
+
+    It refuses an existing file that begins otherwise than those that the command writes.
     """
 
-    def parse(text: str) -> Path:
-        path = STDOUT if text == "-" else OutFile(place(text))
+    def convert(_: Any, tokens: Sequence[Token]) -> Path:
+        text = tokens[0].value
+        if not text.strip():
+            raise ValueError("a name is expected; is a variable of the shell not set?")
+        path = STDOUT if text == "-" else OutFile(text)
         there = file_to_replace(path)
         if there is not None and there.is_file():
             with open(there, "rb") as file:
                 if file.read(len(beginning)) not in (b"", beginning):
-                    raise argparse.ArgumentTypeError(f"{text} is there already, and is no such file: name another one")
+                    raise ValueError(f"{text} exists, and is no such file: name another one")
         return path
 
-    return parse
+    return Parameter(converter=convert, allow_leading_hyphen=True, metavar="FILE")
 
 
-def out_folder(text: str) -> str:
-    """Parse the name of a folder to write."""
-    if text == "-":
-        raise argparse.ArgumentTypeError(f"{text!r}: a folder is written, not a stream; its name is expected")
-    return place(text)
+def _whole(_: Any, tokens: Sequence[Token]) -> int:
+    try:
+        return int(tokens[0].value)  # cyclopts itself would take 2.5 for 2
+    except ValueError:
+        raise ValueError("a whole number is expected") from None
 
 
-def place(text: str) -> str:
-    """Parse the name of a file or folder, or a URL; an empty one would be the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r}: a name is expected; is a variable of the shell not set?")
-    return text
+def several(metavar: str) -> Parameter:
+    """Return the parameter of an option that takes several values, and may be given more than once."""
+    return Parameter(consume_multiple=True, metavar=metavar, validator=_check_name)
 
 
-def folder(text: str) -> Path:
-    """Parse the name of a folder to read."""
-    return Path(place(text))
-
-
-def number(low: float, high: float = math.inf, kind: type[float] = float) -> Callable[[str], float]:
-    """A parser of numbers from `low` to `high` that says so when it is given something else."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            wanted = f"from {low:,} to {high:,}" if high < math.inf else f"of {low:,} or more"
-            raise argparse.ArgumentTypeError(f"{text!r}: a number {wanted} is expected")
-        return value
-
-    return parse
+Place = Annotated[str, Parameter(validator=_check_name, metavar="PLACE")]  # a file or folder, or a URL
+Folder = Annotated[Path, Parameter(validator=_check_name, metavar="FOLDER")]  # to read
+OutFolder = Annotated[str, Parameter(validator=_check_folder, metavar="FOLDER", allow_leading_hyphen=True)]
+WHOLE = Parameter(converter=_whole)
+Workers = Annotated[int, Field(ge=1, le=1024), WHOLE]  # processes
+CORES = available_cores()

@@ -55,19 +55,18 @@ def build(
     Example:
         >>> build(["data/raw/a"], "data/shards", max_duration=25).rejected
     """
-    from sharding.build.pipeline import BuildConfig, RunOptions
+    from sharding.build.pipeline import RunOptions
     from sharding.build.pipeline import build as build_shards
     from sharding.segment.evidence import NO_ALIGNMENTS, read_alignments
-    from sharding.shardset.schema import check_settings
+    from sharding.shardset.build_config import BuildConfig, checked
     from sharding.sources.manifest import ManifestOptions, parse_columns
 
     if isinstance(sources, str | Path) or "alignments" in settings:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
-    check_settings(settings)
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
     manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
     options = RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
-    config = BuildConfig(**settings, alignments=aligned.digest)
+    config = checked(BuildConfig, settings | {"alignments": aligned.digest})
     return build_shards([Path(source) for source in sources], str(out), config, options)
 
 

@@ -4,8 +4,6 @@ The plan uses headers alone, so the same input and settings give the same bytes 
 then decoded once, by the worker that writes it.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -59,9 +57,9 @@ from sharding.report import files as report
 from sharding.report.ledger import LedgerPart, LedgerRow, Tally, rejected_row, same_rows, sum_tallies, write_ledger
 from sharding.report.summary import Summary
 from sharding.segment.acoustic_model import PhoneGMM, fit, unpack_model
-from sharding.segment.cuts import MAX_DURATION_SEC
-from sharding.segment.evidence import MAX_FALSE_ACCEPT, NO_ALIGNMENTS, Alignments
+from sharding.segment.evidence import NO_ALIGNMENTS, Alignments
 from sharding.segment.split import LabelThresholds
+from sharding.shardset.build_config import BuildConfig
 from sharding.shardset.index import (
     INDEX_NAME,
     ShardIndex,
@@ -83,28 +81,6 @@ LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of bl
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
 FIT_MIN_SEC = 120.0  # at least: a model trained on less would memorise its own mistakes
 FIT_MAX_CLIP_SEC = 600.0  # longer recordings are not trained on
-
-
-@dataclass(frozen=True, slots=True)
-class BuildConfig:
-    """Hold every setting that determines the bytes of a shard set, besides its sources."""
-
-    max_duration: float = MAX_DURATION_SEC
-    valid_fraction: float = 0.1
-    num_buckets: int = 8
-    shard_mb: float = 64.0
-    min_shards_per_bucket: int = 1
-    track: str = "phonetic"
-    group_by: str = ""
-    min_confidence: float = LabelThresholds.min_confidence
-    max_false_accept: float = MAX_FALSE_ACCEPT
-    min_word_llr: float = LabelThresholds.min_word_llr
-    alignments: str = ""  # digest of the model's alignments
-
-    @property
-    def hash(self) -> str:
-        """Return the SHA-256 of all settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ import numpy as np
 import xxhash
 
 from sharding.build.lock import exclusive_build
-from sharding.build.pipeline import BuildConfig, BuildTask, ShardPlan, plan_build, write_shards
+from sharding.build.pipeline import BuildTask, ShardPlan, plan_build, write_shards
 from sharding.build.scan import ScanResult, hash_128, scan
 from sharding.build.write import BuildContext
 from sharding.errors import MissingError, ShardError, StreamtrainError, UnreachableError
 from sharding.pool import Workers
 from sharding.segment.acoustic_model import PhoneGMM, unpack_model
 from sharding.segment.evidence import NO_ALIGNMENTS, Alignments
+from sharding.shardset.build_config import BuildConfig
 from sharding.shardset.index import (
     SampleTable,
     ShardIndex,

@@ -7,8 +7,8 @@ from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.errors import StreamtrainError
-from sharding.files.document import STRICT, Count, DocumentError, Fraction, Hash, Number, Size, validate
+from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Size, validate
+from sharding.shardset.build_config import BuildConfig, Track
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
 SPLITS = ("train", "valid", "unlabelled")
@@ -39,42 +39,13 @@ class ShardEntry:
 _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
-class _BuildSettings(TypedDict, total=False):
-    """Describe the settings of a build."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-
-    max_duration: Annotated[Number, Field(ge=0.01, le=86_400)]
-    valid_fraction: Fraction
-    num_buckets: Annotated[Count, Field(ge=1, le=100)]
-    shard_mb: Annotated[Number, Field(ge=0.0001, le=65_536)]
-    min_shards_per_bucket: Annotated[Count, Field(ge=1, le=100_000)]
-    track: Literal["phonetic", "word"]
-    group_by: str
-    min_confidence: Fraction
-    max_false_accept: Fraction
-    min_word_llr: Annotated[Number, Field(ge=-1_000, le=1_000)]
-    alignments: str
-
-
-_External = TypedDict("_External", {"valid": list[str], "written by others": Literal[True]}, total=False)
-
-
-class _Settings(_BuildSettings, _External):
-    """Describe the settings of a build, or of tars that another program wrote."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-
-
-_SETTINGS = TypeAdapter(_BuildSettings)
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raise StreamtrainError if these are not settings of a build."""
-    try:
-        validate(settings, _SETTINGS)
-    except DocumentError as error:
-        raise StreamtrainError(f"setting {error}", f"settings: {', '.join(_BuildSettings.__annotations__)}") from error
+_ExternalSettings = TypedDict(
+    "_ExternalSettings",
+    {"track": Track, "max_duration": Number, "valid": list[str], "written by others": Literal[True]},
+    total=False,
+)
+_ExternalSettings.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
+_EXTERNAL, _BUILD = TypeAdapter(_ExternalSettings), TypeAdapter(BuildConfig)
 
 
 class _Validation(TypedDict):
@@ -119,7 +90,7 @@ class IndexDocument:
     version: int
     sample_rate: Literal[16_000]
     duration_bins: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], FailFast(), Field(min_length=1)]
-    settings: _Settings
+    settings: dict[str, Any]  # of a build, or of tars of others
     settings_hash: Digest
     sources_hash: str
     notes: _Notes
@@ -171,8 +142,11 @@ def check_document(document: IndexDocument) -> None:
     bins, shards, count = document.duration_bins, document.shards, document.samples["count"]
     if list(bins) != sorted(bins):
         raise DocumentError(f"'duration_bins' are {list(bins)}, but must increase")
-    if "valid" in document.settings and EXTERNAL not in document.settings:
-        raise DocumentError("'settings.valid' is set, although the tars are those of a build")
+    schema: TypeAdapter[Any] = _EXTERNAL if EXTERNAL in document.settings else _BUILD
+    try:
+        validate(document.settings, schema)
+    except DocumentError as error:
+        raise DocumentError(f"in 'settings', {error}") from error
     for number, shard in enumerate(shards):
         if shard.bucket >= len(bins):
             raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)} buckets")

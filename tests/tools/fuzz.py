@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 from sharding.audio.vad import Stretch
 from sharding.build.external import TarJob, index_tar
-from sharding.build.pipeline import BuildConfig, RunOptions, _exceptions_of, build
+from sharding.build.pipeline import RunOptions, _exceptions_of, build
 from sharding.errors import AudioError, StreamtrainError
 from sharding.files.exclusive import parse_holder, this_process
 from sharding.report import files as report
@@ -43,6 +43,7 @@ from sharding.report.summary import render
 from sharding.segment.cuts import Cut
 from sharding.segment.evidence import read_alignments
 from sharding.segment.split import LabelThresholds, words_by_evidence
+from sharding.shardset.build_config import BuildConfig
 from sharding.shardset.index import read_checked, read_index, read_index_headers, read_shard_index
 from sharding.shardset.sample import escape_key, sample_from_bytes
 from sharding.shardset.store import FolderStore
