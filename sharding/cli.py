@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import Field
 
 from sharding.command import (
@@ -52,6 +52,8 @@ APPENDING = (
     "or --append clips that are there already, to be rid of it"
 )
 
+SHARDS = Group("Shards", sort_key=1)
+
 app = new_app("python -m sharding", __doc__)
 
 
@@ -83,7 +85,7 @@ class ReadingOptions:
         return ManifestOptions(columns=columns, follow_links=self.follow_links, audio_root=self.audio_root)
 
 
-@app.command(help_epilogue="Example: build data/raw/* --out data/shards --max-duration 25")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain build data/raw/* --out data/shards --max-duration 25")
 def build(
     sources: Annotated[list[str], several("SOURCE")] = [DEFAULT_SOURCES],  # noqa: B006 (cyclopts copies it)
     /,
@@ -180,7 +182,7 @@ def _expand(pattern: str) -> list[Path]:
     return sorted(there / name for name in names) or [path]
 
 
-@app.command(help_epilogue="Example: verify data/shards --decode")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain verify data/shards --decode")
 def verify(
     shards: Place,
     /,
@@ -245,7 +247,7 @@ def _repair(shards: str, sources: Sequence[str], reading: ReadingOptions, decode
         print(f"{shards}: nothing is damaged")
 
 
-@app.command(help_epilogue="Example: index s3://speech/tars --valid 'dev-*' --track word")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain index s3://speech/tars --valid 'dev-*' --track word")
 def index(
     shards: Place,
     /,
@@ -278,7 +280,7 @@ def index(
     _check_rejected(shards, rejected, max_reject_rate, REJECTED_HINT)
 
 
-@app.command(help_epilogue="Example: inspect data/shards --plots plots")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain inspect data/shards --plots plots")
 def inspect(shards: Place, /, *, json: bool = False, plots: OutFolder | None = None, workers: Workers = CORES) -> None:
     """Show what a shard set holds, by split, bucket, corpus and age.
 
@@ -304,7 +306,7 @@ def inspect(shards: Place, /, *, json: bool = False, plots: OutFolder | None = N
         print(f"wrote {', '.join(tables.PLOTS)} to {plots}", file=sys.stderr if json else sys.stdout)
 
 
-@app.command(help_epilogue="Example: split long.flac --text long.txt --plot cuts.png")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain split long.flac --text long.txt --plot cuts.png")
 def split(
     audio: Place,
     /,
@@ -368,7 +370,7 @@ def _text_of(label: str) -> str:
     return label
 
 
-@app.command(help_epilogue="Example: demo-corpus data/demo/raw --minutes 24")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain demo-corpus data/demo/raw --minutes 24")
 def demo_corpus(
     out: OutFolder,
     /,

@@ -1,25 +1,352 @@
-"""`python -m streamtrain`: forecast a run, look at one, transcribe, score, export, package."""
+"""Build shards of speech, train a recogniser on them, score it, use it."""
 
-import argparse
-import json
+import json as json_format
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from sharding.command import JSONL, PNG, ZIP, ZSTANDARD, Commands, folder, number, out_file, out_folder, place
+from cyclopts import Group, Parameter
+from pydantic import Field
+
+from sharding.cli import app as sharding_app
+from sharding.command import (
+    JSONL,
+    PNG,
+    WHOLE,
+    ZIP,
+    ZSTANDARD,
+    Folder,
+    OutFolder,
+    Place,
+    announce,
+    new_app,
+    out_file,
+    run,
+    several,
+    shortened,
+)
 from sharding.errors import StreamtrainError
 from sharding.files.writing import file_to_replace
+from streamtrain import ranks
+from streamtrain.launcher import LaunchOptions, count_ranks, is_rank, launch
 
-# Imports stay inside the commands: `score` starts without torch, and the others tell a wrong path without it.
+# Imports stay inside the commands: each tells at once what it begins, and a wrong path before torch is imported.
 
-BEAM = 16  # prefixes, where a beam is needed and none is given
+BEAM = 16  # prefixes, if a beam is needed and none is given
+OF_SHARDING = ("build", "verify", "inspect", "split", "index", "demo-corpus")
+
+Beam = Annotated[int, Field(ge=0), WHOLE, Parameter(metavar="WIDTH")]
+BatchSeconds = Annotated[float | None, Field(ge=1, allow_inf_nan=False)]
+
+HERE = LaunchOptions()
+TRAINING, MODELS, HELP = Group("Training", sort_key=2), Group("Models", sort_key=3), Group("Help", sort_key=4)
+
+app = new_app("streamtrain", __doc__)
+app.register_install_completion_command()
+for name in OF_SHARDING:
+    app.command(sharding_app[name], name=name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("streamtrain").setLevel(logging.INFO)
-    return _commands().run(arguments)
+    return run(app, arguments)
+
+
+@app.command(group=TRAINING, help_epilogue="Example: streamtrain plan --config zero2 --world-size 8 --plot plan.png")
+def plan(
+    shards: Place | None = None,
+    /,
+    *,
+    config: Place = "zero2",
+    set: Annotated[list[str], several("SECTION.KEY=VALUE")] = [],  # noqa: B006
+    world_size: Annotated[int, WHOLE] = 1,
+    ranks_per_node: Annotated[int, Field(ge=1), WHOLE] = 8,
+    speed: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 200.0,
+    epoch: Annotated[int, WHOLE] = 0,
+    json: bool = False,
+    plot: Annotated[Path | None, out_file(PNG)] = None,
+    keys: Annotated[Path | None, out_file(JSONL)] = None,
+    shard_schedule: Annotated[Path | None, out_file(JSONL)] = None,
+) -> None:
+    """Forecast a run from the index alone: steps, padding, rank idle, valid world sizes.
+
+    Args:
+        shards: Folder or URL of a shard set (default: that of the configuration).
+        config: Name of a packaged configuration, or a JSON file.
+        set: Override settings of the configuration.
+        world_size: Ranks.
+        ranks_per_node: Ranks of a machine, which share its cache.
+        speed: Seconds of speech that a rank trains on in a second, as a run's log says: tells how long an epoch takes.
+        epoch: Which epoch to plan.
+        json: Print JSON.
+        plot: Draw how even the steps are, what a cache must hold, and when which shard is needed, as PNG.
+        keys: Write JSONL: step, micro_batch, rank and keys of each micro-batch.
+        shard_schedule: Write JSONL: node, shard, and the first and the last step at which it is needed.
+    """
+    announce(f"planning epoch {epoch} of {config}")
+    from streamtrain.data.plan_report import Cluster, render, report_plan, write_keys, write_schedule
+    from streamtrain.data.plan_report import plot as draw
+
+    machines = Cluster(world_size, ranks_per_node, speed)
+    prediction = report_plan(shards, config, set, machines, epoch)
+    for write, out in ((write_keys, keys), (write_schedule, shard_schedule), (draw, plot)):
+        if out:
+            write(prediction, out)
+    print(json_format.dumps(prediction.summary, indent=1) if json else render(prediction.summary, machines))
+
+
+@app.command(
+    help_epilogue="Example: streamtrain train --config zero2 --set data.shards=s3://speech/shards train.epochs=30"
+)
+def train(*, options: ranks.TrainOptions, where: LaunchOptions = HERE) -> int:
+    """Train on all GPUs of this machine, or of several; the same command resumes a run that was stopped."""
+    if is_rank():
+        ranks.train(options)
+    ranks.announce_once(f"training as {options.config} says")
+    config = options.check(where.ranks)
+    if (count := count_ranks(where)) == 1 and not where.hostfile:
+        ranks.train(options)
+    code = launch(count, where, sys.argv[1:])
+    if code == 0 and not options.find_batch_seconds:
+        from streamtrain.run_status import read_result
+
+        read_result(Path(config.train.run_dir))  # the launcher of a run that was killed may return 0
+    return code
+
+
+@app.command(
+    help_epilogue="Example: streamtrain evaluate --model runs/zero2/best --shards data/shards --out runs/zero2"
+)
+def evaluate(*, options: ranks.EvaluateOptions, where: LaunchOptions = HERE) -> int:
+    """Score a model on each clip of a split once: CER or WER, with intervals, and a page of the worst clips."""
+    if is_rank():
+        ranks.evaluate(options)
+    ranks.announce_once(f"scoring {options.model} on split {options.split} of {options.shards}")
+    options.check()
+    if (count := count_ranks(where)) == 1 and not where.hostfile:
+        ranks.evaluate(options)
+    return launch(count, where, sys.argv[1:])
+
+
+@app.command(group=TRAINING, help_epilogue="Example: streamtrain summary runs/zero2")
+def summary(run_dir: Place, /) -> None:
+    """Show what a run has reached and where its files are; fail if it has not finished.
+
+    Args:
+        run_dir: The run's folder, such as runs/zero2.
+    """
+    announce(f"reading {run_dir}")
+    from streamtrain.run_status import check_mirrored, read_result
+    from streamtrain.training.run_log import render_run
+
+    folder = Path(run_dir)
+    print(render_run(folder))
+    check_mirrored(folder, read_result(folder))
+
+
+@app.command(
+    group=MODELS, help_epilogue="Example: streamtrain transcribe runs/zero2/best recordings/ --out texts.jsonl"
+)
+def transcribe(
+    model: Folder,
+    source: Annotated[list[str], several("SOURCE")],
+    /,
+    *,
+    out: Annotated[Path, out_file(JSONL)],
+    columns: Annotated[str, Parameter(metavar="FIELD=COLUMN,…")] = "",
+    audio_root: Annotated[str, Parameter(metavar="FOLDER")] = "",
+    batch_seconds: BatchSeconds = None,
+    beam: Beam = 0,
+    nbest: Annotated[int, Field(ge=0), WHOLE] = 0,
+    log_probs: OutFolder | None = None,
+) -> int:
+    """Write the text of each recording, and when its words are said, as JSONL.
+
+    Args:
+        model: Folder of a trained model, such as RUN/best.
+        source: Audio files, folders or zips of them, transcripts files with an audio_path, shard sets, or s3://… of
+            either.
+        out: JSONL file to write, `-` for standard output; the same command resumes if it was killed.
+        columns: The columns of a transcripts file that has other names, as for `build`.
+        audio_root: Take absolute audio paths of a transcripts file that lie below this folder, and look up relative
+            ones in it.
+        batch_seconds: Padded seconds per forward: larger takes more memory (default: 400 on a GPU; on CPU by the
+            model, at most 30).
+        beam: Sum the paths that spell the same, among so many prefixes; 0: the best path.
+        nbest: Write the N most probable texts of each too (with a beam of 16 if none is given).
+        log_probs: Write log-probabilities there, to average models': NumPy, float16, (frames, symbols).
+    """
+    announce(f"transcribing {shortened(source)} with {model}, into {out}")
+    beam = beam or (max(BEAM, nbest) if nbest else 0)
+    if beam < nbest:
+        raise StreamtrainError(f"--beam {beam} holds no {nbest} alternatives", "widen it, or leave it out")
+    _check_model(model)
+    from sharding.sources.manifest import parse_columns
+    from streamtrain.infer.inputs import find_recordings
+
+    recordings = find_recordings(source, audio_root, parse_columns(columns))
+
+    from streamtrain.infer.transcribe import DecodingOptions
+    from streamtrain.infer.transcribe import transcribe as transcribe_all
+
+    decoding = DecodingOptions(batch_seconds, beam, nbest, Path(log_probs) if log_probs else None)
+    return 1 if transcribe_all(model, recordings, out, decoding) else 0
+
+
+@app.command(
+    group=MODELS, help_epilogue="Example: streamtrain align runs/zero2/best data/shards --out alignments.jsonl.zst"
+)
+def align(
+    model: Folder, shards: Place, /, *, out: Annotated[Path, out_file(ZSTANDARD)], batch_seconds: BatchSeconds = None
+) -> None:
+    """Write when the words of labelled recordings are said, by a model: `build --alignments` takes it.
+
+    Args:
+        model: Folder of a trained model, such as RUN/best.
+        shards: Folder or URL of a shard set.
+        out: File to write, such as alignments.jsonl.zst.
+        batch_seconds: Padded seconds per forward (default: 400 on a GPU; on CPU by the model, at most 30).
+    """
+    announce(f"aligning the labels of {shards} with {model}, into {out}")
+    _check_model(model)
+    from sharding.shardset.index import read_index_header
+    from sharding.shardset.store import open_store
+
+    read_index_header(open_store(shards))
+
+    from streamtrain.infer.align import align_shards
+
+    count = align_shards(model, shards, out, batch_seconds)
+    print(f"{out}: {count:,} labelled recordings")
+
+
+@app.command(group=MODELS, help_epilogue="Example: streamtrain score texts.jsonl data/raw/a/transcripts.jsonl")
+def score(predicted: Place, actual: Place, /, *, json: bool = False) -> None:
+    """Print the CER or WER of a submission, as the challenge scores it.
+
+    Args:
+        predicted: JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER).
+        actual: JSONL with utterance_id and the same field, such as a transcripts file.
+        json: Print JSON.
+    """
+    announce(f"scoring {predicted} by {actual}")
+    from streamtrain.eval.score import render, score_files
+
+    result = score_files(Path(predicted), Path(actual))
+    print(json_format.dumps(result) if json else render(result))
+
+
+@app.command(group=TRAINING, help_epilogue="Example: streamtrain compare runs/zero2 runs/larger")
+def compare(before: Place, after: Place, /, *, json: bool = False) -> None:
+    """Compare two models on the same clips: is the difference more than chance?
+
+    Args:
+        before: Folder with the scorecard of one model, such as a run's.
+        after: Folder with the scorecard of the other.
+        json: Print JSON.
+    """
+    announce(f"comparing {before} with {after}")
+    from streamtrain.eval.compare import compare_folders, render, to_json
+
+    comparison = compare_folders(Path(before), Path(after))
+    print(to_json(comparison) if json else render(comparison))
+
+
+@app.command(group=MODELS, help_epilogue="Example: streamtrain export runs/zero2/best --out my-model")
+def export(model: Folder, /, *, out: OutFolder) -> None:
+    """Copy a trained model to a folder of its own and verify it in Transformers.
+
+    Args:
+        model: Folder of a trained model, such as RUN/best.
+        out: Folder to write.
+    """
+    announce(f"copying {model} to {out}")
+    _check_model(model)
+
+    from streamtrain.infer.export import export_model
+
+    difference = export_model(model, Path(out))
+    print(f"{out}: written; Transformers computes the same from it (largest difference {difference:.1e})")
+
+
+@app.command(group=MODELS, help_epilogue="Example: streamtrain package runs/zero2/best --out submission.zip --check")
+def package(
+    model: Folder,
+    /,
+    *,
+    out: Annotated[Path, out_file(ZIP)],
+    batch_seconds: BatchSeconds = None,
+    check: bool = False,
+    check_on: Place | None = None,
+    python: Place = sys.executable,
+) -> None:
+    """Pack a trained model as a submission to the challenge.
+
+    Args:
+        model: Folder of a trained model, such as RUN/best.
+        out: File to write, such as submission.zip.
+        batch_seconds: Padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere).
+        check: Rehearse it on noise: unpacked, offline, with the runtime's packages alone.
+        check_on: Rehearse it so on a folder in the challenge's form, or on a shard set.
+        python: Interpreter of the rehearsal, such as one of an environment with the runtime's very versions.
+    """
+    announce(f"packing {model} into {out}")
+    rehearsed = check or check_on is not None
+    if rehearsed and file_to_replace(out) is None:
+        raise StreamtrainError(f"{out}: --check reads the zip again", "name a file, or leave --check out")
+    _check_model(model)
+
+    from streamtrain.submission.package import package as pack
+    from streamtrain.submission.package import rehearse, render
+
+    track = pack(model, out, batch_seconds)
+    size = f", {out.stat().st_size / 2**20:,.1f} MB" if out.is_file() else ""
+    print(f"{out}: written{size}, {track} track")
+    if rehearsed:
+        print(render(rehearse(out, check_on, python), track))
+
+
+@app.command(group=HELP, help_epilogue="Example: streamtrain doctor s3://speech/shards")
+def doctor(places: Annotated[list[str], several("PLACE")] = [], /) -> int:  # noqa: B006
+    """Check what a run needs: libraries, GPUs, threads, memory, disk, port, buckets; fail if something is missing.
+
+    Args:
+        places: Folders or URLs of shard sets that must be reachable.
+    """
+    from streamtrain.doctor import examine, render
+
+    findings = list(examine(places))
+    print(render(findings))
+    return int(any(finding.fault for finding in findings))
+
+
+@app.command(group=HELP, help_epilogue="Example: streamtrain config zero2 --explain")
+def config(
+    name: Place | None = None,
+    /,
+    *,
+    set: Annotated[list[str], several("SECTION.KEY=VALUE")] = [],  # noqa: B006
+    explain: bool = False,
+) -> None:
+    """Print a configuration as JSON, with all defaults; without a name, list the packaged ones.
+
+    Args:
+        name: A packaged configuration, or a JSON file.
+        set: Override settings.
+        explain: Print the name, the value and the meaning of every key instead.
+    """
+    from streamtrain import config as configs
+
+    chosen = configs.load_config(name, set) if name else None
+    if explain:
+        print(configs.explain(chosen))
+    elif chosen:
+        print(json_format.dumps(chosen.model_dump(), indent=1))
+    else:
+        print("\n".join(f"{key:<8}{path}" for key, path in configs.PACKAGED.items()))
 
 
 def _check_model(folder: Path) -> None:
@@ -27,226 +354,3 @@ def _check_model(folder: Path) -> None:
     from streamtrain.model.vocab import load_vocab
 
     load_vocab(folder)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from streamtrain.data.plan_report import Cluster, plot, render, report_plan, write_keys, write_schedule
-
-    machines = Cluster(options.world_size, options.ranks_per_node, options.speed)
-    prediction = report_plan(options.shards, options.config, options.set, machines, options.epoch)
-    for write, out in ((write_keys, options.keys), (write_schedule, options.shard_schedule), (plot, options.plot)):
-        if out:
-            write(prediction, out)
-    print(json.dumps(prediction.summary, indent=1) if options.json else render(prediction.summary, machines))
-    return 0
-
-
-def _summary(options: argparse.Namespace) -> int:
-    from streamtrain.run_status import check_mirrored, read_result
-    from streamtrain.training.run_log import render_run
-
-    run = Path(options.run_dir)
-    print(render_run(run))
-    check_mirrored(run, read_result(run))
-    return 0
-
-
-def _transcribe(options: argparse.Namespace) -> int:
-    beam = options.beam or (max(BEAM, options.nbest) if options.nbest else 0)
-    if beam < options.nbest:
-        raise StreamtrainError(f"--beam {beam} holds no {options.nbest} alternatives", "widen it, or leave it out")
-    log_probs = Path(options.log_probs) if options.log_probs else None
-    _check_model(options.model)
-    from sharding.sources.manifest import parse_columns
-    from streamtrain.infer.inputs import find_recordings
-
-    recordings = find_recordings(options.source, options.audio_root, parse_columns(options.columns))
-
-    from streamtrain.infer.transcribe import DecodingOptions, transcribe
-
-    reading = DecodingOptions(options.batch_seconds, beam, options.nbest, log_probs)
-    return 1 if transcribe(options.model, recordings, options.out, reading) else 0
-
-
-def _align(options: argparse.Namespace) -> int:
-    _check_model(options.model)
-    from sharding.shardset.index import read_index_header
-    from sharding.shardset.store import open_store
-
-    read_index_header(open_store(options.shards))
-
-    from streamtrain.infer.align import align_shards
-
-    count = align_shards(options.model, options.shards, options.out, options.batch_seconds)
-    print(f"{options.out}: {count:,} labelled recordings")
-    return 0
-
-
-def _score(options: argparse.Namespace) -> int:
-    from streamtrain.eval.score import render, score_files
-
-    result = score_files(Path(options.predicted), Path(options.actual))
-    print(json.dumps(result) if options.json else render(result))
-    return 0
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from streamtrain.eval.compare import compare_folders, render, to_json
-
-    comparison = compare_folders(Path(options.before), Path(options.after))
-    print(to_json(comparison) if options.json else render(comparison))
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    _check_model(options.model)
-
-    from streamtrain.infer.export import export_model
-
-    difference = export_model(options.model, Path(options.out))
-    print(f"{options.out}: written; Transformers computes the same from it (largest difference {difference:.1e})")
-    return 0
-
-
-def _package(options: argparse.Namespace) -> int:
-    out: Path = options.out
-    if options.check is not None and file_to_replace(out) is None:
-        raise StreamtrainError(f"{out}: --check reads the zip again", "name a file, or leave --check out")
-    _check_model(options.model)
-
-    from streamtrain.submission.package import package, rehearse, render
-
-    track = package(options.model, out, options.batch_seconds)
-    size = f", {out.stat().st_size / 2**20:,.1f} MB" if out.is_file() else ""
-    print(f"{out}: written{size}, {track} track")
-    if options.check is not None:
-        print(render(rehearse(out, options.check or None, options.python), track))
-    return 0
-
-
-def _commands() -> Commands:
-    commands = Commands("python -m streamtrain", __doc__)
-    plan = commands.add(
-        "plan",
-        _plan,
-        "Forecast a run from the index alone: steps, padding, rank idle, valid world sizes.",
-        "planning epoch {epoch} of {config}",
-    )
-    plan.add_argument(
-        "shards", type=place, nargs="?", help="folder or URL of a shard set (default: the configuration's)"
-    )
-    plan.add_argument("--config", type=place, default="configs/zero2.json", help="default: %(default)s")
-    plan.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
-        help="override settings of the configuration")  # fmt: skip
-    plan.add_argument("--world-size", type=int, default=1, help="ranks (default: %(default)s)")
-    plan.add_argument("--ranks-per-node", type=number(1, kind=int), default=8,
-        help="ranks of a machine, which share its cache (default: %(default)s)")  # fmt: skip
-    plan.add_argument("--speed", type=number(0.01), default=200.0,
-        help="seconds of speech that a rank trains on in a second, as a run's log says: tells how long an epoch takes "
-             "(default: %(default)s)")  # fmt: skip
-    plan.add_argument("--epoch", type=int, default=0, help="which epoch to plan (default: %(default)s)")
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--plot", type=out_file(PNG), metavar="FILE",
-        help="draw how even the steps are, what a cache must hold, and when which shard is needed, as PNG")  # fmt: skip
-    plan.add_argument("--keys", type=out_file(JSONL), metavar="FILE",
-        help="write JSONL: step, micro_batch, rank and keys of each micro-batch")  # fmt: skip
-    plan.add_argument("--shard-schedule", type=out_file(JSONL), metavar="FILE",
-        help="write JSONL: node, shard, and the first and the last step at which it is needed")  # fmt: skip
-
-    summary = commands.add(
-        "summary",
-        _summary,
-        "Show what a run has reached and where its files are; fails if it has not finished.",
-        "reading {run_dir}",
-    )
-    summary.add_argument("run_dir", type=place, help="the run's folder, such as runs/zero2")
-
-    transcribe = commands.add(
-        "transcribe",
-        _transcribe,
-        "Audio → JSONL with the text of each recording, and when its words are said.",
-        "transcribing {source} with {model}, into {out}",
-    )
-    transcribe.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
-    transcribe.add_argument(
-        "source",
-        type=place,
-        nargs="+",
-        help="audio files, folders or zips of them, transcripts files with an audio_path, shard sets, s3://… of either",
-    )
-    transcribe.add_argument(
-        "--out", type=out_file(JSONL), required=True,
-        help="JSONL file to write, `-` for the standard output; the same command goes on where it was killed",
-    )  # fmt: skip
-    transcribe.add_argument("--columns", default="", metavar="FIELD=COLUMN,…",
-        help="the columns of a transcripts file that has other names, as for `python -m sharding build`, such as "
-             "audio_path=path,utterance_id=id")  # fmt: skip
-    transcribe.add_argument("--audio-root", default="", metavar="DIR",
-        help="take absolute audio paths of a transcripts file that lie below this folder, and look up relative ones in "
-             "it")  # fmt: skip
-    transcribe.add_argument("--batch-seconds", type=number(1),
-        help="padded seconds per forward: larger takes more memory (default: 400 on a GPU; on CPU by the model, "
-             "at most 30)")  # fmt: skip
-
-    transcribe.add_argument("--beam", type=number(1, kind=int), default=0, metavar="WIDTH",
-        help="sum the paths that spell the same, among so many prefixes (default: the best path)")  # fmt: skip
-    transcribe.add_argument("--nbest", type=number(1, kind=int), default=0, metavar="N",
-        help=f"write the N most probable texts of each too (a beam of {BEAM} where none is given)")  # fmt: skip
-    transcribe.add_argument("--log-probs", type=out_folder, metavar="DIR",
-        help="write log-probabilities there, to average models': NumPy, float16, (frames, symbols)")  # fmt: skip
-
-    align = commands.add(
-        "align", _align, "When the words of labelled recordings are said, by a model: word times.",
-        "aligning the labels of {shards} with {model}, into {out}",
-    )  # fmt: skip
-    align.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
-    align.add_argument("shards", type=place, help="folder or URL of a shard set")
-    align.add_argument(
-        "--out", type=out_file(ZSTANDARD), required=True, help="file to write, such as alignments.jsonl.zst"
-    )
-    align.add_argument("--batch-seconds", type=number(1),
-        help="padded seconds per forward (default: 400 on a GPU; on CPU by the model, at most 30)")  # fmt: skip
-
-    score = commands.add(
-        "score", _score, "CER or WER of a submission, as the challenge scores it.", "scoring {predicted} by {actual}"
-    )
-    score.add_argument(
-        "predicted", type=place, help="JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER)"
-    )
-    score.add_argument(
-        "actual", type=place, help="JSONL with utterance_id and the same field, such as a transcripts file"
-    )
-    score.add_argument("--json", action="store_true", help="print JSON")
-
-    compare = commands.add(
-        "compare", _compare, "Two models on the same clips: is the difference more than chance?",
-        "comparing {before} with {after}",
-    )  # fmt: skip
-    compare.add_argument("before", type=place, help="folder with the scorecard of one model, such as a run's")
-    compare.add_argument("after", type=place, help="folder with the scorecard of the other")
-    compare.add_argument("--json", action="store_true", help="print JSON")
-
-    package = commands.add(
-        "package", _package, "Pack a trained model as a submission to the challenge.", "packing {model} into {out}"
-    )
-    package.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
-    package.add_argument(
-        "--out", type=out_file(ZIP), required=True, metavar="ZIP", help="file to write, such as submission.zip"
-    )
-    package.add_argument("--batch-seconds", type=number(1),
-        help="padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere)")  # fmt: skip
-    package.add_argument("--check", nargs="?", const="", metavar="DATA",
-        help="rehearse it: unpacked, offline, with the runtime's packages alone; on DATA, a folder in the challenge's "
-             "form or a shard set (default: on noise)")  # fmt: skip
-    package.add_argument("--python", default=sys.executable,
-        help="interpreter for --check, such as one of an environment with the runtime's very versions")  # fmt: skip
-
-    export = commands.add(
-        "export",
-        _export,
-        "Copy a trained model to a folder of its own and verify it in Transformers.",
-        "copying {model} to {out}",
-    )
-    export.add_argument("model", type=folder, help="folder of a trained model, such as RUN/best")
-    export.add_argument("--out", type=out_folder, required=True, help="folder to write")
-    return commands

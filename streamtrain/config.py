@@ -1,6 +1,7 @@
 """Read one JSON file into checked sections. Each default has its one home here; a misspelt key stops the run."""
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from streamtrain.precision import ConfigError, check_precision
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def _check_place(value: str) -> str:
@@ -38,17 +39,28 @@ Speed = Annotated[float, Field(ge=0.5, le=2.0)]  # factor; outside this range it
 
 
 class DataConfig(Section):
-    shards: Place = "data/shards"  # folder or URL of a shard set
-    batch_seconds: PositiveFloat = 40.0  # maximum of a micro-batch, padding included: clips × longest
-    device_batch_seconds: PositiveFloat | None = None  # a rank's micro-batches of a step are merged up to this size
-    shuffle_shards: PositiveInt = 4  # shards of a bucket shuffled together: more mix better, fewer need less cache
-    length_jitter: float = Field(0.004, ge=0)  # noise on the sort key, s: more padding, but other batches each epoch
-    cache_dir: Place | None = None  # where shards from an object store are cached; none: ranged reads
+    shards: Place = "data/shards"
+    """Folder or URL of a shard set."""
+    batch_seconds: PositiveFloat = 40.0
+    """Maximum of a micro-batch, s, padding included: clips × longest."""
+    device_batch_seconds: PositiveFloat | None = None
+    """Maximum of a rank's merged micro-batches of a step, s; null: they are not merged."""
+    shuffle_shards: PositiveInt = 4
+    """Shards of a bucket shuffled together: more mix better, fewer need less cache."""
+    length_jitter: float = Field(0.004, ge=0)
+    """Noise on the sort key, s: more padding, but other batches each epoch."""
+    cache_dir: Place | None = None
+    """Folder in which shards of a bucket are cached; null: ranged reads."""
     cache_gb: PositiveFloat = 100.0
-    workers: NonNegativeInt = 2  # read-ahead threads per rank, or processes if it has a GPU; 0: no read-ahead
-    speed_factors: list[Speed] = []  # such as [0.9, 1, 1.1]: each clip is played at a random one of them in each epoch
-    noise_snr_db: list[float] = []  # such as [5, 40]: range of the random SNR of noise in each clip and epoch
-    gain_db: float = Field(0.0, ge=0, le=60)  # maximum random gain, ±dB, if the model's inputs are not normalised
+    """Maximum of that cache, on each machine, GB."""
+    workers: NonNegativeInt = 2
+    """Read-ahead threads per rank, or processes if it has a GPU; 0: no read-ahead."""
+    speed_factors: list[Speed] = []
+    """Speeds such as [0.9, 1, 1.1]: each clip is played at a random one of them in each epoch."""
+    noise_snr_db: list[float] = []
+    """Range such as [5, 40], dB: random SNR of coloured noise in each clip and epoch."""
+    gain_db: float = Field(0.0, ge=0, le=60)
+    """Maximum random gain, ±dB, if the model's inputs are not normalised."""
 
     @model_validator(mode="after")
     def _check_device_batch(self) -> "DataConfig":
@@ -65,16 +77,26 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    pretrained: Place | None = None  # a hub name or a local folder
-    scratch: dict[str, Any] | None = None  # or a wav2vec2 with random weights: fields of Wav2Vec2Config
-    vocab: Literal["auto", "new"] = "auto"  # auto: keep the model's CTC head if it has one; new: replace it
-    dropout: float = Field(0.1, ge=0, lt=1)  # all of the model's dropouts at once
+    pretrained: Place | None = None
+    """Model to start from: a hub name or a local folder."""
+    scratch: dict[str, Any] | None = None
+    """Or the fields of a Wav2Vec2Config, for a model with random weights."""
+    vocab: Literal["auto", "new"] = "auto"
+    """CTC head: auto keeps the model's if it has one, new replaces it."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Rate of all of the model's dropouts."""
     freeze_cnn: bool = True
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
-    mask_time_prob: float = Field(0.0, ge=0, lt=1)  # share of a clip's frames that masked spans cover
-    mask_time_length: PositiveInt = 10  # frames of a span; shorter clips are not masked
-    mask_feature_prob: float = Field(0.0, ge=0, lt=1)  # share of the encoder's input features that masked spans cover
-    mask_feature_length: PositiveInt = 10  # features of a span
+    """Keep the convolutions in front of the encoder as they are."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    mask_time_prob: float = Field(0.0, ge=0, lt=1)
+    """Share of a clip's frames that masked spans cover."""
+    mask_time_length: PositiveInt = 10
+    """Frames of a masked span; shorter clips are not masked."""
+    mask_feature_prob: float = Field(0.0, ge=0, lt=1)
+    """Share of the encoder's input features that masked spans cover."""
+    mask_feature_length: PositiveInt = 10
+    """Features of a masked span."""
 
     @model_validator(mode="after")
     def _check_origin(self) -> "ModelConfig":
@@ -85,33 +107,58 @@ class ModelConfig(Section):
 
 class TrainConfig(Section):
     run_dir: Place = "runs/streamtrain"
+    """Folder of the run: log, curves, checkpoints, best model."""
     epochs: PositiveInt = 20
-    max_steps: PositiveInt | None = None  # stop earlier; the schedule then ends there
-    micro_batches_per_step: PositiveInt = 8  # over all ranks: the number of ranks must divide it
-    schedule: Literal["linear", "cosine", "tri-stage", "constant"] = "linear"  # of the rate, after the warm-up
+    """Times that each clip is trained on."""
+    max_steps: PositiveInt | None = None
+    """Steps after which training stops, and the schedule ends; null: those of all epochs."""
+    micro_batches_per_step: PositiveInt = 8
+    """Micro-batches of a step over all ranks; the number of ranks must divide it."""
+    schedule: Literal["linear", "cosine", "tri-stage", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 500
-    hold_steps: NonNegativeInt | None = None  # at the peak rate, of tri-stage; none: 40 % of all steps
-    final_lr_ratio: float | None = Field(None, gt=0, le=1)  # final share of the peak rate; none: 0, of tri-stage 5 %
-    head_lr: PositiveFloat | None = (
-        None  # peak rate of the new head; none: deepspeed.optimizer.params.lr, as the encoder
-    )
-    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of each encoder layer, as a share of the next layer's
-    freeze_encoder_steps: NonNegativeInt = 0  # only the head is trained in the first steps
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # average the weights, evaluate and save the average; 0: off
-    patience: PositiveInt | None = None  # stop after this number of evaluations without a better score
-    checkpoint_every: PositiveInt = 500  # steps; each new best score makes one too
-    keep_checkpoints: PositiveInt = 2  # the newest, besides that of the best score
-    mirror: Place | None = None  # such as s3://bucket/run: checkpoints are copied there, to resume on another machine
-    probe: bool = True  # run the largest batches before the first step, to check that they fit in memory
+    """Steps in which the rate rises from 0 to its peak."""
+    hold_steps: NonNegativeInt | None = None
+    """Steps at the peak rate, of tri-stage; null: 40 % of all."""
+    final_lr_ratio: float | None = Field(None, gt=0, le=1)
+    """Final rate as a share of the peak; null: 0, of tri-stage 0.05."""
+    head_lr: PositiveFloat | None = None
+    """Peak rate of the new head; null: deepspeed.optimizer.params.lr, as of the encoder."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Rate of each encoder layer, as a share of the next layer's."""
+    freeze_encoder_steps: NonNegativeInt = 0
+    """First steps, in which only the head is trained."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of the average of the weights, which is evaluated and saved; 0: no average."""
+    patience: PositiveInt | None = None
+    """Evaluations without a better score after which training stops; null: it does not."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; each new best score makes one too."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept, besides that of the best score."""
+    mirror: Place | None = None
+    """Place such as s3://bucket/run that checkpoints are copied to, to resume on another machine."""
+    probe: bool = True
+    """Run the largest batches before the first step, to check that they fit in memory."""
     seed: int = Field(0, ge=0)
+    """Decides the order of clips, the augmentation and new weights."""
 
 
 class EvalConfig(Section):
     every_steps: PositiveInt = 500
+    """Steps between evaluations; the last step is evaluated too."""
     split: str = "valid"
+    """Clips to score: valid or train."""
 
 
 class Config(Section):
+    """Hold a checked configuration: `data`, `model`, `train`, `eval`, and `deepspeed`, which the engine gets.
+
+    Example:
+        >>> load_config("zero2", ["train.epochs=30"]).train.epochs
+        30
+    """
+
     data: DataConfig = DataConfig()
     model: ModelConfig
     train: TrainConfig = TrainConfig()
@@ -155,6 +202,8 @@ _TOP_LEVEL = """
     torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     zero_optimization
 """
+PACKAGED = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}  # by their names
+SEE = "`streamtrain config zero2` prints one that works"
 MAX_DOTS = 20  # in the name of a setting
 DEEPSPEED_KEYS = frozenset(_TOP_LEVEL.split())
 DERIVED = {
@@ -168,34 +217,69 @@ DERIVED = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a configuration, with `section.key=value` overrides. Raises ConfigError that names the key."""
+    """Read and check a configuration.
+
+    Args:
+        path: JSON file, or the name of a packaged configuration: "zero2".
+        overrides: Settings that replace those of the file: ["train.epochs=30"].
+
+    Raises:
+        ConfigError: If it cannot be read, or a key is unknown, missing or out of bounds; the message names the key.
+
+    Example:
+        >>> load_config("demo", ["data.shards=s3://speech/shards"]).data.shards
+        's3://speech/shards'
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides are {overrides!r}: a list of such settings is expected")
+    path = _find(path)
     try:
-        document = parse_json(read_document(Path(path)))
+        document = parse_json(read_document(path))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", "see the files in configs/") from error
+        raise ConfigError(f"{path}: {error.strerror}", f"packaged configurations: {', '.join(PACKAGED)}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}", "see the files in configs/") from error
+        raise ConfigError(f"{path}: {error}", SEE) from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{path}: an object with sections is expected", "see the files in configs/")
+        raise ConfigError(f"{path}: an object with sections is expected", SEE)
     for override in overrides:
         _set(document, override)
-    if overrides:
-        path = f"{path} with --set"
+    origin = f"{path} with --set" if overrides else str(path)
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        raise _explain(error, path) from error
+        raise _explain(error, origin) from error
     for key, source in DERIVED.items():
         if key in config.deepspeed:
-            raise ConfigError(f"{path}: 'deepspeed.{key}' is not set here", f"it follows from {source}")
+            raise ConfigError(f"{origin}: 'deepspeed.{key}' is not set here", f"it follows from {source}")
     for key in config.deepspeed.keys() - DEEPSPEED_KEYS:  # DeepSpeed would ignore it
         near = difflib.get_close_matches(key[:100], DEEPSPEED_KEYS, 1, 0.5)
         hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"known keys: {', '.join(sorted(DEEPSPEED_KEYS))}"
-        raise ConfigError(f"{path}: key 'deepspeed.{key:.200}' is unknown or not supported", hint)
+        raise ConfigError(f"{origin}: key 'deepspeed.{key:.200}' is unknown or not supported", hint)
     check_precision(config.deepspeed)
     if "lr" not in config.deepspeed.get("optimizer", {}).get("params", {}):
-        raise ConfigError("deepspeed.optimizer.params.lr is missing", "see configs/zero2.json")
+        raise ConfigError("deepspeed.optimizer.params.lr is missing", SEE)
     return config
+
+
+def _find(path: str | Path) -> Path:
+    """Return the file of a configuration: `path` itself, or the packaged one of that name if there is no such file."""
+    packaged = PACKAGED.get(str(path))
+    return Path(path) if packaged is None or Path(path).exists() else packaged
+
+
+def explain(config: Config | None) -> str:
+    """Return a line for each key: its name, its value (default: the default's), and its meaning."""
+    lines = []
+    for section, field in Config.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            continue
+        for key, one in field.annotation.model_fields.items():
+            default = json.dumps(one.default)
+            value = default if config is None else json.dumps(getattr(getattr(config, section), key))
+            changed = "" if value == default else f" (default: {default})"
+            lines.append(f"{section}.{key}={value}{changed}\n    {one.description}")
+    lines.append(f"deepspeed: DeepSpeed's own settings: {', '.join(sorted(DEEPSPEED_KEYS))}")
+    return "\n".join(lines)
 
 
 def _set(document: dict[str, Any], override: str) -> None:
@@ -217,7 +301,7 @@ def _set(document: dict[str, Any], override: str) -> None:
         node["scratch"] = None  # naming weights replaces a model from scratch
 
 
-def _explain(error: ValidationError, path: str | Path) -> ConfigError:
+def _explain(error: ValidationError, path: str) -> ConfigError:
     first = error.errors()[0]
     key, value = ".".join(str(part) for part in first["loc"])[:200], f"{first['input']!r:.200}"
     if first["type"] == "extra_forbidden":
