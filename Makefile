@@ -25,7 +25,8 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into $(VENV) takes a minute or a few; pip writes to $(VENV)/install.log"
 	@$(PYTHON) -m venv $(VENV)
-	@{ $(PIP) $(shell grep '^torch==' requirements.txt) && $(PIP) -r requirements.txt -r requirements-dev.txt; } \
+	@{ $(PIP) $(shell grep '^torch==' requirements.txt) && $(PIP) -r requirements.txt -r requirements-dev.txt && \
+		$(PIP) --no-deps --editable .; } \
 		>$(VENV)/install.log 2>&1 || { tail -20 $(VENV)/install.log; exit 1; }
 	@touch $@
 

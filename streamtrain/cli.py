@@ -50,8 +50,9 @@ for name in OF_SHARDING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("streamtrain").setLevel(logging.INFO)
+    if not is_rank():  # each of several ranks sets up its own log
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("streamtrain").setLevel(logging.INFO)
     return run(app, arguments)
 
 

@@ -53,7 +53,7 @@ def count_ranks(options: LaunchOptions) -> int:
 def launch(ranks: int, options: LaunchOptions, arguments: Sequence[str]) -> int:
     """Run `streamtrain ARGUMENTS` as each rank and return the exit code once all of them have ended.
 
-    Ctrl-C reaches the ranks by themselves; SIGTERM ends the launcher, and its ranks then save and end.
+    SIGTERM and Ctrl-C end the launcher; its ranks notice that, or get Ctrl-C too, save, and end.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(options.master_port)]
@@ -61,21 +61,16 @@ def launch(ranks: int, options: LaunchOptions, arguments: Sequence[str]) -> int:
     command += ["--module", "--no_local_rank", "streamtrain", *arguments]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # to wait for ranks whose launcher has ended
     launcher = subprocess.Popen(command, preexec_fn=die_with_parent)
-    asked = False
+    stopped_by: list[int] = []
 
-    def stop(*_: object) -> None:
-        nonlocal asked
-        asked = True
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped_by.append(number)
         launcher.terminate()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, _ignore)  # the terminal sends it to all processes
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     code = launcher.wait()
     with suppress(ChildProcessError):
         while True:
             os.wait()
-    return 128 + signal.SIGTERM if asked else code
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Ignore a signal here alone: SIG_IGN would be inherited by the ranks."""
+    return 128 + stopped_by[0] if stopped_by else code

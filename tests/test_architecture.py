@@ -10,7 +10,8 @@ from tests.tools.modules import GRAPH, MODULES, PACKAGES, imports_of
 
 HOUSE = """
 launch streamtrain.__main__ sharding.__main__
-streamtrain.cli sharding.cli streamtrain.api
+streamtrain.cli
+streamtrain.api streamtrain.ranks sharding.cli
 streamtrain.submission
 streamtrain.training
 streamtrain.infer
@@ -18,11 +19,11 @@ streamtrain.eval
 streamtrain.data
 streamtrain.model
 streamtrain.config streamtrain.precision streamtrain.run_status streamtrain.atomic
-streamtrain.distributed streamtrain.startup
+streamtrain.distributed streamtrain.startup streamtrain.launcher streamtrain.doctor
 sharding.build
 sharding.report
-sharding.segment sharding.sources
-sharding.shardset
+sharding.shardset sharding.sources
+sharding.segment
 sharding.labels sharding.audio sharding.command
 sharding.files
 sharding.pool sharding.interrupt sharding.errors
