@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Imports stay inside the commands, so that each tells at once what it begins.
 
 DEFAULT_SOURCES = "data/raw/*"
-REJECTED_HINT = "ledger.jsonl.zst has the reason for each; the set is whole and can be used if they are right"
+REJECTED_HINT = "report/ledger.jsonl.zst has the reason for each; the set is whole and can be used if they are right"
 REPORT_HINT = "copy it again, with all that is in report/; a set older than its sums gets them with the next --append"
 APPENDING = (
     "an --append has begun and not ended, and report/ may tell of it; if it was killed, give the same command again, "

@@ -125,12 +125,17 @@ def _drop_output() -> None:
 
 def _check_name(_: Any, value: Any) -> None:
     for name in value if isinstance(value, list) else [value]:
-        if name is not None and not str(name).strip():
+        if name is not None and not name.strip():
             raise ValueError("a name is expected; is a variable of the shell not set?")
 
 
+def _to_path(kind: Any, tokens: Sequence[Token]) -> Path:
+    _check_name(kind, tokens[0].value)
+    return Path(tokens[0].value)
+
+
 def _check_folder(kind: Any, value: Any) -> None:
-    if str(value) == "-":
+    if value == "-":
         raise ValueError("a folder is written, not a stream; its name is expected")
     _check_name(kind, value)
 
@@ -141,10 +146,9 @@ def out_file(beginning: bytes) -> Parameter:
     It refuses an existing file that begins otherwise than those that the command writes.
     """
 
-    def convert(_: Any, tokens: Sequence[Token]) -> Path:
+    def convert(kind: Any, tokens: Sequence[Token]) -> Path:
         text = tokens[0].value
-        if not text.strip():
-            raise ValueError("a name is expected; is a variable of the shell not set?")
+        _check_name(kind, text)
         path = STDOUT if text == "-" else OutFile(text)
         there = file_to_replace(path)
         if there is not None and there.is_file():
@@ -160,7 +164,7 @@ def _whole(_: Any, tokens: Sequence[Token]) -> int:
     try:
         return int(tokens[0].value)  # cyclopts itself would take 2.5 for 2
     except ValueError:
-        raise ValueError("a whole number is expected") from None
+        raise ValueError(f"{tokens[0].value!r} is no whole number") from None
 
 
 def several(metavar: str) -> Parameter:
@@ -169,7 +173,7 @@ def several(metavar: str) -> Parameter:
 
 
 Place = Annotated[str, Parameter(validator=_check_name, metavar="PLACE")]  # a file or folder, or a URL
-Folder = Annotated[Path, Parameter(validator=_check_name, metavar="FOLDER")]  # to read
+Folder = Annotated[Path, Parameter(converter=_to_path, metavar="FOLDER")]  # to read
 OutFolder = Annotated[str, Parameter(validator=_check_folder, metavar="FOLDER", allow_leading_hyphen=True)]
 WHOLE = Parameter(converter=_whole)
 Workers = Annotated[int, Field(ge=1, le=1024), WHOLE]  # processes

@@ -280,8 +280,7 @@ def package(
     *,
     out: Annotated[Path, out_file(ZIP)],
     batch_seconds: BatchSeconds = None,
-    check: bool = False,
-    check_on: Place | None = None,
+    check: Annotated[list[str] | None, Parameter(consume_multiple=(0, 1), metavar="[DATA]")] = None,
     python: Place = sys.executable,
 ) -> None:
     """Pack a trained model as a submission to the challenge.
@@ -290,13 +289,12 @@ def package(
         model: Folder of a trained model, such as RUN/best.
         out: File to write, such as submission.zip.
         batch_seconds: Padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere).
-        check: Rehearse it on noise: unpacked, offline, with the runtime's packages alone.
-        check_on: Rehearse it so on a folder in the challenge's form, or on a shard set.
+        check: Rehearse it: unpacked, offline, with the runtime's packages alone; on DATA, a folder in the challenge's
+            form or a shard set (default: on noise).
         python: Interpreter of the rehearsal, such as one of an environment with the runtime's very versions.
     """
     announce(f"packing {model} into {out}")
-    rehearsed = check or check_on is not None
-    if rehearsed and file_to_replace(out) is None:
+    if check is not None and file_to_replace(out) is None:
         raise StreamtrainError(f"{out}: --check reads the zip again", "name a file, or leave --check out")
     _check_model(model)
 
@@ -306,8 +304,8 @@ def package(
     track = pack(model, out, batch_seconds)
     size = f", {out.stat().st_size / 2**20:,.1f} MB" if out.is_file() else ""
     print(f"{out}: written{size}, {track} track")
-    if rehearsed:
-        print(render(rehearse(out, check_on, python), track))
+    if check is not None:
+        print(render(rehearse(out, check[0] if check else None, python), track))
 
 
 @app.command(group=HELP, help_epilogue="Example: streamtrain doctor s3://speech/shards")

@@ -31,6 +31,8 @@ sharding.pool sharding.interrupt sharding.errors
 FLOORS = {room: number for number, floor in enumerate(HOUSE) for room in floor.split()}
 SHARED = {"shardset", "segment", "sources", "labels", "audio", "files", "command", "pool", "interrupt", "errors"}
 
+ENTRIES = {"streamtrain.api", "streamtrain.cli"}  # which offer all of sharding
+
 WRITES = re.compile(
     r"""\.write_(text|bytes)\(|os\.replace\(|\bopen\([^)]*"[a-z]*[wax+]b?\"|savefig\((?!picture|buffer)"""
 )
@@ -97,9 +99,7 @@ def test_a_room_knows_only_the_floors_below(name: str) -> None:
         assert room == below or beside or FLOORS[room] < FLOORS[below], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in MODULES if name.startswith("streamtrain.") and name != "streamtrain.api"]
-)
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("streamtrain.") and name not in ENTRIES])
 def test_streamtrain_stands_on_the_lower_rooms_of_sharding(name: str) -> None:
     below = {other.split(".")[1] for other in GRAPH[name] if other.startswith("sharding.")}
     assert below <= SHARED

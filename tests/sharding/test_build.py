@@ -510,7 +510,7 @@ def test_an_out_that_cannot_be_written_is_named(
     [
         ["--max-duration", "0"], ["--max-duration", "nan"], ["--max-duration", "long"], ["--shard-mb", "0"],
         ["--shard-mb", "inf"], ["--num-buckets", "0"], ["--num-buckets", "101"], ["--valid-fraction", "1.5"],
-        ["--max-reject-rate", "-1"], ["--workers", "0"], ["--workers", "two"], ["--worker", "1", "--no-such-flag"],
+        ["--max-reject-rate", "-1"], ["--workers", "0"], ["--workers", "two"], ["--workers", "2.5"], ["--no-such-flag"],
     ],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused_at_once(

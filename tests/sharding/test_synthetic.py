@@ -83,7 +83,7 @@ def test_what_make_demo_builds_fits_its_configuration(tmp_path: Path) -> None:
 def test_a_size_that_makes_no_sense_is_refused(arguments: list[str], run_sharding: Command, tmp_path: Path) -> None:
     done = run_sharding("demo-corpus", tmp_path / "raw", *arguments)
     assert done.returncode == 2
-    assert "is expected" in done.stderr
+    assert "Invalid value" in done.stderr
     assert not (tmp_path / "raw").exists()
 
 

@@ -518,7 +518,7 @@ def test_the_forecast_draws_and_lists_when_which_shard_is_needed(small_shards: P
         (["--world-size", 3], "PlanError: 3 ranks cannot share 2 micro-batches per step evenly"),
         (["--world-size", 0], "hint: run 1, 2 ranks"),
         (["--epoch", -1], "PlanError: epoch -1: epochs are counted from 0"),
-        (["--ranks-per-node", 0], "argument --ranks-per-node: '0': a number of 1 or more is expected"),
+        (["--ranks-per-node", 0], "--ranks-per-node. Input should be greater than or equal to 1"),
         (["--keys", "/dev/null/keys.jsonl"], "/dev/null/keys.jsonl: Not a directory"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_mistake_is_told_before_torch_is_imported(command: str, told: str, tmp
     [
         ("numpy", "-m sharding build a --out b", ""),  # which all of its commands import, in half a second
         ("pandas", "-m sharding inspect SHARDS", "reading SHARDS"),
-        ("numpy", "-m streamtrain plan SHARDS --config configs/zero2.json", "planning epoch 0 of configs/zero2.json"),
+        ("numpy", "-m streamtrain plan SHARDS --config configs/zero2.json", ""),
         ("torch", "-m streamtrain transcribe MODEL a.wav b.wav --out -", "transcribing a.wav, b.wav with MODEL, into "),
         ("torch", "-m streamtrain align MODEL SHARDS --out -", "aligning the labels of SHARDS with MODEL, into "),
         ("torch", "-m streamtrain export MODEL --out copy", "copying MODEL to copy"),

@@ -153,9 +153,8 @@ def test_a_folder_to_write_is_no_stream(name: str, told: str, capsys: pytest.Cap
         (sharding_main, ["inspect", "shards", "--plots", name]),
         (sharding_main, ["demo-corpus", name]),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            run(command)
-        assert f"{name!r}: {told}" in capsys.readouterr().err
+        assert run(command) == 2
+        assert told in capsys.readouterr().err
     assert set(Path().iterdir()) == here
 
 
@@ -328,8 +327,7 @@ def test_a_command_writes_through_links_to_pipes_and_to_the_standard_output(
 ) -> None:
     act, is_whole = FILES[command]
     link = make("link to a file", tmp_path)
-    with pytest.raises(SystemExit):  # of something else
-        act(made, link)
+    assert act(made, link) == 2  # of something else
     assert link.read_bytes() == OLD
     link.write_bytes(b"")
     assert act(made, link) == 0
