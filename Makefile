@@ -34,11 +34,11 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 demo test test-all $(NOISY): export DS_ACCELERATOR := cpu
 
 demo: setup
-	python -m sharding demo-corpus data/demo/raw --minutes 24 --children 48
-	python -m sharding build data/demo/raw/* --max-duration 6 --out data/demo/shards
-	deepspeed --quiet --num_accelerators 2 launch/train.py --config configs/demo.json
-	deepspeed --quiet --num_accelerators 2 launch/evaluate.py --model data/demo/run/best --shards data/demo/shards --out data/demo/run
-	@python -m streamtrain summary data/demo/run
+	streamtrain demo-corpus data/demo/raw --minutes 24 --children 48
+	streamtrain build data/demo/raw/* --max-duration 6 --out data/demo/shards
+	streamtrain train --config demo --ranks 2
+	streamtrain evaluate --ranks 2 --model data/demo/run/best --shards data/demo/shards --out data/demo/run
+	@streamtrain summary data/demo/run
 
 # Three processes, for most tests wait for processes of their own; a file's tests share what they made, so stay together
 PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
@@ -65,7 +65,7 @@ bench: $(VENV)/.installed-bench $(NOISY)
 # The demo's model, trained on in noise: what hears words in noisy rooms.
 $(NOISY): | $(VENV)/.installed-bench
 	test -e data/demo/run/best/model.safetensors || $(MAKE) demo
-	deepspeed --num_accelerators 2 launch/train.py --config configs/demo.json --set model.scratch=null \
+	streamtrain train --config demo --ranks 2 --set model.scratch=null \
 		model.pretrained=data/demo/run/best data.noise_snr_db=[5,40] train.run_dir=data/demo/noisy
 
 $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.txt

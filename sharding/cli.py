@@ -216,7 +216,7 @@ def verify(
     for fault in faults.values():
         print(fault.message, file=sys.stderr)
     if faults:
-        again = f"make them again from their sources: python -m sharding verify {shards} --repair SOURCE…"
+        again = f"make them again from their sources: streamtrain verify {shards} --repair SOURCE…"
         mendable = any(fault.mendable for fault in faults.values())
         raise ShardError(
             f"{shards}: {len(faults)} of {len(index.shards)} shards are damaged, or not as the index says",

@@ -210,8 +210,8 @@ def _suggest_alignment(summary: Summary, url: str, dry: bool) -> list[str]:
     return [
         message,
         "a model trained on the other clips may be able to align their words:",
-        f"  python -m streamtrain align RUN/best {url} --out alignments.jsonl.zst",
-        f"  python -m sharding build SOURCE… --out {url.rstrip('/')}2 --alignments alignments.jsonl.zst",
+        f"  streamtrain align RUN/best {url} --out alignments.jsonl.zst",
+        f"  streamtrain build SOURCE… --out {url.rstrip('/')}2 --alignments alignments.jsonl.zst",
     ]
 
 

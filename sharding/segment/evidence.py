@@ -132,7 +132,7 @@ _ROW = TypeAdapter(_AlignmentRow)
 
 def read_alignments(path: Path) -> Alignments:
     """Read a file of `streamtrain align`. Raises StreamtrainError if it is not one."""
-    hint = "write it with `python -m streamtrain align MODEL SHARDS --out FILE`"
+    hint = "write it with `streamtrain align MODEL SHARDS --out FILE`"
     by_id, wrong_gaps = dict[str, Evidence](), list[float]()
     digest = xxhash.xxh3_128()
     try:

@@ -345,7 +345,7 @@ def _read_document(store: Reader, name: str) -> IndexDocument:
             raise ShardError(f"{where}: is missing", OLD_INDEX_HINT) from error
         raise ShardError(
             f"{where}: there is no shard set here ({error.message})",
-            "name the folder of a shard set, or build one elsewhere: `python -m sharding build SOURCE… --out OUT`",
+            "name the folder of a shard set, or build one elsewhere: `streamtrain build SOURCE… --out OUT`",
         ) from error
     try:
         value = parse_json(text)
@@ -391,7 +391,7 @@ OLD_INDEX_HINT = "training runs that started with it, and repairs, require it; i
 
 REBUILT_HINT = "the build wrote them like this: copy the set again, or rebuild it"
 REMOTE_INDEX_HINT = 50_000  # shards: a request lists a thousand files, two per shard
-VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repair SOURCE…` repairs it"
+VERIFY_HINT = "the copy may be incomplete; `streamtrain verify OUT --repair SOURCE…` repairs it"
 
 
 def _index_from(document: IndexDocument, table: SampleTable) -> ShardIndex:

@@ -239,7 +239,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)
         raise FetchError(
             f"{self.url}/{shard.name}: checksum is {actual} after {FETCH_TRIES} tries, the index has {shard.checksum}",
-            "the upload may be incomplete; run `python -m sharding verify` on the shard set",
+            "the upload may be incomplete; run `streamtrain verify` on the shard set",
         )
 
     def _download(self, shard: ShardEntry, file: BinaryIO, pool: ThreadPoolExecutor, requested_at: float) -> None:

@@ -162,7 +162,7 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
         return card, [parse(line, _CLIP) for line in lines if line]
     except (OSError, ValueError) as error:
         raise StreamtrainError(
-            f"{folder}: no scorecard ({error})", "train first, or score a model with launch/evaluate.py"
+            f"{folder}: no scorecard ({error})", "train first, or score a model with `streamtrain evaluate`"
         ) from error
 
 

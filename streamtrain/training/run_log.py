@@ -265,9 +265,9 @@ def render_run(run_dir: Path) -> str:
   Model        {run_dir / "best"}      (Transformers: AutoModelForCTC.from_pretrained, or pipeline)
 
   Next, with a corpus of your own (after `source .venv/bin/activate`)
-    python -m streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
-    python -m sharding build data/raw/* --out data/shards
-    deepspeed --quiet launch/train.py --config configs/zero2.json
+    streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
+    streamtrain build data/raw/* --out data/shards
+    streamtrain train --config zero2
 """
 
 
@@ -280,5 +280,5 @@ def _render_unscored(run_dir: Path) -> str:
   Model        {run_dir / "best"}
 
   Next, on a shard set of other speakers, built with --valid-fraction 1
-    deepspeed --quiet launch/evaluate.py --model {run_dir / "best"} --shards SHARDS --out {run_dir}
+    streamtrain evaluate --model {run_dir / "best"} --shards SHARDS --out {run_dir}
 """

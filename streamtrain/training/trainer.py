@@ -328,7 +328,7 @@ class Trainer:
             raise TrainError(
                 f"{self._silenced} clips of this epoch do not decode although their checksums match, or have labels "
                 "too long for their frames; they are named above",
-                "is the memory or libsndfile faulty? run `python -m sharding verify SHARDS --decode`; for long labels, "
+                "is the memory or libsndfile faulty? run `streamtrain verify SHARDS --decode`; for long labels, "
                 "use a model with more frames per second",
             )
 

@@ -666,8 +666,8 @@ def test_pieces_without_a_label_are_told_by_reason_with_the_commands_that_come_n
     assert reason.startswith("too few labels to train the acoustic model")
     assert count == summary["unlabelled_pieces"] > 1
     assert f"{count:6,} unlabelled: {reason}\n{count:,} segments of long recordings are kept without a label" in said
-    assert f"python -m streamtrain align RUN/best {out} --out alignments.jsonl.zst" in said
-    assert f"python -m sharding build SOURCE… --out {out}2 --alignments alignments.jsonl.zst" in said
+    assert f"streamtrain align RUN/best {out} --out alignments.jsonl.zst" in said
+    assert f"streamtrain build SOURCE… --out {out}2 --alignments alignments.jsonl.zst" in said
 
 
 def test_reasons_that_differ_only_in_their_numbers_are_one() -> None:

@@ -393,7 +393,7 @@ def test_a_file_of_alignments_that_is_none_is_named(
     done = run_sharding("build", long_corpus, "--out", tmp_path / "out", "--alignments", path)
     assert done.returncode == 1
     assert str(path) in done.stderr
-    assert "python -m streamtrain align MODEL SHARDS --out FILE" in done.stderr
+    assert "streamtrain align MODEL SHARDS --out FILE" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +63,16 @@ def test_its_rows_are_true_and_the_same_seed_speaks_the_same(
 
 def test_what_make_demo_builds_fits_its_configuration(tmp_path: Path) -> None:
     """Its shards as the Makefile builds them, planned as it trains on them."""
-    commands = [line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "\tpython -m sharding" in line]
-    assert [command.split()[3] for command in commands] == ["demo-corpus", "build"]
+    commands = [
+        line.strip()
+        for line in (ROOT / "Makefile").read_text().splitlines()
+        if re.match(r"\tstreamtrain (demo-corpus|build)", line)
+    ]
+    assert [command.split()[1] for command in commands] == ["demo-corpus", "build"]
     for command in commands:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run(
-            command.replace("python", sys.executable, 1),
+            command.replace("streamtrain", f"{sys.executable} -m streamtrain", 1),
             shell=True,
             check=True,
             cwd=tmp_path,

@@ -95,7 +95,7 @@ def test_a_build_tells_of_a_shard_that_is_gone_or_cut(
         said = capsys.readouterr()
         assert "nothing to do" not in said.out
         assert shard.name in said.err
-        assert f"`python -m sharding verify {out} --repair SOURCE…`" in said.err
+        assert f"`streamtrain verify {out} --repair SOURCE…`" in said.err
     assert main(["verify", str(out), "--repair", command[1], "--workers", "1"]) == 0
     assert main(command) == 0
     assert shard.read_bytes() == whole
