@@ -63,11 +63,7 @@ def test_its_rows_are_true_and_the_same_seed_speaks_the_same(
 
 def test_what_make_demo_builds_fits_its_configuration(tmp_path: Path) -> None:
     """Its shards as the Makefile builds them, planned as it trains on them."""
-    commands = [
-        line.strip()
-        for line in (ROOT / "Makefile").read_text().splitlines()
-        if re.match(r"\tstreamtrain (demo-corpus|build)", line)
-    ]
+    commands = re.findall(r"^\t(streamtrain (?:demo-corpus|build) .*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert [command.split()[1] for command in commands] == ["demo-corpus", "build"]
     for command in commands:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
