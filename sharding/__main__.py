@@ -1,4 +1,4 @@
-"""`python -m sharding`: answers Ctrl-C before it imports what takes a while."""
+"""Run `python -m sharding`; Ctrl-C is answered before it imports what takes a while."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m sharding`: build, index, verify and inspect shard sets; make a demo corpus; try the splitter on a file."""
+"""Build, index, verify and inspect shard sets; make a demo corpus; try the splitter on a file."""
 
 import glob
 import os
@@ -347,11 +347,9 @@ def split(
     segments = split_recording(name, waveform, label, config.max_duration, activity, evidence, model, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'segment')}")
     for segment in segments:
+        span = f"{segment.start_sec:9.3f} – {segment.end_sec:9.3f} s  {segment.label_status:>10}"
         mark = " (forced cut)" if segment.forced else ""
-        print(
-            f"{segment.start_sec:9.3f} – {segment.end_sec:9.3f} s  {segment.label_status:>10} "
-            f"{segment.confidence:.2f}{mark}  {segment.text or segment.reason or ''}"
-        )
+        print(f"{span} {segment.confidence:.2f}{mark}  {segment.text or segment.reason or ''}")
     if plot:
         from sharding.files.writing import write
         from sharding.report.plots import plot_split

@@ -1,4 +1,4 @@
-"""Run `streamtrain`, also as `python -m streamtrain`: Ctrl-C is answered before it imports what takes a while."""
+"""Run `streamtrain`, also as `python -m streamtrain`; Ctrl-C is answered before it imports what takes a while."""
 
 import sys
 
