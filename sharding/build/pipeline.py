@@ -272,20 +272,17 @@ class ShardPlan:
         return SegmentRef(number, len(segments), segments[number])
 
 
-def plan_build(
-    task: BuildTask, context: BuildContext, pool: Workers, acoustic_model: PhoneGMM | None = None
-) -> tuple[ShardPlan, list[LedgerPart]]:
+def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[ShardPlan, list[LedgerPart]]:
     """Split long recordings and assign samples to shards. Returns the plan and the ledger rows decided so far.
 
-    Samples added to a `base` go into new shards in its duration bins. An `acoustic_model` that is not given is taken
-    from the `base`; if that has none, it is trained if there are long labelled training recordings.
+    Samples added to a `base` go into new shards in its duration bins. The acoustic model is that of the `base`; if that
+    has none, it is trained if there are long labelled training recordings.
     """
     clips, settings, base = task.scan.clips, task.settings, task.base
     usable, refused = _drop_refused(task)
     long = usable & (clips["samples"] > round(settings.max_duration * SAMPLE_RATE))
     labelled = usable & clips["fits"] & ~task.valid
-    if acoustic_model is None and base and base.acoustic_model:
-        acoustic_model = unpack_model(base.acoustic_model)
+    acoustic_model = unpack_model(base.acoustic_model) if base and base.acoustic_model else None
     if acoustic_model is None and (labelled & long).any():
         acoustic_model = _fit_acoustic_model(task, context, pool, labelled, long)
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
