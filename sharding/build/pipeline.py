@@ -384,17 +384,11 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
         settings=asdict(task.settings),
         settings_hash=task.settings.hash,
         sources_hash=hash_sources(clips, base.sources_hash if base else ""),
-        notes={
-            "clips": sum(tally.clips.values()),
-            "rejected": tally.clips["rejected"],
-            "validation": {
-                "disjoint_by_speaker": disjoint,
-                "fallback_speaker": None if fallback is None else f"{fallback:016x}",
-                "kept_in_training": [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
-                "clips": tally.validation["clips"],
-                "rejected": tally.validation["rejected"],
-            },
-        },
+        notes=tally.notes(
+            disjoint,
+            None if fallback is None else f"{fallback:016x}",
+            [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
+        ),
         shards=tuple(entry for entry, _ in shards),
         samples=join_samples([table for _, table in shards]),
         acoustic_model=plan.acoustic_model.pack() if plan.acoustic_model else None,

@@ -151,12 +151,20 @@ class BucketStore:
         if len(whole) <= PART_BYTES:
             self._retry(name, lambda: obstore.put(self._writer, name, whole))
             return
-        parts = _Parts(whole)
+        last_taken = -math.inf
+
+        def parts() -> Iterator[bytes]:
+            """Yield the parts in upload order: each is taken when the previous one is uploaded."""
+            nonlocal last_taken
+            for start in range(0, len(whole), PART_BYTES):
+                last_taken = time.monotonic()
+                yield whole[start : start + PART_BYTES]
+
         # One part at a time: the workers of a build already share the bandwidth, and each part has the same time limit
         self._retry(
             name,
-            lambda: obstore.put(self._writer, name, iter(parts), chunk_size=PART_BYTES, max_concurrency=1),
-            last_progress=lambda: parts.last_taken,
+            lambda: obstore.put(self._writer, name, parts(), chunk_size=PART_BYTES, max_concurrency=1),
+            last_progress=lambda: last_taken,
         )
 
     def exists(self, name: str) -> bool:
@@ -235,19 +243,17 @@ class BucketStore:
         except ImportError:
             print(f"{self.url}: without boto3 {LEFT_TO_LIFECYCLE}", file=sys.stderr)
             return 0
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         config = Config(
             s3={"addressing_style": "path"},
             connect_timeout=CONNECT_SEC,
             read_timeout=PATIENCE_SEC * READ_SHARE,
             retries={"mode": "standard", "total_max_attempts": 3},
         )
-        aborted = 0
+        region, aborted = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1", 0
         try:
-            client = boto3.session.Session(region_name=region).client("s3", config=config)
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{prefix}/")
-            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
-                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            storage = boto3.session.Session(region_name=region).resource("s3", config=config)
+            for upload in list(storage.Bucket(bucket).multipart_uploads.filter(Prefix=f"{prefix}/")):
+                upload.abort()
                 aborted += 1
         except (BotoCoreError, ClientError) as error:  # the credentials may lack only this permission
             print(f"{self.url}: {_first_line(error)}; {LEFT_TO_LIFECYCLE}", file=sys.stderr)
@@ -307,19 +313,6 @@ class BucketStore:
             hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or your cloud's credentials, set and valid for it?"
             return UnreachableError(f"{where}: access denied", hint)
         return UnreachableError(f"{where}: {_first_line(error)}", "is the server up and reachable, and its URL right?")
-
-
-class _Parts:
-    """Yield the parts of an object in upload order: a part is taken when the previous one is uploaded."""
-
-    def __init__(self, whole: bytes) -> None:
-        self._whole = whole
-        self.last_taken = -math.inf  # time at which the last part was taken
-
-    def __iter__(self) -> Iterator[bytes]:
-        for start in range(0, len(self._whole), PART_BYTES):
-            self.last_taken = time.monotonic()
-            yield self._whole[start : start + PART_BYTES]
 
 
 def size_error(where: str, size: int, limit: int) -> StoreError:
