@@ -40,9 +40,8 @@ from sharding.build.place import PIECES, check_output
 from sharding.build.scan import ScanResult, find_orphans, hash_128, hash_sources, scan
 from sharding.build.write import (
     BuildContext,
+    ClipRow,
     CutJob,
-    ExampleJob,
-    ManifestLine,
     PlannedSample,
     SegmentRef,
     ShardJob,
@@ -260,11 +259,9 @@ class ShardPlan:
         """Return the job that writes a shard."""
         name, bucket, rows = shard
         members = self.samples_planned[rows]
-        lines = _read_rows(self.task.scan, members["clip"])
-        clips = self.task.scan.clips[members["clip"]]
         segments = [None if whole else self._segment(clip, number)
                     for whole, clip, number in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
-        chosen = tuple(map(PlannedSample, lines, clips["bytes"].tolist(), clips["samples"].tolist(), segments))
+        chosen = tuple(map(PlannedSample, _read_rows(self.task.scan, members["clip"]), segments))
         return ShardJob(self.context, name, bucket, name.split("/")[0], chosen)
 
     def _segment(self, clip: int, number: int) -> SegmentRef:
@@ -332,7 +329,7 @@ def _fit_acoustic_model(
     if seconds < FIT_MIN_SEC:
         return None
     chosen = np.array(list(rows))
-    jobs = map(ExampleJob, repeat(context), _read_rows(task.scan, chosen), clips["bytes"][chosen].tolist())
+    jobs = zip(repeat(context), _read_rows(task.scan, chosen), strict=False)
     examples = pool.map(read_example, jobs, [1] * len(chosen), "learning")
     return fit([example for example in examples if example], settings.track, settings.max_false_accept)
 
@@ -343,34 +340,31 @@ def _cut_long(
     """Split the long recordings, longest first. Returns their segments and their ledger rows."""
     clips, settings, alignments, rows = task.scan.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    lines = _read_rows(task.scan, rows)
-    sizes, lengths = clips["bytes"][rows].tolist(), clips["samples"][rows].tolist()
     splits = np.where(task.valid[rows], "valid", "train").tolist()
     max_gap = alignments.bound(settings.max_false_accept)
     thresholds = LabelThresholds(settings.min_confidence, max_gap, settings.min_word_llr)
     jobs = (
         CutJob(
             context,
-            line,
-            size,
-            samples,
+            row,
             split,
             settings.max_duration,
-            alignments.of(line.parse(context.layouts).utterance_id) if alignments.by_id else None,
+            alignments.of(row.parse(context.layouts).utterance_id) if alignments.by_id else None,
             None if split == "valid" else acoustic_model,  # validation keeps the label of the whole recording
             thresholds,
         )
-        for line, size, samples, split in zip(lines, sizes, lengths, splits, strict=True)
+        for row, split in zip(_read_rows(task.scan, rows), splits, strict=True)
     )
     results = pool.map(cut_recording, jobs, [1] * len(rows), "splitting")
     segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}
     return segments, [result.ledger for result in results]
 
 
-def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ManifestLine]:
+def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ClipRow]:
     sources = scanned.sources
-    places = scanned.clips[["source", "row"]][clips].tolist()
-    return [ManifestLine(index, int(sources[index].numbers[row]), sources[index].line(row)) for index, row in places]
+    places = scanned.clips[["source", "row", "bytes", "samples"]][clips].tolist()
+    return [ClipRow(index, int(sources[index].numbers[row]), sources[index].line(row), size, samples)
+            for index, row, size, samples in places]  # fmt: skip
 
 
 def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> ShardIndex:
