@@ -90,10 +90,6 @@ class _Outage:
         return began is not None and self._last_failure > requested and time.monotonic() >= began + self._patience_sec
 
 
-class NoBucketError(UnreachableError):
-    """Report a bucket that does not exist on its server."""
-
-
 class BucketStore:
     """Read and write an object store. A large object is uploaded in parts, and has its name only when complete.
 
@@ -243,15 +239,10 @@ class BucketStore:
         except ImportError:
             print(f"{self.url}: without boto3 {LEFT_TO_LIFECYCLE}", file=sys.stderr)
             return 0
-        config = Config(
-            s3={"addressing_style": "path"},
-            connect_timeout=CONNECT_SEC,
-            read_timeout=PATIENCE_SEC * READ_SHARE,
-            retries={"mode": "standard", "total_max_attempts": 3},
-        )
         region, aborted = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1", 0
         try:
-            storage = boto3.session.Session(region_name=region).resource("s3", config=config)
+            path_style = Config(s3={"addressing_style": "path"})
+            storage = boto3.session.Session(region_name=region).resource("s3", config=path_style)
             for upload in list(storage.Bucket(bucket).multipart_uploads.filter(Prefix=f"{prefix}/")):
                 upload.abort()
                 aborted += 1
@@ -285,7 +276,7 @@ class BucketStore:
                 result = act()
             except (BaseError, OSError) as error:
                 explained = self._explain(name, error)
-                if not isinstance(error, GenericError) or isinstance(explained, NoBucketError):
+                if not isinstance(error, GenericError) or NO_BUCKET in str(error):
                     self._outage.end()  # the server has answered, and a retry would not change that
                     raise explained from error
                 broken += last_progress() > tried or time.monotonic() - tried < self._patience_sec * QUIET_SHARE
@@ -306,7 +297,7 @@ class BucketStore:
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
         if NO_BUCKET in str(error):
-            return NoBucketError(f"{where}: there is no such bucket", "are its name and the server's URL right?")
+            return UnreachableError(f"{where}: there is no such bucket", "are its name and the server's URL right?")
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or NO_CREDENTIALS in str(error):
