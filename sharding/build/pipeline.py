@@ -42,7 +42,6 @@ from sharding.build.write import (
     BuildContext,
     ClipRow,
     CutJob,
-    PlannedSample,
     SegmentRef,
     ShardJob,
     ShardResult,
@@ -64,7 +63,7 @@ from sharding.segment.split import LabelThresholds
 from sharding.shardset.index import (
     INDEX_NAME,
     ShardIndex,
-    archive_index,
+    archived_index_name,
     check_presence,
     join_samples,
     pack_index,
@@ -195,8 +194,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             packed = pack_index(index)
             summary = report.publish(store, ledger, tally, packed.index, orphans, scanned.ignored_fields)
             lease.check()
-            if base:
-                archive_index(store, base)
+            if base:  # runs that started with it find it there
+                store.write(archived_index_name(base.digest), store.read(INDEX_NAME))
             write_index(store, packed)  # last: its presence means that all other files are complete
             if base:
                 report.drop_archived(store, base)
@@ -259,14 +258,10 @@ class ShardPlan:
         """Return the job that writes a shard."""
         name, bucket, rows = shard
         members = self.samples_planned[rows]
-        segments = [None if whole else self._segment(clip, number)
+        segments = [None if whole else SegmentRef(number, len(self.segments[clip]), self.segments[clip][number])
                     for whole, clip, number in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
-        chosen = tuple(map(PlannedSample, _read_rows(self.task.scan, members["clip"]), segments))
+        chosen = tuple(zip(_read_rows(self.task.scan, members["clip"]), segments, strict=True))
         return ShardJob(self.context, name, bucket, name.split("/")[0], chosen)
-
-    def _segment(self, clip: int, number: int) -> SegmentRef:
-        segments = self.segments[clip]
-        return SegmentRef(number, len(segments), segments[number])
 
 
 def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[ShardPlan, list[LedgerPart]]:
@@ -356,8 +351,8 @@ def _cut_long(
         for row, split in zip(_read_rows(task.scan, rows), splits, strict=True)
     )
     results = pool.map(cut_recording, jobs, [1] * len(rows), "splitting")
-    segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}
-    return segments, [result.ledger for result in results]
+    segments = {int(row): segments for row, (segments, _) in zip(rows, results, strict=True) if segments}
+    return segments, [ledger for _, ledger in results]
 
 
 def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ClipRow]:
@@ -372,8 +367,13 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
     task, fallback = plan.task, plan.task.exceptions.fallback_speaker
     clips, exceptions, base = task.scan.clips, task.exceptions, task.base
     shards = [result.made for result in results if result.made]
+    samples = join_samples([table for _, table in shards])
     disjoint = bool(clips["named"][~clips["refused"]].all())
-    index = ShardIndex(
+    if base:  # its samples keep their rows
+        samples["shard"] += len(base.shards)
+        samples = np.concatenate([base.samples, samples])
+        disjoint &= base.notes["validation"]["disjoint_by_speaker"]
+    return ShardIndex(
         duration_bins=plan.bins,
         settings=asdict(task.settings),
         settings_hash=task.settings.hash,
@@ -383,11 +383,11 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
             None if fallback is None else f"{fallback:016x}",
             [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
         ),
-        shards=tuple(entry for entry, _ in shards),
-        samples=join_samples([table for _, table in shards]),
+        shards=(base.shards if base else ()) + tuple(entry for entry, _ in shards),
+        samples=samples,
+        base=base.digest if base else "",
         acoustic_model=plan.acoustic_model.pack() if plan.acoustic_model else None,
     )
-    return index if base is None else _merge_indexes(base, index)
 
 
 # --- the existing shard set -------------------------------------------------------------------------------------
@@ -459,16 +459,6 @@ def _keep_ledger_rows(rows: Sequence[LedgerRow], scanned: ScanResult) -> LedgerP
     """Return the earlier ledger rows, without those of clips that were rejected then and are scanned again."""
     rescanned = {tuple(pair) for pair in scanned.clips["key"].tolist()}
     return write_ledger(row for row in rows if hash_128(escape_key(row["utterance_id"])) not in rescanned)
-
-
-def _merge_indexes(base: ShardIndex, added: ShardIndex) -> ShardIndex:
-    """Return the index of both; the samples of `base` keep their rows."""
-    samples = added.samples.copy()
-    samples["shard"] += len(base.shards)
-    validation = added.notes["validation"]
-    validation["disjoint_by_speaker"] &= base.notes["validation"]["disjoint_by_speaker"]
-    samples = np.concatenate([base.samples, samples])
-    return replace(added, base=base.digest, shards=base.shards + added.shards, samples=samples)
 
 
 UNFINISHED = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")

@@ -30,7 +30,7 @@ from sharding.shardset.index import (
     remove_shard,
     write_shard,
 )
-from sharding.shardset.sample import Sample, escape_key, piece_key
+from sharding.shardset.sample import METADATA, Sample, escape_key, piece_key
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import check_shard
@@ -76,18 +76,11 @@ class SegmentRef:
     segment: Segment
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSample:
-    """Describe one sample to write."""
+class Clip(NamedTuple):
+    """Hold a sample to write: its row, as it is and parsed, and what it will be, but for its audio."""
 
     row: ClipRow
     piece: SegmentRef | None
-
-
-class Clip(NamedTuple):
-    """Hold a planned sample with its parsed row, and as it will be, but for its audio."""
-
-    planned: PlannedSample
     utterance: Utterance
     template: Sample
 
@@ -98,7 +91,7 @@ class ShardJob:
     name: str
     bucket: int
     split: str
-    samples_planned: tuple[PlannedSample, ...]
+    samples_planned: tuple[tuple[ClipRow, SegmentRef | None], ...]  # None: the whole clip
 
 
 @dataclass(frozen=True)
@@ -118,12 +111,6 @@ class CutJob:
     thresholds: LabelThresholds
 
 
-@dataclass(frozen=True)
-class CutResult:
-    segments: tuple[Segment, ...]  # empty if the recording was refused
-    ledger: LedgerPart
-
-
 def read_example(job: tuple[BuildContext, ClipRow]) -> TrainingExample | None:
     """Return a labelled recording to train the acoustic model on, or None if it cannot be read."""
     context, row = job
@@ -137,15 +124,15 @@ def read_example(job: tuple[BuildContext, ClipRow]) -> TrainingExample | None:
     return example_of(utterance.utterance_id, read_label(utterance.text, context.track), waveform)
 
 
-def cut_recording(job: CutJob) -> CutResult:
-    """Split one long recording and write its segments as FLAC files to the scratch place."""
+def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
+    """Write the segments of a long recording as FLAC files to the scratch place. Return them, none if it is refused."""
     utterance = job.row.parse(job.context.layouts)
     text = read_label(utterance.text, job.context.track)
     try:
         decoded = decode_native(_read_audio(job.context, job.row, utterance), prove=not utterance.md5_hash)
     except AudioError as error:
         row = rejected_row(utterance, job.split, error.message, job.row.samples / SAMPLE_RATE)
-        return CutResult((), write_ledger([row]))
+        return (), write_ledger([row])
     finally:
         count_done()
     name, waveform, model = utterance.utterance_id, decoded.waveform, job.acoustic_model
@@ -161,14 +148,14 @@ def cut_recording(job: CutJob) -> CutResult:
         rows.append(row)
     remarks = (*decoded.remarks, *label_remarks(utterance.text, job.context.track))
     row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=remarks)
-    return CutResult(segments, write_ledger([row]))
+    return segments, write_ledger([row])
 
 
 def make_shard(job: ShardJob) -> ShardResult:
     """Write one shard, unless an interrupted build already wrote it completely from the same inputs."""
     store = open_store(job.context.out, dry_run=job.context.dry_run)
     _check_worker(store, job.context)
-    clips = [_parse(job, planned) for planned in job.samples_planned]
+    clips = [_parse(job, row, piece) for row, piece in job.samples_planned]
     inputs_digest = _digest_inputs(job, clips)
     shard = _reuse_finished(store, job, inputs_digest, clips)
     if shard is None:
@@ -183,10 +170,10 @@ def make_shard(job: ShardJob) -> ShardResult:
     else:
         refused, remarks = dict(shard.refused), dict(shard.remarks)
         count_done(len(clips))
-    lengths = {clip.template.key: clip.planned.row.samples for clip in clips}
+    lengths = {clip.template.key: clip.row.samples for clip in clips}
     if shard:
         lengths |= zip(shard.keys, shard.samples["samples"].tolist(), strict=True)
-    rows = [_ledger_row(job, clip, lengths, refused, remarks) for clip in clips if clip.planned.piece is None]
+    rows = [_ledger_row(job, clip, lengths, refused, remarks) for clip in clips if clip.piece is None]
     return ShardResult((shard.entry, shard.samples) if shard else None, write_ledger(rows))
 
 
@@ -225,11 +212,11 @@ def _ledger_row(
     audio_remarks: Mapping[str, Sequence[str]],
 ) -> LedgerRow:
     """Return the ledger row of a clip; its length, the reason of its refusal and remarks on its audio are by key."""
-    (_, utterance, template), key = clip, clip.template.key
+    utterance, key = clip.utterance, clip.template.key
     split, seconds = "valid" if job.split == "valid" else "train", lengths[key] / SAMPLE_RATE
     if key in refused:
         return rejected_row(utterance, split, refused[key], seconds)
-    reason = (TOO_DENSE if template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
+    reason = (TOO_DENSE if clip.template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
     remarks = (*audio_remarks.get(key, ()), *label_remarks(utterance.text, job.context.track))
     return ledger_row(utterance, split, "written", seconds, reason=reason, key=key, remarks=remarks)
 
@@ -255,22 +242,22 @@ def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequ
 
 def _digest_inputs(job: ShardJob, clips: Sequence[Clip]) -> str:
     """Return the SHA-256 of all that determines the shard's bytes: clips, cuts and encoder versions."""
-    inputs = [repr((utterance.values, planned.row.size, planned.piece)) for planned, utterance, _ in clips]
+    inputs = [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
     return hashlib.sha256(
         "\n".join([str((ENCODER_VERSIONS, job.name, job.context.track)), *inputs]).encode()
     ).hexdigest()
 
 
-def _parse(job: ShardJob, planned: PlannedSample) -> Clip:
-    utterance = planned.row.parse(job.context.layouts)
+def _parse(job: ShardJob, row: ClipRow, piece: SegmentRef | None) -> Clip:
+    utterance = row.parse(job.context.layouts)
     text = read_label(utterance.text, job.context.track)
-    if planned.piece:
-        template = _segment_sample(utterance, text, planned.piece, "valid" if job.split == "valid" else "train")
+    if piece:
+        template = _segment_sample(utterance, text, piece, "valid" if job.split == "valid" else "train")
     elif job.split == "unlabelled":
         template = _bare_sample(utterance, status="unlabelled", parent=text)
     else:
         template = _bare_sample(utterance, text=text)
-    return Clip(planned, utterance, template)
+    return Clip(row, piece, utterance, template)
 
 
 def _segment_sample(utterance: Utterance, text: str, ref: SegmentRef, split: str) -> Sample:
@@ -292,27 +279,17 @@ def _segment_sample(utterance: Utterance, text: str, ref: SegmentRef, split: str
 
 
 def _bare_sample(utterance: Utterance, text: str = "", status: str = "labelled", parent: str | None = None) -> Sample:
-    return Sample(
-        key=escape_key(utterance.utterance_id),
-        audio=b"",
-        text=text,
-        label_status=status,
-        parent_text=parent,
-        utterance_id=utterance.utterance_id,
-        child_id=utterance.child_id,
-        session_id=utterance.session_id,
-        corpus=utterance.corpus,
-        age_bucket=utterance.age_bucket,
-    )
+    metadata = {name: getattr(utterance, name) for name in METADATA}
+    return Sample(escape_key(utterance.utterance_id), b"", text, status, parent_text=parent, **metadata)
 
 
 def _read_sample(job: ShardJob, clip: Clip) -> tuple[Sample, int, tuple[str, ...]]:
     """Return the sample with its verified audio, passed through or converted; its length at 16 kHz; remarks."""
-    planned, utterance, template = clip
-    if planned.piece:
+    row, piece, utterance, template = clip
+    if piece:
         audio = open_store(job.context.scratch).read(f"{template.key}.flac")
-        return replace(template, audio=audio), planned.piece.segment.samples, ()
-    data = _read_audio(job.context, planned.row, utterance)
+        return replace(template, audio=audio), piece.segment.samples, ()
+    data = _read_audio(job.context, row, utterance)
     decoded = decode_native(data, prove=not utterance.md5_hash)
     pcm = decoded.pcm
     if job.split == "train" and template.text and is_constant(pcm):

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+COPIED_FIELDS = ("duration_bins", "settings", "settings_hash", "sources_hash", "notes", "base", "acoustic_model")
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -262,13 +263,7 @@ def pack_index(index: ShardIndex) -> PackedIndex:
     document: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "sample_rate": SAMPLE_RATE,
-        "duration_bins": list(index.duration_bins),
-        "settings": index.settings,
-        "settings_hash": index.settings_hash,
-        "sources_hash": index.sources_hash,
-        "notes": index.notes,
-        "base": index.base,
-        "acoustic_model": index.acoustic_model,
+        **{name: getattr(index, name) for name in COPIED_FIELDS},
         "samples": {"name": name, "count": len(index.samples), "checksum": checksum},
         "shards": [asdict(shard) for shard in index.shards],
         "digest": "",
@@ -282,11 +277,6 @@ def write_index(store: Store, packed: PackedIndex) -> ShardIndex:
     store.write(packed.columns_name, packed.columns)
     store.write(INDEX_NAME, packed.text)
     return packed.index
-
-
-def archive_index(store: Store, index: ShardIndex) -> None:
-    """Copy an index that is about to be replaced to a name where runs that started with it can find it."""
-    store.write(archived_index_name(index.digest), store.read(INDEX_NAME))
 
 
 def archived_index_name(digest: str) -> str:
@@ -408,7 +398,7 @@ VERIFY_HINT = "the copy may be incomplete; `python -m sharding verify OUT --repa
 
 
 def _index_from(document: IndexDocument, table: SampleTable) -> ShardIndex:
-    copied = {field.name: getattr(document, field.name) for field in fields(ShardIndex) if field.name != "samples"}
+    copied = {name: getattr(document, name) for name in (*COPIED_FIELDS, "shards", "digest")}
     return ShardIndex(**copied, samples=table)
 
 
