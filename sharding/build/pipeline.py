@@ -229,7 +229,7 @@ def _make_shards(
     """Plan and write the shards. Returns the plan, the results and the ledger."""
     with _scratch(store, shared=bool(run.scheduler)) as scratch:
         layouts = tuple(source.layout for source in task.scan.sources)
-        out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
+        out, scratch = store.url if store.remote else os.path.abspath(store.url), f"{scratch}/{lease.token}"
         token = lease.token if run.scheduler else ""  # local workers die with the build
         context = BuildContext(out, scratch, layouts, task.settings.track, run.dry_run, token)
         plan, ledger = plan_build(task, context, pool)
@@ -498,18 +498,11 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
     scratch = store.folder / PIECES
     remove(scratch)  # left by a killed build, or a link to another place
     try:
-        yield _absolute(str(scratch))
+        yield os.path.abspath(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# --- absolute paths: workers may have another working directory -------------------------------------------------
-
-
 def _with_absolute_path(source: Source) -> Source:
-    audio = replace(source.layout.audio, path=_absolute(source.layout.audio.path))
+    audio = replace(source.layout.audio, path=os.path.abspath(source.layout.audio.path))
     return replace(source, layout=replace(source.layout, audio=audio))
-
-
-def _absolute(location: str) -> str:
-    return location if "://" in location else os.path.abspath(location)

@@ -179,7 +179,8 @@ def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
     if missing.get("text") in TRACKS.values() and track:
         rest = {name: missing[name] for name in missing if name != "text"}
         return f"use --track {track} for these labels" + (f"; {_hint(rest, row)}" if rest else "")
-    near = {name: _near(name, column, row) for name, column in missing.items()}
+    near = {name: next(iter(difflib.get_close_matches(column, row, 1, 0.6) or {name} & set(row)), "")
+            for name, column in missing.items()}  # the columns that are probably meant  # fmt: skip
     blank = next((match for match in near.values() if match != match.strip()), None)
     if blank:  # --columns strips its names, so it cannot name this one
         return f"remove the blanks around {blank!r}"
@@ -189,11 +190,6 @@ def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
         return f"map the columns with --columns {options}"
     renamed = column in (name, *TRACKS.values())
     return (f"rename {near[name]!r} to {column!r}, or use " if renamed else "did you mean ") + f"--columns {options}"
-
-
-def _near(name: str, column: str, row: Sequence[str]) -> str:
-    """Return the column that is probably meant, or "" if there is none."""
-    return next(iter(difflib.get_close_matches(column, row, 1, 0.6) or {name} & set(row)), "")
 
 
 @dataclass(frozen=True, eq=False)

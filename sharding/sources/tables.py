@@ -93,11 +93,9 @@ def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
 
 def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
     if suffix == ".zst":
-        yield from _unpack_zstd(file)
-        return
+        return _unpack_zstd(file)
     unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
-    while part := unpacked.read(READ_BYTES):
-        yield part
+    return iter(lambda: unpacked.read(READ_BYTES), b"")
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -127,7 +125,7 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
     try:
         table = io.StringIO(data.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ManifestError(f"{path}:{line}: not UTF-8: {error.reason}", NOT_UTF8) from error
     plain = _bare_suffix(path) == ".tsv"
     reader = csv.reader(
