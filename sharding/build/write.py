@@ -242,10 +242,9 @@ def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequ
 
 def _digest_inputs(job: ShardJob, clips: Sequence[Clip]) -> str:
     """Return the SHA-256 of all that determines the shard's bytes: clips, cuts and encoder versions."""
-    inputs = [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
-    return hashlib.sha256(
-        "\n".join([str((ENCODER_VERSIONS, job.name, job.context.track)), *inputs]).encode()
-    ).hexdigest()
+    lines = [str((ENCODER_VERSIONS, job.name, job.context.track))]
+    lines += [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _parse(job: ShardJob, row: ClipRow, piece: SegmentRef | None) -> Clip:
