@@ -75,7 +75,7 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import escape_key, whole_key
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import FolderStore, Store, open_store
-from sharding.sources.manifest import ManifestOptions, Source, read_sources
+from sharding.sources.manifest import ManifestOptions, Source, read_source
 
 LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
@@ -154,8 +154,8 @@ class BuildResult:
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
-    sources = read_sources(locations, replace(run.manifest_options, track=settings.track, group_by=settings.group_by))
-    sources = [_with_absolute_path(source) for source in sources]  # workers may have another working directory
+    options = replace(run.manifest_options, track=settings.track, group_by=settings.group_by)
+    sources = [_with_absolute_path(read_source(location, options)) for location in locations]
     store = open_store(out, dry_run=run.dry_run)
     check_output(open_store(out), locations)
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:
@@ -503,6 +503,6 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _with_absolute_path(source: Source) -> Source:
+def _with_absolute_path(source: Source) -> Source:  # workers may have another working directory
     audio = replace(source.layout.audio, path=os.path.abspath(source.layout.audio.path))
     return replace(source, layout=replace(source.layout, audio=audio))

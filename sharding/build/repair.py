@@ -19,7 +19,7 @@ from sharding.shardset.sample import whole_key
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import Faults, find_faults
-from sharding.sources.manifest import ManifestOptions, read_sources
+from sharding.sources.manifest import ManifestOptions, read_source
 
 
 def repair(
@@ -47,7 +47,7 @@ def repair(
                 message = f"{url}: was built with {'other' if alignments.digest else 'a file of'} alignments"
                 raise ShardError(message, "name that file: --alignments FILE")
             manifest_options = replace(manifest_options, track=settings.track, group_by=settings.group_by)
-            sources = read_sources(locations, manifest_options)
+            sources = [read_source(location, manifest_options) for location in locations]
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 layouts = tuple(source.layout for source in sources)
                 context = BuildContext(url, scratch, layouts, settings.track, dry_run=True)

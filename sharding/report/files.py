@@ -49,11 +49,9 @@ def read_summary(store: Store, index: ShardIndex) -> Summary | None:
     """Return the summary of a shard set, counted from its ledger, or None if its report is missing."""
     tally = Tally()
     try:
-        rows, orphans = _read_ledger(store, index)
+        orphans = _read_ledger(store, index, tally.count)
     except MissingError:
         return None
-    for row in rows:
-        tally.count(row)
     return summarize(tally, index, orphans, [])
 
 
@@ -91,8 +89,9 @@ def archive_report(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], li
     The archive remains this index's report until the next index is written, even if the build is killed before then.
     Raises ShardError if the ledger or the orphans are damaged or missing.
     """
+    rows: list[LedgerRow] = []
     try:
-        rows, names = _read_ledger(store, index)
+        names = _read_ledger(store, index, rows.append)
     except MissingError as error:
         hint = "without it the report of the extended set would be incomplete; build into another --out"
         raise ShardError(error.message, hint) from error
@@ -128,11 +127,16 @@ def _stored_names(store: Store, index: ShardIndex) -> Callable[[str], str]:
     return partial(_archived_name, index) if is_archived(store, index) else str
 
 
-def _read_ledger(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], list[str]]:
-    """Return the ledger rows and the orphans of an index. Raises MissingError, and ShardError if they are damaged."""
+def _read_ledger(store: Store, index: ShardIndex, take: Callable[[LedgerRow], object]) -> list[str]:
+    """Hand each ledger row of an index over, one at a time, and return the orphans.
+
+    Raises MissingError if they are missing, ShardError if they are damaged.
+    """
     ledger, orphans = (_read(store, index, name) for name in (LEDGER_NAME, ORPHANS_NAME))
     try:
-        return parse_ledger(ledger), orphans.decode().splitlines()
+        for row in parse_ledger(ledger):
+            take(row)
+        return orphans.decode().splitlines()
     except ValueError as error:
         raise ShardError(f"{store.url}/{LEDGER_NAME}: damaged ({error})", COPY_HINT) from error
 

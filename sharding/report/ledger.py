@@ -1,10 +1,11 @@
 """Record the fate of every input clip, one ledger row each, and count the rows."""
 
 import heapq
+import io
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NotRequired
 
@@ -186,14 +187,14 @@ def same_rows(parts: Sequence[LedgerPart], rows: Iterable[LedgerRow]) -> bool:
     return sorted(lines) == sorted(_write_json(row).encode() for row in rows)
 
 
-def parse_ledger(data: bytes) -> list[LedgerRow]:
-    """Return the rows of a ledger file. Raises DocumentError."""
-    rows = [parse_json(line) for line in unpack(data, MAX_UNPACKING).splitlines()]
-    for row in rows:
+def parse_ledger(data: bytes) -> Iterator[LedgerRow]:
+    """Yield the rows of a ledger file. Raises DocumentError."""
+    for line in io.BytesIO(unpack(data, MAX_UNPACKING)):
+        row = parse_json(line)
         validate(row, _ROW)
         if row["fate"] == "rejected" and row["reason"] is None:
             raise DocumentError("a rejected clip has no 'reason'")
-    return rows
+        yield row
 
 
 def join_parts(parts: Sequence[bytes]) -> bytes:

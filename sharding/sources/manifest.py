@@ -199,11 +199,6 @@ class Source(Lines):
     layout: Layout
 
 
-def read_sources(locations: Sequence[Path], options: ManifestOptions) -> list[Source]:
-    """Read every source. Raises ManifestError if one cannot be read."""
-    return [read_source(location, options) for location in locations]
-
-
 def read_source(location: Path, options: ManifestOptions) -> Source:
     """Read a folder with its transcripts and audio, or the transcripts file itself. Raises ManifestError."""
     if location.is_file() and is_audio(location.name):
