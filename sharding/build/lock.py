@@ -72,32 +72,37 @@ class _FolderLock(BuildLock):
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[BuildLock]:
-    lock = _FolderLock(folder / LOCK_NAME)
     with ExitStack() as stack:
         with explaining(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with explaining(lock.path):
-            while not lock.is_in_place():  # repeats if the previous build removes the file meanwhile
-                stack.close()
-                file = stack.enter_context(open(lock.path, "a+b", buffering=0, opener=open_lock_file))
-                try:
-                    stack.enter_context(file_lock.exclusive(file))
-                except file_lock.LockedError as error:
-                    file.seek(0)
-                    holder = error.holder or file_lock.parse_holder(file.read(SMALL_BYTES))
-                    raise _refusal(folder, holder, HINT + error.remedy) from error
-                try:
-                    file.truncate(0)
-                    file.write(json.dumps(file_lock.this_process() | {"token": lock.token}).encode())
-                    os.fsync(file.fileno())  # other machines read it
-                except OSError:
-                    lock.path.unlink()  # while locked
-                    raise
+        with explaining(folder / LOCK_NAME):
+            lock = _acquire(folder, stack)
         try:
             yield lock
         finally:
             if lock.is_in_place():
                 lock.path.unlink()  # while locked, so that no other build's file is removed
+
+
+def _acquire(folder: Path, stack: ExitStack) -> _FolderLock:
+    lock = _FolderLock(folder / LOCK_NAME)
+    while not lock.is_in_place():  # repeats if the previous build removes the file meanwhile
+        stack.close()
+        file = stack.enter_context(open(lock.path, "a+b", buffering=0, opener=open_lock_file))  # noqa: SIM115
+        try:
+            stack.enter_context(file_lock.exclusive(file))
+        except file_lock.LockedError as error:
+            file.seek(0)
+            holder = error.holder or file_lock.parse_holder(file.read(SMALL_BYTES))
+            raise _refusal(folder, holder, HINT + error.remedy) from error
+        try:
+            file.truncate(0)
+            file.write(json.dumps(file_lock.this_process() | {"token": lock.token}).encode())
+            os.fsync(file.fileno())  # other machines read it
+        except OSError:
+            lock.path.unlink()  # while locked
+            raise
+    return lock
 
 
 # --- a bucket: an object that names the build, renewed while its process lives ----------------------------------

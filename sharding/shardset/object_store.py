@@ -239,16 +239,18 @@ class BucketStore:
         except ImportError:
             print(f"{self.url}: without boto3 {LEFT_TO_LIFECYCLE}", file=sys.stderr)
             return 0
-        region, aborted = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1", 0
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         try:
-            path_style = Config(s3={"addressing_style": "path"})
-            storage = boto3.session.Session(region_name=region).resource("s3", config=path_style)
-            for upload in list(storage.Bucket(bucket).multipart_uploads.filter(Prefix=f"{prefix}/")):
+            silence_sec = PATIENCE_SEC * READ_SHARE
+            config = Config(s3={"addressing_style": "path"}, connect_timeout=CONNECT_SEC, read_timeout=silence_sec)
+            storage = boto3.session.Session(region_name=region).resource("s3", config=config)
+            uploads = list(storage.Bucket(bucket).multipart_uploads.filter(Prefix=f"{prefix}/"))
+            for upload in uploads:
                 upload.abort()
-                aborted += 1
+            return len(uploads)
         except (BotoCoreError, ClientError) as error:  # the credentials may lack only this permission
             print(f"{self.url}: {_first_line(error)}; {LEFT_TO_LIFECYCLE}", file=sys.stderr)
-        return aborted
+            return 0
 
     def failed_elsewhere(self, since: float) -> None:
         """Record that, according to another process, this store has not answered since the time `since`."""
