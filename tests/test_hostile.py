@@ -48,7 +48,7 @@ from tests.tools.modules import MODULES, ROOT
 from tests.tools.tiny_model import make_tiny_model
 
 KINDS = (
-    "index.json", "samples.bin.zst", ".idx.zst", "sample", "summary.json", "ledger", "alignments", "predicted",
+    "index.json", "samples.bin.zst", ".idx.zst", "sample", "ledger", "alignments", "predicted",
     "scorecard.json", "hypotheses.jsonl", "--config", "--set", "state.json", "vocab.json", "newest.json", "lock",
     "transcripts.jsonl", "transcripts.csv", "transcripts.tsv", "transcripts.jsonl.gz", "transcripts.csv.zst", "tar",
     "zip", "flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf", "SHA256SUMS", "config.json", "model.safetensors",
@@ -58,7 +58,7 @@ KINDS = (
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
     "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",
-    "sharding.report.ledger": "its rows are kept as they are", "sharding.report.summary": "of any version",
+    "sharding.report.ledger": "its rows are kept as they are",
     "sharding.segment.evidence": "rows of `align`, which say more to people",
     "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
     "_Group": "likewise", "_Data": "for a model card", "_Training": "likewise", "_Settings": "one setting of main.py's",

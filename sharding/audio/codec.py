@@ -27,6 +27,7 @@ from sharding.audio.libflac import decode_plain
 from sharding.errors import AudioError, StreamtrainError
 
 SAMPLE_RATE = 16_000
+PASSED_THROUGH = ("FLAC", "PCM_16", SAMPLE_RATE, 1)  # container, samples, rate and channels of files that stay
 CONV_LAYERS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # wav2vec2's (kernel, stride), in samples
 FRAME_SAMPLES = math.prod(stride for _, stride in CONV_LAYERS)  # 320: a frame every 20 ms
 MIN_SAMPLES = 400  # the receptive field of those layers: a shorter clip has no frame
@@ -100,7 +101,7 @@ def probe(file: IO[bytes]) -> AudioInfo:
     _check_header(info.frames, info.channels, info.samplerate)
     return AudioInfo(
         samples=round(info.frames * SAMPLE_RATE / info.samplerate),
-        passthrough=_is_final(info.format, info.subtype, info.samplerate, info.channels),
+        passthrough=(info.format, info.subtype, info.samplerate, info.channels) == PASSED_THROUGH,
     )
 
 
@@ -187,10 +188,6 @@ def _samples_of_plain(data: bytes) -> int | None:
     """Return the number of samples that a plain FLAC declares, None for any other file or an extreme length."""
     samples = flac.samples_of_plain(data)
     return samples if samples is not None and MIN_SAMPLES <= samples <= MAX_VALUES else None
-
-
-def _is_final(container: str, subtype: str, rate: int, channels: int) -> bool:
-    return (container, subtype, rate, channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
 
 
 def _read_whole(file: soundfile.SoundFile, dtype: str) -> npt.NDArray[Any]:

@@ -5,15 +5,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform
-
-if TYPE_CHECKING:
-    import torch
 
 HOP = SAMPLE_RATE // 100  # level and mask are sampled every 10 ms
 VAD_WINDOW = 512  # samples per speech probability, fixed by Silero at 16 kHz …
@@ -129,19 +126,6 @@ def _load_detector() -> Any:
     return silero_vad.load_silero_vad()._model  # for 16 kHz
 
 
-def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
-    """Return Silero's speech probability per window of 32 ms, shape (windows,).
-
-    Its own `audio_forward` runs the network on one window at a time. Only the LSTM depends on the window before, so all
-    else is computed for thousands at once: the same numbers to 1e-4, ten times as fast. On one thread, because the
-    operations are small; importing the detector sets that too, for the whole process.
-    """
-    import torch
-
-    with one_thread():
-        return _detect(_load_detector(), torch.from_numpy(waveform))
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch without gradients on one thread, for many small operations, then restore the number of threads."""
@@ -157,10 +141,18 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _detect(network: Any, waveform: "torch.Tensor") -> npt.NDArray[np.float32]:
+@one_thread()
+def _speech_probability(waveform: Waveform) -> npt.NDArray[np.float32]:
+    """Return Silero's speech probability per window of 32 ms, shape (windows,).
+
+    Its own `audio_forward` runs the network on one window at a time. Only the LSTM depends on the window before, so all
+    else is computed for thousands at once: the same numbers to 1e-4, ten times as fast. On one thread, because the
+    operations are small; importing the detector sets that too, for the whole process.
+    """
     import torch
 
-    padded = torch.nn.functional.pad(waveform, (VAD_CONTEXT, -len(waveform) % VAD_WINDOW))
+    network = _load_detector()
+    padded = torch.nn.functional.pad(torch.from_numpy(waveform), (VAD_CONTEXT, -len(waveform) % VAD_WINDOW))
     windows = padded.unfold(0, VAD_CONTEXT + VAD_WINDOW, VAD_WINDOW)
     rnn = network.decoder.rnn
     weights = [rnn.weight_ih, rnn.weight_hh, rnn.bias_ih, rnn.bias_hh]

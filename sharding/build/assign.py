@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.build.duration_buckets import bucket_of
-from sharding.build.scan import ClipTable, piece_order
+from sharding.build.scan import ClipTable, hash_128
 from sharding.segment.split import Segment
+from sharding.shardset.sample import escape_key, piece_key
 from sharding.shardset.schema import SPLITS
 
 FLAC_RATIO = 0.54  # FLAC size of speech / size of its 16-bit PCM, to estimate shard sizes
@@ -131,7 +132,7 @@ def _segments_of(segments: Segments, valid: Mask) -> PlannedTable:
         split = "valid" if valid[clip] else "unlabelled" if segment.label_status == "unlabelled" else "train"
         member["clip"], member["piece"], member["split"] = clip, number, SPLITS.index(split)
         member["samples"] = segment.samples
-        member["order"] = piece_order(segment.utterance_id, number)
+        member["order"] = hash_128(piece_key(escape_key(segment.utterance_id), number))
     members["bytes"] = _flac_bytes(members["samples"]) + SAMPLE_OVERHEAD_BYTES
     members["work"] = members["samples"]
     return members

@@ -93,17 +93,7 @@ def index_tars(
         settings={"track": track, "max_duration": max_duration, "valid": list(valid or VALID_TARS), EXTERNAL: True},
         settings_hash="",
         sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
-        notes={
-            "clips": sum(tally.clips.values()),
-            "rejected": tally.clips["rejected"],
-            "validation": {
-                "disjoint_by_speaker": _is_disjoint(shards),
-                "fallback_speaker": None,
-                "kept_in_training": [],
-                "clips": tally.validation["clips"],
-                "rejected": tally.validation["rejected"],
-            },
-        },
+        notes=tally.notes(_is_disjoint(shards), None, []),
         shards=tuple(shard.entry for shard in shards),
         samples=samples,
     )

@@ -38,10 +38,8 @@ from sharding.build.place import PIECES, check_output
 from sharding.build.scan import ScanResult, find_orphans, hash_128, hash_sources, scan
 from sharding.build.write import (
     BuildContext,
+    ClipRow,
     CutJob,
-    ExampleJob,
-    ManifestLine,
-    PlannedSample,
     SegmentRef,
     ShardJob,
     ShardResult,
@@ -63,7 +61,7 @@ from sharding.shardset.build_config import BuildConfig
 from sharding.shardset.index import (
     INDEX_NAME,
     ShardIndex,
-    archive_index,
+    archived_index_name,
     check_presence,
     join_samples,
     pack_index,
@@ -75,7 +73,7 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import escape_key, whole_key
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import FolderStore, Store, open_store
-from sharding.sources.manifest import ManifestOptions, Source, read_sources
+from sharding.sources.manifest import ManifestOptions, Source, read_source
 
 LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
@@ -132,8 +130,8 @@ class BuildResult:
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
-    sources = read_sources(locations, replace(run.manifest_options, track=settings.track, group_by=settings.group_by))
-    sources = [_with_absolute_path(source) for source in sources]  # workers may have another working directory
+    options = replace(run.manifest_options, track=settings.track, group_by=settings.group_by)
+    sources = [_with_absolute_path(read_source(location, options)) for location in locations]
     store = open_store(out, dry_run=run.dry_run)
     check_output(open_store(out), locations)
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:
@@ -172,8 +170,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             packed = pack_index(index)
             summary = report.publish(store, ledger, tally, packed.index, orphans, scanned.ignored_fields)
             lease.check()
-            if base:
-                archive_index(store, base)
+            if base:  # runs that started with it find it there
+                store.write(archived_index_name(base.digest), store.read(INDEX_NAME))
             write_index(store, packed)  # last: its presence means that all other files are complete
             if base:
                 report.drop_archived(store, base)
@@ -207,7 +205,7 @@ def _make_shards(
     """Plan and write the shards. Returns the plan, the results and the ledger."""
     with _scratch(store, shared=bool(run.scheduler)) as scratch:
         layouts = tuple(source.layout for source in task.scan.sources)
-        out, scratch = _absolute(store.url), f"{scratch}/{lease.token}"
+        out, scratch = store.url if store.remote else os.path.abspath(store.url), f"{scratch}/{lease.token}"
         token = lease.token if run.scheduler else ""  # local workers die with the build
         context = BuildContext(out, scratch, layouts, task.settings.track, run.dry_run, token)
         plan, ledger = plan_build(task, context, pool)
@@ -236,32 +234,23 @@ class ShardPlan:
         """Return the job that writes a shard."""
         name, bucket, rows = shard
         members = self.samples_planned[rows]
-        lines = _read_rows(self.task.scan, members["clip"])
-        clips = self.task.scan.clips[members["clip"]]
-        segments = [None if whole else self._segment(clip, number)
+        segments = [None if whole else SegmentRef(number, len(self.segments[clip]), self.segments[clip][number])
                     for whole, clip, number in members[["whole", "clip", "piece"]].tolist()]  # fmt: skip
-        chosen = tuple(map(PlannedSample, lines, clips["bytes"].tolist(), clips["samples"].tolist(), segments))
+        chosen = tuple(zip(_read_rows(self.task.scan, members["clip"]), segments, strict=True))
         return ShardJob(self.context, name, bucket, name.split("/")[0], chosen)
 
-    def _segment(self, clip: int, number: int) -> SegmentRef:
-        segments = self.segments[clip]
-        return SegmentRef(number, len(segments), segments[number])
 
-
-def plan_build(
-    task: BuildTask, context: BuildContext, pool: Workers, acoustic_model: PhoneGMM | None = None
-) -> tuple[ShardPlan, list[LedgerPart]]:
+def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[ShardPlan, list[LedgerPart]]:
     """Split long recordings and assign samples to shards. Returns the plan and the ledger rows decided so far.
 
-    Samples added to a `base` go into new shards in its duration bins. An `acoustic_model` that is not given is taken
-    from the `base`; if that has none, it is trained if there are long labelled training recordings.
+    Samples added to a `base` go into new shards in its duration bins. The acoustic model is that of the `base`; if that
+    has none, it is trained if there are long labelled training recordings.
     """
     clips, settings, base = task.scan.clips, task.settings, task.base
     usable, refused = _drop_refused(task)
     long = usable & (clips["samples"] > round(settings.max_duration * SAMPLE_RATE))
     labelled = usable & clips["fits"] & ~task.valid
-    if acoustic_model is None and base and base.acoustic_model:
-        acoustic_model = unpack_model(base.acoustic_model)
+    acoustic_model = unpack_model(base.acoustic_model) if base and base.acoustic_model else None
     if acoustic_model is None and (labelled & long).any():
         acoustic_model = _fit_acoustic_model(task, context, pool, labelled, long)
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
@@ -311,7 +300,7 @@ def _fit_acoustic_model(
     if seconds < FIT_MIN_SEC:
         return None
     chosen = np.array(list(rows))
-    jobs = map(ExampleJob, repeat(context), _read_rows(task.scan, chosen), clips["bytes"][chosen].tolist())
+    jobs = zip(repeat(context), _read_rows(task.scan, chosen), strict=False)
     examples = pool.map(read_example, jobs, [1] * len(chosen), "learning")
     return fit([example for example in examples if example], settings.track, settings.max_false_accept)
 
@@ -322,34 +311,31 @@ def _cut_long(
     """Split the long recordings, longest first. Returns their segments and their ledger rows."""
     clips, settings, alignments, rows = task.scan.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    lines = _read_rows(task.scan, rows)
-    sizes, lengths = clips["bytes"][rows].tolist(), clips["samples"][rows].tolist()
     splits = np.where(task.valid[rows], "valid", "train").tolist()
     max_gap = alignments.bound(settings.max_false_accept)
     thresholds = LabelThresholds(settings.min_confidence, max_gap, settings.min_word_llr)
     jobs = (
         CutJob(
             context,
-            line,
-            size,
-            samples,
+            row,
             split,
             settings.max_duration,
-            alignments.of(line.parse(context.layouts).utterance_id) if alignments.by_id else None,
+            alignments.of(row.parse(context.layouts).utterance_id) if alignments.by_id else None,
             None if split == "valid" else acoustic_model,  # validation keeps the label of the whole recording
             thresholds,
         )
-        for line, size, samples, split in zip(lines, sizes, lengths, splits, strict=True)
+        for row, split in zip(_read_rows(task.scan, rows), splits, strict=True)
     )
     results = pool.map(cut_recording, jobs, [1] * len(rows), "splitting")
-    segments = {int(row): result.segments for row, result in zip(rows, results, strict=True) if result.segments}
-    return segments, [result.ledger for result in results]
+    segments = {int(row): segments for row, (segments, _) in zip(rows, results, strict=True) if segments}
+    return segments, [ledger for _, ledger in results]
 
 
-def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ManifestLine]:
+def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ClipRow]:
     sources = scanned.sources
-    places = scanned.clips[["source", "row"]][clips].tolist()
-    return [ManifestLine(index, int(sources[index].numbers[row]), sources[index].line(row)) for index, row in places]
+    places = scanned.clips[["source", "row", "bytes", "samples"]][clips].tolist()
+    return [ClipRow(index, int(sources[index].numbers[row]), sources[index].line(row), size, samples)
+            for index, row, size, samples in places]  # fmt: skip
 
 
 def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> ShardIndex:
@@ -357,28 +343,27 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
     task, fallback = plan.task, plan.task.exceptions.fallback_speaker
     clips, exceptions, base = task.scan.clips, task.exceptions, task.base
     shards = [result.made for result in results if result.made]
+    samples = join_samples([table for _, table in shards])
     disjoint = bool(clips["named"][~clips["refused"]].all())
-    index = ShardIndex(
+    if base:  # its samples keep their rows
+        samples["shard"] += len(base.shards)
+        samples = np.concatenate([base.samples, samples])
+        disjoint &= base.notes["validation"]["disjoint_by_speaker"]
+    return ShardIndex(
         duration_bins=plan.bins,
         settings=asdict(task.settings),
         settings_hash=task.settings.hash,
         sources_hash=hash_sources(clips, base.sources_hash if base else ""),
-        notes={
-            "clips": sum(tally.clips.values()),
-            "rejected": tally.clips["rejected"],
-            "validation": {
-                "disjoint_by_speaker": disjoint,
-                "fallback_speaker": None if fallback is None else f"{fallback:016x}",
-                "kept_in_training": [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
-                "clips": tally.validation["clips"],
-                "rejected": tally.validation["rejected"],
-            },
-        },
-        shards=tuple(entry for entry, _ in shards),
-        samples=join_samples([table for _, table in shards]),
+        notes=tally.notes(
+            disjoint,
+            None if fallback is None else f"{fallback:016x}",
+            [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
+        ),
+        shards=(base.shards if base else ()) + tuple(entry for entry, _ in shards),
+        samples=samples,
+        base=base.digest if base else "",
         acoustic_model=plan.acoustic_model.pack() if plan.acoustic_model else None,
     )
-    return index if base is None else _merge_indexes(base, index)
 
 
 # --- the existing shard set -------------------------------------------------------------------------------------
@@ -452,16 +437,6 @@ def _keep_ledger_rows(rows: Sequence[LedgerRow], scanned: ScanResult) -> LedgerP
     return write_ledger(row for row in rows if hash_128(escape_key(row["utterance_id"])) not in rescanned)
 
 
-def _merge_indexes(base: ShardIndex, added: ShardIndex) -> ShardIndex:
-    """Return the index of both; the samples of `base` keep their rows."""
-    samples = added.samples.copy()
-    samples["shard"] += len(base.shards)
-    validation = added.notes["validation"]
-    validation["disjoint_by_speaker"] &= base.notes["validation"]["disjoint_by_speaker"]
-    samples = np.concatenate([base.samples, samples])
-    return replace(added, base=base.digest, shards=base.shards + added.shards, samples=samples)
-
-
 UNFINISHED = re.compile(rf"({'|'.join(SPLITS)})/(b\d\d-\d{{5}}\.(tar|idx\.zst)|\..*\.part)|(report/)?\.[^/]*\.part")
 
 
@@ -499,18 +474,11 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
     scratch = store.folder / PIECES
     remove(scratch)  # left by a killed build, or a link to another place
     try:
-        yield _absolute(str(scratch))
+        yield os.path.abspath(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# --- absolute paths: workers may have another working directory -------------------------------------------------
-
-
-def _with_absolute_path(source: Source) -> Source:
-    audio = replace(source.layout.audio, path=_absolute(source.layout.audio.path))
+def _with_absolute_path(source: Source) -> Source:  # workers may have another working directory
+    audio = replace(source.layout.audio, path=os.path.abspath(source.layout.audio.path))
     return replace(source, layout=replace(source.layout, audio=audio))
-
-
-def _absolute(location: str) -> str:
-    return location if "://" in location else os.path.abspath(location)

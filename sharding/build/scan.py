@@ -18,7 +18,7 @@ from sharding.errors import AudioError, ManifestError
 from sharding.files.names import canonical_name
 from sharding.labels.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
 from sharding.pool import Workers, count_done
-from sharding.shardset.sample import escape_key, piece_key
+from sharding.shardset.sample import escape_key
 from sharding.sources.archive import AudioRoot, actual_path, list_audio, open_audio
 from sharding.sources.manifest import Layout, Source, Utterance, printable
 
@@ -133,10 +133,6 @@ def hash_128(text: str) -> tuple[int, int]:
     return high, low
 
 
-def piece_order(utterance_id: str, piece: int) -> tuple[int, int]:
-    return hash_128(piece_key(escape_key(utterance_id), piece))
-
-
 def speaker_hash(speaker: str) -> int:
     """Return the first 8 bytes of the SHA-256 of a speaker, as a number."""
     return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:8], "big")
@@ -182,7 +178,7 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
         "row": 0,
         "id": hash_128(canonical_name(utterance.utterance_id)),
         "key": hash_128(escape_key(utterance.utterance_id)),
-        "content": hash_128(repr((utterance.values, size))),
+        "content": hash_128(repr((tuple(utterance), size))),
         "path": _hash_path(actual_path(audio, utterance.audio_path)),
         "speaker": speaker_hash(utterance.speaker),
         "named": bool(utterance.group or utterance.child_id),

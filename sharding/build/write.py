@@ -5,9 +5,10 @@ Each clip is read once; its md5 check, its decoding and its copy use the same by
 
 import hashlib
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from typing import NamedTuple
 
 import soundfile
 import soxr
@@ -29,11 +30,11 @@ from sharding.shardset.index import (
     remove_shard,
     write_shard,
 )
-from sharding.shardset.sample import Sample, escape_key, piece_key
+from sharding.shardset.sample import METADATA, Sample, escape_key, piece_key
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import check_shard
-from sharding.sources.archive import AudioRoot, open_audio
+from sharding.sources.archive import open_audio
 from sharding.sources.manifest import Layout, Utterance
 
 ENCODER_VERSIONS = (FORMAT_VERSION, soundfile.__libsndfile_version__, soxr.__version__)  # others may write other bytes
@@ -53,12 +54,14 @@ class BuildContext:
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestLine:
-    """Hold an unparsed row of a source, to be sent to a worker."""
+class ClipRow:
+    """Hold an unparsed row of a source, to be sent to a worker, and what the scan found."""
 
     source: int
     number: int  # line number
     line: bytes
+    size: int  # bytes of the clip's audio file
+    samples: int  # of the clip at 16 kHz, by its header
 
     def parse(self, layouts: Sequence[Layout]) -> Utterance:
         return layouts[self.source].parse(self.line, self.number)[0]
@@ -73,14 +76,13 @@ class SegmentRef:
     segment: Segment
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSample:
-    """Describe one sample to write."""
+class Clip(NamedTuple):
+    """Hold a sample to write: its row, as it is and parsed, and what it will be, but for its audio."""
 
-    row: ManifestLine
-    bytes: int  # of the clip's audio file
-    samples: int  # of the clip at 16 kHz, by its header
+    row: ClipRow
     piece: SegmentRef | None
+    utterance: Utterance
+    template: Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class ShardJob:
     name: str
     bucket: int
     split: str
-    samples_planned: tuple[PlannedSample, ...]
+    samples_planned: tuple[tuple[ClipRow, SegmentRef | None], ...]  # None: the whole clip
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,9 @@ class ShardResult:
 
 
 @dataclass(frozen=True, slots=True)
-class ExampleJob:
-    context: BuildContext
-    row: ManifestLine
-    bytes: int  # of the recording's audio file
-
-
-@dataclass(frozen=True, slots=True)
 class CutJob:
     context: BuildContext
-    row: ManifestLine
-    bytes: int  # of the recording's audio file
-    samples: int  # at 16 kHz, by its header
+    row: ClipRow
     split: str
     max_duration: float
     evidence: Evidence | None
@@ -118,35 +111,28 @@ class CutJob:
     thresholds: LabelThresholds
 
 
-@dataclass(frozen=True)
-class CutResult:
-    segments: tuple[Segment, ...]  # empty if the recording was refused
-    ledger: LedgerPart
-
-
-def read_example(job: ExampleJob) -> TrainingExample | None:
+def read_example(job: tuple[BuildContext, ClipRow]) -> TrainingExample | None:
     """Return a labelled recording to train the acoustic model on, or None if it cannot be read."""
-    utterance = job.row.parse(job.context.layouts)
+    context, row = job
+    utterance = row.parse(context.layouts)
     try:
-        data = _read_audio(utterance, job.context.layouts[job.row.source].audio, job.bytes)
-        waveform, _ = decode(data, prove=not utterance.md5_hash)
+        waveform, _ = decode(_read_audio(context, row, utterance), prove=not utterance.md5_hash)
     except AudioError:  # reported when the recording is cut or written
         return None
     finally:
         count_done()
-    return example_of(utterance.utterance_id, read_label(utterance.text, job.context.track), waveform)
+    return example_of(utterance.utterance_id, read_label(utterance.text, context.track), waveform)
 
 
-def cut_recording(job: CutJob) -> CutResult:
-    """Split one long recording and write its segments as FLAC files to the scratch place."""
+def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
+    """Write the segments of a long recording as FLAC files to the scratch place. Return them, none if it is refused."""
     utterance = job.row.parse(job.context.layouts)
     text = read_label(utterance.text, job.context.track)
     try:
-        data = _read_audio(utterance, job.context.layouts[job.row.source].audio, job.bytes)
-        decoded = decode_native(data, prove=not utterance.md5_hash)
+        decoded = decode_native(_read_audio(job.context, job.row, utterance), prove=not utterance.md5_hash)
     except AudioError as error:
-        row = rejected_row(utterance, job.split, error.message, job.samples / SAMPLE_RATE)
-        return CutResult((), write_ledger([row]))
+        row = rejected_row(utterance, job.split, error.message, job.row.samples / SAMPLE_RATE)
+        return (), write_ledger([row])
     finally:
         count_done()
     name, waveform, model = utterance.utterance_id, decoded.waveform, job.acoustic_model
@@ -162,22 +148,20 @@ def cut_recording(job: CutJob) -> CutResult:
         rows.append(row)
     remarks = (*decoded.remarks, *label_remarks(utterance.text, job.context.track))
     row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=remarks)
-    return CutResult(segments, write_ledger([row]))
+    return segments, write_ledger([row])
 
 
 def make_shard(job: ShardJob) -> ShardResult:
     """Write one shard, unless an interrupted build already wrote it completely from the same inputs."""
     store = open_store(job.context.out, dry_run=job.context.dry_run)
     _check_worker(store, job.context)
-    planned = job.samples_planned
-    utterances = [sample.row.parse(job.context.layouts) for sample in planned]
-    templates = [_template(job, sample, utterance) for sample, utterance in zip(planned, utterances, strict=True)]
-    inputs_digest = _digest_inputs(job, utterances)
-    shard = _reuse_finished(store, job, inputs_digest, utterances, templates)
+    clips = [_parse(job, row, piece) for row, piece in job.samples_planned]
+    inputs_digest = _digest_inputs(job, clips)
+    shard = _reuse_finished(store, job, inputs_digest, clips)
     if shard is None:
         refused: dict[str, str] = {}
         remarks: dict[str, Sequence[str]] = {}
-        contents = _read_samples(job, utterances, templates, refused, remarks)
+        contents = _read_samples(job, clips, refused, remarks)
         first = next(contents, None)
         if first is not None:
             shard = write_shard(store, job.name, job.bucket, chain([first], contents), inputs_digest, refused, remarks)
@@ -185,14 +169,11 @@ def make_shard(job: ShardJob) -> ShardResult:
             remove_shard(store, job.name)  # left by another plan
     else:
         refused, remarks = dict(shard.refused), dict(shard.remarks)
-        count_done(len(planned))
-    lengths = {template.key: sample.samples for template, sample in zip(templates, planned, strict=True)}
+        count_done(len(clips))
+    lengths = {clip.template.key: clip.row.samples for clip in clips}
     if shard:
         lengths |= zip(shard.keys, shard.samples["samples"].tolist(), strict=True)
-    rows = [_ledger_row(job, utterance, template, lengths[template.key], refused.get(template.key),
-                        remarks.get(template.key, ()))
-            for sample, utterance, template in zip(planned, utterances, templates, strict=True)
-            if sample.piece is None]  # fmt: skip
+    rows = [_ledger_row(job, clip, lengths, refused, remarks) for clip in clips if clip.piece is None]
     return ShardResult((shard.entry, shard.samples) if shard else None, write_ledger(rows))
 
 
@@ -208,40 +189,39 @@ def _check_worker(store: Store, context: BuildContext) -> None:
 
 
 def _read_samples(
-    job: ShardJob,
-    utterances: Sequence[Utterance],
-    templates: Sequence[Sample],
-    refused: dict[str, str],
-    remarks: dict[str, Sequence[str]],
+    job: ShardJob, clips: Sequence[Clip], refused: dict[str, str], remarks: dict[str, Sequence[str]]
 ) -> Iterator[tuple[Sample, int]]:
     """Yield each sample with its audio and its length. Fills `refused` and `remarks` by key as it goes."""
-    for planned, utterance, template in zip(job.samples_planned, utterances, templates, strict=True):
+    for clip in clips:
         try:
-            sample, length, notes = _read_sample(job, planned, utterance, template)
+            sample, length, notes = _read_sample(job, clip)
             if notes:
                 remarks[sample.key] = notes
             yield sample, length
         except AudioError as error:
-            refused[template.key] = error.message
+            refused[clip.template.key] = error.message
         count_done()
     _check_worker(open_store(job.context.out), job.context)  # again, before the tar gets its final name
 
 
 def _ledger_row(
-    job: ShardJob, utterance: Utterance, template: Sample, length: int, refusal: str | None, remarks: Sequence[str]
+    job: ShardJob,
+    clip: Clip,
+    lengths: Mapping[str, int],
+    refused: Mapping[str, str],
+    audio_remarks: Mapping[str, Sequence[str]],
 ) -> LedgerRow:
-    """Return the ledger row of a clip with its remarks: the given ones, on the audio, and those on its label."""
-    split, seconds = "valid" if job.split == "valid" else "train", length / SAMPLE_RATE
-    if refusal is not None:
-        return rejected_row(utterance, split, refusal, seconds)
-    reason = (TOO_DENSE if template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
-    remarks = (*remarks, *label_remarks(utterance.text, job.context.track))
-    return ledger_row(utterance, split, "written", seconds, reason=reason, key=template.key, remarks=remarks)
+    """Return the ledger row of a clip; its length, the reason of its refusal and remarks on its audio are by key."""
+    utterance, key = clip.utterance, clip.template.key
+    split, seconds = "valid" if job.split == "valid" else "train", lengths[key] / SAMPLE_RATE
+    if key in refused:
+        return rejected_row(utterance, split, refused[key], seconds)
+    reason = (TOO_DENSE if clip.template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
+    remarks = (*audio_remarks.get(key, ()), *label_remarks(utterance.text, job.context.track))
+    return ledger_row(utterance, split, "written", seconds, reason=reason, key=key, remarks=remarks)
 
 
-def _reuse_finished(
-    store: Store, job: ShardJob, inputs_digest: str, utterances: Sequence[Utterance], templates: Sequence[Sample]
-) -> ShardRecord | None:
+def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequence[Clip]) -> ShardRecord | None:
     """Return the shard that an interrupted build wrote, or None if it is absent, damaged or of other inputs."""
     try:
         shard = read_shard_index(store, job.name)
@@ -250,32 +230,33 @@ def _reuse_finished(
         check_shard(store, shard, job.context.track)
     except (ShardError, MissingError):
         return None
-    for planned, utterance, template in zip(job.samples_planned, utterances, templates, strict=True):
-        if template.key in shard.refused:
+    for clip in clips:
+        if clip.template.key in shard.refused:
             try:
-                _read_sample(job, planned, utterance, template)
+                _read_sample(job, clip)
             except AudioError:
                 continue
             return None  # the file was repaired since
     return shard
 
 
-def _digest_inputs(job: ShardJob, utterances: Sequence[Utterance]) -> str:
+def _digest_inputs(job: ShardJob, clips: Sequence[Clip]) -> str:
     """Return the SHA-256 of all that determines the shard's bytes: clips, cuts and encoder versions."""
     lines = [str((ENCODER_VERSIONS, job.name, job.context.track))]
-    for sample, utterance in zip(job.samples_planned, utterances, strict=True):
-        lines.append(repr((utterance.values, sample.bytes, sample.piece)))
+    lines += [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _template(job: ShardJob, planned: PlannedSample, utterance: Utterance) -> Sample:
-    """Return the sample without its audio."""
+def _parse(job: ShardJob, row: ClipRow, piece: SegmentRef | None) -> Clip:
+    utterance = row.parse(job.context.layouts)
     text = read_label(utterance.text, job.context.track)
-    if planned.piece:
-        return _segment_sample(utterance, text, planned.piece, "valid" if job.split == "valid" else "train")
-    if job.split == "unlabelled":
-        return _bare_sample(utterance, status="unlabelled", parent=text)
-    return _bare_sample(utterance, text=text)
+    if piece:
+        template = _segment_sample(utterance, text, piece, "valid" if job.split == "valid" else "train")
+    elif job.split == "unlabelled":
+        template = _bare_sample(utterance, status="unlabelled", parent=text)
+    else:
+        template = _bare_sample(utterance, text=text)
+    return Clip(row, piece, utterance, template)
 
 
 def _segment_sample(utterance: Utterance, text: str, ref: SegmentRef, split: str) -> Sample:
@@ -297,28 +278,17 @@ def _segment_sample(utterance: Utterance, text: str, ref: SegmentRef, split: str
 
 
 def _bare_sample(utterance: Utterance, text: str = "", status: str = "labelled", parent: str | None = None) -> Sample:
-    return Sample(
-        key=escape_key(utterance.utterance_id),
-        audio=b"",
-        text=text,
-        label_status=status,
-        parent_text=parent,
-        utterance_id=utterance.utterance_id,
-        child_id=utterance.child_id,
-        session_id=utterance.session_id,
-        corpus=utterance.corpus,
-        age_bucket=utterance.age_bucket,
-    )
+    metadata = {name: getattr(utterance, name) for name in METADATA}
+    return Sample(escape_key(utterance.utterance_id), b"", text, status, parent_text=parent, **metadata)
 
 
-def _read_sample(
-    job: ShardJob, planned: PlannedSample, utterance: Utterance, template: Sample
-) -> tuple[Sample, int, tuple[str, ...]]:
+def _read_sample(job: ShardJob, clip: Clip) -> tuple[Sample, int, tuple[str, ...]]:
     """Return the sample with its verified audio, passed through or converted; its length at 16 kHz; remarks."""
-    if planned.piece:
+    row, piece, utterance, template = clip
+    if piece:
         audio = open_store(job.context.scratch).read(f"{template.key}.flac")
-        return replace(template, audio=audio), planned.piece.segment.samples, ()
-    data = _read_audio(utterance, job.context.layouts[planned.row.source].audio, planned.bytes)
+        return replace(template, audio=audio), piece.segment.samples, ()
+    data = _read_audio(job.context, row, utterance)
     decoded = decode_native(data, prove=not utterance.md5_hash)
     pcm = decoded.pcm
     if job.split == "train" and template.text and is_constant(pcm):
@@ -326,12 +296,12 @@ def _read_sample(
     return replace(template, audio=data if decoded.passthrough else encode(pcm)), len(pcm), decoded.remarks
 
 
-def _read_audio(utterance: Utterance, audio: AudioRoot, size: int) -> bytes:
+def _read_audio(context: BuildContext, row: ClipRow, utterance: Utterance) -> bytes:
     """Return the bytes of a clip. Raises AudioError if their size or the md5 is not that of scan and manifest."""
-    with open_audio(audio, utterance.audio_path) as (file, _):
+    with open_audio(context.layouts[row.source].audio, utterance.audio_path) as (file, _):
         data = file.read()
-    if len(data) != size:  # its duration bucket may have changed
-        raise AudioError(f"changed during the build, from {size} bytes to {len(data)}")
+    if len(data) != row.size:  # its duration bucket may have changed
+        raise AudioError(f"changed during the build, from {row.size} bytes to {len(data)}")
     if utterance.md5_hash:
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if md5 != utterance.md5_hash:

@@ -52,7 +52,7 @@ def explaining(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
+def written(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
     """Yield a file to write `path`, as named by a user.
 
     A regular file appears under its name, or replaces another, when it is complete; a link stays, and its target is
@@ -60,7 +60,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
     """
     target = file_to_replace(path)
     if target is not None:
-        with replacing(target) as file:
+        with replacing(target, needed) as file:
             yield file
         return
     print(end="", flush=True)  # earlier output comes first
@@ -106,8 +106,7 @@ def sibling(path: Path, ending: str) -> Path:
 def write(path: Path, data: bytes | str) -> None:
     """Write a whole file, text as UTF-8, in the way of `written`."""
     content = data.encode() if isinstance(data, str) else data
-    target = file_to_replace(path)
-    with replacing(target, len(content)) if target is not None else written(path) as file:
+    with written(path, len(content)) as file:
         file.write(content)
 
 

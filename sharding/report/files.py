@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from sharding.errors import MissingError, ShardError
-from sharding.files.document import LARGE_BYTES, DocumentError
+from sharding.files.document import LARGE_BYTES
 from sharding.report.ledger import LEDGER_NAME, LedgerPart, LedgerRow, Tally, join_parts, parse_ledger
-from sharding.report.summary import ORPHANS_NAME, Summary, parse_summary, summarize
+from sharding.report.summary import ORPHANS_NAME, Summary, summarize
 from sharding.shardset.index import ShardIndex
 from sharding.shardset.store import Store
 
@@ -46,13 +46,13 @@ def publish(
 
 
 def read_summary(store: Store, index: ShardIndex) -> Summary | None:
-    """Return the summary of a shard set, or None if its report is missing."""
+    """Return the summary of a shard set, counted from its ledger, or None if its report is missing."""
+    tally = Tally()
     try:
-        return parse_summary(_read(store, index, SUMMARY_NAME))
+        orphans = _read_ledger(store, index, tally.count)
     except MissingError:
         return None
-    except DocumentError as error:
-        raise ShardError(f"{store.url}/{SUMMARY_NAME}: damaged ({error})", "the shards may still be intact") from error
+    return summarize(tally, index, orphans, [])
 
 
 def check_report(store: Store, index: ShardIndex) -> list[str]:
@@ -89,14 +89,12 @@ def archive_report(store: Store, index: ShardIndex) -> tuple[list[LedgerRow], li
     The archive remains this index's report until the next index is written, even if the build is killed before then.
     Raises ShardError if the ledger or the orphans are damaged or missing.
     """
+    rows: list[LedgerRow] = []
     try:
-        ledger, orphans = (_read(store, index, name) for name in (LEDGER_NAME, ORPHANS_NAME))
-        rows, names = parse_ledger(ledger), orphans.decode().splitlines()
+        names = _read_ledger(store, index, rows.append)
     except MissingError as error:
         hint = "without it the report of the extended set would be incomplete; build into another --out"
         raise ShardError(error.message, hint) from error
-    except ValueError as error:
-        raise ShardError(f"{store.url}/{LEDGER_NAME}: damaged ({error})", COPY_HINT) from error
     if not is_archived(store, index):
         files = {name: data for name in FILES if (data := _read_if_exists(store, name)) is not None}
         checksums = _read_if_exists(store, CHECKSUMS_NAME) or _pack_checksums(index, files)  # older sets have none
@@ -127,6 +125,20 @@ def _archived_name(index: ShardIndex, name: str) -> str:
 def _stored_names(store: Store, index: ShardIndex) -> Callable[[str], str]:
     """Return the function from a report file's name to its current name, which differs while it is archived."""
     return partial(_archived_name, index) if is_archived(store, index) else str
+
+
+def _read_ledger(store: Store, index: ShardIndex, take: Callable[[LedgerRow], object]) -> list[str]:
+    """Hand each ledger row of an index over, one at a time, and return the orphans.
+
+    Raises MissingError if they are missing, ShardError if they are damaged.
+    """
+    ledger, orphans = (_read(store, index, name) for name in (LEDGER_NAME, ORPHANS_NAME))
+    try:
+        for row in parse_ledger(ledger):
+            take(row)
+        return orphans.decode().splitlines()
+    except ValueError as error:
+        raise ShardError(f"{store.url}/{LEDGER_NAME}: damaged ({error})", COPY_HINT) from error
 
 
 def _read(store: Store, index: ShardIndex, name: str) -> bytes:

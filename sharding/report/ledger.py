@@ -1,10 +1,11 @@
 """Record the fate of every input clip, one ledger row each, and count the rows."""
 
 import heapq
+import io
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NotRequired
 
@@ -94,7 +95,7 @@ class Tally:
     """Hold counts of clips, which can be added to those of other clips."""
 
     clips: Counter[str] = field(default_factory=Counter)  # by fate
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FATES, 0.0))
+    seconds: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FATES, 0.0)))  # by fate
     corpora: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)  # whole clips, by reason
@@ -108,13 +109,9 @@ class Tally:
     declared_off: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
-        for name in (counter.name for counter in fields(self)):
-            if isinstance(counts := getattr(self, name), Counter):
-                counts.update(getattr(other, name))
-        for fate in FATES:
-            self.seconds[fate] += other.seconds[fate]
-        self.worst += other.worst
-        self.declared_off += other.declared_off
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            (mine.update if isinstance(mine, Counter) else mine.extend)(theirs)
 
     def count(self, row: LedgerRow) -> None:
         fate, seconds, declared = row["fate"], row["seconds"], row["declared_sec"]
@@ -144,6 +141,20 @@ class Tally:
             self.declared_off.append(
                 {"utterance_id": row["utterance_id"], "declared_sec": declared, "measured_sec": seconds}
             )
+
+    def notes(self, disjoint: bool, fallback: str | None, in_training: Sequence[str]) -> dict[str, Any]:
+        """Return the notes of an index: the count of clips, and the speakers whose split is an exception."""
+        return {
+            "clips": sum(self.clips.values()),
+            "rejected": self.clips["rejected"],
+            "validation": {
+                "disjoint_by_speaker": disjoint,
+                "fallback_speaker": fallback,
+                "kept_in_training": list(in_training),
+                "clips": self.validation["clips"],
+                "rejected": self.validation["rejected"],
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -176,14 +187,14 @@ def same_rows(parts: Sequence[LedgerPart], rows: Iterable[LedgerRow]) -> bool:
     return sorted(lines) == sorted(_write_json(row).encode() for row in rows)
 
 
-def parse_ledger(data: bytes) -> list[LedgerRow]:
-    """Return the rows of a ledger file. Raises DocumentError."""
-    rows = [parse_json(line) for line in unpack(data, MAX_UNPACKING).splitlines()]
-    for row in rows:
+def parse_ledger(data: bytes) -> Iterator[LedgerRow]:
+    """Yield the rows of a ledger file. Raises DocumentError."""
+    for line in io.BytesIO(unpack(data, MAX_UNPACKING)):
+        row = parse_json(line)
         validate(row, _ROW)
         if row["fate"] == "rejected" and row["reason"] is None:
             raise DocumentError("a rejected clip has no 'reason'")
-    return rows
+        yield row
 
 
 def join_parts(parts: Sequence[bytes]) -> bytes:

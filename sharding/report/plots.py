@@ -60,8 +60,7 @@ def plot_symbols(index: ShardIndex, counts: Mapping[str, int]) -> bytes:
 
     A validation label may have symbols outside the alphabet, which are drawn last and paler.
     """
-    symbols_of_track = sorted(alphabet_of(index.settings.get("track", "phonetic")))
-    alphabet = sorted(symbols_of_track, key=lambda symbol: -counts.get(symbol, 0))
+    alphabet = sorted(alphabet_of(index.track), key=lambda symbol: (-counts.get(symbol, 0), symbol))
     outside = sorted(set(counts) - set(alphabet))
     symbols = alphabet + outside
     heights = [counts.get(symbol, 0) for symbol in symbols]

@@ -2,14 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, NotRequired, cast
-
-from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing import Any
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import counted
-from sharding.files.document import Fraction, Number, Size, parse
 from sharding.report.ledger import (
     CONFIDENCE_EDGES,
     DURATION_TOLERANCE_SEC,
@@ -25,79 +21,12 @@ from sharding.sources.archive import MISSING
 from sharding.sources.manifest import printable
 
 ORPHANS_NAME = "report/orphans.txt"
-
-
-class _Fate(TypedDict):
-    clips: Size
-    seconds: Number
-
-
-class _RejectedClip(TypedDict):
-    source: str
-    utterance_id: str
-    audio_path: str
-    reason: str
-    seconds: Number
-
-
-class _ReliabilityBin(TypedDict):
-    """Count the segments in one bin of pass 1's confidence, and those for which pass 1 had other words."""
-
-    confidence: tuple[Fraction, Fraction]
-    pieces: Size
-    wrong: Size
-
-
-class _Split(TypedDict):
-    samples: Size
-    hours: Number
-    shards: Size
-    mb: Number
-    bucket_padding: Number
-    bucket_ends: NotRequired[list[Number]]  # seconds
-
-
-class _Validation(TypedDict):
-    disjoint_by_speaker: bool
-
-
-class _Notes(TypedDict):
-    validation: _Validation
-
-
-class Summary(TypedDict):
-    """Describe the fields that are read from summary.json; older files may lack those not required."""
-
-    clips_in: Size
-    seconds_in: Number
-    fates: Annotated[dict[Literal["written", "split", "rejected"], _Fate], Field(min_length=3)]
-    reasons: dict[str, Size]  # of rejected clips
-    worst: list[_RejectedClip]
-    remarks: NotRequired[dict[str, Size]]
-    unlabelled_pieces: Size
-    labelled_pieces: NotRequired[dict[str, Size]]
-    reliability: NotRequired[list[_ReliabilityBin]]
-    unlabelled_reasons: dict[str, Size]
-    orphan_audio: Size
-    orphan_rows: Size
-    declared_off: list[dict[str, Any]]
-    splits: Annotated[dict[Literal["train", "valid", "unlabelled"], _Split], Field(min_length=3)]
-    notes: _Notes
-    valid_fraction: NotRequired[Fraction | None]
-    aligned: NotRequired[bool]
-
-
-_SUMMARY = TypeAdapter(Summary)
-
-
-def parse_summary(data: bytes) -> Summary:
-    """Return the checked content of a summary file. Raises DocumentError."""
-    return parse(data, _SUMMARY)
+Summary = dict[str, Any]  # summary.json
 
 
 def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_fields: Iterable[str]) -> Summary:
     """Return the summary: clips and seconds in = written + split + rejected, then the content of the shard set."""
-    document = {
+    return {
         "clips_in": sum(tally.clips.values()),
         "seconds_in": round(sum(tally.seconds.values()), 3),
         "fates": {fate: {"clips": tally.clips[fate], "seconds": round(tally.seconds[fate], 3)} for fate in FATES},
@@ -122,7 +51,6 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "aligned": bool(index.settings.get("alignments")),  # built with alignments of a model (pass 2)
         "valid_fraction": index.settings.get("valid_fraction"),  # None: tars of other programs
     }
-    return cast(Summary, document)  # which has fewer fields than are written
 
 
 def _commonest_first(counts: Counter[str]) -> dict[str, int]:
@@ -131,7 +59,7 @@ def _commonest_first(counts: Counter[str]) -> dict[str, int]:
 
 def render(summary: Summary, url: str, dry: bool = False) -> str:
     """Return the summary of the set at `url` as text; a `dry` run has written no files, so none are named."""
-    fates, notes, labelled = summary["fates"], summary["notes"], summary.get("labelled_pieces", {})
+    fates, notes, labelled = summary["fates"], summary["notes"], summary["labelled_pieces"]
     lines = [
         f"{counted(summary['clips_in'], 'clip')} in ({summary['seconds_in'] / 3600:.2f} h) = "
         + " + ".join(f"{fate['clips']:,} {name}" for name, fate in fates.items()),
@@ -144,11 +72,11 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
         )
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:MAX_LISTED]]
     lines += _list_longest_rejected(summary, dry)
-    lines += [f"{count:6,} noted: {remark}" for remark, count in summary.get("remarks", {}).items()]
+    lines += [f"{count:6,} noted: {remark}" for remark, count in summary["remarks"].items()]
     unlabelled = list(summary["unlabelled_reasons"].items())
     lines += [f"{count:6,} unlabelled: {reason}" for reason, count in unlabelled[:MAX_LISTED]]
     lines += [f"{count:6,} labelled: segments of long recordings, by {method}" for method, count in labelled.items()]
-    lines += _render_reliability(summary.get("reliability", []))
+    lines += _render_reliability(summary["reliability"])
     if summary["unlabelled_pieces"]:
         lines += _suggest_alignment(summary, url, dry)
     if summary["orphan_audio"]:
@@ -170,7 +98,7 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
 def _warn_about_splits(summary: Summary) -> list[str]:
     """Return warnings if training or validation is empty, or validation far larger than requested."""
     train, valid = (summary["splits"][split]["samples"] for split in ("train", "valid"))
-    fraction = summary.get("valid_fraction")
+    fraction = summary["valid_fraction"]
     lines = []
     if not train:
         lines.append("there is nothing to train on: no clip is labelled, or all labelled clips are for validation")
@@ -191,7 +119,7 @@ def _warn_about_splits(summary: Summary) -> list[str]:
     return lines
 
 
-def _render_reliability(table: Sequence[_ReliabilityBin]) -> list[str]:
+def _render_reliability(table: Sequence[dict[str, Any]]) -> list[str]:
     """Return the accuracy of pass 1 by its confidence, on segments that pass 2 labelled."""
     if not table:
         return []
@@ -205,7 +133,7 @@ def _render_reliability(table: Sequence[_ReliabilityBin]) -> list[str]:
 def _suggest_alignment(summary: Summary, url: str, dry: bool) -> list[str]:
     """Return the count of segments without a label, and the commands to align them if no model has."""
     message = f"{summary['unlabelled_pieces']:,} segments of long recordings are kept without a label, not trained on"
-    if dry or summary.get("aligned") or "alignment" in summary.get("labelled_pieces", {}):
+    if dry or summary["aligned"] or "alignment" in summary["labelled_pieces"]:
         return [message]
     return [
         message,

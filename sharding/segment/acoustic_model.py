@@ -91,12 +91,9 @@ class PhoneGMM:
         values = np.stack([self.mean, self.precision]).astype("<f4")
         return {"alphabet": self.alphabet, "max_gap": self.max_gap, "values": b64encode(values.tobytes()).decode()}
 
+    @one_thread()
     def align(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
         """Return the evidence for a label's words in a recording that is cut at these samples."""
-        with one_thread():
-            return self._align(text, waveform, stretches, cuts)
-
-    def _align(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
         from sharding.segment.ctc_align import AlignError, align, word_llrs, worst_gaps
 
         label = hash_label(text)
@@ -175,13 +172,9 @@ def _mel_bands() -> Floats:
     return np.maximum(np.minimum(rising, falling), 0).astype(np.float32)
 
 
+@one_thread()
 def fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float) -> PhoneGMM | None:
     """Return a model trained on these examples, or None if they have no usable speech."""
-    with one_thread():
-        return _fit(examples, track, max_false_accept)
-
-
-def _fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float) -> PhoneGMM | None:
     alphabet = "".join(sorted(alphabet_of(track) - {" "}))
     usable = [
         example

@@ -158,17 +158,8 @@ def words_by_evidence(
         refused = None
         if confidence < thresholds.min_confidence:
             refused = f"a cut is uncertain: {confidence:.2f}"
-        elif evidence.gaps[place] > thresholds.max_gap:
-            gap, allowed = f"{evidence.gaps[place]:.1f}", f"{thresholds.max_gap:.1f}"
-            if gap == allowed:
-                gap, allowed = f"{evidence.gaps[place]:.4g}", f"{thresholds.max_gap:.4g}"
-            refused = f"the audio does not match the label: gap of {gap} nats, {allowed} is the most"
-        elif assigned and min(evidence.words[start:end]) < thresholds.min_word_llr:
-            worst = min(range(start, end), key=evidence.words.__getitem__)
-            refused = f"a word lacks evidence: {evidence.words[worst]:.1f} nats for '{words[worst]}'"
-        elif assigned and min(evidence.order[start : end - 1], default=0.0) < 0:
-            worst = min(range(start, end - 1), key=evidence.order.__getitem__)
-            refused = f"two words are likelier in reverse order: '{words[worst]} {words[worst + 1]}'"
+        elif weakness := _weakness(evidence, words, place, range(start, end), thresholds):
+            refused = weakness
         elif torn:
             refused = f"a word spans a pause: '{torn[0]}'"
         elif unlabelled:
@@ -178,6 +169,23 @@ def words_by_evidence(
             refused = f"too fast or slow: {segment_rate:.1f} symbols per second of speech, {rate:.1f} in the recording"
         decisions.append(LabelDecision(" ".join(assigned), confidence, refused))
     return decisions
+
+
+def _weakness(
+    evidence: Evidence, words: Sequence[str], place: int, assigned: Sequence[int], thresholds: LabelThresholds
+) -> str | None:
+    """Return why the evidence refuses the words assigned to a segment, or None if it does not."""
+    gap, allowed = evidence.gaps[place], thresholds.max_gap
+    if gap > allowed:
+        form = ".4g" if f"{gap:.1f}" == f"{allowed:.1f}" else ".1f"
+        return f"the audio does not match the label: gap of {gap:{form}} nats, {allowed:{form}} is the most"
+    worst = min(assigned, key=evidence.words.__getitem__, default=None)
+    if worst is not None and evidence.words[worst] < thresholds.min_word_llr:
+        return f"a word lacks evidence: {evidence.words[worst]:.1f} nats for '{words[worst]}'"
+    worst = min(assigned[:-1], key=evidence.order.__getitem__, default=None)
+    if worst is not None and evidence.order[worst] < 0:
+        return f"two words are likelier in reverse order: '{words[worst]} {words[worst + 1]}'"
+    return None
 
 
 def _segment(utterance_id: str, start: int, end: int, label: LabelDecision, forced: bool, by: str) -> Segment:

@@ -7,6 +7,7 @@ A shard is a WebDataset tar, one sample after another, with its own index `<shar
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+COPIED_FIELDS = ("duration_bins", "settings", "settings_hash", "sources_hash", "notes", "base", "acoustic_model")
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -261,13 +263,7 @@ def pack_index(index: ShardIndex) -> PackedIndex:
     document: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "sample_rate": SAMPLE_RATE,
-        "duration_bins": list(index.duration_bins),
-        "settings": index.settings,
-        "settings_hash": index.settings_hash,
-        "sources_hash": index.sources_hash,
-        "notes": index.notes,
-        "base": index.base,
-        "acoustic_model": index.acoustic_model,
+        **{name: getattr(index, name) for name in COPIED_FIELDS},
         "samples": {"name": name, "count": len(index.samples), "checksum": checksum},
         "shards": [asdict(shard) for shard in index.shards],
         "digest": "",
@@ -281,11 +277,6 @@ def write_index(store: Store, packed: PackedIndex) -> ShardIndex:
     store.write(packed.columns_name, packed.columns)
     store.write(INDEX_NAME, packed.text)
     return packed.index
-
-
-def archive_index(store: Store, index: ShardIndex) -> None:
-    """Copy an index that is about to be replaced to a name where runs that started with it can find it."""
-    store.write(archived_index_name(index.digest), store.read(INDEX_NAME))
 
 
 def archived_index_name(digest: str) -> str:
@@ -327,12 +318,24 @@ def read_index_header(store: Reader, name: str = INDEX_NAME) -> ShardIndex:
     return _index_from(_read_document(store, name), np.zeros(0, SAMPLE_DTYPE))
 
 
-def repair_samples(store: Store, name: str, samples: SampleTable) -> None:
-    """Rewrite the sample columns of an index. Raises ShardError if their checksum differs from the index."""
-    document, columns = _read_document(store, name), _pack_columns(samples)
-    if xxhash.xxh3_64_hexdigest(columns) != document.samples["checksum"]:
-        raise ShardError(f"{store.url}/{name}: rebuilt sample columns differ from its checksum", REBUILT_HINT)
-    store.write(document.samples["name"], columns)
+def repair_columns(store: Store) -> list[str]:
+    """Write damaged sample columns again, from the indexes of the shards. Return the names of the indexes they are of.
+
+    Raises ShardError if a shard is damaged, or their checksum differs from the index.
+    """
+    headers, repaired = list(read_index_headers(store)), []
+    table = join_samples([read_checked(store, shard).samples for shard in headers[0][1].shards])
+    for name, header in headers:
+        expected = _read_document(store, name).samples
+        with suppress(MissingError):
+            if xxhash.xxh3_64_hexdigest(store.read(expected["name"], LARGE_BYTES)) == expected["checksum"]:
+                continue
+        columns = _pack_columns(table[: sum(shard.count for shard in header.shards)])  # a set grows at its end
+        if xxhash.xxh3_64_hexdigest(columns) != expected["checksum"]:
+            raise ShardError(f"{store.url}/{name}: rebuilt sample columns differ from its checksum", REBUILT_HINT)
+        store.write(expected["name"], columns)
+        repaired.append(name)
+    return repaired
 
 
 def _read_document(store: Reader, name: str) -> IndexDocument:
@@ -395,20 +398,8 @@ VERIFY_HINT = "the copy may be incomplete; `streamtrain verify OUT --repair SOUR
 
 
 def _index_from(document: IndexDocument, table: SampleTable) -> ShardIndex:
-    return ShardIndex(**{name: getattr(document, name) for name in COPIED_FIELDS}, samples=table)
-
-
-COPIED_FIELDS = (
-    "duration_bins",
-    "settings",
-    "settings_hash",
-    "sources_hash",
-    "notes",
-    "shards",
-    "base",
-    "acoustic_model",
-    "digest",
-)
+    copied = {name: getattr(document, name) for name in (*COPIED_FIELDS, "shards", "digest")}
+    return ShardIndex(**copied, samples=table)
 
 
 def _pack_columns(table: SampleTable) -> bytes:

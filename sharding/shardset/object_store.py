@@ -90,10 +90,6 @@ class _Outage:
         return began is not None and self._last_failure > requested and time.monotonic() >= began + self._patience_sec
 
 
-class NoBucketError(UnreachableError):
-    """Report a bucket that does not exist on its server."""
-
-
 class BucketStore:
     """Read and write an object store. A large object is uploaded in parts, and has its name only when complete.
 
@@ -151,12 +147,20 @@ class BucketStore:
         if len(whole) <= PART_BYTES:
             self._retry(name, lambda: obstore.put(self._writer, name, whole))
             return
-        parts = _Parts(whole)
+        last_taken = -math.inf
+
+        def parts() -> Iterator[bytes]:
+            """Yield the parts in upload order: each is taken when the previous one is uploaded."""
+            nonlocal last_taken
+            for start in range(0, len(whole), PART_BYTES):
+                last_taken = time.monotonic()
+                yield whole[start : start + PART_BYTES]
+
         # One part at a time: the workers of a build already share the bandwidth, and each part has the same time limit
         self._retry(
             name,
-            lambda: obstore.put(self._writer, name, iter(parts), chunk_size=PART_BYTES, max_concurrency=1),
-            last_progress=lambda: parts.last_taken,
+            lambda: obstore.put(self._writer, name, parts(), chunk_size=PART_BYTES, max_concurrency=1),
+            last_progress=lambda: last_taken,
         )
 
     def exists(self, name: str) -> bool:
@@ -236,22 +240,17 @@ class BucketStore:
             print(f"{self.url}: without boto3 {LEFT_TO_LIFECYCLE}", file=sys.stderr)
             return 0
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        config = Config(
-            s3={"addressing_style": "path"},
-            connect_timeout=CONNECT_SEC,
-            read_timeout=PATIENCE_SEC * READ_SHARE,
-            retries={"mode": "standard", "total_max_attempts": 3},
-        )
-        aborted = 0
         try:
-            client = boto3.session.Session(region_name=region).client("s3", config=config)
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{prefix}/")
-            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
-                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                aborted += 1
+            silence_sec = PATIENCE_SEC * READ_SHARE
+            config = Config(s3={"addressing_style": "path"}, connect_timeout=CONNECT_SEC, read_timeout=silence_sec)
+            storage = boto3.session.Session(region_name=region).resource("s3", config=config)
+            uploads = list(storage.Bucket(bucket).multipart_uploads.filter(Prefix=f"{prefix}/"))
+            for upload in uploads:
+                upload.abort()
+            return len(uploads)
         except (BotoCoreError, ClientError) as error:  # the credentials may lack only this permission
             print(f"{self.url}: {_first_line(error)}; {LEFT_TO_LIFECYCLE}", file=sys.stderr)
-        return aborted
+            return 0
 
     def failed_elsewhere(self, since: float) -> None:
         """Record that, according to another process, this store has not answered since the time `since`."""
@@ -279,7 +278,7 @@ class BucketStore:
                 result = act()
             except (BaseError, OSError) as error:
                 explained = self._explain(name, error)
-                if not isinstance(error, GenericError) or isinstance(explained, NoBucketError):
+                if not isinstance(error, GenericError) or NO_BUCKET in str(error):
                     self._outage.end()  # the server has answered, and a retry would not change that
                     raise explained from error
                 broken += last_progress() > tried or time.monotonic() - tried < self._patience_sec * QUIET_SHARE
@@ -300,26 +299,13 @@ class BucketStore:
     def _explain(self, name: str, error: BaseException) -> StoreError:
         where = f"{self.url}/{name}"
         if NO_BUCKET in str(error):
-            return NoBucketError(f"{where}: there is no such bucket", "are its name and the server's URL right?")
+            return UnreachableError(f"{where}: there is no such bucket", "are its name and the server's URL right?")
         if isinstance(error, FileNotFoundError):
             return MissingError(f"{where}: there is no such object")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or NO_CREDENTIALS in str(error):
             hint = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or your cloud's credentials, set and valid for it?"
             return UnreachableError(f"{where}: access denied", hint)
         return UnreachableError(f"{where}: {_first_line(error)}", "is the server up and reachable, and its URL right?")
-
-
-class _Parts:
-    """Yield the parts of an object in upload order: a part is taken when the previous one is uploaded."""
-
-    def __init__(self, whole: bytes) -> None:
-        self._whole = whole
-        self.last_taken = -math.inf  # time at which the last part was taken
-
-    def __iter__(self) -> Iterator[bytes]:
-        for start in range(0, len(self._whole), PART_BYTES):
-            self.last_taken = time.monotonic()
-            yield self._whole[start : start + PART_BYTES]
 
 
 def size_error(where: str, size: int, limit: int) -> StoreError:

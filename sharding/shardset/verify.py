@@ -12,7 +12,6 @@ from sharding.audio.codec import decode
 from sharding.errors import AudioError, ShardError, StreamtrainError, UnreachableError
 from sharding.pool import Workers, count_done
 from sharding.shardset.index import (
-    END_OF_ARCHIVE,
     INDEX_NAME,
     SAMPLE_DTYPE,
     VERIFY_HINT,
@@ -98,8 +97,6 @@ def check_shard(store: Reader, record: ShardRecord, track: str = "phonetic") -> 
     checksum = xxhash.xxh3_64_hexdigest(data)
     if checksum != shard.checksum:
         raise ShardError(f"{where}: checksum is {checksum}, the index has {shard.checksum}", VERIFY_HINT)
-    if not data.endswith(END_OF_ARCHIVE):
-        raise ShardError(f"{where}: the end-of-archive block is missing", VERIFY_HINT)
     parts = [data[start : start + length] for start, length in record.samples[["offset", "bytes"]].tolist()]
     checksums = [xxhash.xxh3_64_intdigest(part) for part in parts]
     if checksums != record.samples["checksum"].tolist():

@@ -6,24 +6,22 @@ a time, when they are needed.
 
 import difflib
 import functools
-import operator
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from sharding.errors import ManifestError, counted
 from sharding.files.document import DocumentError, parse_row
 from sharding.files.names import canonical_name, canonical_speaker, name_of
 from sharding.labels.ipa import TRACKS
 from sharding.sources.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
-from sharding.sources.tables import is_table, read_lines
+from sharding.sources.tables import Lines, is_table, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can express and UTF-8 cannot
 MAKE_TABLE = (
@@ -42,8 +40,7 @@ NUMBER_FIELDS = ("audio_duration_sec", "filesize_bytes")
 COMMON_VOICE = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
 
 
-@dataclass(frozen=True, slots=True)
-class Utterance:
+class Utterance(NamedTuple):
     """Hold a row of a transcripts file. Absent optional fields are empty or None."""
 
     utterance_id: str
@@ -59,18 +56,9 @@ class Utterance:
     text: str  # as written, not yet normalised
 
     @property
-    def values(self) -> tuple[object, ...]:
-        """Return the values of all fields."""
-        values: tuple[object, ...] = _values(self)
-        return values
-
-    @property
     def speaker(self) -> str:
         """Return the speaker of a clip as far as known: the group, the child, the session, else the clip itself."""
         return self.group or self.child_id or self.session_id or canonical_name(self.utterance_id)
-
-
-_values = operator.attrgetter(*(attribute.name for attribute in fields(Utterance)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +93,7 @@ class Layout:
         columns = dict(self.columns)
         group = row.get(self.group_by)
         group = str(group) if isinstance(group, bool) else name_of(group)
-        seconds, size = (
-            _number(row.get(columns[name]), columns[name], place) for name in ("audio_duration_sec", "filesize_bytes")
-        )
+        seconds, size = (_number(row.get(columns[name]), columns[name], place) for name in NUMBER_FIELDS)
         utterance = Utterance(
             utterance_id=text["utterance_id"],
             child_id=canonical_speaker(text["child_id"]),
@@ -193,7 +179,8 @@ def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
     if missing.get("text") in TRACKS.values() and track:
         rest = {name: missing[name] for name in missing if name != "text"}
         return f"use --track {track} for these labels" + (f"; {_hint(rest, row)}" if rest else "")
-    near = {name: _near(name, column, row) for name, column in missing.items()}
+    near = {name: next(iter(difflib.get_close_matches(column, row, 1, 0.6) or {name} & set(row)), "")
+            for name, column in missing.items()}  # the columns that are probably meant  # fmt: skip
     blank = next((match for match in near.values() if match != match.strip()), None)
     if blank:  # --columns strips its names, so it cannot name this one
         return f"remove the blanks around {blank!r}"
@@ -205,31 +192,11 @@ def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
     return (f"rename {near[name]!r} to {column!r}, or use " if renamed else "did you mean ") + f"--columns {options}"
 
 
-def _near(name: str, column: str, row: Sequence[str]) -> str:
-    """Return the column that is probably meant, or "" if there is none."""
-    return next(iter(difflib.get_close_matches(column, row, 1, 0.6) or {name} & set(row)), "")
-
-
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Hold one corpus of the user: its layout and the lines of its transcripts."""
+class Source(Lines):
+    """Hold one corpus of the user: the lines of its transcripts, and its layout."""
 
     layout: Layout
-    text: bytes  # JSON Lines
-    starts: npt.NDArray[np.int64]  # (rows,) where the line of each row begins in `text`
-    ends: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]  # line numbers in the user's file, from 1
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def line(self, row: int) -> bytes:
-        return self.text[self.starts[row] : self.ends[row]]
-
-
-def read_sources(locations: Sequence[Path], options: ManifestOptions) -> list[Source]:
-    """Read every source. Raises ManifestError if one cannot be read."""
-    return [read_source(location, options) for location in locations]
 
 
 def read_source(location: Path, options: ManifestOptions) -> Source:
@@ -242,7 +209,7 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
     renamed = {"text": TRACKS[options.track]} | (COMMON_VOICE if common_voice else {}) | dict(options.columns)
     columns = {name: renamed.get(name, name) for name in options.fields}
     lines = read_lines(transcripts, [columns[name] for name in NUMBER_FIELDS if name in columns])
-    if not len(lines.starts):
+    if not len(lines):
         kind = "one row below a header" if table else "one JSON object per line"
         raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
     root = os.path.abspath(options.audio_root) if options.audio_root else ""
@@ -257,7 +224,7 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
         names_clips=True,
         absolute=tuple(os.path.join(path, "") for path in (root, os.path.realpath(root))) if root else (),
     )
-    return _check_rows(Source(layout, lines.text, lines.starts, lines.ends, lines.numbers), options)
+    return _check_rows(Source(**vars(lines), layout=layout), options)
 
 
 def _check_rows(source: Source, options: ManifestOptions) -> Source:

@@ -20,6 +20,7 @@ import soundfile
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from sharding.audio.flac import end_of_blocks
 from sharding.errors import StreamtrainError
 from sharding.files.writing import explaining, write, write_error
 
@@ -345,12 +346,8 @@ def write_clip(sound: Samples, text: str, child: Speaker, number: int, out: Path
 def write_header_only(row: DemoRow, folder: Path, seed: int) -> DemoRow:
     """Write a copy of a clip cut off where its audio frames begin; header and row still declare the whole."""
     flac = (folder / row.audio_path).read_bytes()
-    position, is_last = 4, False
-    while not is_last:  # RFC 9639, section 8: after "fLaC", blocks of a flag, a 24-bit length, and data
-        is_last = flac[position] >= 0x80
-        position += 4 + int.from_bytes(flac[position + 1 : position + 4], "big")
     header_only = replace(row, utterance_id=derive_id("U", seed, "header only"))
-    return store_audio(header_only, flac[:position], folder)
+    return store_audio(header_only, flac[: end_of_blocks(flac)], folder)
 
 
 def store_audio(row: DemoRow, flac: bytes, folder: Path) -> DemoRow:

@@ -12,8 +12,9 @@ import string
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +35,20 @@ NOT_UTF8 = "a table is expected in UTF-8; in Excel: save as CSV UTF-8"
 NOT_A_TABLE = "a header is expected, then rows with as many cells, every quote closed, in UTF-8"
 
 
-class Lines(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Lines:
     """Hold a text with one JSON object per line, and the positions of its rows."""
 
     text: bytes
     starts: npt.NDArray[np.int64]  # (rows,) where the line of each row begins in `text`
     ends: npt.NDArray[np.int64]
     numbers: npt.NDArray[np.int64]  # line numbers in the user's file, from 1
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def line(self, row: int) -> bytes:
+        return self.text[self.starts[row] : self.ends[row]]
 
 
 def is_table(path: Path) -> bool:
@@ -60,7 +68,7 @@ def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
         raise ManifestError(f"{path}: {error.strerror or error}") from error
     if is_table(path):
         text, numbers = _read_table(path, data, number_columns)
-        lines = _find_lines(text)._replace(numbers=numbers)
+        lines = replace(_find_lines(text), numbers=numbers)
     else:
         lines = _find_lines(data)
     for row in np.flatnonzero(lines.ends - lines.starts > LINE_BYTES)[:1]:
@@ -85,11 +93,9 @@ def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
 
 def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
     if suffix == ".zst":
-        yield from _unpack_zstd(file)
-        return
+        return _unpack_zstd(file)
     unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
-    while part := unpacked.read(READ_BYTES):
-        yield part
+    return iter(lambda: unpacked.read(READ_BYTES), b"")
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -116,10 +122,14 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
     Quotes in a TSV are plain characters, as Common Voice writes it.
     """
     csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
-    file = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    try:
+        table = io.StringIO(data.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ManifestError(f"{path}:{line}: not UTF-8: {error.reason}", NOT_UTF8) from error
     plain = _bare_suffix(path) == ".tsv"
     reader = csv.reader(
-        file,
+        table,
         delimiter="\t" if plain else _find_delimiter(data),
         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
         strict=not plain,
@@ -144,8 +154,6 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
                 if text.tell() > max(FREE_BYTES, max_unpacked(len(data), TABLE_TIMES)):
                     raise csv.Error(f"its {len(names):,} column names would be repeated {len(numbers):,} times")
             start = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}:{_undecodable_line(data)}: not UTF-8: {error.reason}", NOT_UTF8) from error
     except csv.Error as error:
         raise ManifestError(f"{path}:{start}: not a table: {error}", NOT_A_TABLE) from error
     return text.getvalue(), np.array(numbers, np.int64)
@@ -163,14 +171,6 @@ def _number(cell: str) -> float | str | None:
         return float(cell) if cell else None
     except ValueError:
         return cell  # rejected, with its place, when the row is parsed
-
-
-def _undecodable_line(data: bytes) -> int:
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return data.count(b"\n", 0, error.start) + 1
-    raise AssertionError("unreachable")
 
 
 def _find_lines(text: bytes) -> Lines:

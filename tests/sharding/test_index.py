@@ -223,11 +223,13 @@ def test_a_sound_shard_set_is_verified_and_decoded(small_shards: Path, run_shard
     assert "12 samples, all as the index says" in done.stdout
 
 
-def test_a_damaged_summary_is_named(small_corpus: Path, copied: Path, run_sharding: Command) -> None:
-    (copied / "report/summary.json").write_text("{")
+def test_a_damaged_ledger_of_a_set_that_is_built_again_is_named(
+    small_corpus: Path, copied: Path, run_sharding: Command
+) -> None:
+    (copied / "report/ledger.jsonl.zst").write_text("{")
     done = run_sharding("build", small_corpus, "--out", copied, "--num-buckets", 2, "--shard-mb", 0.1)
     assert done.returncode == 1
-    assert str(copied / "report/summary.json") in done.stderr
+    assert str(copied / "report/ledger.jsonl.zst") in done.stderr
 
 
 def test_an_index_of_another_version_is_refused(copied: Path) -> None:

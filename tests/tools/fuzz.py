@@ -236,11 +236,9 @@ def make_documents(folder: Path) -> dict[str, Document]:
 
     (shards / report.CHECKSUMS_NAME).unlink()  # which refuse all else before it is looked at
 
-    def show_summary() -> None:
+    def show_and_append_to_ledger() -> None:
         if summary := report.read_summary(store, index):  # what is read can be shown
             render(summary, store.url)
-
-    def append_to_ledger() -> None:
         try:
             rows, _ = report.archive_report(store, index)
             write_ledger(row for row in rows if escape_key(row["utterance_id"]))
@@ -260,8 +258,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         "samples.bin.zst": Document(shards / index_columns(shards), read_set, unpack, pack_columns),
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
         "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
-        "summary.json": Document(shards / report.SUMMARY_NAME, show_summary),
-        "ledger": Document(shards / report.LEDGER_NAME, append_to_ledger, unpack, pack),
+        "ledger": Document(shards / report.LEDGER_NAME, show_and_append_to_ledger, unpack, pack),
         "alignments": Document(files["aligned"], label_pieces, unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),
         "scorecard.json": Document(card / "scorecard.json", partial(compare_folders, card, card)),
