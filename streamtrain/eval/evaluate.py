@@ -17,13 +17,13 @@ from sharding.shardset.index import ShardIndex, check_presence, read_index, read
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import open_store
 from streamtrain.data.dataset import ShardStream
-from streamtrain.data.plan import plan_evaluation
 from streamtrain.distributed import PreemptedError, Preemption, World
 from streamtrain.eval.compare import compare
 from streamtrain.eval.compare import render as render_comparison
 from streamtrain.eval.html import write_page
 from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
 from streamtrain.eval.scorecard import ClipScore, Evaluation, read_scorecard, render, scorecard, write_scorecard
+from streamtrain.model.batches import batch_by_length
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.decode import Hypothesis, decode_log_probs, join_texts
 from streamtrain.model.inference import scoring_mode
@@ -73,7 +73,7 @@ def evaluate(
             f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
             "build the shard set with the other --track, or evaluate another model",
         )
-    batches = [rows[batch] for batch in plan_evaluation(stream.index.samples["samples"][rows], batch_seconds)]
+    batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     share += [np.zeros(0, np.int64)] * (rounds - len(share))

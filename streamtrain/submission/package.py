@@ -36,10 +36,12 @@ HERE = Path(__file__).parent
 CONTRACT = "Python 3.11, torch 2.9.1, transformers 4.57.6"
 RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")  # of its machine's packages
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
-TAKEN_ALONG = {  # a submission decodes, cuts and infers with the same files
+TAKEN_ALONG = {  # a submission reads audio, cuts, infers and decodes with the same files
     "sharding": ("__init__.py", "errors.py", "audio/__init__.py", "audio/codec.py", "audio/containers.py",
-                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "segment/__init__.py", "segment/cuts.py"),
-    "streamtrain": ("__init__.py", "model/__init__.py", "model/ctc.py", "model/inference.py"),
+                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "labels/__init__.py", "labels/ipa.py",
+                 "segment/__init__.py", "segment/cuts.py"),
+    "streamtrain": ("__init__.py", "model/__init__.py", "model/batches.py", "model/ctc.py", "model/decode.py",
+                    "model/inference.py", "model/vocab.py"),
     "silero_vad": ("__init__.py", "model.py", "utils_vad.py", "data/__init__.py", "data/silero_vad.jit"),
 }  # fmt: skip
 NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model gives the same zip
