@@ -52,13 +52,12 @@ class LoadedRecording:
 
     recording: Recording
     utterance_id: str
-    pieces: tuple[Waveform, ...] = ()
-    starts: tuple[float, ...] = ()  # of the pieces, s
+    pieces: tuple[tuple[float, Waveform], ...] = ()  # each with its start, s
     error: str | None = None
 
     @property
     def seconds(self) -> float:
-        return sum(map(len, self.pieces)) / SAMPLE_RATE
+        return sum(len(waveform) for _, waveform in self.pieces) / SAMPLE_RATE
 
 
 def transcribe(
@@ -193,15 +192,12 @@ def load(recording: Recording) -> LoadedRecording:
     """
     try:
         chunks = recording.load()
-        pieces: list[Waveform] = []
-        starts: list[float] = []
-        for chunk in chunks:
-            waveform, _ = decode(chunk.audio, prove=True)
-            for start, segment in split_at_pauses(waveform):
-                pieces.append(segment)
-                starts.append(chunk.start_sec + start / SAMPLE_RATE)
-        name = chunks[0].utterance_id or recording.utterance_id
-        return LoadedRecording(recording, name, tuple(pieces), tuple(starts))
+        pieces = tuple(
+            (chunk.start_sec + start / SAMPLE_RATE, waveform)
+            for chunk in chunks
+            for start, waveform in split_at_pauses(decode(chunk.audio, prove=True)[0])
+        )
+        return LoadedRecording(recording, chunks[0].utterance_id or recording.utterance_id, pieces)
     except (AudioError, MissingError, ShardError) as error:
         message = error.message
     except OSError as error:
@@ -213,8 +209,8 @@ def decode_recordings(
     model: CTCModel, items: Sequence[LoadedRecording], options: DecodingOptions
 ) -> list[dict[str, Any]]:
     """Return the row of each recording."""
-    pieces = [piece for item in items for piece in item.pieces]
-    decoded = iter(decode_waveforms(model, pieces, options.batch_seconds, options.beam))
+    waveforms = [waveform for item in items for _, waveform in item.pieces]
+    decoded = iter(decode_waveforms(model, waveforms, options.batch_seconds, options.beam))
     return [_row(item, list(islice(decoded, len(item.pieces))), model, options) for item in items]
 
 
@@ -227,13 +223,14 @@ def _row(
     if loaded.error is not None:
         return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": loaded.error}
     hypotheses = [hypothesis for hypothesis, _ in decoded]
-    shares = [len(piece) / sum(map(len, loaded.pieces)) for piece in loaded.pieces]
+    samples = [len(waveform) for _, waveform in loaded.pieces]
+    shares = [count / sum(samples) for count in samples]
     row |= {
         TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
             _timed(word, start, frame_sec)
-            for (hypothesis, log_probs), start in zip(decoded, loaded.starts, strict=True)
+            for (hypothesis, log_probs), (start, _) in zip(decoded, loaded.pieces, strict=True)
             for word in word_timestamps(log_probs, hypothesis.text, model.vocab)
         ],
         "error": None,
