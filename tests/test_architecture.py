@@ -106,14 +106,23 @@ def test_streamtrain_stands_on_the_lower_rooms_of_sharding(name: str) -> None:
 
 
 def test_planning_and_scoring_start_without_torch() -> None:
-    for name in ("streamtrain.data.plan", "streamtrain.eval.metrics", "streamtrain.eval.score", "streamtrain.cli"):
+    for name in (
+        "streamtrain.data.plan",
+        "streamtrain.model.batches",
+        "streamtrain.eval.metrics",
+        "streamtrain.eval.score",
+        "streamtrain.cli",
+    ):
         assert not any(other.split(".")[0] == "torch" for other in imports_of(MODULES[name], True)), name
 
 
 def test_the_network_needs_torch_alone() -> None:
-    """A submission takes it along to a machine where nothing else of this is installed."""
+    """A submission takes it and its decoding along to a machine where nothing else of this is installed."""
     packages = {name.split(".")[0] for name in imports_of(MODULES["streamtrain.model.ctc"], True)}
     assert packages - sys.stdlib_module_names == {"torch"}
+    for name in ("batches", "decode", "inference", "vocab"):
+        packages = {name.split(".")[0] for name in imports_of(MODULES[f"streamtrain.model.{name}"], True)}
+        assert packages - sys.stdlib_module_names <= {"torch", "numpy", "sharding", "streamtrain"}, name
 
 
 def test_files_are_written_in_one_way() -> None:

@@ -6,7 +6,7 @@ of steps before the first step, and resumes at any step by looking it up.
 
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,11 +21,10 @@ from sharding.files.document import Count
 from sharding.shardset.index import SampleTable, ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import Floats, keyed_uniform, length_at
+from streamtrain.model.batches import Rows, cut_batches
 
 PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips differently
 BLOCK_STEPS = 48  # batches are grouped by size into steps within blocks of this many steps
-
-Rows = npt.NDArray[np.int64]  # rows of ShardIndex.samples
 
 
 class PlanError(StreamtrainError):
@@ -316,31 +315,6 @@ def batch_overlap(plan: EpochPlan, following: EpochPlan) -> float:
     sizes = np.diff(plan.starts)
     pairs = int((sizes * (sizes - 1)).sum())
     return float((common * (common - 1)).sum() / pairs) if pairs else 0.0
-
-
-def plan_evaluation(lengths: Sequence[int] | npt.NDArray[np.integer], batch_seconds: float) -> list[Rows]:
-    """Return batches with every clip once, of similar lengths, longest first; the same for every world size.
-
-    A clip longer than the cap forms a batch of its own.
-    """
-    values = np.asarray(lengths, np.int64)
-    order = np.argsort(values, kind="stable")
-    return list(cut_batches(order, values[order], round(batch_seconds * SAMPLE_RATE)))[::-1]
-
-
-def cut_batches(rows: Rows, lengths: Rows, cap: int, first_cap: int | None = None) -> Iterator[Rows]:
-    """Cut consecutive rows into batches with clips × longest ≤ `cap` samples; a longer clip forms a batch alone.
-
-    `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
-    """
-    start, limit = 0, first_cap or cap
-    while start < len(rows):
-        reach = start + limit // max(int(lengths[start]), 1) + 1  # the first clip alone bounds their number
-        running = np.maximum.accumulate(lengths[start:reach])
-        fits = int(np.searchsorted(running * np.arange(1, len(running) + 1), limit, "right"))
-        size = max(fits, 1)
-        yield rows[start : start + size]
-        start, limit = start + size, cap
 
 
 def _draw_speeds(samples: SampleTable, cap: int, settings: PlanSettings, epoch: int) -> Floats | None:

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from sharding.shardset.index import ShardIndex, check_presence, read_index, read
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import open_store
 from streamtrain.data.dataset import ShardStream
-from streamtrain.data.plan import plan_evaluation
 from streamtrain.distributed import PreemptedError, Preemption, World
 from streamtrain.eval.compare import compare
 from streamtrain.eval.compare import render as render_comparison
 from streamtrain.eval.html import write_page
 from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
 from streamtrain.eval.scorecard import ClipScore, Evaluation, read_scorecard, render, scorecard, write_scorecard
+from streamtrain.model.batches import batch_by_length
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.decode import Hypothesis, decode_log_probs, join_texts
+from streamtrain.model.decode import decode_log_probs, join_texts
 from streamtrain.model.inference import scoring_mode
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
@@ -35,20 +35,19 @@ PAGE_BYTES = 20_000_000  # audio in scorecard.html at most
 
 @dataclass(frozen=True, slots=True)
 class DecodedSegment:
-    """Hold the hypothesis and the metadata of one sample."""
+    """Hold the hypothesis of one sample."""
 
     row: int  # in the index
-    recording_id: str
-    piece: int
-    child_id: str
-    session_id: str
-    corpus: str
-    age_bucket: str
+    sample: Sample  # without its audio
     seconds: float
     decoded: bool  # false: its audio could not be, so silence was scored
-    reference: str  # of the whole recording if this is its first piece, else empty
     hypothesis: str
     confidence: float
+
+    @property
+    def piece(self) -> int:
+        """Return its position among the samples that are scored together."""
+        return self.sample.piece if self.sample.recording_id != self.sample.utterance_id else 0
 
 
 def evaluate(
@@ -73,7 +72,7 @@ def evaluate(
             f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
             "build the shard set with the other --track, or evaluate another model",
         )
-    batches = [rows[batch] for batch in plan_evaluation(stream.index.samples["samples"][rows], batch_seconds)]
+    batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     share += [np.zeros(0, np.int64)] * (rounds - len(share))
@@ -88,9 +87,10 @@ def evaluate(
             hypotheses = decode_log_probs(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
             seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
             segments += [
-                _segment(row, sample, hypothesis, length, sample.key not in batch.failed)
+                DecodedSegment(row, replace(sample, audio=b""), length, sample.key not in batch.failed, hypothesis.text,
+                               hypothesis.confidence)
                 for row, sample, hypothesis, length in zip(row_ids.tolist(), samples, hypotheses, seconds, strict=False)
-            ]
+            ]  # fmt: skip
             bar.update(len(samples))
             if preemption is not None and world.gather_floats([preemption.asked]).any():
                 raise PreemptedError("stopped during evaluation")
@@ -168,42 +168,25 @@ def _worst_clip_audio(card: dict[str, Any], evaluation: Evaluation, stream: Shar
     return clip_audio
 
 
-def _segment(row: int, sample: Sample, hypothesis: Hypothesis, seconds: float, decoded: bool) -> DecodedSegment:
-    is_piece = sample.recording_id != sample.utterance_id
-    return DecodedSegment(
-        row,
-        sample.recording_id,
-        sample.piece if is_piece else 0,
-        sample.child_id,
-        sample.session_id,
-        sample.corpus,
-        sample.age_bucket,
-        seconds,
-        decoded,
-        (sample.parent_text or "") if is_piece else sample.text,
-        hypothesis.text,
-        hypothesis.confidence,
-    )
-
-
 def _score(segments: list[DecodedSegment], index: ShardIndex, expected: int, world: World) -> Evaluation:
     """Join the segments of all ranks into recordings; each rank counts its share of them, then counts are summed."""
-    all_segments = [segment for rank in world.gather(segments) for segment in rank]
-    occurrences = Counter((segment.recording_id, segment.piece) for segment in all_segments)
+    gathered = (segment for rank in world.gather(segments) for segment in rank)
+    all_segments = sorted(gathered, key=lambda segment: (segment.sample.recording_id, segment.piece))
+    occurrences = Counter((segment.sample.recording_id, segment.piece) for segment in all_segments)
     if len(occurrences) != expected or max(occurrences.values(), default=1) > 1:
         raise StreamtrainError(
             f"{len(all_segments)} clips were decoded, {len(occurrences)} distinct; expected {expected}, each once"
         )
     recordings: dict[str, list[DecodedSegment]] = defaultdict(list)
     for segment in all_segments:
-        recordings[segment.recording_id].append(segment)
-    names = sorted(recordings)
+        recordings[segment.sample.recording_id].append(segment)
+    names = list(recordings)
     local_counts = {name: _count(recordings[name], index.track) for name in names[world.rank :: world.size]}
     total = _sum_over_ranks(world, (symbols for symbols, _ in local_counts.values()))
     words = _sum_over_ranks(world, (words for _, words in local_counts.values() if words))
     counts_by_name = {name: counts for rank in world.gather(local_counts) for name, counts in rank.items()}
     clips = tuple(_clip(name, recordings[name], *counts_by_name[name]) for name in names)
-    rows = {name: tuple(segment.row for segment in _in_order(recordings[name])) for name in names}
+    rows = {name: tuple(segment.row for segment in recordings[name]) for name in names}
     return Evaluation(total, words if index.track == "word" else None, clips, index.track, rows)
 
 
@@ -211,34 +194,34 @@ def _sum_over_ranks(world: World, counts: Iterable[EditCounts]) -> EditCounts:
     return EditCounts(*world.sum(astuple(sum(counts, EditCounts()))))
 
 
-def _in_order(segments: Iterable[DecodedSegment]) -> list[DecodedSegment]:
-    return sorted(segments, key=lambda segment: segment.piece)
+def _label_of(segments: Sequence[DecodedSegment]) -> str:
+    """Return the label of the whole recording, which the first of its samples has."""
+    first = segments[0].sample
+    return (first.parent_text or "") if first.recording_id != first.utterance_id else first.text
 
 
-def _count(segments: Iterable[DecodedSegment], track: str) -> tuple[EditCounts, EditCounts | None]:
+def _count(segments: Sequence[DecodedSegment], track: str) -> tuple[EditCounts, EditCounts | None]:
     """Count the edits of a recording over symbols and, for the word track, over words."""
-    ordered = _in_order(segments)
-    reference = normalize(ordered[0].reference, track)
-    hypothesis = normalize(join_texts([segment.hypothesis for segment in ordered]), track)
+    reference = normalize(_label_of(segments), track)
+    hypothesis = normalize(join_texts([segment.hypothesis for segment in segments]), track)
     words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if track == "word" else None
     return count_edits(reference, hypothesis), words
 
 
 def _clip(name: str, segments: Sequence[DecodedSegment], counts: EditCounts, words: EditCounts | None) -> ClipScore:
-    ordered = _in_order(segments)
-    first = ordered[0]
+    first = segments[0].sample
     return ClipScore(
         utterance_id=name,
         child_id=first.child_id,
         session_id=first.session_id,
-        decoded=all(segment.decoded for segment in ordered),
+        decoded=all(segment.decoded for segment in segments),
         corpus=first.corpus,
         age_bucket=first.age_bucket,
-        seconds=round(sum(segment.seconds for segment in ordered), 3),
-        reference=first.reference,
-        hypothesis=join_texts([segment.hypothesis for segment in ordered]),
-        confidence=sum(segment.confidence * segment.seconds for segment in ordered)
-        / max(sum(segment.seconds for segment in ordered), 1e-9),
+        seconds=round(sum(segment.seconds for segment in segments), 3),
+        reference=_label_of(segments),
+        hypothesis=join_texts([segment.hypothesis for segment in segments]),
+        confidence=sum(segment.confidence * segment.seconds for segment in segments)
+        / max(sum(segment.seconds for segment in segments), 1e-9),
         counts=counts,
         words=words,
     )

@@ -22,12 +22,11 @@ from sharding.shardset.index import ShardIndex, read_index
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import Store, open_store
 from streamtrain.data.dataset import read_ahead
-from streamtrain.data.plan import plan_evaluation
 from streamtrain.distributed import World
 from streamtrain.infer.inputs import read_pieces, rows_of_recordings
 from streamtrain.model.ctc import CTCModel, count_frames
 from streamtrain.model.decode import join_texts
-from streamtrain.model.inference import chunk_by_memory, compute_log_probs, usual_batch_seconds
+from streamtrain.model.inference import batched_log_probs, chunk_by_memory
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -84,7 +83,6 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
             f"the model writes the {model.vocab.track} track, the labels are of the {index.track} track",
             "align with a model of the same track",
         )
-    seconds = batch_seconds or usual_batch_seconds(model)
     groups = list(rows_of_recordings(store, index))
     count = 0
     loaded = read_ahead(lambda group: _load(store, index, *group), iter(groups), READERS)
@@ -95,7 +93,7 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     ):
         for chunk in chunk_by_memory(loaded):
             labelled = [recording for recording in chunk if recording.text or recording.error]
-            for row in _align_chunk(model, labelled, seconds):
+            for row in _align_chunk(model, labelled, batch_seconds):
                 lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             count += len(labelled)
             bar.update(len(chunk))
@@ -134,18 +132,18 @@ def windows_of(recording: int, samples: int, geometry: Sequence[tuple[int, int]]
         yield Window(recording, (first - skip) * hop, min(end, samples), skip, first, count)
 
 
-def _align_chunk(model: CTCModel, recordings: Sequence[LabelledRecording], seconds: float) -> Iterator[dict[str, Any]]:
+def _align_chunk(
+    model: CTCModel, recordings: Sequence[LabelledRecording], batch_seconds: float | None
+) -> Iterator[dict[str, Any]]:
     loaded = {number: recording for number, recording in enumerate(recordings) if recording.error is None}
     windows_by_number = {number: list(windows_of(number, len(recording.waveform), model.geometry))
                          for number, recording in loaded.items()}  # fmt: skip
     outputs = {number: torch.zeros(sum(window.frames for window in windows), len(model.vocab), device=model.device)
                for number, windows in windows_by_number.items()}  # fmt: skip
     windows = list(chain.from_iterable(windows_by_number.values()))
-    for batch in plan_evaluation([window.end - window.start for window in windows], seconds):
-        chosen = [windows[i] for i in batch]
-        waveforms = [loaded[window.recording].waveform[window.start : window.end] for window in chosen]
-        log_probs, _ = compute_log_probs(model, waveforms)
-        for window, frames in zip(chosen, log_probs, strict=True):
+    waveforms = [loaded[window.recording].waveform[window.start : window.end] for window in windows]
+    for batch, log_probs, _ in batched_log_probs(model, waveforms, batch_seconds):
+        for window, frames in zip((windows[i] for i in batch), log_probs, strict=True):
             without_context = frames[window.skip : window.skip + window.frames]
             outputs[window.recording][window.first : window.first + window.frames] = without_context
     for number, recording in enumerate(recordings):

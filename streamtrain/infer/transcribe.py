@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 from pydantic import TypeAdapter
 from tqdm import tqdm
@@ -25,18 +25,15 @@ from sharding.labels.ipa import TRACKS
 from sharding.segment.cuts import split_at_pauses
 from sharding.shardset.sample import escape_key
 from streamtrain.data.dataset import read_ahead
-from streamtrain.data.plan import plan_evaluation
 from streamtrain.distributed import World
 from streamtrain.infer.inputs import Recording
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.decode import Hypothesis, Word, decode_log_probs, join_nbest, join_texts, word_timestamps
-from streamtrain.model.inference import chunk_by_memory, compute_log_probs, usual_batch_seconds
+from streamtrain.model.decode import Hypothesis, Word, join_nbest, join_texts, word_timestamps
+from streamtrain.model.inference import LogProbs, chunk_by_memory, decode_waveforms
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
 READERS = 2
-
-LogProbs = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +52,12 @@ class LoadedRecording:
 
     recording: Recording
     utterance_id: str
-    pieces: tuple[Waveform, ...] = ()
-    starts: tuple[float, ...] = ()  # of the pieces, s
+    pieces: tuple[tuple[float, Waveform], ...] = ()  # each with its start, s
     error: str | None = None
 
     @property
     def seconds(self) -> float:
-        return sum(map(len, self.pieces)) / SAMPLE_RATE
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """Hold the hypothesis and the words of one piece."""
-
-    hypothesis: Hypothesis
-    words: list[Word]
-    log_probs: LogProbs | None  # (T, V), if they are to be written
+        return sum(len(waveform) for _, waveform in self.pieces) / SAMPLE_RATE
 
 
 def transcribe(
@@ -205,15 +192,12 @@ def load(recording: Recording) -> LoadedRecording:
     """
     try:
         chunks = recording.load()
-        pieces: list[Waveform] = []
-        starts: list[float] = []
-        for chunk in chunks:
-            waveform, _ = decode(chunk.audio, prove=True)
-            for start, segment in split_at_pauses(waveform):
-                pieces.append(segment)
-                starts.append(chunk.start_sec + start / SAMPLE_RATE)
-        name = chunks[0].utterance_id or recording.utterance_id
-        return LoadedRecording(recording, name, tuple(pieces), tuple(starts))
+        pieces = tuple(
+            (chunk.start_sec + start / SAMPLE_RATE, waveform)
+            for chunk in chunks
+            for start, waveform in split_at_pauses(decode(chunk.audio, prove=True)[0])
+        )
+        return LoadedRecording(recording, chunks[0].utterance_id or recording.utterance_id, pieces)
     except (AudioError, MissingError, ShardError) as error:
         message = error.message
     except OSError as error:
@@ -225,42 +209,29 @@ def decode_recordings(
     model: CTCModel, items: Sequence[LoadedRecording], options: DecodingOptions
 ) -> list[dict[str, Any]]:
     """Return the row of each recording."""
-    pieces = [piece for item in items for piece in item.pieces]
-    transcripts = iter(_decode_pieces(model, pieces, options))
-    return [_row(item, [next(transcripts) for _ in item.pieces], model, options) for item in items]
-
-
-def _decode_pieces(model: CTCModel, pieces: Sequence[Waveform], options: DecodingOptions) -> list[Transcript]:
-    """Decode each piece, in batches of similar length."""
-    transcripts: dict[int, Transcript] = {}
-    seconds = options.batch_seconds or usual_batch_seconds(model)
-    for batch in plan_evaluation([len(piece) for piece in pieces], seconds):
-        log_probs, frames = compute_log_probs(model, [pieces[i] for i in batch])
-        hypotheses = decode_log_probs(log_probs, frames, model.vocab, options.beam)
-        rows = log_probs.cpu().numpy()
-        for i, row, length, hypothesis in zip(batch.tolist(), rows, frames.tolist(), hypotheses, strict=True):
-            words = word_timestamps(row[:length], hypothesis.text, model.vocab)
-            transcripts[i] = Transcript(hypothesis, words, row[:length].copy() if options.log_probs else None)
-    return [transcripts[i] for i in range(len(pieces))]
+    waveforms = [waveform for item in items for _, waveform in item.pieces]
+    decoded = iter(decode_waveforms(model, waveforms, options.batch_seconds, options.beam))
+    return [_row(item, list(islice(decoded, len(item.pieces))), model, options) for item in items]
 
 
 def _row(
-    loaded: LoadedRecording, transcripts: Sequence[Transcript], model: CTCModel, options: DecodingOptions
+    loaded: LoadedRecording, decoded: Sequence[tuple[Hypothesis, LogProbs]], model: CTCModel, options: DecodingOptions
 ) -> dict[str, Any]:
-    """Return the row of a recording, joined from the transcripts of its pieces."""
+    """Return the row of a recording, joined from its decoded pieces."""
     track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
     row: dict[str, Any] = {"utterance_id": loaded.utterance_id, "audio_path": loaded.recording.audio_path}
     if loaded.error is not None:
         return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": loaded.error}
-    hypotheses = [piece.hypothesis for piece in transcripts]
-    shares = [len(piece) / sum(map(len, loaded.pieces)) for piece in loaded.pieces]
+    hypotheses = [hypothesis for hypothesis, _ in decoded]
+    samples = [len(waveform) for _, waveform in loaded.pieces]
+    shares = [count / sum(samples) for count in samples]
     row |= {
         TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
             _timed(word, start, frame_sec)
-            for piece, start in zip(transcripts, loaded.starts, strict=True)
-            for word in piece.words
+            for (hypothesis, log_probs), (start, _) in zip(decoded, loaded.pieces, strict=True)
+            for word in word_timestamps(log_probs, hypothesis.text, model.vocab)
         ],
         "error": None,
     }
@@ -268,9 +239,8 @@ def _row(
         joined = join_nbest([hypothesis.nbest for hypothesis in hypotheses])
         row["nbest"] = [asdict(item) for item in joined[: options.nbest]]
     if options.log_probs:
-        log_probs = np.concatenate([piece.log_probs for piece in transcripts if piece.log_probs is not None])
         array = io.BytesIO()
-        np.save(array, log_probs.astype(np.float16))
+        np.save(array, np.concatenate([log_probs for _, log_probs in decoded]).astype(np.float16))
         write_inside(options.log_probs / f"{escape_key(loaded.utterance_id)}.npy", array.getvalue())
     return row
 

@@ -61,12 +61,9 @@ def greedy(log_probs: torch.Tensor, frames: torch.Tensor, vocab: Vocab) -> list[
 
 
 def _collapse(ids: torch.Tensor, best: torch.Tensor, vocab: Vocab) -> Hypothesis:
-    changes = torch.ones_like(ids, dtype=torch.bool)
-    changes[1:] = ids[1:] != ids[:-1]
-    nonblank = ids != vocab.blank
-    text = vocab.decode(ids[changes & nonblank].tolist())
-    scores = best[nonblank] if bool(nonblank.any()) else best
-    return Hypothesis(text, float(scores.mean().exp()) if len(scores) else 0.0)
+    scores = best[ids != vocab.blank]
+    scores = scores if len(scores) else best
+    return Hypothesis(_spell(ids.numpy(), vocab), float(scores.mean().exp()) if len(scores) else 0.0)
 
 
 def word_timestamps(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab) -> list[Word]:

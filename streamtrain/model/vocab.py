@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
-from sharding.files.document import Count, parse, read_document
 from sharding.labels.ipa import LETTERS, SYMBOLS
 
 BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer's padding token
@@ -68,6 +65,10 @@ def vocab_of(track: str) -> Vocab:
 
 def load_vocab(model: Path) -> Vocab:
     """Return the vocabulary of a saved model. Raises StreamtrainError if its `vocab.json` is not valid."""
+    from pydantic import TypeAdapter  # a submission, which has no pydantic, reads a vocabulary that this has checked
+
+    from sharding.files.document import Count, parse, read_document
+
     path = model / "vocab.json"
     try:
         ids = parse(read_document(path), TypeAdapter(dict[str, Count]))

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import torch
+import transformers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -29,21 +30,28 @@ from sharding.audio.codec import SAMPLE_RATE, Waveform, decode  # noqa: E402
 from sharding.errors import AudioError  # noqa: E402
 from sharding.segment.cuts import split_at_pauses  # noqa: E402
 from streamtrain.model.ctc import CTCModel  # noqa: E402
-from streamtrain.model.inference import compute_log_probs, usual_batch_seconds  # noqa: E402
+from streamtrain.model.decode import join_texts  # noqa: E402
+from streamtrain.model.inference import chunk_by_memory, decode_waveforms  # noqa: E402
+from streamtrain.model.vocab import Vocab  # noqa: E402
 
 LINES = 50  # of progress in the log: the challenge keeps 500
 NAMED = 50  # maximum of faulty clips in the log
 REASON_CHARACTERS = 150
 READERS = 4
-AHEAD = 64  # clips decoded ahead of their batch
+AHEAD = 256  # clips decoded while the model runs, half of what it gets at once
 BLOCK = 2**12  # samples of a damaged clip that are kept or lost together
 
 
 class Clip(NamedTuple):
     """Hold a clip as the model receives it."""
 
+    name: str
     pieces: list[Waveform]  # none if it cannot be read
     fault: str | None = None  # why it is not complete
+
+    @property
+    def seconds(self) -> float:
+        return sum(map(len, self.pieces)) / SAMPLE_RATE
 
 
 def main() -> None:
@@ -52,28 +60,40 @@ def main() -> None:
     settings = json.loads((HERE / "submission.json").read_text())
     names = [str(row["utterance_id"]) for row in read_rows(data / "submission_format.jsonl")]
     paths = find_audio(data, names)
-    recogniser = Recogniser(HERE / "model", settings["normalize"], settings["batch_seconds"])
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {recogniser.version}"
-    print(f"ready: on {recogniser.device.type} after {time.monotonic() - started:.2f} s, {versions}", flush=True)
-    texts: dict[str, list[str]] = {name: [] for name in names}
-    faults: dict[str, Clip] = {}
-    done = reported = samples = 0
-    for batch in batches_of(decoded(paths, faults), recogniser.batch_seconds):
-        for (name, _), text in zip(batch, recogniser.read([piece for _, piece in batch]), strict=True):
-            texts[name].append(text)
-        done += len(batch)
-        samples += sum(len(piece) for _, piece in batch)
+    model = load_model(HERE / "model", settings["normalize"])
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"ready: on {model.device.type} after {time.monotonic() - started:.2f} s, {versions}", flush=True)
+    texts = dict.fromkeys(names, "")
+    faults: list[Clip] = []
+    done = reported = 0
+    speech_sec = 0.0
+    for clips in chunk_by_memory(read_clips(paths)):
+        pieces = [piece for clip in clips for piece in clip.pieces]
+        hypotheses = (hypothesis for hypothesis, _ in decode_waveforms(model, pieces, settings["batch_seconds"]))
+        for clip in clips:
+            texts[clip.name] = join_texts([hypothesis.text for hypothesis in islice(hypotheses, len(clip.pieces))])
+        faults += [clip for clip in clips if clip.fault is not None]
+        done += len(clips)
+        speech_sec += sum(clip.seconds for clip in clips)
         if done * LINES >= (reported + 1) * len(names):
-            reported = done * LINES // max(len(names), 1)
-            print(f"{done:,} pieces of {len(names):,} clips, {time.monotonic() - started:.0f} s", flush=True)
-    for name, clip in islice(faults.items(), NAMED):
+            reported = done * LINES // len(names)
+            print(f"{done:,} of {len(names):,} clips, {time.monotonic() - started:.0f} s", flush=True)
+    for clip in faults[:NAMED]:
         outcome = "the text is of what decodes" if clip.pieces else "the text is empty"
-        print(f"{name:.80}: {clip.fault:.{REASON_CHARACTERS}}: {outcome}", flush=True)
+        print(f"{clip.name:.80}: {clip.fault:.{REASON_CHARACTERS}}: {outcome}", flush=True)
     write_rows(Path("submission") / "submission.jsonl", names, texts, settings["field"])
-    unread = sum(not clip.pieces for clip in faults.values())
+    unread = sum(not clip.pieces for clip in faults)
     counts = f"{len(names):,} rows, {unread:,} clips unread, {len(faults) - unread:,} in part"
     seconds = time.monotonic() - started
-    print(f"done: {counts}, {samples / SAMPLE_RATE:.1f} s of speech, {seconds:.2f} s", flush=True)
+    print(f"done: {counts}, {speech_sec:.1f} s of speech, {seconds:.2f} s", flush=True)
+
+
+def load_model(folder: Path, normalize: bool) -> CTCModel:
+    """Return the model in fp32, on a GPU if there is one. `package` has checked its files."""
+    ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    network = transformers.AutoModelForCTC.from_pretrained(folder).float()
+    model = CTCModel(network, Vocab(tuple(sorted(ids, key=ids.__getitem__))), normalize)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -95,36 +115,29 @@ def find_audio(data: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: paths[name] for name in sorted(paths, key=lambda name: (-sizes[name], name))}
 
 
-def decoded(paths: dict[str, Path], faults: dict[str, Clip]) -> Iterator[tuple[str, Waveform]]:
-    """Yield the pieces of every clip, in the order of `paths`; clips with a fault are added to `faults`."""
+def read_clips(paths: dict[str, Path]) -> Iterator[Clip]:
+    """Yield the clips in the order of `paths`, reading ahead."""
     with ThreadPoolExecutor(READERS) as pool:
-        clips = iter(paths.items())
-        pending: deque[tuple[str, Future[Clip]]] = deque(
-            (name, pool.submit(load, path)) for name, path in islice(clips, AHEAD)
-        )
+        reads = (pool.submit(read_clip, name, path) for name, path in paths.items())
+        pending = deque(islice(reads, AHEAD))
         while pending:
-            name, future = pending.popleft()
-            pending.extend((name, pool.submit(load, path)) for name, path in islice(clips, 1))
-            try:
-                clip = future.result()
-            except Exception as error:  # a fault of one clip must not stop the others
-                clip = Clip([], str(getattr(error, "strerror", None) or error).split("\n")[0])
-            if clip.fault is not None:
-                faults[name] = clip
-            yield from ((name, piece) for piece in clip.pieces)
+            read = pending.popleft()
+            pending.extend(islice(reads, 1))
+            yield read.result()
 
 
-def load(path: Path) -> Clip:
-    """Return a clip at 16 kHz, cut at pauses if too long. Raises AudioError or OSError if nothing of it decodes."""
-    data, fault = path.read_bytes(), None
+def read_clip(name: str, path: Path) -> Clip:
+    """Return a clip at 16 kHz, cut at pauses if too long; of a damaged one what decodes."""
     try:
-        waveform, _ = decode(data, prove=True)
-    except AudioError as error:
-        rescued, fault = rescue(data), error.message
-        if rescued is None:
-            raise
-        waveform = rescued
-    return Clip([piece for _, piece in split_at_pauses(waveform)], fault)
+        data = path.read_bytes()
+        waveform: Waveform | None
+        try:
+            waveform, fault = decode(data, prove=True)[0], None
+        except AudioError as error:
+            waveform, fault = rescue(data), error.message
+        return Clip(name, [] if waveform is None else [piece for _, piece in split_at_pauses(waveform)], fault)
+    except Exception as error:  # a fault of one clip must not stop the others
+        return Clip(name, [], str(getattr(error, "strerror", None) or error).split("\n")[0])
 
 
 def rescue(data: bytes) -> Waveform | None:
@@ -144,61 +157,11 @@ def rescue(data: bytes) -> Waveform | None:
         return None
 
 
-def batches_of(pieces: Iterator[tuple[str, Waveform]], seconds: float) -> Iterator[list[tuple[str, Waveform]]]:
-    """Yield batches of consecutive pieces, which have similar lengths, within a cap on pieces × longest."""
-    batch: list[tuple[str, Waveform]] = []
-    longest = 0
-    for name, piece in pieces:
-        longest = max(longest, len(piece))
-        if batch and longest * (len(batch) + 1) > seconds * SAMPLE_RATE:
-            yield batch
-            batch, longest = [], len(piece)
-        batch.append((name, piece))
-    if batch:
-        yield batch
-
-
-class Recogniser:
-    """Transcribe waveforms with a model and the symbols of its output."""
-
-    def __init__(self, folder: Path, normalize: bool, batch_seconds: float | None) -> None:
-        from transformers import AutoModelForCTC, __version__
-
-        self.version = __version__
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = AutoModelForCTC.from_pretrained(folder)
-        ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        self._model = CTCModel(network.float(), ids, normalize).to(self.device).eval()
-        self.batch_seconds = batch_seconds or usual_batch_seconds(self._model)
-        tokens = {i: token.replace("|", " ") for token, i in ids.items()}
-        self._symbols = [tokens[i] if tokens[i] not in ("[PAD]", "[UNK]") else "" for i in range(len(ids))]
-        self._blank = int(network.config.pad_token_id)
-
-    def read(self, pieces: Sequence[Waveform]) -> list[str]:
-        """Return the best path of each piece, repeats merged and blanks dropped."""
-        try:
-            log_probs, frames = compute_log_probs(self._model, pieces)
-        except torch.OutOfMemoryError:
-            if len(pieces) == 1:
-                raise
-        else:
-            rows = zip(log_probs.max(dim=-1).indices.cpu(), frames.tolist(), strict=True)
-            return [self._spell(row[:length]) for row, length in rows]
-        torch.cuda.empty_cache()
-        half = len(pieces) // 2
-        return self.read(pieces[:half]) + self.read(pieces[half:])
-
-    def _spell(self, ids: torch.Tensor) -> str:
-        merged = torch.unique_consecutive(ids).tolist()
-        return " ".join("".join(self._symbols[symbol] for symbol in merged if symbol != self._blank).split())
-
-
-def write_rows(path: Path, names: Sequence[str], texts: dict[str, list[str]], field: str) -> None:
+def write_rows(path: Path, names: Sequence[str], texts: dict[str, str], field: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as lines:
         for name in names:
-            text = " ".join(filter(None, texts[name]))
-            lines.write(json.dumps({"utterance_id": name, field: text}, ensure_ascii=False) + "\n")
+            lines.write(json.dumps({"utterance_id": name, field: texts[name]}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE, encode
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_row, read_document
 from sharding.files.writing import written
 from sharding.labels.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
@@ -36,10 +36,12 @@ HERE = Path(__file__).parent
 CONTRACT = "Python 3.11, torch 2.9.1, transformers 4.57.6"
 RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")  # of its machine's packages
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
-TAKEN_ALONG = {  # a submission decodes, cuts and infers with the same files
+TAKEN_ALONG = {  # a submission reads audio, cuts, infers and decodes with the same files
     "sharding": ("__init__.py", "errors.py", "audio/__init__.py", "audio/codec.py", "audio/containers.py",
-                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "segment/__init__.py", "segment/cuts.py"),
-    "streamtrain": ("__init__.py", "model/__init__.py", "model/ctc.py", "model/inference.py"),
+                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "labels/__init__.py", "labels/ipa.py",
+                 "segment/__init__.py", "segment/cuts.py"),
+    "streamtrain": ("__init__.py", "model/__init__.py", "model/batches.py", "model/ctc.py", "model/decode.py",
+                    "model/inference.py", "model/vocab.py"),
     "silero_vad": ("__init__.py", "model.py", "utils_vad.py", "data/__init__.py", "data/silero_vad.jit"),
 }  # fmt: skip
 NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model gives the same zip
@@ -76,6 +78,7 @@ class Rehearsal:
     versions: str  # of Python, torch and transformers
     log_lines: int
     rate: float | None  # CER or WER, if the labels are known
+    left_out: int  # recordings of the shard set that are not in it, as the build split them
     unread: int
     in_part: int  # incomplete clips; their text is of what decodes
 
@@ -139,7 +142,7 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
         field = _field_of(folder / "submission.json")
-        labels = _lay_out(folder / "data", data, field)
+        labels, left_out = _lay_out(folder / "data", data, field)
         started = time.monotonic()
         log, work_sec, speech_sec = _run(folder, python)
         total_sec = time.monotonic() - started
@@ -164,6 +167,7 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
             versions=ready[3] or "versions unknown",
             log_lines=len(lines),
             rate=rate,
+            left_out=left_out,
             unread=int(unread[1].replace(",", "")),
             in_part=int(unread[2].replace(",", "")),
         )
@@ -171,6 +175,8 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
 
 def render(done: Rehearsal, track: str) -> str:
     rate = "" if done.rate is None else f", {'WER' if track == 'word' else 'CER'} {done.rate:.4f}"
+    if done.left_out:
+        rate += f" without {counted(done.left_out, 'recording')} that the build split"
     within = "within" if done.projected_sec < LIMIT_SEC else "ABOVE"
     return (
         f"rehearsed offline on {done.clips:,} clips ({done.speech_sec:,.0f} s of speech, {done.unread} unread, "
@@ -253,15 +259,18 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 # --- the data of a rehearsal ------------------------------------------------------------------------------------
 
 
-def _lay_out(folder: Path, data: str | None, field: str) -> Path | None:
-    """Lay out `data/` as the challenge does; return a file with the labels, if they are known."""
+def _lay_out(folder: Path, data: str | None, field: str) -> tuple[Path | None, int]:
+    """Lay out `data/` as the challenge does; return a file with the labels, if they are known.
+
+    Also returns how many of the chosen recordings of a shard set are left out, because the build split them.
+    """
     if data is not None and (Path(data) / "submission_format.jsonl").is_file():
         folder.symlink_to(Path(data).resolve())
-        return None
+        return None, 0
     (folder / "audio").mkdir(parents=True)
     if data is None:
         _write_clips(folder, field, {f"U_{i:016x}": (audio, None) for i, audio in enumerate(_synthetic_clips())})
-        return None
+        return None, 0
     store = open_store(data)
     index = read_index(store)
     if TRACKS[index.track] != field:
@@ -272,7 +281,8 @@ def _lay_out(folder: Path, data: str | None, field: str) -> Path | None:
     clips = {sample.utterance_id: (sample.audio, sample.text) for sample in samples if sample.parent_id is None}
     if not clips:
         raise PackageError(f"{data}: has no uncut validation clip to rehearse on")
-    return _write_clips(folder, field, clips)
+    left_out = {sample.parent_id for sample in samples if sample.parent_id is not None}
+    return _write_clips(folder, field, clips), len(left_out)
 
 
 def _write_clips(folder: Path, field: str, clips: Mapping[str, tuple[bytes, str | None]]) -> Path:

@@ -14,8 +14,9 @@ from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from streamtrain.data.collate import Batch
 from streamtrain.data.loader import NOTHING_AHEAD, LoaderMemory
-from streamtrain.data.plan import EpochPlan, plan_evaluation
+from streamtrain.data.plan import EpochPlan
 from streamtrain.distributed import World
+from streamtrain.model.batches import batch_by_length
 
 USABLE = 0.92  # of the memory: other shapes leave gaps, and so do allocators
 GIB = 2**30
@@ -80,7 +81,7 @@ def largest_shapes(plan: EpochPlan, symbols: int, device_batch_seconds: float | 
 
 def evaluation_shapes(lengths: npt.NDArray[np.integer], batch_seconds: float) -> list[Shape]:
     """Return the evaluation batch with the longest clip and that with most padded seconds."""
-    sizes = [(len(batch), int(lengths[batch].max())) for batch in plan_evaluation(lengths, batch_seconds)]
+    sizes = [(len(batch), int(lengths[batch].max())) for batch in batch_by_length(lengths, batch_seconds)]
     longest, densest = max(sizes, key=lambda size: size[1]), max(sizes, key=lambda size: size[0] * size[1])
     return [Shape(f"the {name} batch of the evaluation", clips, samples, 1)
             for name, (clips, samples) in (("longest", longest), ("densest", densest))]  # fmt: skip

@@ -148,6 +148,17 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_the_page_shows_names_as_they_are_written(shards: Path, tmp_path: Path) -> None:
+    name = "<b>\"a\" & 'b'</b>"
+    clip = ClipScore(name, name, "", name, name, 1.0, True, name, name, 0.5, count_edits(name, name), None)
+    evaluation = Evaluation(clip.counts, None, (clip,), "phonetic", {})
+    card = scorecard(evaluation, read_index(open_store(shards)), model=name, shards=name, split="valid")
+    page.write_page(card, [clip], {}, tmp_path / "page.html", compare([clip], [clip], name))
+    shown = Page((tmp_path / "page.html").read_text("utf-8"))
+    assert shown.open == []
+    assert shown.text.count(name) == 14  # none of them is an element
+
+
 def test_a_model_beside_itself_differs_in_nothing_and_beside_another_as_the_scores_say(
     shards: Path, model: Path, tmp_path: Path
 ) -> None:

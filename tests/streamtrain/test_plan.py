@@ -24,16 +24,15 @@ from streamtrain.data.plan import (
     PlanPrefix,
     PlanSettings,
     batch_overlap,
-    cut_batches,
     group_micro_batches,
     micro_batches_of_rank,
     plan_epoch,
-    plan_evaluation,
     plan_remaining,
     shard_schedule,
     shortest_lengths,
     valid_world_sizes,
 )
+from streamtrain.model.batches import batch_by_length, cut_batches
 from tests.tools.commands import ROOT, run_module
 from tests.tools.shard_sets import BYTES_PER_SECOND, make_index
 
@@ -537,7 +536,7 @@ def test_a_run_that_cannot_be_is_told_without_a_traceback(
 def test_evaluation_takes_each_clip_once_and_pads_beyond_the_cap_only_a_clip_alone(
     lengths: list[int], batch_seconds: float
 ) -> None:
-    batches = plan_evaluation(lengths, batch_seconds)
+    batches = batch_by_length(lengths, batch_seconds)
     assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(lengths)))
     longest = [max(lengths[row] for row in batch) for batch in batches]
     assert longest == sorted(longest, reverse=True)

@@ -21,9 +21,9 @@ from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import transcribe
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.vocab import save_vocab, vocab_of
-from streamtrain.submission.package import TAKEN_ALONG, PackageError, package, rehearse
+from streamtrain.submission.package import TAKEN_ALONG, PackageError, package, rehearse, render
 from tests.tools.commands import ROOT, run_module
-from tests.tools.corpus import sound
+from tests.tools.corpus import make_corpus, sound
 from tests.tools.models import make_network, save, talkative
 
 Row = dict[str, Any]
@@ -116,6 +116,16 @@ def test_the_command_rehearses_on_noise_or_on_a_shard_set(model: Path, small_sha
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
         assert "minutes on this machine's cpu" in done.stdout
+
+
+def test_recordings_that_the_build_split_are_said_to_be_left_out(model: Path, tmp_path: Path) -> None:
+    make_corpus(tmp_path / "raw", clips=6, children=2, long_clips=1)
+    done = run_module("sharding", "build", tmp_path / "raw", "--out", tmp_path / "shards", "--valid-fraction", 1)
+    assert done.returncode == 0, done.stderr
+    package(model, tmp_path / "submission.zip")
+    rehearsed = rehearse(tmp_path / "submission.zip", str(tmp_path / "shards"))
+    assert (rehearsed.clips, rehearsed.left_out) == (6, 1)
+    assert f"CER {rehearsed.rate:.4f} without 1 recording that the build split" in render(rehearsed, "phonetic")
 
 
 def test_the_same_model_makes_the_same_zip_with_nothing_else_in_it(model: Path, tmp_path: Path) -> None:

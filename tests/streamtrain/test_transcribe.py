@@ -108,6 +108,28 @@ def test_texts_do_not_depend_on_how_files_are_batched(
     assert [row["confidence"] for row in other] == pytest.approx([row["confidence"] for row in usual], abs=2e-4)
 
 
+def test_a_batch_beyond_the_memory_of_a_gpu_is_halved(
+    folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = rows_of(folder, [clips], tmp_path / "usual.jsonl", 1000)
+    forward, sizes = CTCModel.forward, list[int]()
+
+    def on_a_small_gpu(model: CTCModel, inputs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(inputs))
+        if len(inputs) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, inputs, lengths)
+
+    monkeypatch.setattr(CTCModel, "forward", on_a_small_gpu)
+    limit = 2
+    halved = rows_of(folder, [clips], tmp_path / "halved.jsonl", 1000)
+    assert [row["phonetic_text"] for row in halved] == [row["phonetic_text"] for row in usual]
+    assert max(sizes) > limit
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        rows_of(folder, [clips], tmp_path / "none.jsonl", 1000)
+
+
 def test_files_and_folders_are_taken_as_they_were_named(folder: Path, clips: Path, tmp_path: Path) -> None:
     sources = [clips / "clip-03.flac", clips / "more", clips / "clip-01.flac"]
     rows = rows_of(folder, sources, tmp_path / "out.jsonl")
