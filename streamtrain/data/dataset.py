@@ -24,7 +24,7 @@ from sharding.shardset.index import ShardIndex
 from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import Reader, open_store
-from streamtrain.data.cache import ShardCache, read_verified
+from streamtrain.data.cache import ShardCache, StreamCounts, read_verified
 from streamtrain.data.collate import Batch, collate
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan, Perturbation, ShardSchedule, group_micro_batches, shard_schedule
@@ -58,22 +58,6 @@ class StepBatch:
     batch: Batch
 
 
-@dataclass
-class StreamCounts:
-    """Count the work of a rank's stream since the last query. Times are summed over its threads."""
-
-    batches: float = 0
-    clips: float = 0
-    silent: float = 0  # clips that are trained as silence
-    ready: float = 0  # batches that were loaded already when one was taken, summed over those taken
-    read_sec: float = 0
-    decode_sec: float = 0
-    hits: float = 0  # reads from a shard that was cached already
-    misses: float = 0
-    bytes: float = 0  # fetched into the cache
-    retries: float = 0  # repeated requests, and shards with wrong bytes on arrival or on disk
-
-
 class ShardStream:
     """Read the batches of one rank from a shard set."""
 
@@ -94,13 +78,11 @@ class ShardStream:
         """Return the counts since the last call."""
         with self._lock:
             counts, self._counts = self._counts, StreamCounts()
-        if isinstance(self.store, ShardCache):
-            cache_counts = self.store.take_counts()
-            counts.hits += cache_counts.hits
-            counts.misses += cache_counts.misses
-            counts.bytes += cache_counts.bytes
-            counts.retries += cache_counts.retries
-        return counts
+        return counts + self.store.take_counts() if isinstance(self.store, ShardCache) else counts
+
+    def _count(self, counts: StreamCounts) -> None:
+        with self._lock:
+            self._counts += counts
 
     def epoch(
         self,
@@ -131,14 +113,18 @@ class ShardStream:
                 cache.prefetch_from(step)
             rows, perturbation = plan.micro_batch(step, *micro_batch_ids), plan.perturbation(step, *micro_batch_ids)
             batch = finish(self.load(rows, perturbation))
-            with self._lock:
-                self._counts.silent += len(batch.failed) + len(batch.too_dense)
+            self._count(StreamCounts(silent=len(batch.failed) + len(batch.too_dense)))
             return StepBatch(step, micro_batch_ids, last, batch)
 
         try:
             selected = islice(tasks, worker.number, None, worker.num_workers)
             yield from read_ahead(
-                load, selected, self.workers, self._count_ready, self.patience, lambda task: self._name(task[0])
+                load,
+                selected,
+                self.workers,
+                lambda ready: self._count(StreamCounts(ready=ready)),
+                self.patience,
+                lambda task: self._name(task[0]),
             )
         finally:
             if cache:
@@ -167,19 +153,12 @@ class ShardStream:
         samples = self._read(rows)
         read = time.perf_counter()
         batch = self._collate(samples, perturbation or self._as_recorded(rows))
-        with self._lock:
-            self._counts.batches += 1
-            self._counts.clips += len(samples)
-            self._counts.read_sec += read - started
-            self._counts.decode_sec += time.perf_counter() - read
+        decode_sec = time.perf_counter() - read
+        self._count(StreamCounts(batches=1, clips=len(samples), read_sec=read - started, decode_sec=decode_sec))
         return batch
 
     def _name(self, step: int) -> str:
         return f"rank {self.world.rank}'s batch of step {step + 1} of this epoch"
-
-    def _count_ready(self, batches: int) -> None:
-        with self._lock:
-            self._counts.ready += batches
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
         """Return the samples of these rows in their order, read shard by shard."""

@@ -20,8 +20,9 @@ from sharding.files.writing import write_inside
 from sharding.shardset.index import ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import keyed_random
+from streamtrain.data.cache import StreamCounts
 from streamtrain.data.collate import Batch
-from streamtrain.data.dataset import ShardStream, StepBatch, StreamCounts
+from streamtrain.data.dataset import ShardStream, StepBatch
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_remaining
 from streamtrain.distributed import PreemptedError, Preemption, World
