@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -234,11 +235,12 @@ class ShardCache:
             with open(partial, "r+b", opener=open_lock_file) as file:
                 for _ in range(FETCH_TRIES):
                     self._download(shard, file, self._range_pools[ahead], requested_at)
-                    actual = _checksum(file)
+                    fetched = open(partial, "rb", opener=open_lock_file)  # noqa: SIM115
+                    actual = hashlib.file_digest(fetched, xxhash.xxh3_64).hexdigest()
                     if actual == shard.checksum:
-                        verified = open(partial, "rb", opener=open_lock_file)  # noqa: SIM115
                         os.replace(partial, path)
-                        return verified
+                        return fetched
+                    fetched.close()
                     self._count(retries=1)
         except OSError as error:
             raise write_error(path, error, shard.bytes, "is the disk of data.cache_dir full?") from error
@@ -343,14 +345,6 @@ def read_verified(store: Reader, index: ShardIndex, shard: ShardEntry, rows: npt
             if cache:
                 cache.invalidate(shard.name)
     return read_samples(store, index, shard, index.samples[rows])
-
-
-def _checksum(file: BinaryIO) -> str:
-    state, position = xxhash.xxh3_64(), 0
-    while data := os.pread(file.fileno(), RANGE_BYTES, position):
-        state.update(data)
-        position += len(data)
-    return state.hexdigest()
 
 
 def _size(path: Path) -> int:

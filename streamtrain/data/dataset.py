@@ -24,6 +24,7 @@ from sharding.shardset.index import ShardIndex
 from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import Reader, open_store
+from streamtrain.config import DataConfig
 from streamtrain.data.cache import ShardCache, StreamCounts, read_verified
 from streamtrain.data.collate import Batch, collate
 from streamtrain.data.patience import Deadline
@@ -112,7 +113,7 @@ class ShardStream:
             if cache:
                 cache.prefetch_from(step)
             rows, perturbation = plan.micro_batch(step, *micro_batch_ids), plan.perturbation(step, *micro_batch_ids)
-            batch = finish(self.load(rows, perturbation))
+            batch = finish(self._load(rows, perturbation))
             self._count(StreamCounts(silent=len(batch.failed) + len(batch.too_dense)))
             return StepBatch(step, micro_batch_ids, last, batch)
 
@@ -140,19 +141,20 @@ class ShardStream:
 
         def load(rows: np.ndarray) -> tuple[Batch, list[Sample]]:
             samples = self._read(rows)
-            return self._collate(samples, self._as_recorded(rows)), samples
+            recorded = Perturbation.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
+            return collate(samples, recorded, self.vocab, self.normalize), samples
 
         def name(rows: np.ndarray) -> str:
             return f"rank {self.world.rank}'s batch of {len(rows)} clips"
 
         return read_ahead(load, iter(batches), self.workers, deadline=self.patience, name=name)
 
-    def load(self, rows: np.ndarray, perturbation: Perturbation | None = None) -> Batch:
-        """Read, verify, decode and pad the clips of these rows, perturbed or (None) as recorded."""
+    def _load(self, rows: np.ndarray, perturbation: Perturbation) -> Batch:
+        """Read, verify, perturb and pad the clips of these rows, and count that work."""
         started = time.perf_counter()
         samples = self._read(rows)
         read = time.perf_counter()
-        batch = self._collate(samples, perturbation or self._as_recorded(rows))
+        batch = collate(samples, perturbation, self.vocab, self.normalize)
         decode_sec = time.perf_counter() - read
         self._count(StreamCounts(batches=1, clips=len(samples), read_sec=read - started, decode_sec=decode_sec))
         return batch
@@ -169,12 +171,6 @@ class ShardStream:
             shard_samples = read_verified(self.store, self.index, self.index.shards[shard], shard_rows)
             samples.update(zip(shard_rows.tolist(), shard_samples, strict=True))
         return [samples[row] for row in rows.tolist()]
-
-    def _as_recorded(self, rows: np.ndarray) -> Perturbation:
-        return Perturbation.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
-
-    def _collate(self, samples: Sequence[Sample], perturbation: Perturbation) -> Batch:
-        return collate(samples, perturbation, self.vocab, self.normalize)
 
 
 Task = TypeVar("Task")
@@ -226,19 +222,10 @@ def _result(future: Future[Item], seconds: float) -> Item:
     return future.result()
 
 
-def open_stream(
-    index: ShardIndex,
-    shards: str,
-    cache_dir: str | None,
-    cache_gb: float,
-    vocab: Vocab,
-    normalize: bool,
-    world: World,
-    workers: int,
-) -> ShardStream:
-    """Return the stream of a rank that trains on these shards."""
-    store = open_for_reading(index, open_store(shards), cache_dir, cache_gb)
-    return ShardStream(index, store, vocab, normalize, world, workers)
+def open_stream(index: ShardIndex, data: DataConfig, vocab: Vocab, normalize: bool, world: World) -> ShardStream:
+    """Return the stream of a rank that trains on the shards of a configuration."""
+    store = open_for_reading(index, open_store(data.shards), data.cache_dir, data.cache_gb)
+    return ShardStream(index, store, vocab, normalize, world, data.workers)
 
 
 def open_for_reading(index: ShardIndex, store: Reader, cache_dir: str | None, cache_gb: float) -> Reader:

@@ -97,11 +97,8 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         with world.on_main("prepare the run folder") as is_main:
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)
-        data, model = config.data, engine.model
-        make = partial(
-            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize,
-            world.find_neighbours(), data.workers,
-        )  # fmt: skip
+        model, neighbourhood = engine.model, world.find_neighbours()
+        make = partial(open_stream, index, config.data, model.vocab, model.normalize, neighbourhood)
         stream = LoaderProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
