@@ -116,10 +116,6 @@ class Checkpoint:
     scalars: dict[str, Any]
     files: Mapping[FileName, _File]
 
-    @property
-    def name(self) -> str:
-        return self.path.name
-
 
 def save_checkpoint(full_state: FullState, state: RunState, folder: Path, keep: int) -> Path:
     """Write `step-…` in `folder`, by one rank. Keep the newest `keep` checkpoints, and that of the best score."""

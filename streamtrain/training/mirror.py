@@ -72,8 +72,7 @@ class Mirror:
         remove(self._staging)
         self._pool = ThreadPoolExecutor(1, "mirror")
         self._newest: tuple[Path, Future[None]] | None = None  # the staged files enqueued last, and their copying
-        self._failed: StoreError | None = None  # why the last copy failed, if it did
-        self._unsent: Path | None = None  # the staged files of that copy
+        self._failed: tuple[Path, StoreError] | None = None  # the staged files of the last copy, if it failed, and why
         self._copied: tuple[str, float] | None = None  # the newest complete copy, and its time
 
     def check_writable(self) -> None:
@@ -154,7 +153,7 @@ class Mirror:
         """Delete the pointers, after any copy in progress, so that no machine resumes from them: the run restarts."""
         self._drop_waiting()
         self._pool.submit(lambda: None).result()
-        self._failed = self._unsent = None
+        self._failed = None
         for name in (POINTER, PREVIOUS):
             self._store.delete(name)
 
@@ -188,11 +187,12 @@ class Mirror:
         self._pool.shutdown(wait=False)
         if self._newest is not None and wait([self._newest[1]], wait_sec).not_done:
             raise StoreError(f"{self._store.url}: the last checkpoint has not reached the mirror in {wait_sec:g} s")
-        if self._unsent is not None and wait_sec is None:
-            self._try_copy(self._unsent)
+        if self._failed is not None and wait_sec is None:
+            self._try_copy(self._failed[0])
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._failed is not None:
-            raise StoreError(f"{self._failed.message} ({self._age()})", self._failed.hint) from self._failed
+            error = self._failed[1]
+            raise StoreError(f"{error.message} ({self._age()})", error.hint) from error
 
     def _age(self) -> str:
         if self._copied is None:
@@ -201,22 +201,21 @@ class Mirror:
         return f"the newest copy is {name}, of {(time.monotonic() - at) / 60:.0f} min ago"
 
     def _copy_or_warn(self, staged: Path) -> None:
-        if self._unsent is not None:
-            shutil.rmtree(self._unsent, ignore_errors=True)
+        if self._failed is not None:
+            shutil.rmtree(self._failed[0], ignore_errors=True)
         self._try_copy(staged)
         if self._failed is not None:
             log.warning("%s has not reached the mirror (%s); the next one is tried: %s",
-                        staged.stem, self._age(), self._failed.message)  # fmt: skip
+                        staged.stem, self._age(), self._failed[1].message)  # fmt: skip
 
     def _try_copy(self, staged: Path) -> None:
         """Copy the staged files, or record why that failed: training continues."""
         try:
             self._copy(staged)
         except Exception as error:  # of any kind
-            self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
-            self._unsent = staged
+            self._failed = staged, error if isinstance(error, StoreError) else StoreError(str(error))
         else:
-            self._failed = self._unsent = None
+            self._failed = None
             self._copied = (staged.stem, time.monotonic())
             shutil.rmtree(staged, ignore_errors=True)
 

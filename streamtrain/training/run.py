@@ -79,7 +79,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
             index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
-        data_identity = index.digest, checkpoint.name if checkpoint else ""
+        data_identity = index.digest, checkpoint.path.name if checkpoint else ""
         _check_ranks_agree(world, json.dumps([config.resume_key, config.eval.split]), *data_identity)
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.resume_key, index.digest, PLANNER_VERSION)
