@@ -46,7 +46,7 @@ WRITE_OTHERWISE = {  # than through sharding.files.writing
     "streamtrain.infer.export": "likewise",
     "streamtrain.model.vocab": "likewise",
     "streamtrain.data.cache": "shards, range by range",
-    "streamtrain.training.mirror": "a copy, piece by piece, which a kill does not undo",
+    "streamtrain.training.mirror": "a run folder, by renaming what was fetched whole",
     "streamtrain.infer.transcribe": "rows, which a kill does not undo",
     "streamtrain.training.run": "a lock file",
     "streamtrain.training.memory": "to the kernel",

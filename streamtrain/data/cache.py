@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -12,7 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -67,14 +69,23 @@ class _FetchFailure(TypedDict):
 _FETCH_FAILURE = TypeAdapter(_FetchFailure)
 
 
-@dataclass
-class CacheCounts:
-    """Count a rank's requests to its cache."""
+@dataclass(frozen=True)
+class StreamCounts:
+    """Count the work of a rank's stream since the last query. Times are summed over its threads."""
 
-    hits: int = 0  # reads from a shard that was cached already
-    misses: int = 0
-    bytes: int = 0  # fetched by this rank
-    retries: int = 0  # repeated requests, and shards with wrong bytes on arrival or on disk
+    batches: float = 0
+    clips: float = 0
+    silent: float = 0  # clips that are trained as silence
+    ready: float = 0  # batches that were loaded already when one was taken, summed over those taken
+    read_sec: float = 0
+    decode_sec: float = 0
+    hits: float = 0  # reads from a shard that was cached already
+    misses: float = 0
+    bytes: float = 0  # fetched into the cache by this rank
+    retries: float = 0  # repeated requests, and shards with wrong bytes on arrival or on disk
+
+    def __add__(self, other: "StreamCounts") -> "StreamCounts":
+        return StreamCounts(*map(add, astuple(self), astuple(other)))
 
 
 class ShardCache:
@@ -88,7 +99,7 @@ class ShardCache:
 
     def __init__(self, store: BucketStore, index: ShardIndex, folder: Path, limit_bytes: int) -> None:
         self.url = store.url
-        self.counts = CacheCounts()
+        self.counts = StreamCounts()
         self._reported_retries = 0  # the store's, up to the last call of take_counts
         self._store = store
         self._entries = {shard.name: shard for shard in index.shards}
@@ -118,20 +129,17 @@ class ShardCache:
             reason = "this file system has no file locks" if error.errno in NO_LOCKS else error.strerror
             raise StoreError(f"data.cache_dir: {folder}: {reason}", "choose a cache_dir on a local disk") from error
 
-    def take_counts(self) -> CacheCounts:
+    def take_counts(self) -> StreamCounts:
         """Return the counts since the last call."""
         with self._lock:
-            counts, self.counts = self.counts, CacheCounts()
-        retries = self._store.retries
-        counts.retries += retries - self._reported_retries
-        self._reported_retries = retries
-        return counts
+            counts, self.counts = self.counts, StreamCounts()
+        before, self._reported_retries = self._reported_retries, self._store.retries
+        return counts + StreamCounts(retries=self._reported_retries - before)
 
     def _count(self, **increments: int) -> None:
         """Add to the counts; safe to call from any thread."""
         with self._lock:
-            for name, increment in increments.items():
-                setattr(self.counts, name, getattr(self.counts, name) + increment)
+            self.counts += StreamCounts(**increments)
 
     # --- prefetching ------------------------------------------------------------------------------------------------
 
@@ -227,11 +235,12 @@ class ShardCache:
             with open(partial, "r+b", opener=open_lock_file) as file:
                 for _ in range(FETCH_TRIES):
                     self._download(shard, file, self._range_pools[ahead], requested_at)
-                    actual = _checksum(file)
+                    fetched = open(partial, "rb", opener=open_lock_file)  # noqa: SIM115
+                    actual = hashlib.file_digest(fetched, xxhash.xxh3_64).hexdigest()
                     if actual == shard.checksum:
-                        verified = open(partial, "rb", opener=open_lock_file)  # noqa: SIM115
                         os.replace(partial, path)
-                        return verified
+                        return fetched
+                    fetched.close()
                     self._count(retries=1)
         except OSError as error:
             raise write_error(path, error, shard.bytes, "is the disk of data.cache_dir full?") from error
@@ -336,14 +345,6 @@ def read_verified(store: Reader, index: ShardIndex, shard: ShardEntry, rows: npt
             if cache:
                 cache.invalidate(shard.name)
     return read_samples(store, index, shard, index.samples[rows])
-
-
-def _checksum(file: BinaryIO) -> str:
-    state, position = xxhash.xxh3_64(), 0
-    while data := os.pread(file.fileno(), RANGE_BYTES, position):
-        state.update(data)
-        position += len(data)
-    return state.hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -15,6 +15,7 @@ from streamtrain.model.inference import zero_mean_unit_variance
 from streamtrain.model.vocab import Vocab
 
 SILENT_SAMPLES = 4 * MIN_SAMPLES  # length of a row that stands for no clip
+DEVICE_TENSORS = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,19 +35,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; lengths and weights stay on the CPU, where the loss is prepared."""
-        if device.type == "cpu":
-            return self
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            inputs=move(self.inputs),
-            targets=move(self.targets),
-            time_mask=None if self.time_mask is None else move(self.time_mask),
-            feature_mask=None if self.feature_mask is None else move(self.feature_mask),
-        )
+        tensors = {name: tensor for name in DEVICE_TENSORS if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def collate(samples: Sequence[Sample], perturbation: Perturbation, vocab: Vocab, normalize: bool) -> Batch:

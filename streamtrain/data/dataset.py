@@ -24,7 +24,8 @@ from sharding.shardset.index import ShardIndex
 from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import Reader, open_store
-from streamtrain.data.cache import ShardCache, read_verified
+from streamtrain.config import DataConfig
+from streamtrain.data.cache import ShardCache, StreamCounts, read_verified
 from streamtrain.data.collate import Batch, collate
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan, Perturbation, ShardSchedule, group_micro_batches, shard_schedule
@@ -58,22 +59,6 @@ class StepBatch:
     batch: Batch
 
 
-@dataclass
-class StreamCounts:
-    """Count the work of a rank's stream since the last query. Times are summed over its threads."""
-
-    batches: float = 0
-    clips: float = 0
-    silent: float = 0  # clips that are trained as silence
-    ready: float = 0  # batches that were loaded already when one was taken, summed over those taken
-    read_sec: float = 0
-    decode_sec: float = 0
-    hits: float = 0  # reads from a shard that was cached already
-    misses: float = 0
-    bytes: float = 0  # fetched into the cache
-    retries: float = 0  # repeated requests, and shards with wrong bytes on arrival or on disk
-
-
 class ShardStream:
     """Read the batches of one rank from a shard set."""
 
@@ -94,13 +79,11 @@ class ShardStream:
         """Return the counts since the last call."""
         with self._lock:
             counts, self._counts = self._counts, StreamCounts()
-        if isinstance(self.store, ShardCache):
-            cache_counts = self.store.take_counts()
-            counts.hits += cache_counts.hits
-            counts.misses += cache_counts.misses
-            counts.bytes += cache_counts.bytes
-            counts.retries += cache_counts.retries
-        return counts
+        return counts + self.store.take_counts() if isinstance(self.store, ShardCache) else counts
+
+    def _count(self, counts: StreamCounts) -> None:
+        with self._lock:
+            self._counts += counts
 
     def epoch(
         self,
@@ -130,15 +113,19 @@ class ShardStream:
             if cache:
                 cache.prefetch_from(step)
             rows, perturbation = plan.micro_batch(step, *micro_batch_ids), plan.perturbation(step, *micro_batch_ids)
-            batch = finish(self.load(rows, perturbation))
-            with self._lock:
-                self._counts.silent += len(batch.failed) + len(batch.too_dense)
+            batch = finish(self._load(rows, perturbation))
+            self._count(StreamCounts(silent=len(batch.failed) + len(batch.too_dense)))
             return StepBatch(step, micro_batch_ids, last, batch)
 
         try:
             selected = islice(tasks, worker.number, None, worker.num_workers)
             yield from read_ahead(
-                load, selected, self.workers, self._count_ready, self.patience, lambda task: self._name(task[0])
+                load,
+                selected,
+                self.workers,
+                lambda ready: self._count(StreamCounts(ready=ready)),
+                self.patience,
+                lambda task: self._name(task[0]),
             )
         finally:
             if cache:
@@ -154,32 +141,26 @@ class ShardStream:
 
         def load(rows: np.ndarray) -> tuple[Batch, list[Sample]]:
             samples = self._read(rows)
-            return self._collate(samples, self._as_recorded(rows)), samples
+            recorded = Perturbation.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
+            return collate(samples, recorded, self.vocab, self.normalize), samples
 
         def name(rows: np.ndarray) -> str:
             return f"rank {self.world.rank}'s batch of {len(rows)} clips"
 
         return read_ahead(load, iter(batches), self.workers, deadline=self.patience, name=name)
 
-    def load(self, rows: np.ndarray, perturbation: Perturbation | None = None) -> Batch:
-        """Read, verify, decode and pad the clips of these rows, perturbed or (None) as recorded."""
+    def _load(self, rows: np.ndarray, perturbation: Perturbation) -> Batch:
+        """Read, verify, perturb and pad the clips of these rows, and count that work."""
         started = time.perf_counter()
         samples = self._read(rows)
         read = time.perf_counter()
-        batch = self._collate(samples, perturbation or self._as_recorded(rows))
-        with self._lock:
-            self._counts.batches += 1
-            self._counts.clips += len(samples)
-            self._counts.read_sec += read - started
-            self._counts.decode_sec += time.perf_counter() - read
+        batch = collate(samples, perturbation, self.vocab, self.normalize)
+        decode_sec = time.perf_counter() - read
+        self._count(StreamCounts(batches=1, clips=len(samples), read_sec=read - started, decode_sec=decode_sec))
         return batch
 
     def _name(self, step: int) -> str:
         return f"rank {self.world.rank}'s batch of step {step + 1} of this epoch"
-
-    def _count_ready(self, batches: int) -> None:
-        with self._lock:
-            self._counts.ready += batches
 
     def _read(self, rows: np.ndarray) -> list[Sample]:
         """Return the samples of these rows in their order, read shard by shard."""
@@ -190,12 +171,6 @@ class ShardStream:
             shard_samples = read_verified(self.store, self.index, self.index.shards[shard], shard_rows)
             samples.update(zip(shard_rows.tolist(), shard_samples, strict=True))
         return [samples[row] for row in rows.tolist()]
-
-    def _as_recorded(self, rows: np.ndarray) -> Perturbation:
-        return Perturbation.as_recorded(self.index.samples["samples"][rows].astype(np.int64))
-
-    def _collate(self, samples: Sequence[Sample], perturbation: Perturbation) -> Batch:
-        return collate(samples, perturbation, self.vocab, self.normalize)
 
 
 Task = TypeVar("Task")
@@ -247,19 +222,10 @@ def _result(future: Future[Item], seconds: float) -> Item:
     return future.result()
 
 
-def open_stream(
-    index: ShardIndex,
-    shards: str,
-    cache_dir: str | None,
-    cache_gb: float,
-    vocab: Vocab,
-    normalize: bool,
-    world: World,
-    workers: int,
-) -> ShardStream:
-    """Return the stream of a rank that trains on these shards."""
-    store = open_for_reading(index, open_store(shards), cache_dir, cache_gb)
-    return ShardStream(index, store, vocab, normalize, world, workers)
+def open_stream(index: ShardIndex, data: DataConfig, vocab: Vocab, normalize: bool, world: World) -> ShardStream:
+    """Return the stream of a rank that trains on the shards of a configuration."""
+    store = open_for_reading(index, open_store(data.shards), data.cache_dir, data.cache_gb)
+    return ShardStream(index, store, vocab, normalize, world, data.workers)
 
 
 def open_for_reading(index: ShardIndex, store: Reader, cache_dir: str | None, cache_gb: float) -> Reader:

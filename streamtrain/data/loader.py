@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from multiprocessing.connection import Connection
 from queue import Empty, Queue
@@ -25,36 +25,21 @@ from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.pool import die_with_parent
 from sharding.shardset.index import ShardIndex
-from streamtrain.data.collate import Batch
-from streamtrain.data.dataset import BATCHES_HELD, ShardStream, StepBatch, StreamCounts, WorkerShard, identity
+from streamtrain.data.cache import StreamCounts
+from streamtrain.data.collate import DEVICE_TENSORS, Batch
+from streamtrain.data.dataset import BATCHES_HELD, ShardStream, StepBatch, WorkerShard, identity
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan
 
 RECEIVE_AHEAD = 2  # batches of each process that wait in the rank's own process
 HELD_PER_PROCESS = BATCHES_HELD + 1 + RECEIVE_AHEAD + 1  # loaded, one being sent, those received, one being received
 PROCESS_BYTES = 150 * 2**20  # that a process takes beside its batches, as measured: mostly libraries
-DEVICE_TENSORS = ("inputs", "targets", "time_mask", "feature_mask")  # tensors of a batch that go to the GPU
-TENSORS = (*DEVICE_TENSORS, "input_lengths", "target_lengths", "weights")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the rank handles these, its processes ignore them
 SECOND_BYTES = 4 * SAMPLE_RATE  # of a padded second in a batch
 
 
 class LoaderError(StreamtrainError):
     """Report a data-loading process that exited."""
-
-
-@dataclass(frozen=True)
-class BatchHeader:
-    """Describe a batch; its tensors follow as raw bytes, as pickling would send them through shared memory."""
-
-    step: int
-    micro_batch_ids: tuple[int, ...]
-    last: bool
-    keys: tuple[str, ...]
-    failed: tuple[str, ...]
-    too_dense: tuple[str, ...]
-    layout: dict[str, tuple[torch.Size, torch.dtype]]
-    counts: StreamCounts  # since the batch before
 
 
 @dataclass(frozen=True)
@@ -115,9 +100,7 @@ class LoaderProcesses(ShardStream):
                     finished = all(other.next(self.patience, what) is None for other in others)
                     return
                 item, counts = received
-                with self._lock:
-                    pairs = zip(astuple(self._counts), astuple(counts), strict=True)
-                    self._counts = StreamCounts(*(before + more for before, more in pairs))
+                self._count(counts)
                 step = item.step + item.last
                 yield item
         finally:
@@ -187,23 +170,25 @@ class LoaderProcess:
 
     def _receive(self) -> tuple[StepBatch, StreamCounts] | None:
         try:
-            head: BatchHeader | Exception | None = self._connection.recv()
-            if isinstance(head, BatchHeader):
-                batch = self._receive_batch(head)
+            received: tuple[StepBatch, StreamCounts] | Exception | None = self._connection.recv()
+            if isinstance(received, tuple):
+                item, counts = received
+                received = replace(item, batch=self._receive_tensors(item.batch)), counts
         except (EOFError, OSError) as error:
             raise LoaderError(
                 "a data-loading process of this rank exited", "if it was killed for lack of memory, lower data.workers"
             ) from error
-        if isinstance(head, Exception):
-            raise head
-        return None if head is None else (StepBatch(head.step, head.micro_batch_ids, head.last, batch), head.counts)
+        if isinstance(received, Exception):
+            raise received
+        return received
 
-    def _receive_batch(self, head: BatchHeader) -> Batch:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, (shape, dtype) in head.layout.items():
-            tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self._pinned and name in DEVICE_TENSORS)
+    def _receive_tensors(self, batch: Batch) -> Batch:
+        tensors: dict[str, Any] = {}
+        for name, meta in _tensors_of(batch).items():
+            pinned = self._pinned and name in DEVICE_TENSORS
+            tensors[name] = torch.empty(meta.shape, dtype=meta.dtype, pin_memory=pinned)
             _read_into(self._connection, tensors[name])
-        return Batch(keys=head.keys, failed=head.failed, too_dense=head.too_dense, **tensors)
+        return replace(batch, **tensors)
 
 
 def _serve(connection: Connection) -> None:
@@ -212,37 +197,30 @@ def _serve(connection: Connection) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        stream: ShardStream = _next_from(connection)()
+        stream: ShardStream = connection.recv()()
         stream.workers = 1
         while True:
-            for item in stream.epoch(*_next_from(connection)):
+            for item in stream.epoch(*connection.recv()):
                 _send(connection, item, stream.take_counts())
             connection.send(None)
     except Exception as error:  # raised again by `LoaderProcess.next`
-        with suppress(OSError):
+        with suppress(OSError):  # the rank has ended, or needs no more batches
             connection.send(error)
 
 
-def _next_from(connection: Connection) -> Any:
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        raise SystemExit(0) from None  # the rank has ended, or needs no more batches
-
-
 def _send(connection: Connection, item: StepBatch, counts: StreamCounts) -> None:
-    step, micro_batch_ids, last, batch = item.step, item.micro_batch_ids, item.last, item.batch
-    tensors = {name: tensor.contiguous() for name in TENSORS if (tensor := getattr(batch, name)) is not None}
-    layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    try:
-        head = BatchHeader(step, micro_batch_ids, last, batch.keys, batch.failed, batch.too_dense, layout, counts)
-        connection.send(head)
-        for tensor in tensors.values():
-            left = _bytes_of(tensor)
-            while left:
-                left = left[os.write(connection.fileno(), left) :]
-    except OSError:
-        raise SystemExit(0) from None
+    """Send a batch with empty tensors, then their bytes: pickling would send them through shared memory."""
+    tensors = _tensors_of(item.batch)
+    described = replace(item.batch, **{name: tensor.to("meta") for name, tensor in tensors.items()})
+    connection.send((replace(item, batch=described), counts))
+    for tensor in tensors.values():
+        left = _bytes_of(tensor.contiguous())
+        while left:
+            left = left[os.write(connection.fileno(), left) :]
+
+
+def _tensors_of(batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
 
 
 def _read_into(connection: Connection, tensor: torch.Tensor) -> None:

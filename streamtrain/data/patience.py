@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from queue import Empty
 from typing import TypeVar
 
@@ -20,17 +21,14 @@ class StallError(StreamtrainError):
     """Report data that did not arrive in time."""
 
 
+@dataclass
 class Deadline:
     """Limit how long a rank waits: `seconds` for one batch, and `grace_sec` in total once `stopped()` is true."""
 
-    def __init__(
-        self,
-        seconds: float = STALL_SEC,
-        stopped: Callable[[], bool] = lambda: False,
-        grace_sec: float = GRACE_SEC,
-    ) -> None:
-        self._seconds, self._stopped, self._grace_sec = seconds, stopped, grace_sec
-        self._stopped_at: float | None = None
+    seconds: float = STALL_SEC
+    stopped: Callable[[], bool] = lambda: False
+    grace_sec: float = GRACE_SEC
+    stopped_at: float | None = field(default=None, init=False)
 
     def wait_for(self, take: Callable[[float], Item], what: str, pid: int) -> Item:
         """Return the result of `take(seconds)`, calling it again as long as it raises `queue.Empty`.
@@ -42,14 +40,14 @@ class Deadline:
             with suppress(Empty):
                 return take(SLICE_SEC)
             now = time.monotonic()
-            if self._stopped_at is None and self._stopped():
-                self._stopped_at = now
-            if self._stopped_at is None and now >= started + self._seconds:
+            if self.stopped_at is None and self.stopped():
+                self.stopped_at = now
+            if self.stopped_at is None and now >= started + self.seconds:
                 raise StallError(
                     f"{what} has not arrived within {now - started:.0f} s",
                     f"check for a hanging disk or server; `py-spy dump --pid {pid}` shows what process {pid} waits for",
                 )
-            if self._stopped_at is not None and now >= self._stopped_at + self._grace_sec:
+            if self.stopped_at is not None and now >= self.stopped_at + self.grace_sec:
                 raise LostStepError(
                     f"stopped: {what} has not arrived within {now - started:.0f} s; the current step is lost",
                     "rerun the same command to resume from the latest checkpoint",

@@ -111,12 +111,9 @@ class EpochPlan:
     def perturbation(self, step: int, *ids: int) -> Perturbation:
         """Return the perturbation of the clips of one or several micro-batches, in the order of their rows."""
         positions = self._positions(step, ids)
-        recorded = Perturbation.as_recorded(self.lengths[positions])
-        return Perturbation(
-            recorded.lengths,
-            recorded.speeds if self.speeds is None else self.speeds[positions],
-            recorded.gains if self.gains is None else self.gains[positions],
-        )
+        speeds, gains = (np.ones(len(positions)) if factors is None else factors[positions]
+                         for factors in (self.speeds, self.gains))  # fmt: skip
+        return Perturbation(self.lengths[positions], speeds, gains)
 
     @cached_property
     def clips(self) -> npt.NDArray[np.int64]:
@@ -240,7 +237,8 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows:
     if seen_rows is not None:
         unseen = np.ones(len(lengths), bool)
         unseen[seen_rows] = False
-    buckets = [_cut_bucket(index, lengths, unseen, bucket, cap, settings, random) for bucket in _buckets(index)]
+    numbers = sorted({shard.bucket for shard in index.shards if shard.split == "train"})
+    buckets = [_cut_bucket(index, lengths, unseen, bucket, cap, settings, random) for bucket in numbers]
     batches = _interleave([batches for batches in buckets if batches], random)
     ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
     rows = np.concatenate(ordered)
@@ -354,10 +352,6 @@ def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch
     decibels = settings.gain_db * (2 * keyed_uniform(checksums, "gain", settings.seed, epoch) - 1)
     gains: Floats = 10 ** (decibels / 20)
     return gains
-
-
-def _buckets(index: ShardIndex) -> list[int]:
-    return sorted({shard.bucket for shard in index.shards if shard.split == "train"})
 
 
 def _cut_bucket(

@@ -4,6 +4,7 @@ It holds whole tensors in fp32, so it fits any world size and any ZeRO stage. `s
 checksum, and is written last.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -39,7 +40,6 @@ FILES: Mapping[str, "FileName"] = {
     "optim": "optimizer.safetensors",
     "ema": "average.safetensors",
 }
-CHUNK_BYTES = 8 * 2**20
 FULL_HINT = "the checkpoints before it are whole; make room, and the same command resumes from the newest"
 REPLANNED = frozenset(  # settings that may change during a run: they decide how the remaining clips are batched
     [
@@ -115,10 +115,6 @@ class Checkpoint:
     state: RunState
     scalars: dict[str, Any]
     files: Mapping[FileName, _File]
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
 
 def save_checkpoint(full_state: FullState, state: RunState, folder: Path, keep: int) -> Path:
@@ -276,12 +272,9 @@ def _differences(
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    state, size = xxhash.xxh3_64(), 0
     with open(path, "rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            state.update(data)
-            size += len(data)
-    return {"bytes": size, "checksum": state.hexdigest()}
+        checksum = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+        return {"bytes": file.tell(), "checksum": checksum}
 
 
 def _digest(document: dict[str, Any]) -> str:

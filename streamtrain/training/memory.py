@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,6 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.clips} clips of up to {self.samples / SAMPLE_RATE:.1f} s"
-
-    def of(self, clips: int) -> "Shape":
-        return Shape(self.name, clips, self.samples, self.symbols)
 
 
 @dataclass(frozen=True)
@@ -96,12 +93,13 @@ def probe(run: Run, shapes: list[Shape], world: World, loader: LoaderMemory = NO
     _check_loader(loader.at(largest.seconds), world)
     host_loader = loader if world.device.type == "cpu" else NOTHING_AHEAD  # on CPU it takes the same memory
     limit = _limit(world)
-    baseline = _peak_of(run, shapes[0].of(1), Memory(limit, 0.0, 0.0), world)  # includes what libraries allocate once
+    baseline = _peak_of(run, replace(shapes[0], clips=1), Memory(limit, 0.0, 0.0), world)  # libraries allocate once
     memory = Memory(limit, baseline, 0.0)
     measured: list[tuple[float, float]] = []
     for shape in shapes:
-        for clips in _doubling(shape.clips):  # so that each size predicts the next
-            smaller = shape.of(clips)
+        doubling = [2**power for power in range((shape.clips - 1).bit_length())]
+        for clips in (*doubling, shape.clips):  # so that each size predicts the next
+            smaller = replace(shape, clips=clips)
             if world.device.type == "cpu" and memory.at(smaller.seconds) > limit:
                 raise _does_not_fit(smaller, memory)  # on CPU nothing raises: the kernel kills the process
             measured.append((smaller.seconds, _peak_of(run, smaller, memory, world) + host_loader.at(smaller.seconds)))
@@ -120,11 +118,6 @@ def _check_loader(needed: float, world: World) -> None:
             "machine's memory are left for this rank",
             "lower data.workers, or the size of a batch: data.batch_seconds and data.device_batch_seconds",
         )
-
-
-def _doubling(clips: int) -> list[int]:
-    """Return 1, 2, 4, … and the number itself."""
-    return [2**power for power in range(clips.bit_length()) if 2**power < clips] + [clips]
 
 
 def _line_through(measured: list[tuple[float, float]], limit: int) -> Memory:

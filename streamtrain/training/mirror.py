@@ -8,13 +8,13 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Annotated, Any
+from typing import Annotated
 
 import xxhash
 from pydantic import Field, TypeAdapter
@@ -22,16 +22,18 @@ from typing_extensions import TypedDict
 
 from sharding.errors import MissingError, StoreError
 from sharding.files.document import SMALL_BYTES, STRICT, parse
-from sharding.files.writing import explaining, open_lock_file, remove, sync
-from sharding.shardset.store import Store
+from sharding.files.names import check_name
+from sharding.files.writing import explaining, remove
+from sharding.shardset.store import FolderStore, Store
+from streamtrain.data.dataset import read_ahead
 from streamtrain.training.checkpoint import REPLAN_HINT, STATE_NAME, CheckpointError, list_checkpoints, open_checkpoint
 
 log = logging.getLogger("streamtrain")
 
 POINTER, PIECES = "newest.json", "pieces/"
 PREVIOUS = "previous.json"  # the pointer before it, whose pieces stay: copied over newest.json, it takes a run back
-PIECE_BYTES = 32 * 2**20  # of every piece but a file's last, so that each has a fixed place in the file
-FETCHED_AT_ONCE = 8  # pieces, each held in memory until it is written
+PIECE_BYTES = 32 * 2**20  # so that a broken transfer costs little, and a copy takes little memory
+FETCHED_AT_ONCE = 4  # pieces; some more wait in memory until they are written
 NO_MIRROR = "is the server's disk or network faulty? name another train.mirror to continue without this copy"
 PART = ".mirrored.part"  # in the run folder: files being fetched, or fetched by an aborted attempt
 STAGING = ".mirror"  # in the run folder: files to send, even if the originals change in the meantime
@@ -46,7 +48,7 @@ FILES = (
     "scorecard.json",
     "hypotheses.jsonl",
 )  # overwritten in place, so they are copied; other files are linked
-FOLDERS = ("best",)
+BEST = "best"
 
 
 class _Pointer(TypedDict):
@@ -68,14 +70,10 @@ class Mirror:
         self._store, self._run = store, run
         self._staging = run / STAGING
         remove(self._staging)
-        self._waiting: Path | None = None
-        self._changed = threading.Condition()
-        self._busy = self._closing = False
-        self._failed: StoreError | None = None  # why the last copy failed, if it did
-        self._unsent: Path | None = None  # the staged files of that copy
+        self._pool = ThreadPoolExecutor(1, "mirror")
+        self._newest: tuple[Path, Future[None]] | None = None  # the staged files enqueued last, and their copying
+        self._failed: tuple[Path, StoreError] | None = None  # the staged files of the last copy, if it failed, and why
         self._copied: tuple[str, float] | None = None  # the newest complete copy, and its time
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
 
     def check_writable(self) -> None:
         """Write, read and delete an unused piece. Raise StoreError if that fails, before there is any work to lose."""
@@ -109,7 +107,7 @@ class Mirror:
     def fetch(self) -> None:
         """Restore the run folder from the copy, overwriting files. Raise StoreError if the copy is not whole.
 
-        Pieces that an earlier attempt has fetched are checked and not fetched again.
+        Files that an earlier attempt has fetched are checked and not fetched again.
         """
         pointer = _read_pointer(self._store)
         if pointer is None:
@@ -124,51 +122,23 @@ class Mirror:
         self._fetch(pointer["files"], pointer, part)
         self._check(open_checkpoint, part / checkpoint, NO_MIRROR)
         (self._run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name in (*FOLDERS, *FILES, checkpoint):  # the checkpoint last: it marks the folder as complete
+        for name in (BEST, *FILES, checkpoint):  # the checkpoint last: it marks the folder as complete
             if (part / name).exists():
                 if (self._run / name).is_dir():
                     shutil.rmtree(self._run / name)
                 os.replace(part / name, self._run / name)
         shutil.rmtree(part)
 
-    def _fetch(self, names: Collection[str], pointer: dict[str, Any], folder: Path) -> None:
-        """Fetch files of the copy into a folder, several pieces at a time."""
-        places = []
-        try:
-            for name in names:
-                path = folder / name
-                if not path.resolve().is_relative_to(folder.resolve()):
-                    raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
-                if name not in pointer["files"]:
-                    raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
-                pieces = pointer["files"][name]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "ab", opener=open_lock_file) as file:
-                    file.truncate(min(file.tell(), len(pieces) * PIECE_BYTES))
-                places += [(path, number, pieces) for number in range(len(pieces))]
-            with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-                for _ in pool.map(lambda place: self._fetch_piece(*place), places):  # an error cancels the rest
-                    pass
-            for name in names:
-                sync(folder / name)
-        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            hint = "make room; the same command then resumes with what it has fetched"
-            raise StoreError(f"{folder}: the mirror's copy cannot be written: {error}", hint) from error
-
-    def _fetch_piece(self, path: Path, number: int, pieces: list[str]) -> None:
-        """Write one piece of a file to its place, unless it is there already."""
-        with open(path, "r+b", opener=open_lock_file) as file:
-            file.seek(number * PIECE_BYTES)
-            if _piece_name(file.read(PIECE_BYTES)) == pieces[number]:
-                return
-            data = _read_piece(self._store, pieces[number])
-            last = number == len(pieces) - 1
-            if len(data) != PIECE_BYTES and not last:
-                raise StoreError(f"{self._store.url}/{pieces[number]}: has {len(data):,} bytes, not {PIECE_BYTES:,}")
-            file.seek(number * PIECE_BYTES)
-            file.write(data)
-            if last:
-                file.truncate()
+    def _fetch(self, names: Collection[str], pointer: _Pointer, folder: Path) -> None:
+        """Fetch files of the copy into a folder, each of which appears there when it is complete."""
+        for name in names:
+            check_name(f"{self._store.url}/{POINTER}", name)
+            if name not in pointer["files"]:
+                raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
+            pieces, path = pointer["files"][name], folder / name
+            if not path.is_file() or [_piece_name(data) for data in _read_pieces(path)] != pieces:
+                fetched = read_ahead(partial(_read_piece, self._store), iter(pieces), FETCHED_AT_ONCE)
+                FolderStore(folder).write(name, fetched)
 
     def _check(self, check: Callable[[Path], object], checkpoint: Path, hint: str) -> None:
         """Check a checkpoint outside of its run. Raise StoreError if `check` raises CheckpointError."""
@@ -181,10 +151,9 @@ class Mirror:
 
     def clear(self) -> None:
         """Delete the pointers, after any copy in progress, so that no machine resumes from them: the run restarts."""
-        with self._changed:
-            self._drop_waiting()
-            self._changed.wait_for(lambda: not self._busy)
-            self._failed = self._unsent = None
+        self._drop_waiting()
+        self._pool.submit(lambda: None).result()
+        self._failed = None
         for name in (POINTER, PREVIOUS):
             self._store.delete(name)
 
@@ -193,84 +162,60 @@ class Mirror:
 
         The caller is the thread that writes the run's files, so none of them changes while it is staged.
         """
-        if self._closing:
-            raise RuntimeError(f"{checkpoint}: enqueued in a mirror that is closed")
         shutil.rmtree(self._run / PART, ignore_errors=True)  # the run did not resume from the mirror
         with explaining(self._staging):
             self._staging.mkdir(exist_ok=True)
             staged = Path(mkdtemp(prefix=f"{checkpoint.name}.", dir=self._staging))  # unique: a step may come twice
-            for name in self._files_of(checkpoint):
-                (staged / name).parent.mkdir(parents=True, exist_ok=True)
-                if name in FILES:
+            for folder in (checkpoint, self._run / BEST):
+                if folder.is_dir():
+                    shutil.copytree(folder, staged / folder.relative_to(self._run), copy_function=_link)
+            for name in FILES:
+                if (self._run / name).is_file():
                     shutil.copyfile(self._run / name, staged / name)
-                else:
-                    _link(self._run / name, staged / name)
-        with self._changed:
-            self._drop_waiting()
-            self._waiting = staged
-            self._changed.notify_all()
+        self._drop_waiting()
+        self._newest = staged, self._pool.submit(self._copy_or_warn, staged)
 
     def _drop_waiting(self) -> None:
-        if self._waiting is not None:
-            shutil.rmtree(self._waiting, ignore_errors=True)
-        self._waiting = None
+        if self._newest is not None and self._newest[1].cancel():
+            shutil.rmtree(self._newest[0], ignore_errors=True)
 
     def close(self, wait_sec: float | None = None) -> None:
         """Wait at most `wait_sec` for the last copy. Raise StoreError if it failed or is not complete by then.
 
         Without a limit, retry a failed copy once.
         """
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-            done = self._changed.wait_for(lambda: not self._busy and self._waiting is None, wait_sec)
-        if not done:
+        self._pool.shutdown(wait=False)
+        if self._newest is not None and wait([self._newest[1]], wait_sec).not_done:
             raise StoreError(f"{self._store.url}: the last checkpoint has not reached the mirror in {wait_sec:g} s")
-        if self._unsent is not None and wait_sec is None:
-            self._try_copy(self._unsent)
+        if self._failed is not None and wait_sec is None:
+            self._try_copy(self._failed[0])
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._failed is not None:
-            raise StoreError(f"{self._failed.message} ({self._newest()})", self._failed.hint) from self._failed
+            error = self._failed[1]
+            raise StoreError(f"{error.message} ({self._age()})", error.hint) from error
 
-    def _newest(self) -> str:
+    def _age(self) -> str:
         if self._copied is None:
             return "no copy was made since the command began"
         name, at = self._copied
         return f"the newest copy is {name}, of {(time.monotonic() - at) / 60:.0f} min ago"
 
-    def _files_of(self, checkpoint: Path) -> list[str]:
-        folders = [checkpoint, *(self._run / name for name in FOLDERS)]
-        inside = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-        files = [path.relative_to(self._run).as_posix() for path in inside]
-        return files + [name for name in FILES if (self._run / name).is_file()]
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
-                staged, self._waiting = self._waiting, None
-                if staged is None:
-                    return
-                self._busy = True
-            if self._unsent is not None:
-                shutil.rmtree(self._unsent, ignore_errors=True)
-            self._try_copy(staged)
-            if self._failed is not None:
-                log.warning("%s has not reached the mirror (%s); the next one is tried: %s",
-                            staged.stem, self._newest(), self._failed.message)  # fmt: skip
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
+    def _copy_or_warn(self, staged: Path) -> None:
+        if self._failed is not None:
+            shutil.rmtree(self._failed[0], ignore_errors=True)
+        self._try_copy(staged)
+        if self._failed is not None:
+            log.warning("%s has not reached the mirror (%s); the next one is tried: %s",
+                        staged.stem, self._age(), self._failed[1].message)  # fmt: skip
 
     def _try_copy(self, staged: Path) -> None:
-        """Copy the staged files, or record why that failed: training continues, and does not wait for a dead thread."""
+        """Copy the staged files, or record why that failed: training continues."""
         try:
             self._copy(staged)
-        except Exception as error:  # any kind, so that the thread survives
-            self._failed = error if isinstance(error, StoreError) else StoreError(str(error))
-            self._unsent = staged
+        except Exception as error:  # of any kind
+            self._failed = staged, error if isinstance(error, StoreError) else StoreError(str(error))
         else:
-            self._failed = self._unsent = None
+            self._failed = None
             self._copied = (staged.stem, time.monotonic())
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -302,21 +247,20 @@ class Mirror:
             self._store.delete(name)
 
 
-def _link(path: Path, target: Path) -> None:
+def _link(path: str, target: str) -> None:
     try:
         os.link(path, target)
     except OSError:  # not every file system has hard links
         shutil.copyfile(path, target)
 
 
-def _read_pointer(store: Store) -> dict[str, Any] | None:
+def _read_pointer(store: Store) -> _Pointer | None:
     try:
-        pointer = parse(store.read(POINTER, SMALL_BYTES), _POINTER)
+        return parse(store.read(POINTER, SMALL_BYTES), _POINTER)
     except MissingError:
         return None
     except ValueError as error:
         raise StoreError(f"{store.url}/{POINTER}: is not the mirror of a run ({error})", NO_MIRROR) from error
-    return {**pointer}
 
 
 def _all_pieces(files: dict[str, list[str]]) -> set[str]:

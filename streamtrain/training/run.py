@@ -79,7 +79,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
             index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
-        data_identity = index.digest, checkpoint.name if checkpoint else ""
+        data_identity = index.digest, checkpoint.path.name if checkpoint else ""
         _check_ranks_agree(world, json.dumps([config.resume_key, config.eval.split]), *data_identity)
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.resume_key, index.digest, PLANNER_VERSION)
@@ -97,11 +97,8 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         with world.on_main("prepare the run folder") as is_main:
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)
-        data, model = config.data, engine.model
-        make = partial(
-            open_stream, index, data.shards, data.cache_dir, data.cache_gb, model.vocab, model.normalize,
-            world.find_neighbours(), data.workers,
-        )  # fmt: skip
+        model, neighbourhood = engine.model, world.find_neighbours()
+        make = partial(open_stream, index, config.data, model.vocab, model.normalize, neighbourhood)
         stream = LoaderProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 

@@ -20,8 +20,9 @@ from sharding.files.writing import write_inside
 from sharding.shardset.index import ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import keyed_random
+from streamtrain.data.cache import StreamCounts
 from streamtrain.data.collate import Batch
-from streamtrain.data.dataset import ShardStream, StepBatch, StreamCounts
+from streamtrain.data.dataset import ShardStream, StepBatch
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_remaining
 from streamtrain.distributed import PreemptedError, Preemption, World
@@ -29,7 +30,7 @@ from streamtrain.eval.evaluate import evaluate
 from streamtrain.eval.scorecard import Evaluation, scorecard, write_scorecard
 from streamtrain.infer.export import save_best
 from streamtrain.model.checksums import check_sums
-from streamtrain.model.ctc import ctc_sum
+from streamtrain.model.ctc import CTCModel, ctc_sum
 from streamtrain.run_status import RunResult, check_mirrored, write_result
 from streamtrain.training.checkpoint import RunState, save_checkpoint
 from streamtrain.training.mirror import Mirror
@@ -341,7 +342,8 @@ class Trainer:
         if state.evaluated == state.step or not (state.step % settings.every_steps == 0 or self._finished):
             return
         if not len(self.stream.index.split(settings.split)):
-            self._save_unscored()
+            if self._finished:
+                self._save_unscored()
             return
         model = self.engine.scored_copy()
         evaluation = evaluate(
@@ -350,8 +352,8 @@ class Trainer:
         cer = evaluation.total.rate
         if self.monitor is not None:
             self.monitor.evaluated(state.step, evaluation)
-        if state.step == 0:
-            self._write_first_cer(cer)
+        if state.step == 0 and self.world.main:
+            write_inside(self.run_dir / "before.json", json.dumps({"cer": cer}))
         if state.best_cer is not None and cer >= state.best_cer:
             since = state.evaluations_since_best + 1
             self.state = replace(state, evaluated=state.step, evaluations_since_best=since)
@@ -359,33 +361,25 @@ class Trainer:
                 log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
             return
         self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
-        with self.world.on_main("save best/") as is_main:
-            if is_main:
-                save_best(model.cpu(), self.run_dir / "best")
-                self._write_scorecard(evaluation)
+        self._save_best(model, evaluation)
 
     def _save_unscored(self) -> None:
-        """Save the weights of the last step as `best/`; do nothing before that step."""
-        if not self._finished:
-            return
+        """Save the weights of the last step as `best/`."""
         model = self.engine.scored_copy()
         self.state = replace(self.state, evaluated=self.state.step)
         if self.monitor is not None:
             self.monitor.draw_curves()
+        self._save_best(model, None)
+
+    def _save_best(self, model: CTCModel, evaluation: Evaluation | None) -> None:
+        best = self.run_dir / "best"
         with self.world.on_main("save best/") as is_main:
             if is_main:
-                save_best(model.cpu(), self.run_dir / "best")
-
-    def _write_first_cer(self, cer: float) -> None:
-        if self.world.main:
-            write_inside(self.run_dir / "before.json", json.dumps({"cer": cer}))
-
-    def _write_scorecard(self, evaluation: Evaluation) -> None:
-        card = scorecard(
-            evaluation, self.stream.index, model=str(self.run_dir / "best"), shards=self.config.data.shards,
-            split=self.config.eval.split, step=self.state.step,
-        )  # fmt: skip
-        write_scorecard(card, evaluation.clips, self.run_dir)
+                save_best(model.cpu(), best)
+            if is_main and evaluation is not None:
+                context = {"model": str(best), "shards": self.config.data.shards, "split": self.config.eval.split}
+                card = scorecard(evaluation, self.stream.index, **context, step=self.state.step)
+                write_scorecard(card, evaluation.clips, self.run_dir)
 
     def _save(self) -> None:
         if self.state == self._saved:

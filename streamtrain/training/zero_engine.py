@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import deepspeed
@@ -72,8 +71,9 @@ class Engine:
         self._average = EMA(model, ema_decay) if ema_decay else None
         self._arrivals: list[int] = []
         for number, (_, parameter) in enumerate(self._trainable()):
-            hook = partial(self._record_arrival, number)
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _, number=number: self._arrivals.append(number)
+            )
 
     def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         return self._engine(*inputs)  # type: ignore[no-any-return]
@@ -111,9 +111,6 @@ class Engine:
         """Return the names of weights, by their numbers in `take_arrivals`."""
         names = [name for name, _ in self._trainable()]
         return [names[number] for number in numbers]
-
-    def _record_arrival(self, number: int, _: torch.Tensor) -> None:
-        self._arrivals.append(number)
 
     def step(self, step: int) -> float | None:
         """Run step `step` of the schedule. Return the gradient norm, or None if it was not finite and nothing moved."""

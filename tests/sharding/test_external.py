@@ -116,7 +116,7 @@ def test_keys_with_folders_and_dots_stay_apart_and_every_other_rate_is_brought_t
     assert index.samples["samples"].tolist() == [len(decode(sample.audio)[0]) for sample in samples]
     assert index.samples["samples"].tolist() == pytest.approx([SAMPLE_RATE] * 2, abs=2)
     stream = ShardStream(index, store, VOCAB, True, World())
-    assert not stream.load(np.array([0, 1])).failed
+    assert not next(stream.batches([np.array([0, 1])]))[0].failed
 
 
 def test_what_cannot_be_trained_on_is_left_out_with_its_reason(run_sharding: Command, tmp_path: Path) -> None:

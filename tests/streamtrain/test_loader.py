@@ -22,6 +22,7 @@ from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.errors import ShardError
 from sharding.shardset.index import read_index
 from sharding.shardset.store import FolderStore
+from streamtrain.config import DataConfig
 from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import StepBatch, open_stream
 from streamtrain.data.loader import LoaderError, LoaderProcesses, _read_into, loader_memory
@@ -44,7 +45,8 @@ def meadow(tmp_path: Path) -> Path:
 
 def processes_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2) -> LoaderProcesses:
     index, world = read_index(FolderStore(folder)), World(rank, size)
-    return LoaderProcesses(partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, world, workers))
+    settings = DataConfig(shards=str(folder), workers=workers)
+    return LoaderProcesses(partial(open_stream, index, settings, VOCAB, True, world))
 
 
 def child_of(loading: LoaderProcesses) -> psutil.Process:
@@ -248,7 +250,7 @@ def fill_look_ahead(folder: Path, workers: int, in_processes: bool) -> tuple[flo
     """Let the readers run ahead of a step that does not come: bytes foretold, bytes taken."""
     index = read_index(FolderStore(folder))
     plan = plan_epoch(index, PlanSettings(batch_seconds=160, micro_batches_per_step=1), 0)
-    make = partial(open_stream, index, str(folder), None, 1.0, VOCAB, True, World(), workers)
+    make = partial(open_stream, index, DataConfig(shards=str(folder), workers=workers), VOCAB, True, World())
     stream, me = LoaderProcesses(make) if in_processes else make(), psutil.Process()
 
     def taken() -> int:

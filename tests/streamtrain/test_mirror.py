@@ -258,7 +258,7 @@ def test_a_copy_that_outlasts_its_mirror_points_to_a_whole_checkpoint_or_to_none
     wait_for(lambda: proxy.count(PIECE_PUT) > 0)
     with pytest.raises(StoreError, match=r"has not reached the mirror in 0\.1 s"):
         mirror.close(0.1)
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="shutdown"):
         mirror.enqueue(checkpoint)
     assert not store.exists(POINTER)
     proxy.clear()
@@ -269,14 +269,15 @@ def test_a_copy_that_outlasts_its_mirror_points_to_a_whole_checkpoint_or_to_none
 # --- fetching -------------------------------------------------------------------------------------------------------
 
 
-def test_a_fetch_that_is_killed_goes_on_with_the_pieces_it_has(
+def test_a_fetch_that_is_killed_goes_on_with_the_files_it_has(
     run: Path, tmp_path: Path, url: str, proxy: FaultProxy
 ) -> None:
-    """And fetches eight at a time, no more."""
-    store, empty, done = BucketStore(f"{url}/run"), tmp_path / "empty", 30
+    """And fetches four pieces at a time, no more."""
+    store, empty, done = BucketStore(f"{url}/run"), tmp_path / "empty", 20
     checkpoint = save(run, 1, seed=1)
     offer(store, run, checkpoint)
-    pieces = sum(len(pieces) for pieces in pointer_of(store)["files"].values())
+    first, *others = (len(pieces) for pieces in pointer_of(store)["files"].values())
+    assert first + FETCHED_AT_ONCE <= done < first + others[0]
     empty.mkdir()
     came = proxy.count(PIECE_GET)
     proxy.plan(Fault("slow", PIECE_GET, times=done), Fault("stall response", PIECE_GET, times=1000))
@@ -287,27 +288,28 @@ def test_a_fetch_that_is_killed_goes_on_with_the_pieces_it_has(
     assert os.listdir(empty) == [PART]  # nothing is to be seen before all is there
     came = proxy.count(PIECE_GET)
     assert fetched(store, empty) == copied(run, checkpoint)
-    assert proxy.count(PIECE_GET) - came == pieces - done
+    assert proxy.count(PIECE_GET) - came == sum(others)
 
 
-def test_a_fetch_that_failed_goes_on_and_trusts_no_piece_that_spoilt_meanwhile(
+def test_a_fetch_that_failed_goes_on_and_trusts_no_file_that_spoilt_meanwhile(
     run: Path, tmp_path: Path, url: str, proxy: FaultProxy
 ) -> None:
     store, empty, done = BucketStore(f"{url}/run", PATIENCE_SEC), tmp_path / "empty", 40
     checkpoint = save(run, 1, seed=1)
     offer(store, run, checkpoint)
-    pieces = sum(len(pieces) for pieces in pointer_of(store)["files"].values())
+    first, second, *others = (len(pieces) for pieces in pointer_of(store)["files"].values())
+    assert first + second <= done < first + second + others[0]
     proxy.plan(Fault("slow", PIECE_GET, times=done), Fault("503", PIECE_GET, times=1000))
     with pytest.raises(StoreError, match="503"):
         fetched(store, empty)
     proxy.clear()
     assert os.listdir(empty) == [PART]
-    best = empty / PART / "best" / "model.safetensors"  # the first file, so all of it is there
+    best = empty / PART / "best" / "model.safetensors"  # the first file of two that are there
     flip(best)
     best.write_bytes(best.read_bytes() + bytes(3 * PIECE))
     came = proxy.count(PIECE_GET, status=200)
     assert fetched(store, empty) == copied(run, checkpoint)
-    assert proxy.count(PIECE_GET, status=200) - came == pieces - done + 2  # what was flipped, and what was too long
+    assert proxy.count(PIECE_GET, status=200) - came == first + sum(others)
 
 
 def test_a_fetch_that_failed_leaves_nothing_of_an_older_copy_in_a_newer_one(
