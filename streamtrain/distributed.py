@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 import torch.distributed
 
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
 from sharding.pool import die_with_parent
+from streamtrain.launcher import deepspeed_command
 from streamtrain.startup import env_int, report_error, report_errors
 
 log = logging.getLogger("streamtrain")
@@ -66,15 +66,13 @@ class LostStepError(StreamtrainError):
 class Preemption:
     """Turn SIGTERM, Ctrl-C and the end of the `deepspeed` command into the flag `asked`, from now on.
 
-    A SIGTERM ends that command without any notice to the launcher that it started, which would train on. A second
-    Ctrl-C acts as before.
+    A second Ctrl-C acts as before.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self.exit_code = PREEMPTED
-        self._launcher = psutil.Process(os.getppid())
-        self._command = _command_of(self._launcher)
+        self._command = deepspeed_command()
         signal.signal(signal.SIGTERM, self._ask)
         self._interrupted = signal.getsignal(signal.SIGINT)
         if self._interrupted is not signal.SIG_IGN:  # as in a script's background job
@@ -92,20 +90,8 @@ class Preemption:
 
     @property
     def asked(self) -> bool:
-        if self._command is not None and _command_of(self._launcher) != self._command:
-            self._asked = True
+        self._asked = self._asked or self._command.ended
         return self._asked
-
-
-def _command_of(launcher: psutil.Process) -> int | None:
-    """Return the PID of the `deepspeed` command that waits for this launcher; None if there is none."""
-    try:
-        if "deepspeed.launcher.launch" not in launcher.cmdline():
-            return None
-        parent = launcher.parent()
-        return parent.pid if parent and any("deepspeed" in part for part in parent.cmdline()) else None
-    except psutil.Error:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +279,9 @@ def process_group() -> Iterator[World]:
     _quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO if world.main else logging.WARNING, force=True)
     try:
+        command = deepspeed_command()
+        if command.ended or os.getppid() != command.launcher_pid:  # while this rank imported
+            raise PreemptedError("stopped before the first step: what started this rank has ended")
         _start_process_group(world)
         yield world
         world.barrier()

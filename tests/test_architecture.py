@@ -18,7 +18,7 @@ streamtrain.eval
 streamtrain.data
 streamtrain.model
 streamtrain.config streamtrain.precision streamtrain.run_status streamtrain.atomic
-streamtrain.distributed streamtrain.startup
+streamtrain.distributed streamtrain.startup streamtrain.launcher
 sharding.build
 sharding.report
 sharding.segment sharding.sources
