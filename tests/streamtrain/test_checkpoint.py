@@ -582,7 +582,8 @@ def test_each_evaluation_stands_in_the_samples_once_wherever_a_run_is_resumed(tm
 
 def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path, finished: Path) -> None:
     folder = shutil.copytree(finished, work / "again", symlinks=True)
-    assert "all 2 steps are done" in run(training(work, "again", *TWO_STEPS, ranks=1)).stderr
+    done = run(training(work, "again", *TWO_STEPS, ranks=1))
+    assert "all 2 steps are done, by train.max_steps=2; raise that with --replan, or use --resume none" in done.stderr
     assert (folder / "log.csv").read_text() == (finished / "log.csv").read_text()
     run(training(work, "again", *TWO_STEPS, ranks=1, resume="none"))
     assert losses(folder) == losses(finished)
