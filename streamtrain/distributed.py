@@ -66,13 +66,15 @@ class LostStepError(StreamtrainError):
 class Preemption:
     """Turn SIGTERM, Ctrl-C and the end of the `deepspeed` command into the flag `asked`, from now on.
 
-    A second Ctrl-C acts as before.
+    A second Ctrl-C acts as before, and so does each signal if this is not the main thread.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self.exit_code = PREEMPTED
         self._command = deepspeed_command()
+        if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+            return
         signal.signal(signal.SIGTERM, self._ask)
         self._interrupted = signal.getsignal(signal.SIGINT)
         if self._interrupted is not signal.SIG_IGN:  # as in a script's background job
@@ -253,12 +255,19 @@ def on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def own_device() -> torch.device:
+    """Return the GPU with this process's local rank, the first one without a launcher, or the CPU."""
+    visible = torch.cuda.device_count()  # some launchers show each rank its own GPU alone
+    return World(local_rank=env_int("LOCAL_RANK") % max(visible, 1)).device
+
+
 def join_group() -> World:
     """Return this process's rank in the group of its launcher, if there is one; the group ends with the process.
 
     DeepSpeed keeps the groups that it makes, so a second training in one process uses those of the first.
     """
     world = world_from_environment()
+    _name_rank()
     if not torch.distributed.is_initialized():
         _start_process_group(world)
         atexit.register(torch.distributed.destroy_process_group)
@@ -333,12 +342,7 @@ def _start_process_group(world: World) -> None:
         log.info("threads per rank: %d (set OMP_NUM_THREADS to change it)", torch.get_num_threads())
     else:
         torch.cuda.set_device(world.local_rank)
-    if "MASTER_ADDR" not in os.environ:  # started without a launcher
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
-                       "LOCAL_RANK": "0"}  # fmt: skip
+    _name_rank()
     import deepspeed
     from deepspeed.constants import default_pg_timeout
     from torch.distributed import distributed_c10d
@@ -354,6 +358,16 @@ def _start_process_group(world: World) -> None:
             f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             "start all of them; if another run uses that port, choose another: deepspeed --master_port 29501 …",
         ) from error
+
+
+def _name_rank() -> None:
+    """Set the variables that DeepSpeed reads, if no launcher has: of a rank alone, at a free port."""
+    if "MASTER_ADDR" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
+                       "LOCAL_RANK": "0"}  # fmt: skip
 
 
 def _keep_freed_memory() -> None:

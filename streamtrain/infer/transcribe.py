@@ -233,13 +233,13 @@ def decode_recordings(
 def _decode_pieces(model: CTCModel, pieces: Sequence[Waveform], options: DecodingOptions) -> list[Transcript]:
     """Decode each piece, in batches of similar length."""
     transcripts: dict[int, Transcript] = {}
-    seconds = options.batch_seconds or usual_batch_seconds(model)
+    seconds, frame_sec = options.batch_seconds or usual_batch_seconds(model), model.frame_samples / SAMPLE_RATE
     for batch in plan_evaluation([len(piece) for piece in pieces], seconds):
         log_probs, frames = compute_log_probs(model, [pieces[i] for i in batch])
         hypotheses = decode_log_probs(log_probs, frames, model.vocab, options.beam)
         rows = log_probs.cpu().numpy()
         for i, row, length, hypothesis in zip(batch.tolist(), rows, frames.tolist(), hypotheses, strict=True):
-            words = word_timestamps(row[:length], hypothesis.text, model.vocab)
+            words = word_timestamps(row[:length], hypothesis.text, model.vocab, frame_sec)
             transcripts[i] = Transcript(hypothesis, words, row[:length].copy() if options.log_probs else None)
     return [transcripts[i] for i in range(len(pieces))]
 
@@ -248,7 +248,7 @@ def _row(
     loaded: LoadedRecording, transcripts: Sequence[Transcript], model: CTCModel, options: DecodingOptions
 ) -> dict[str, Any]:
     """Return the row of a recording, joined from the transcripts of its pieces."""
-    track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
+    track = model.vocab.track
     row: dict[str, Any] = {"utterance_id": loaded.utterance_id, "audio_path": loaded.recording.audio_path}
     if loaded.error is not None:
         return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": loaded.error}
@@ -258,9 +258,7 @@ def _row(
         TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
-            _timed(word, start, frame_sec)
-            for piece, start in zip(transcripts, loaded.starts, strict=True)
-            for word in piece.words
+            _timed(word, start) for piece, start in zip(transcripts, loaded.starts, strict=True) for word in piece.words
         ],
         "error": None,
     }
@@ -275,11 +273,11 @@ def _row(
     return row
 
 
-def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
+def _timed(word: Word, start_sec: float) -> dict[str, Any]:
     return {
         "word": word.text,
-        "start": round(start_sec + word.first_frame * frame_sec, 3),
-        "end": round(start_sec + word.end_frame * frame_sec, 3),
+        "start": round(start_sec + word.start, 3),
+        "end": round(start_sec + word.end, 3),
         "confidence": round(word.confidence, 4),
     }
 
