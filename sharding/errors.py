@@ -6,6 +6,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def reason_of(error: Exception) -> str:
+    """Return the text of an error, without the number and the path that an OSError adds."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class StreamtrainError(Exception):
     """Report a user's mistake or a fault outside the program; all errors of this package are of this class.
 

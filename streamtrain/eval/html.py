@@ -198,12 +198,12 @@ def _comparison(comparison: Comparison) -> str:
          escape(change.after), f"{change.edits:+,}")
         for change in comparison.changed
     ]  # fmt: skip
+    changed = _table(("clip", "reference", "other", "this", "edits"), clips, 4)
     return (
         f"<h2>Compared with {escape(comparison.other)}</h2><div class='note'>CER difference, this model minus the "
         "other, on the same clips; the interval resamples the same children for both.</div>"
         + _table(("by", "", "other", "this", "difference", "95 %"), rows, 2)
-        + "<h2>Clips that changed most</h2>"
-        + _table(("clip", "reference", "other", "this", "edits"), clips, 4)
+        + (f"<h2>Clips that changed most</h2>{changed}" if clips else "")
     )
 
 

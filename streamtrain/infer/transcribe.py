@@ -17,7 +17,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform, decode
-from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, counted
+from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, counted, reason_of
 from sharding.files.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, file_to_replace, open_lock_file, sibling, sync, write_inside, written
@@ -35,6 +35,7 @@ from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
 READERS = 2
+LISTED = 10  # failed recordings that are named at the end
 
 LogProbs = npt.NDArray[np.float32]
 
@@ -93,16 +94,20 @@ def transcribe(
         write_inside(options.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
     with closing(Progress(out, _digest(model_folder, model.normalize, recordings, options))) as progress:
         left = recordings[progress.rows :]
-        failed = progress.failed
+        failed, errors = progress.failed, list[str]()
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
             for chunk in chunk_by_memory(read_ahead(load, iter(left), READERS)):
                 rows = decode_recordings(model, chunk, options)
-                failed += sum(row["error"] is not None for row in rows)
+                named = [f"  {row['audio_path']}: {row['error']}" for row in rows if row["error"] is not None]
+                failed += len(named)
+                errors += named[: LISTED - len(errors)]
                 progress.write(rows, failed)
                 bar.update(len(rows))
         progress.finish()
     done = f"{out}: {counted(len(recordings) - failed, 'recording')} transcribed"
-    print(done + (f", {failed:,} failed" if failed else ""))
+    print("\n".join([done + (f", {failed:,} failed" if failed else ""), *errors]))
+    if failed > len(errors):
+        print(f"  (and {failed - len(errors):,} more: an `error` is in their rows)")
     return failed
 
 
@@ -217,7 +222,7 @@ def load(recording: Recording) -> LoadedRecording:
     except (AudioError, MissingError, ShardError) as error:
         message = error.message
     except OSError as error:
-        message = str(error.strerror or error)
+        message = reason_of(error)
     return LoadedRecording(recording, recording.utterance_id, error=message)
 
 
