@@ -6,8 +6,22 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def reason_of(error: Exception) -> str:
+    """Return the text of an error, without the number and the path that an OSError adds."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class StreamtrainError(Exception):
-    """Report a user's mistake or a fault outside the program: one message and, optionally, a hint."""
+    """Report a user's mistake or a fault outside the program; all errors of this package are of this class.
+
+    Args:
+        message: What, where, seen, wanted.
+        hint: What to do next.
+
+    Example:
+        >>> try: open_shards("nowhere")
+        ... except StreamtrainError as error: print(error.message, error.hint)
+    """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)  # both stay in `args`, so the error survives pickling between processes

@@ -1,7 +1,10 @@
 """Build, plan, train and evaluate from Python. Each function is what the command of its name runs."""
 
+import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +13,15 @@ from sharding.pool import available_cores
 from sharding.shardset.index import check_presence
 from streamtrain.config import Config
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
-from streamtrain.data.shard_set import ShardSet
+from streamtrain.data.shard_set import ShardSet, as_shard_set
 
 if TYPE_CHECKING:
     from sharding.build.pipeline import BuildResult
     from streamtrain.eval.scorecard import Evaluation
     from streamtrain.infer.recogniser import Recogniser
     from streamtrain.run_status import RunResult
+
+SET_BY_TRAINING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HF_HUB_OFFLINE")
 
 
 def build(
@@ -61,7 +66,7 @@ def build(
     from sharding.shardset.build_config import BuildConfig, checked
     from sharding.sources.manifest import ManifestOptions, parse_columns
 
-    if isinstance(sources, str | Path) or "alignments" in settings:
+    if isinstance(sources, str | Path):
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
     manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
@@ -70,22 +75,38 @@ def build(
     return build_shards([Path(source) for source in sources], str(out), config, options)
 
 
-def plan(shards: ShardSet, config: Config, epoch: int = 0) -> EpochPlan:
+def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> EpochPlan:
     """Plan an epoch: which clips form which micro-batch of which step.
+
+    Args:
+        shards: As `open_shards` returns it, or its folder or URL.
+        config: As `load_config` returns it; its `data.shards` is not read.
+        epoch: Number of the epoch, from 0: each has another order.
+
+    Returns:
+        The plan: its `steps`, and of each micro-batch the rows of `shards.index` and the padded samples.
+
+    Raises:
+        StreamtrainError: If a clip is longer than `data.batch_seconds`, or there are no labelled clips.
 
     Example:
         >>> plan(shards, load_config("configs/zero2.json")).steps
     """
-    return plan_epoch(shards.index, PlanSettings.of(config), epoch)
+    return plan_epoch(as_shard_set(shards).index, PlanSettings.of(config), epoch)
 
 
 def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunResult":
-    """Train in this process, as one rank or as a rank of the launcher that started it, and return how the run ended.
+    """Train in this process, as one rank or as a rank of the launcher that started it.
+
+    In the main thread, SIGTERM and Ctrl-C stop the run once a step is saved; in another thread they act as before.
 
     Args:
         config: As `load_config` returns it.
         resume: "auto", "none", or the folder of a checkpoint.
         replan: Accept changed batching settings at a resume.
+
+    Returns:
+        How the run ended: `step`, `limit` (the setting that ended it), `best_cer` and `best_step`.
 
     Raises:
         StreamtrainError: If the configuration, the data or a resume has a fault, or SIGTERM or Ctrl-C stopped the run.
@@ -98,23 +119,37 @@ def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunRes
     from streamtrain.run_status import read_result
     from streamtrain.training.run import train as train_rank
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _signals_and_variables_kept():
         train_rank(config, join_group(), resume, replan)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return read_result(Path(config.train.run_dir))
 
 
+@contextmanager
+def _signals_and_variables_kept() -> Iterator[None]:
+    """Restore the handlers of signals, and the variables that tell a process its rank, after a training."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if in_main_thread}
+    variables = {name: os.environ.get(name) for name in SET_BY_TRAINING}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def evaluate(
-    model: "Recogniser", shards: ShardSet, split: str = "valid", batch_seconds: float = 40.0, beam: int = 0
+    model: "Recogniser", shards: ShardSet | str | Path, split: str = "valid", batch_seconds: float = 40.0, beam: int = 0
 ) -> "Evaluation":
-    """Score a model on each clip of a split, once.
+    """Score a model on each clip of a split, once, on the model's device.
 
     Args:
         model: As `load_model` returns it.
-        shards: As `open_shards` returns it.
+        shards: As `open_shards` returns it, or its folder or URL.
         split: "valid" or "train".
         batch_seconds: Padded seconds per forward.
         beam: Width of the prefix beam search; 0: the best path.
@@ -132,9 +167,8 @@ def evaluate(
     from streamtrain.distributed import World
     from streamtrain.eval.evaluate import evaluate as evaluate_stream
 
+    shards = as_shard_set(shards)
     check_presence(shards.store, shards.index)
-    if split not in ("valid", "train") or not len(shards.index.split(split)):
-        raise StreamtrainError(f"{shards.url}: has no clips in split {split!r} to score")
     world = World()
     stream = ShardStream(shards.index, shards.store, model.network.vocab, model.network.normalize, world)
     return evaluate_stream(model.network, stream, split, batch_seconds, world, beam=beam)

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 import torch.distributed
 
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
 from sharding.pool import die_with_parent
+from streamtrain.deepspeed_command import deepspeed_command
 from streamtrain.startup import env_int, report_error, report_errors
 
 log = logging.getLogger("streamtrain")
@@ -66,15 +66,15 @@ class LostStepError(StreamtrainError):
 class Preemption:
     """Turn SIGTERM, Ctrl-C and the end of the `deepspeed` command into the flag `asked`, from now on.
 
-    A SIGTERM ends that command without any notice to the launcher that it started, which would train on. A second
-    Ctrl-C acts as before.
+    A second Ctrl-C acts as before, and so does each signal if this is not the main thread.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self.exit_code = PREEMPTED
-        self._launcher = psutil.Process(os.getppid())
-        self._command = _command_of(self._launcher)
+        self._command = deepspeed_command()
+        if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+            return
         signal.signal(signal.SIGTERM, self._ask)
         self._interrupted = signal.getsignal(signal.SIGINT)
         if self._interrupted is not signal.SIG_IGN:  # as in a script's background job
@@ -92,20 +92,8 @@ class Preemption:
 
     @property
     def asked(self) -> bool:
-        if self._command is not None and _command_of(self._launcher) != self._command:
-            self._asked = True
+        self._asked = self._asked or self._command.ended
         return self._asked
-
-
-def _command_of(launcher: psutil.Process) -> int | None:
-    """Return the PID of the `deepspeed` command that waits for this launcher; None if there is none."""
-    try:
-        if "deepspeed.launcher.launch" not in launcher.cmdline():
-            return None
-        parent = launcher.parent()
-        return parent.pid if parent and any("deepspeed" in part for part in parent.cmdline()) else None
-    except psutil.Error:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +255,19 @@ def on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def own_device() -> torch.device:
+    """Return the GPU with this process's local rank, the first one without a launcher, or the CPU."""
+    visible = torch.cuda.device_count()  # some launchers show each rank its own GPU alone
+    return World(local_rank=env_int("LOCAL_RANK") % max(visible, 1)).device
+
+
 def join_group() -> World:
     """Return this process's rank in the group of its launcher, if there is one; the group ends with the process.
 
     DeepSpeed keeps the groups that it makes, so a second training in one process uses those of the first.
     """
     world = world_from_environment()
+    _name_rank()
     if not torch.distributed.is_initialized():
         _start_process_group(world)
         atexit.register(torch.distributed.destroy_process_group)
@@ -293,6 +288,9 @@ def process_group() -> Iterator[World]:
     _quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO if world.main else logging.WARNING, force=True)
     try:
+        command = deepspeed_command()
+        if command.ended or os.getppid() != command.launcher_pid:  # while this rank imported
+            raise PreemptedError("stopped before the first step: what started this rank has ended")
         _start_process_group(world)
         yield world
         world.barrier()
@@ -344,12 +342,7 @@ def _start_process_group(world: World) -> None:
         log.info("threads per rank: %d (set OMP_NUM_THREADS to change it)", torch.get_num_threads())
     else:
         torch.cuda.set_device(world.local_rank)
-    if "MASTER_ADDR" not in os.environ:  # started without a launcher
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
-                       "LOCAL_RANK": "0"}  # fmt: skip
+    _name_rank()
     import deepspeed
     from deepspeed.constants import default_pg_timeout
     from torch.distributed import distributed_c10d
@@ -365,6 +358,16 @@ def _start_process_group(world: World) -> None:
             f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             "start all of them; if another run uses that port, choose another: deepspeed --master_port 29501 …",
         ) from error
+
+
+def _name_rank() -> None:
+    """Set the variables that DeepSpeed reads, if no launcher has: of a rank alone, at a free port."""
+    if "MASTER_ADDR" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
+                       "LOCAL_RANK": "0"}  # fmt: skip
 
 
 def _keep_freed_memory() -> None:

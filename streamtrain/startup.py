@@ -1,4 +1,4 @@
-"""Configure what must precede the import of torch: idle threads, garbage collection, the report of errors."""
+"""Do what must precede the import of torch: configure threads, note the `deepspeed` command, report errors."""
 
 import gc
 import os
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from sharding.errors import StreamtrainError
 from sharding.interrupt import INTERRUPTED
+from streamtrain.deepspeed_command import deepspeed_command
 
 LET_RANK_0_SPEAK_SEC = 5.0  # an error shared by all ranks is reported once: the launcher ends the others by then
 # Spins of idle threads of torch's OpenMP, GNU's, before they sleep: half a millisecond, not 15. A step of the demo
@@ -31,8 +32,11 @@ def configure_threads() -> None:
     """Let idle threads release their cores soon, and compile nothing, unless the user has decided otherwise.
 
     Torch reads these variables at its import. Nothing is compiled here anyway, but importing DeepSpeed's Muon, which is
-    never used, would spend a second or two on importing the compiler.
+    never used, would spend a second or two on importing the compiler. A rank also notes the `deepspeed` command, which
+    may end during the imports.
     """
+    if "RANK" in os.environ:
+        deepspeed_command()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     gc.set_threshold(*SELDOM)
     if "OMP_WAIT_POLICY" not in os.environ:

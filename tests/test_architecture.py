@@ -19,7 +19,7 @@ streamtrain.eval
 streamtrain.data
 streamtrain.model
 streamtrain.config streamtrain.precision streamtrain.run_status streamtrain.atomic
-streamtrain.distributed streamtrain.startup streamtrain.launcher streamtrain.doctor
+streamtrain.distributed streamtrain.startup streamtrain.launcher streamtrain.doctor streamtrain.deepspeed_command
 sharding.build
 sharding.report
 sharding.shardset sharding.sources

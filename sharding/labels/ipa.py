@@ -125,13 +125,14 @@ def check_alphabet(counts: SymbolCounts, side: str, track: str) -> None:
     if counts.foreign <= MAX_FOREIGN * counts.symbols:
         return
     (_, place, text), alphabet = counts.worst, alphabet_of(track)
+    symbols = "".join(sorted(alphabet - set(" '"))) + (" and the apostrophe" if "'" in alphabet else "")
     other_track, kind = ("word", "written words") if track == "phonetic" else ("phonetic", "phones")
     raise ManifestError(
         f"{place}: {text[:_SHOWN_LABEL]!r} has symbols outside the alphabet of the {track} track: "
         f"{name_symbols(foreign_symbols(text, alphabet), alphabet)}; {counts.foreign / counts.symbols:.1%} of all "
         f"symbols in the labels for {side} are foreign, at most {MAX_FOREIGN:.0%} are accepted",
         f"--track {other_track} if the labels are {kind}; otherwise they must be written in "
-        f"{''.join(sorted(alphabet)).strip()}: other alphabets are not supported yet",
+        f"{symbols}: other alphabets are not supported yet",
     )
 
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform
 from sharding.audio.vad import HOP, Pause, SpeechActivity
+from sharding.errors import counted
 from sharding.labels.ipa import alphabet_of
 from sharding.segment.split import Segment
 from sharding.shardset.index import ShardIndex
@@ -88,7 +89,7 @@ def plot_split(
     count = max(int(np.ceil(total / strip)), 1)
     figure = Figure(figsize=(14, 0.6 + 1.7 * count), layout="constrained")
     figure.suptitle(
-        f"{name}: {total:.2f} s in {len(segments)} segments (line: probability of speech; grey: pauses; "
+        f"{name}: {total:.2f} s in {counted(len(segments), 'segment')} (line: probability of speech; grey: pauses; "
         "black: cuts, red: forced ones; blue: segments with a label)", x=0.01, horizontalalignment="left", fontsize=10,
     )  # fmt: skip
     peak = max(float(np.abs(waveform).max(initial=0)), 1e-3)

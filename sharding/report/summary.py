@@ -132,7 +132,9 @@ def _render_reliability(table: Sequence[dict[str, Any]]) -> list[str]:
 
 def _suggest_alignment(summary: Summary, url: str, dry: bool) -> list[str]:
     """Return the count of segments without a label, and the commands to align them if no model has."""
-    message = f"{summary['unlabelled_pieces']:,} segments of long recordings are kept without a label, not trained on"
+    count = summary["unlabelled_pieces"]
+    are_kept = "is kept" if count == 1 else "are kept"
+    message = f"{counted(count, 'segment')} of long recordings {are_kept} without a label, not trained on"
     if dry or summary["aligned"] or "alignment" in summary["labelled_pieces"]:
         return [message]
     return [

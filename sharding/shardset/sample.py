@@ -29,7 +29,12 @@ METADATA = ("utterance_id", "child_id", "session_id", "corpus", "age_bucket")  #
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Represent one clip, or one segment of a long recording, as stored in a shard."""
+    """Represent one clip, or one segment of a long recording, as stored in a shard.
+
+    Example:
+        >>> sample = open_shards("data/shards")["U_1"]
+        >>> sample.text, sample.child_id, len(sample.audio)  # bytes of FLAC
+    """
 
     key: str
     audio: bytes  # FLAC, 16 kHz, mono; any format in tars of other writers
@@ -44,7 +49,7 @@ class Sample:
     parent_text: str | None = None  # label of the whole recording, if that of the segment is uncertain
     piece: int = 0
     pieces: int = 1
-    start_sec: float | None = None
+    start_sec: float | None = None  # in that recording, likewise the end
     end_sec: float | None = None
     remarks: tuple[str, ...] = ()  # on a label from another writer; not stored in a shard
 

@@ -6,15 +6,19 @@ from tqdm import tqdm
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.names import UNKNOWN, age_order
-from sharding.shardset.index import ShardIndex, read_checked
+from sharding.shardset.index import ShardIndex, SpeakerInfo, read_checked
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import Reader
 
 
 def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
-    """Return one row per sample, in the order of `index.samples`. Raises ShardError naming a damaged shard index."""
-    shards = tqdm(index.shards, desc="reading", unit="shard", delay=1)
-    speakers = [speaker for shard in shards for speaker in read_checked(store, shard).speakers]
+    """Return one row per sample, by key, in the order of `index.samples`. Raises ShardError for a damaged index."""
+    keys: list[str] = []
+    speakers: list[SpeakerInfo] = []
+    for shard in tqdm(index.shards, desc="reading", unit="shard", delay=1):
+        record = read_checked(store, shard)
+        keys += record.keys
+        speakers += record.speakers
     samples, ends = index.samples, {split: np.array(index.bucket_ends(split)) for split in SPLITS}
     buckets = np.array([shard.bucket for shard in index.shards], np.int64)[samples["shard"]]
     splits = np.array([shard.split for shard in index.shards], object)[samples["shard"]]
@@ -35,5 +39,6 @@ def read_clips(store: Reader, index: ShardIndex) -> pd.DataFrame:
             "seconds": seconds,
             "symbols": samples["label_length"].astype(np.int64),
             "labelled_seconds": np.where(samples["label_length"] > 0, seconds, 0.0),
-        }
+        },
+        index=np.array(keys, object),
     )

@@ -20,7 +20,12 @@ DEVICE_TENSORS = ("inputs", "targets", "time_mask", "feature_mask")  # tensors o
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Hold one micro-batch: B clips, S samples in the longest clip, L symbols in the longest label."""
+    """Hold one micro-batch: B clips, S samples in the longest clip, L symbols in the longest label.
+
+    Example:
+        >>> batch = next(iter(ShardDataset(open_shards("data/shards"), batch_seconds=160)))
+        >>> batch.to(torch.device("cuda")).inputs.shape, batch.input_lengths / 16_000  # s
+    """
 
     inputs: torch.Tensor  # (B, S) float32, zero beyond each clip
     input_lengths: torch.Tensor  # (B,) int64, samples

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sharding.errors import counted
 from sharding.shardset.index import ShardIndex
 from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import Sample
@@ -145,7 +146,7 @@ class ShardStream:
             return collate(samples, recorded, self.vocab, self.normalize), samples
 
         def name(rows: np.ndarray) -> str:
-            return f"rank {self.world.rank}'s batch of {len(rows)} clips"
+            return f"rank {self.world.rank}'s batch of {counted(len(rows), 'clip')}"
 
         return read_ahead(load, iter(batches), self.workers, deadline=self.patience, name=name)
 

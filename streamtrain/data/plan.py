@@ -162,10 +162,11 @@ def valid_world_sizes(micro_batches_per_step: int) -> list[int]:
 def check_world_size(world_size: int, micro_batches_per_step: int) -> None:
     """Raise PlanError if the number of ranks does not divide the number of micro-batches of a step."""
     if world_size < 1 or micro_batches_per_step % world_size:
-        valid = ", ".join(map(str, valid_world_sizes(micro_batches_per_step)))
+        *smaller, largest = map(str, valid_world_sizes(micro_batches_per_step))
+        valid = f"{', '.join(smaller)} or {largest} ranks" if smaller else "1 rank"
         raise PlanError(
             f"{world_size} ranks cannot share {micro_batches_per_step} micro-batches per step evenly",
-            f"run {valid} ranks, or set train.micro_batches_per_step to a multiple of their number",
+            f"run {valid}, or set train.micro_batches_per_step to a multiple of their number",
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharding.audio.codec import Waveform, decode
 from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class ShardSet(Mapping[str, Sample]):
     """Read the samples of a shard set by key, with random access, on disk or in a bucket.
 
+    `shards[key]` is a `Sample`, `waveform(key)` its audio, and `table()` a row per sample; `index` is what plans read.
+
+    Raises:
+        StreamtrainError: If a shard or its index is missing or damaged.
+
     Example:
         >>> shards = open_shards("data/shards")
         >>> shards["U_1"].text, len(shards)
@@ -24,6 +29,9 @@ class ShardSet(Mapping[str, Sample]):
 
     def __init__(self, url: str, store: Store, index: ShardIndex) -> None:
         self.url, self.store, self.index = url, store, index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.url, self.index)  # connections to a bucket belong to one process
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -55,11 +63,17 @@ class ShardSet(Mapping[str, Sample]):
         """Return a row per sample, by key: its split, bucket, corpus, age_bucket, child_id, bytes, seconds, symbols."""
         from sharding.shardset.table import read_clips
 
-        return read_clips(self.store, self.index).set_index(read_keys(self.store, self.index)).drop(columns="total")
+        return read_clips(self.store, self.index).drop(columns="total")
 
 
 def open_shards(url: str | Path) -> ShardSet:
-    """Open a shard set in a folder or at an `s3://`, `gs://`, `az://` or `https://` URL.
+    """Open a shard set.
+
+    Args:
+        url: Its folder, or `s3://`, `gs://`, `az://` or `https://` URL.
+
+    Returns:
+        A mapping of keys to samples, in the order of its index.
 
     Raises:
         StreamtrainError: If there is no shard set, or it is damaged.
@@ -70,3 +84,12 @@ def open_shards(url: str | Path) -> ShardSet:
     """
     store = open_store(url)
     return ShardSet(str(url), store, read_index(store))
+
+
+def as_shard_set(shards: ShardSet | str | Path) -> ShardSet:
+    """Return a shard set itself, or open the one at a path or URL."""
+    return shards if isinstance(shards, ShardSet) else open_shards(shards)
+
+
+def _reopen(url: str, index: ShardIndex) -> ShardSet:
+    return ShardSet(url, open_store(url), index)

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -10,7 +12,7 @@ from sharding.errors import StreamtrainError
 from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import ShardStream, WorkerShard
 from streamtrain.data.plan import EpochPlan, PlanError, PlanSettings, plan_epoch
-from streamtrain.data.shard_set import ShardSet
+from streamtrain.data.shard_set import ShardSet, as_shard_set
 from streamtrain.distributed import World
 from streamtrain.model.vocab import Vocab, vocab_of
 
@@ -19,7 +21,7 @@ class ShardDataset(IterableDataset[Batch]):
     """Iterate over the training batches of an epoch: each labelled clip once, under 1 % padding.
 
     Args:
-        shards: As `open_shards` returns it.
+        shards: As `open_shards` returns it, or its folder or URL.
         batch_seconds: Maximum of a batch, s: clips × longest.
         seed: Determines the order of every epoch.
         rank: This process among `world_size` that share an epoch; each gets equally many batches.
@@ -34,7 +36,8 @@ class ShardDataset(IterableDataset[Batch]):
     Each `Batch` has inputs (B, samples) float32 at 16 kHz, input_lengths (B,), targets (B, symbols), target_lengths
     (B,) and weights (B,). A row of weight 0 is silence, without a loss: a clip that failed to decode, or the only
     row of a batch if there are fewer clips than `world_size`. Threads read ahead; `DataLoader(dataset, batch_size=None,
-    num_workers=N)` adds forked processes for shards on disk, also with `persistent_workers`.
+    num_workers=N)` adds forked processes for shards on disk, and with `multiprocessing_context="spawn"` processes for
+    shards anywhere; also with `persistent_workers`.
 
     Example:
         >>> dataset = ShardDataset(open_shards("data/shards"), batch_seconds=160)
@@ -45,7 +48,7 @@ class ShardDataset(IterableDataset[Batch]):
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | str | Path,
         batch_seconds: float,
         *,
         seed: int = 0,
@@ -59,9 +62,9 @@ class ShardDataset(IterableDataset[Batch]):
         if not 0 <= rank < world_size:
             raise PlanError(f"rank is {rank}: from 0 to {world_size - 1} is expected")
         self._settings = PlanSettings(batch_seconds, world_size, seed=seed, speed_factors=tuple(speed_factors))
-        world, vocab = World(rank, world_size), vocab or vocab_of(shards.index.track)
-        self._stream = ShardStream(shards.index, shards.store, vocab, normalize, world)
-        self._remote, self._pid = shards.store.remote, os.getpid()
+        self._shards, self._world, self._normalize = as_shard_set(shards), World(rank, world_size), normalize
+        self._vocab = vocab or vocab_of(self._shards.index.track)
+        self._pid = os.getpid()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # seen by workers
         self._planned: tuple[int, EpochPlan] | None = None
         self._plan()
@@ -75,14 +78,19 @@ class ShardDataset(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        if self._remote and os.getpid() != self._pid:  # its connections do not survive a fork
-            hint = "num_workers=0: threads read ahead anyway; or copy the shards to a disk"
+        if self._shards.store.remote and os.getpid() != self._pid:  # its connections do not survive a fork
+            hint = 'num_workers=0: threads read ahead anyway; or multiprocessing_context="spawn"'
             raise StreamtrainError("a forked worker process cannot read from a bucket", hint)
         worker = WorkerShard(info.id, info.num_workers) if info else WorkerShard()
-        return (step.batch for step in self._stream.epoch(self._plan(), worker=worker))
+        shards = self._shards
+        stream = ShardStream(shards.index, shards.store, self._vocab, self._normalize, self._world)
+        return (step.batch for step in stream.epoch(self._plan(), worker=worker))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_pid": os.getpid()}  # a process that was spawned has connections of its own
 
     def _plan(self) -> EpochPlan:
         epoch = int(self._epoch)
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, plan_epoch(self._stream.index, self._settings, epoch)
+            self._planned = epoch, plan_epoch(self._shards.index, self._settings, epoch)
         return self._planned[1]

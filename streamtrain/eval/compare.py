@@ -114,7 +114,8 @@ def render(comparison: Comparison) -> str:
             lines.append(f"the CER after is {'lower' if high < 0 else 'higher'}")
         else:
             lines.append("no clear difference: the interval contains 0")
-    lines += ["", "clips that changed most"]
+    if comparison.changed:
+        lines += ["", "clips that changed most"]
     for change in comparison.changed[:10]:
         lines.append(f"  {change.edits:+d}  {change.utterance_id}\n      label   {change.reference}\n"
                      f"      before  {change.before}\n      after   {change.after}")  # fmt: skip

@@ -30,6 +30,7 @@ from streamtrain.model.inference import scoring_mode
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
+SCORED_SPLITS = ("valid", "train")
 PAGE_BYTES = 20_000_000  # audio in scorecard.html at most
 
 
@@ -63,10 +64,16 @@ def evaluate(
     """Decode each clip of a split once and sum the edits; the counts are the same at any world size.
 
     Batches are formed independently of the ranks, then dealt out in turn. All ranks take equally many, the spare ones
-    with one silent row, so that they can exchange `preemption` after each. Raises StreamtrainError if a clip is decoded
-    twice or never, and PreemptedError on all ranks if `preemption` was requested on any rank.
+    with one silent row, so that they can exchange `preemption` after each. Raises StreamtrainError if the split has
+    nothing to score, the model is of another track, or a clip is decoded twice or never, and PreemptedError on all
+    ranks if `preemption` was requested on any rank.
     """
     rows = stream.index.split(split)
+    if split not in SCORED_SPLITS or not len(rows):
+        raise StreamtrainError(
+            f"{stream.store.url}: has no labelled clips in split {split!r}, so nothing was scored",
+            "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
+        )
     if model.vocab.track != stream.index.track:
         raise StreamtrainError(
             f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
@@ -82,7 +89,7 @@ def evaluate(
     )
     with scoring_mode(), bar:
         for row_ids, (batch, samples) in zip(share, stream.batches(share), strict=True):
-            on_device = batch.to(world.device)
+            on_device = batch.to(model.device)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
             hypotheses = decode_log_probs(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
             seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
@@ -118,11 +125,6 @@ def evaluate_model(
             raise StreamtrainError(f"--compare-to {compare_to}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
-    if not len(index.split(split)):
-        raise StreamtrainError(
-            f"{shards}: has no clips in split {split!r}, so nothing was scored",
-            "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
-        )
     with world.on_main("check that the shards exist") as is_main:
         if is_main:
             check_presence(store, index)

@@ -1,6 +1,6 @@
 """Count edits between references and hypotheses and estimate intervals. Counts add up; the ratio is taken once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,17 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCoun
     return EditCounts(substitutions, deletions, insertions, len(reference))
 
 
+def sum_edits(
+    references: Iterable[str], hypotheses: Iterable[str], symbols_of: Callable[[str], Sequence[str]]
+) -> EditCounts:
+    """Sum the edits of all pairs, over what `symbols_of` makes of each text.
+
+    Raises ValueError if there are not equally many references and hypotheses.
+    """
+    pairs = zip(map(symbols_of, references), map(symbols_of, hypotheses), strict=True)
+    return sum((count_edits(*pair) for pair in pairs), EditCounts())
+
+
 def spoken_words(text: str) -> list[str]:
     """Return a text's words as the challenge compares them: by Whisper's English normaliser (Radford et al. 2022).
 
@@ -74,8 +85,7 @@ def cer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
         >>> cer(["kæt", "dɔg"], ["kæp", "dɔg"])
         0.16666666666666666
     """
-    pairs = zip(map(normalize_ipa, references), map(normalize_ipa, hypotheses), strict=True)
-    return sum((count_edits(*pair) for pair in pairs), EditCounts()).rate
+    return sum_edits(references, hypotheses, normalize_ipa).rate
 
 
 def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
@@ -88,8 +98,7 @@ def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
         >>> wer(["the cat"], ["a cat"])
         0.5
     """
-    pairs = zip(map(spoken_words, references), map(spoken_words, hypotheses), strict=True)
-    return sum((count_edits(*pair) for pair in pairs), EditCounts()).rate
+    return sum_edits(references, hypotheses, spoken_words).rate
 
 
 class Resampling:

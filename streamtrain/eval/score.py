@@ -8,7 +8,7 @@ from sharding.errors import StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, open_regular, parse_json, read_document
 from sharding.files.names import canonical_name
 from sharding.labels.ipa import TRACKS, normalize_ipa
-from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
+from streamtrain.eval.metrics import spoken_words, sum_edits
 
 RUN_HINT = "these hypotheses are already scored: see scorecard.json in the same folder, or run `summary RUN`"
 LISTED = 10  # ids listed in an error message
@@ -38,8 +38,7 @@ def score_files(predicted: Path, actual: Path) -> dict[str, Any]:
     if faults:
         raise ScoreError(f"{predicted}: {'; '.join(faults)}", f"give each clip of {actual} exactly one row")
     compared = spoken_words if track == "word" else normalize_ipa
-    pairs = ((compared(text), compared(hypotheses[name])) for name, text in references.items())
-    total = sum((count_edits(reference, hypothesis) for reference, hypothesis in pairs), EditCounts())
+    total = sum_edits(references.values(), (hypotheses[name] for name in references), compared)
     return {
         "wer" if track == "word" else "cer": total.rate,
         "edits": total.edits,

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from rapidfuzz.distance import Levenshtein
 from typing_extensions import TypedDict
 
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, counted, reason_of
 from sharding.files.document import (
     LARGE_BYTES,
     STRICT,
@@ -162,7 +162,7 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
         return card, [parse(line, _CLIP) for line in lines if line]
     except (OSError, ValueError) as error:
         raise StreamtrainError(
-            f"{folder}: no scorecard ({error})", "train first, or score a model with `streamtrain evaluate`"
+            f"{folder}: no scorecard ({reason_of(error)})", "train first, or score a model with `streamtrain evaluate`"
         ) from error
 
 
@@ -171,7 +171,7 @@ def read_rate(path: Path) -> float:
     try:
         return parse(read_document(path), _RATE)["cer"]
     except (OSError, ValueError) as error:
-        raise StreamtrainError(f"{path}: no score ({error})", "train first") from error
+        raise StreamtrainError(f"{path}: no score ({reason_of(error)})", "train first") from error
 
 
 def render(card: dict[str, Any]) -> str:
@@ -196,10 +196,11 @@ def warnings(card: dict[str, Any]) -> list[str]:
     """Return the reasons why a score may mislead."""
     notes = []
     if card["undecodable"]:
-        notes.append(f"{len(card['undecodable'])} clips did not decode and were scored as silence: see scorecard.json")
+        clips = counted(len(card["undecodable"]), "clip")
+        notes.append(f"{clips} did not decode: scored as silence, see scorecard.json")
     lost = card["validation"].get("rejected", 0)
     if lost:
-        notes.append(f"{lost} validation clips were rejected by the build and are not in this score")
+        notes.append(f"the build rejected {counted(lost, 'validation clip')}: not in this score")
     if not card["validation"].get("disjoint_by_speaker", True):
         notes.append("validation is not disjoint by speaker: this score is too optimistic")
     return notes

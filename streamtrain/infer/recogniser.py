@@ -12,35 +12,38 @@ import soundfile
 
 from sharding.errors import AudioError, StreamtrainError
 from sharding.labels.ipa import TRACKS
-from streamtrain.distributed import World
+from streamtrain.distributed import own_device
 from streamtrain.infer.inputs import AudioChunk, Recording
 from streamtrain.infer.transcribe import DecodingOptions, LoadedRecording, decode_recordings, load
 from streamtrain.model.ctc import CTCModel
+from streamtrain.model.decode import Word
 from streamtrain.model.pretrained import load_trained
 
 
 @dataclass(frozen=True, slots=True)
-class TimedWord:
-    """Hold a word with its start and end, s, and its confidence in [0, 1]."""
-
-    text: str
-    start: float
-    end: float
-    confidence: float
-
-
-@dataclass(frozen=True, slots=True)
 class Transcription:
-    """Hold the text of a recording, its confidence in [0, 1], its words, and an n-best list of texts, best first."""
+    """Hold the text of a recording, as `Recogniser.transcribe` returns it.
+
+    Example:
+        >>> for word in model.transcribe("clip.flac").words: print(word.text, word.start, word.end, word.confidence)
+    """
 
     text: str
-    confidence: float
-    words: tuple[TimedWord, ...]
-    nbest: tuple[str, ...] = ()
+    confidence: float  # in [0, 1]
+    words: tuple[Word, ...]  # each with its start and end, s
+    nbest: tuple[str, ...] = ()  # texts, best first, if they were asked for
 
 
 class Recogniser:
-    """Transcribe recordings with a trained model; `network` is the torch module."""
+    """Transcribe recordings with a trained model, as `load_model` returns it.
+
+    Args:
+        network: The torch module, on the device that computes.
+
+    Example:
+        >>> model = load_model("runs/zero2/best")
+        >>> model.transcribe("clip.flac").text, model.network.vocab.track
+    """
 
     def __init__(self, network: CTCModel) -> None:
         self.network = network
@@ -74,16 +77,19 @@ class Recogniser:
         else:
             loaded = _load(str(audio), lambda: [AudioChunk(Path(audio).read_bytes())])
         (row,) = decode_recordings(self.network, [loaded], DecodingOptions(beam=max(beam, nbest), nbest=nbest))
-        words = (TimedWord(word["word"], word["start"], word["end"], word["confidence"]) for word in row["words"])
+        words = (Word(word["word"], word["start"], word["end"], word["confidence"]) for word in row["words"])
         texts = (hypothesis["text"] for hypothesis in row.get("nbest", ()))
         return Transcription(row[TRACKS[self.network.vocab.track]], row["confidence"], tuple(words), tuple(texts))
 
 
 def load_model(folder: str | Path) -> Recogniser:
-    """Load a trained model for inference, onto a GPU if there is one.
+    """Load a trained model for inference, onto a GPU if there is one: under a launcher, that of this rank.
 
     Args:
         folder: RUN/best, or an exported model.
+
+    Returns:
+        The model, which transcribes; `evaluate` scores it.
 
     Raises:
         StreamtrainError: If the folder holds no model, or one that is damaged or incomplete.
@@ -92,7 +98,7 @@ def load_model(folder: str | Path) -> Recogniser:
         >>> model = load_model("runs/zero2/best")
         >>> model.transcribe(waveform, sample_rate=44_100).words
     """
-    return Recogniser(load_trained(folder).to(World().device))
+    return Recogniser(load_trained(folder).to(own_device()))
 
 
 def _load(name: str, read: Callable[[], list[AudioChunk]]) -> LoadedRecording:

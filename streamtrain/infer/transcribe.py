@@ -17,7 +17,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform, decode
-from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, counted
+from sharding.errors import AudioError, MissingError, ShardError, StreamtrainError, counted, reason_of
 from sharding.files.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, file_to_replace, open_lock_file, sibling, sync, write_inside, written
@@ -34,6 +34,7 @@ from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
 READERS = 2
+LISTED = 10  # failed recordings that are named at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +81,20 @@ def transcribe(
         write_inside(options.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
     with closing(Progress(out, _digest(model_folder, model.normalize, recordings, options))) as progress:
         left = recordings[progress.rows :]
-        failed = progress.failed
+        failed, errors = progress.failed, list[str]()
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
             for chunk in chunk_by_memory(read_ahead(load, iter(left), READERS)):
                 rows = decode_recordings(model, chunk, options)
-                failed += sum(row["error"] is not None for row in rows)
+                named = [f"  {row['audio_path']}: {row['error']}" for row in rows if row["error"] is not None]
+                failed += len(named)
+                errors += named[: LISTED - len(errors)]
                 progress.write(rows, failed)
                 bar.update(len(rows))
         progress.finish()
     done = f"{out}: {counted(len(recordings) - failed, 'recording')} transcribed"
-    print(done + (f", {failed:,} failed" if failed else ""))
+    print("\n".join([done + (f", {failed:,} failed" if failed else ""), *errors]))
+    if failed > len(errors):
+        print(f"  (and {failed - len(errors):,} more: an `error` is in their rows)")
     return failed
 
 
@@ -201,7 +206,7 @@ def load(recording: Recording) -> LoadedRecording:
     except (AudioError, MissingError, ShardError) as error:
         message = error.message
     except OSError as error:
-        message = str(error.strerror or error)
+        message = reason_of(error)
     return LoadedRecording(recording, recording.utterance_id, error=message)
 
 
@@ -229,9 +234,9 @@ def _row(
         TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
-            _timed(word, start, frame_sec)
+            _timed(word, start)
             for (hypothesis, log_probs), (start, _) in zip(decoded, loaded.pieces, strict=True)
-            for word in word_timestamps(log_probs, hypothesis.text, model.vocab)
+            for word in word_timestamps(log_probs, hypothesis.text, model.vocab, frame_sec)
         ],
         "error": None,
     }
@@ -245,11 +250,11 @@ def _row(
     return row
 
 
-def _timed(word: Word, start_sec: float, frame_sec: float) -> dict[str, Any]:
+def _timed(word: Word, start_sec: float) -> dict[str, Any]:
     return {
         "word": word.text,
-        "start": round(start_sec + word.first_frame * frame_sec, 3),
-        "end": round(start_sec + word.end_frame * frame_sec, 3),
+        "start": round(start_sec + word.start, 3),
+        "end": round(start_sec + word.end, 3),
         "confidence": round(word.confidence, 4),
     }
 

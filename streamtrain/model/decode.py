@@ -23,12 +23,12 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """Hold one word, from its first frame to the end of its last."""
+    """Hold a word with its start and end, s, and its confidence in [0, 1]."""
 
     text: str
-    first_frame: int
-    end_frame: int
-    confidence: float  # geometric mean of its symbols' probabilities over those frames
+    start: float
+    end: float
+    confidence: float  # geometric mean of its symbols' probabilities over its frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def _collapse(ids: torch.Tensor, best: torch.Tensor, vocab: Vocab) -> Hypothesis
     return Hypothesis(_spell(ids.numpy(), vocab), float(scores.mean().exp()) if len(scores) else 0.0)
 
 
-def word_timestamps(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab) -> list[Word]:
-    """Return the words of `text` with their frames, by the most probable path of (T, V) that spells it."""
+def word_timestamps(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab, frame_sec: float) -> list[Word]:
+    """Return the words of `text` with their times, by the most probable path of (T, V) that spells it."""
     path = log_probs.argmax(-1)
     if _spell(path, vocab) != text:  # the text is from a beam, not from the best path
         path = best_alignment(log_probs, vocab.encode(text), vocab.blank)
@@ -78,7 +78,8 @@ def word_timestamps(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab
     frames: list[int] = []
     for frame, symbol in enumerate([*path.tolist(), space]):
         if symbol == space and symbols:
-            words.append(Word("".join(symbols), frames[0], frames[-1] + 1, float(np.exp(scores[frames].mean()))))
+            start, end = frames[0] * frame_sec, (frames[-1] + 1) * frame_sec
+            words.append(Word("".join(symbols), start, end, float(np.exp(scores[frames].mean()))))
             symbols, frames = [], []
         elif symbol not in (*silent, space):
             if not frames or frame == 0 or symbol != path[frame - 1]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, reason_of
 from sharding.labels.ipa import LETTERS, SYMBOLS
 
 BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer's padding token
@@ -74,7 +74,7 @@ def load_vocab(model: Path) -> Vocab:
         ids = parse(read_document(path), TypeAdapter(dict[str, Count]))
     except (OSError, ValueError) as error:
         raise StreamtrainError(
-            f"{path}: no vocabulary ({error})", "give the folder of a trained model, such as RUN/best"
+            f"{path}: no vocabulary ({reason_of(error)})", "give the folder of a trained model, such as RUN/best"
         ) from error
     tokens = tuple(sorted(ids, key=ids.__getitem__))
     if [ids[token] for token in tokens] != list(range(len(tokens))) or not {BLANK, UNKNOWN, SPACE} <= set(tokens):

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.errors import StreamtrainError
+from sharding.errors import StreamtrainError, counted
 from streamtrain.data.collate import Batch
 from streamtrain.data.loader import NOTHING_AHEAD, LoaderMemory
 from streamtrain.data.plan import EpochPlan
@@ -43,7 +43,7 @@ class Shape:
         return self.clips * self.samples / SAMPLE_RATE
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.clips} clips of up to {self.samples / SAMPLE_RATE:.1f} s"
+        return f"{self.name}: {counted(self.clips, 'clip')} of up to {self.samples / SAMPLE_RATE:.1f} s"
 
 
 @dataclass(frozen=True)

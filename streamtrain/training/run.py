@@ -117,7 +117,8 @@ def _probe_unless_done(config: Config, index: ShardIndex, plans: Plans, state: R
     """Log why no step is left, if so; otherwise probe the memory, if `train.probe`."""
     run = Path(config.train.run_dir)
     if state.step == plans.total_steps:
-        log.info("%s: all %d steps are done; raise train.epochs with --replan, or use --resume none", run, state.step)
+        done = f"all {state.step} steps are done, by {plans.limit}"
+        log.info("%s: %s; raise that with --replan, or use --resume none", run, done)
     elif is_stopped_early(state, config.train.patience):
         count = state.evaluations_since_best
         log.info("%s: no better score in %d evaluations; raise train.patience to continue", run, count)

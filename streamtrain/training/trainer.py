@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StoreError, StreamtrainError
@@ -138,7 +139,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. Evaluate and save on the way, at the end, and if asked to stop."""
         try:
-            self._run()
+            with logging_redirect_tqdm():  # else a line would be written into the bar's
+                self._run()
         except PreemptedError as error:
             self._save()
             self._close(MIRROR_GRACE_SEC)

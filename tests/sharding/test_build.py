@@ -29,7 +29,7 @@ from sharding.cli import main
 from sharding.errors import ManifestError
 from sharding.labels.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
 from sharding.report.ledger import ledger_row, write_ledger
-from sharding.report.summary import _commonest_first
+from sharding.report.summary import _commonest_first, _suggest_alignment
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from sharding.sources.manifest import Utterance
@@ -646,6 +646,17 @@ def test_labels_of_another_alphabet_end_the_build_whichever_side_has_them(
     assert f"% of all symbols in the labels for {side} are foreign, at most 5% are accepted" in said
     assert "hint: --track word" in said
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_the_alphabet_of_the_word_track_is_told_in_letters() -> None:
+    counts = count_symbols("été", "row 1", alphabet_of("word"))
+    with pytest.raises(ManifestError, match="must be written in abcdefghijklmnopqrstuvwxyz and the apostrophe: other"):
+        check_alphabet(counts, "training", "word")
+
+
+def test_one_segment_is_counted_as_one() -> None:
+    [told] = _suggest_alignment({"unlabelled_pieces": 1}, "shards", dry=True)  # type: ignore[typeddict-item]
+    assert told == "1 segment of long recordings is kept without a label, not trained on"
 
 
 @pytest.mark.parametrize(("foreign", "refused"), [(0, False), (5, False), (6, True)])

@@ -16,7 +16,8 @@ from tests.tools.models import save, talkative
 from tests.tools.training_runs import run
 
 EXAMPLE = """
-import signal, sys
+import os, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 import streamtrain as st
 raw, shards, model, run = sys.argv[1:]
 built = st.build([raw], shards, num_buckets=2, valid_fraction=0.3)
@@ -24,10 +25,11 @@ print(built.rejected)
 config = st.load_config("configs/zero2.json", [
     f"data.shards={shards}", "data.batch_seconds=8", f"model.pretrained={model}", f"train.run_dir={run}",
     "train.max_steps=4", "train.warmup_steps=1", "eval.every_steps=2", "train.micro_batches_per_step=2"])
-print(st.plan(st.open_shards(shards), config).steps)
-for _ in range(2):  # the second time, nothing is left to do
-    result = st.train(config)
-    print(result.step, result.best_cer)
+print(st.plan(shards, config).steps)
+result = ThreadPoolExecutor().submit(st.train, config).result()
+assert st.train(config) == result  # nothing was left to do
+print(result.step, result.best_cer)
+assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()
 model = st.load_model(f"{run}/best")
 evaluation = st.evaluate(model, st.open_shards(shards))
 assert evaluation.cer == result.best_cer, (evaluation.cer, result.best_cer)
@@ -52,13 +54,14 @@ def test_every_name_is_there_and_the_import_takes_no_time() -> None:
     code = "import sys, streamtrain; print(sorted({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+    assert all("Example:" in getattr(st, name).__doc__ for name in st.__all__ if name not in ("Config", "load_config"))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         st.nothing  # noqa: B018
 
 
 def test_a_shard_set_is_a_mapping_with_a_table(shards: st.ShardSet, work: Path) -> None:
     table = shards.table()
-    assert set(shards) == set(table.index)
+    assert list(shards) == list(table.index)
     assert len(shards) == len(table)
     texts = {row["utterance_id"]: row["phonetic_text"] for row in read_manifest(work / "raw/tiny")}
     key = next(key for key in shards if table.loc[key, "split"] == "train")
@@ -127,13 +130,14 @@ def test_what_is_no_file_is_refused(place: str, model: st.Recogniser, tmp_path: 
 
 @pytest.mark.parametrize("split", ["vaild", "unlabelled"])
 def test_a_split_without_clips_has_no_score(split: str, shards: st.ShardSet, model: st.Recogniser) -> None:
-    with pytest.raises(st.StreamtrainError, match=r"has no clips in split .* to score"):
+    with pytest.raises(st.StreamtrainError, match=r"has no labelled clips in split .*, so nothing was scored"):
         st.evaluate(model, shards, split=split)
 
 
-def test_persistent_workers_see_the_epoch(shards: st.ShardSet) -> None:
-    dataset = st.ShardDataset(shards, batch_seconds=8)
-    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_persistent_workers_see_the_epoch(start: str, work: Path) -> None:
+    dataset = st.ShardDataset(work / "shards", batch_seconds=8)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=start)
     orders = []
     for epoch in (0, 1, 0):
         dataset.set_epoch(epoch)
@@ -142,9 +146,11 @@ def test_persistent_workers_see_the_epoch(shards: st.ShardSet) -> None:
     assert sorted(orders[0]) == sorted(orders[1])
 
 
-def test_a_forked_process_does_not_wait_for_a_bucket(bucket: object, url: str) -> None:
+def test_a_forked_process_does_not_wait_for_a_bucket_and_a_spawned_one_reads_it(bucket: object, url: str) -> None:
     dataset = st.ShardDataset(st.open_shards(url), batch_seconds=8)
-    assert sum(len(batch.keys) for batch in dataset)
+    keys = [batch.keys for batch in dataset]
+    spawned = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert [batch.keys for batch in spawned] == keys
     with pytest.raises(st.StreamtrainError, match="cannot read from a bucket"):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=1)))
 

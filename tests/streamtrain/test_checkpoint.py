@@ -9,8 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -152,6 +154,44 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(asked: str, work: P
     assert "Traceback" not in log.read_text()
     run(training(work, folder.name, *SETTINGS))
     assert losses(folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("asked", "how", "moment"),
+    [
+        ("command", signal.SIGTERM, "rank 1"),
+        ("command", signal.SIGTERM, "launcher"),
+        ("launcher", signal.SIGKILL, "rank 1"),
+    ],
+)
+def test_no_rank_goes_on_without_what_started_it_if_that_ends_while_the_ranks_import(
+    asked: str, how: signal.Signals, moment: str, work: Path
+) -> None:
+    """The ranks take seconds to import; what is asked to stop before is asked while the launcher imports."""
+    folder = work / f"orphans-{asked}-{moment.replace(' ', '-')}"
+    log, settings = folder.with_suffix(".out"), ("train.epochs=100000", "eval.every_steps=100000")
+    process = start(training(work, folder.name, *settings), log)
+    try:
+        wait_until(lambda: moment in processes(process), process, log)
+        everyone = processes(process)
+        if moment == "rank 1":
+            time.sleep(0.5)  # a rank notes its launcher within 0.2 s
+        everyone[asked].send_signal(how)
+        process.wait(60)
+        wait_until_none(str(folder), 40)
+        assert not folder.exists()
+        assert "Traceback" not in log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until_none(word: str, seconds: float) -> None:
+    """Wait until no process has the word in its command line; one that has just started may not have it yet."""
+    deadline = time.monotonic() + seconds
+    while left := [each for each in psutil.process_iter(["cmdline"]) if word in " ".join(each.info["cmdline"] or ())]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_a_run_that_was_asked_to_stop_says_so_to_its_scheduler_and_may_go_on_by_another_plan(work: Path) -> None:
@@ -542,7 +582,8 @@ def test_each_evaluation_stands_in_the_samples_once_wherever_a_run_is_resumed(tm
 
 def test_a_finished_run_says_so_and_starts_over_only_when_told(work: Path, finished: Path) -> None:
     folder = shutil.copytree(finished, work / "again", symlinks=True)
-    assert "all 2 steps are done" in run(training(work, "again", *TWO_STEPS, ranks=1)).stderr
+    done = run(training(work, "again", *TWO_STEPS, ranks=1))
+    assert "all 2 steps are done, by train.max_steps=2; raise that with --replan, or use --resume none" in done.stderr
     assert (folder / "log.csv").read_text() == (finished / "log.csv").read_text()
     run(training(work, "again", *TWO_STEPS, ranks=1, resume="none"))
     assert losses(folder) == losses(finished)

@@ -128,12 +128,12 @@ def test_a_word_lasts_from_its_first_symbol_to_its_last() -> None:
     log_probs[np.arange(len(path)), path] = np.log(0.9)
     log_probs[10, b] = np.log(0.5)
     found = [
-        (one.text, one.first_frame, one.end_frame, round(one.confidence, 6))
-        for one in word_timestamps(log_probs, "aab b", VOCAB)
+        (one.text, one.start, one.end, round(one.confidence, 6))
+        for one in word_timestamps(log_probs, "aab b", VOCAB, 0.5)
     ]
-    assert found == [("aab", 1, 6, 0.9), ("b", 10, 11, 0.5)]
-    assert [one.text for one in word_timestamps(log_probs, "ab", VOCAB)] == ["ab"]  # a beam's
-    assert word_timestamps(log_probs[:1], "", VOCAB) == []
+    assert found == [("aab", 0.5, 3, 0.9), ("b", 5, 5.5, 0.5)]
+    assert [one.text for one in word_timestamps(log_probs, "ab", VOCAB, 0.5)] == ["ab"]  # a beam's
+    assert word_timestamps(log_probs[:1], "", VOCAB, 0.5) == []
 
 
 def test_a_text_that_pieces_spell_in_two_ways_is_listed_once() -> None:

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from streamtrain.distributed import Preemption
+from streamtrain.distributed import Preemption, own_device
 from tests.tools.ports import free_port
 from tests.tools.training_runs import ROOT, environment
 
@@ -55,3 +56,16 @@ def test_ctrl_c_asks_a_run_to_stop_and_a_second_one_ends_it() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "number"), [(None, 2, 0), (1, 2, 1), (1, 1, 0)])
+def test_a_model_is_loaded_onto_the_gpu_of_its_rank(
+    local_rank: int | None, visible: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the launcher shows each rank its own GPU alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert own_device() == torch.device("cuda", number)

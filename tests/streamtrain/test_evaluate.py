@@ -194,7 +194,9 @@ def test_scores_of_other_clips_are_not_compared(shards: Path, model: Path, tmp_p
     assert done.returncode == 1
     assert "the two scores are not of the same clips: 1 are in only one" in done.stderr
     done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path)
-    assert "no scorecard" in done.stderr
+    assert f"{tmp_path}: no scorecard (No such file or directory)" in done.stderr
+    done = run_module("streamtrain", "compare", tmp_path / "one", tmp_path / "one")
+    assert done.stdout.endswith("no clear difference: the interval contains 0\n")
 
 
 def test_the_mean_of_corpora_is_drawn_with_every_corpus_in_it(shards: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 from dataclasses import replace
 from functools import cache
@@ -214,8 +215,8 @@ def test_the_ranks_of_every_valid_world_size_share_a_step_between_them(per_step:
         else:
             with pytest.raises(PlanError) as refused:
                 micro_batches_of_rank(0, size, per_step)
-            named = str(refused.value).split("hint: run ")[1].split(" ranks")[0]
-            assert [int(number) for number in named.split(", ")] == valid_world_sizes(per_step)
+            named = str(refused.value).split("hint: run ")[1].split(" rank")[0]
+            assert [int(number) for number in re.findall(r"\d+", named)] == valid_world_sizes(per_step)
             assert f"{size} ranks cannot share {per_step} micro-batches" in str(refused.value)
 
 
@@ -515,7 +516,7 @@ def test_the_forecast_draws_and_lists_when_which_shard_is_needed(small_shards: P
     ("arguments", "said"),
     [
         (["--world-size", 3], "PlanError: 3 ranks cannot share 2 micro-batches per step evenly"),
-        (["--world-size", 0], "hint: run 1, 2 ranks"),
+        (["--world-size", 0], "hint: run 1 or 2 ranks"),
         (["--epoch", -1], "PlanError: epoch -1: epochs are counted from 0"),
         (["--ranks-per-node", 0], "--ranks-per-node. Input should be greater than or equal to 1"),
         (["--keys", "/dev/null/keys.jsonl"], "/dev/null/keys.jsonl: Not a directory"),

@@ -1,10 +1,13 @@
 """How a run starts: what is wrong is told at once and in words, and a failed start leaves nothing behind."""
 
+import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from contextlib import suppress
 from pathlib import Path
 
@@ -151,6 +154,21 @@ def test_a_run_that_was_ended_is_told_from_one_that_finished(work: Path, caplog:
     assert f"{folder}: this run has not finished (it has no finished.json)\nhint: run the same training" in done.stderr
     warn_unless_finished(folder / "best")
     assert "is the best model so far: its run has not finished" in caplog.text
+
+
+def test_the_log_is_not_written_into_the_line_of_the_bar(work: Path) -> None:
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    command = training(work, "in-a-terminal", "train.max_steps=1", "data.workers=0", ranks=1)
+    subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # the terminal's other end is closed
+        while data := os.read(reader, 4096):
+            shown += data
+    os.close(reader)
+    assert b"training:" in shown
+    assert re.search(rb"[\r\n]Transformers computes the same from best/", shown)
 
 
 @pytest.mark.parametrize("failure", [None, TrainError("eval.split is 'no'"), RuntimeError("lost"), KeyboardInterrupt()])

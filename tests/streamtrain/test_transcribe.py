@@ -205,7 +205,7 @@ def test_the_command_says_how_many_failed_and_exits_so(folder: Path, clips: Path
     sources = [clips / "clip-02.flac", tmp_path / "bad.wav"]
     done = run_module("streamtrain", "transcribe", folder, *sources, "--out", tmp_path / "out.jsonl")
     assert done.returncode == 1
-    assert f"{tmp_path / 'out.jsonl'}: 1 recording transcribed, 1 failed" in done.stdout
+    assert f"{tmp_path / 'out.jsonl'}: 1 recording transcribed, 1 failed\n  {tmp_path / 'bad.wav'}: " in done.stdout
     assert [json.loads(line)["error"] is None for line in (tmp_path / "out.jsonl").open()] == [True, False]
 
 
@@ -291,7 +291,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(folder: Path, tmp_path: 
         torn.write(b'{"utterance_id": "07')
     done = run_module(*command[2:], out)
     assert re.search(r"resuming after (512|1,024) recordings", done.stdout)
-    assert "1,099 recordings transcribed, 1 failed" in done.stdout
+    assert "1,099 recordings transcribed, 1 failed\n  " in done.stdout
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob(".*"))
     for sources, said in (([many], "already has all these 1,100 recordings"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -90,7 +91,9 @@ def processes(command: "subprocess.Popen[bytes]") -> dict[str, psutil.Process]:
     """The `deepspeed` command, its launcher, and the ranks."""
     everyone = {"command": psutil.Process(command.pid)}
     for child in everyone["command"].children(recursive=True):
-        words = child.cmdline()
+        words: list[str] = []
+        with suppress(psutil.Error):  # it has just ended
+            words = child.cmdline()
         rank = [word for word in words if word.startswith("--local_rank=")]
         if rank and child.ppid() != command.pid:
             everyone[f"rank {rank[0].partition('=')[2]}"] = child
