@@ -16,6 +16,7 @@ from pydantic import Field
 
 from sharding.command import WHOLE, Place
 from sharding.pool import die_with_parent
+from streamtrain.deepspeed_command import ADOPTER
 
 PR_SET_CHILD_SUBREAPER = 36
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
@@ -60,7 +61,7 @@ def launch(ranks: int, options: LaunchOptions, arguments: Sequence[str]) -> int:
     command += ["--hostfile", options.hostfile] if options.hostfile else []
     command += ["--module", "--no_local_rank", "streamtrain", *arguments]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # to wait for ranks whose launcher has ended
-    launcher = subprocess.Popen(command, preexec_fn=die_with_parent)
+    launcher = subprocess.Popen(command, env=os.environ | {ADOPTER: str(os.getpid())}, preexec_fn=die_with_parent)
     stopped_by: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from sharding.audio.codec import SAMPLE_RATE
@@ -68,12 +69,7 @@ def evaluate(
     nothing to score, the model is of another track, or a clip is decoded twice or never, and PreemptedError on all
     ranks if `preemption` was requested on any rank.
     """
-    rows = stream.index.split(split)
-    if split not in SCORED_SPLITS or not len(rows):
-        raise StreamtrainError(
-            f"{stream.store.url}: has no labelled clips in split {split!r}, so nothing was scored",
-            "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
-        )
+    rows = _find_labelled(stream.index, stream.store.url, split)
     if model.vocab.track != stream.index.track:
         raise StreamtrainError(
             f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
@@ -104,6 +100,17 @@ def evaluate(
     return _score(segments, stream.index, len(rows), world)
 
 
+def _find_labelled(index: ShardIndex, url: str, split: str) -> npt.NDArray[np.int64]:
+    """Return the rows of a split that can be scored. Raises StreamtrainError if there is none."""
+    rows = index.split(split)
+    if split not in SCORED_SPLITS or not len(rows):
+        raise StreamtrainError(
+            f"{url}: has no labelled clips in split {split!r}, so nothing was scored",
+            "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
+        )
+    return rows
+
+
 def evaluate_model(
     model_folder: str,
     shards: str,
@@ -125,6 +132,7 @@ def evaluate_model(
             raise StreamtrainError(f"--compare-to {compare_to}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
+    _find_labelled(index, store.url, split)  # before the model is loaded
     with world.on_main("check that the shards exist") as is_main:
         if is_main:
             check_presence(store, index)
