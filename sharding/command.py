@@ -32,8 +32,10 @@ class OutFile(PosixPath):
 
 def new_app(name: str, summary: str | None, **options: Any) -> App:
     """Return a command line without commands; called without arguments, it prints its help."""
-    return App(name=name, help=summary, version=_version, help_format="markdown", help_flags=["--help", "-h"],
-               default_parameter=Parameter(negative=(), show_default=_show_default), **options)  # fmt: skip
+    parameter = Parameter(negative=(), allow_repeating=True, show_default=_show_default)  # the last one counts
+    return App(
+        name=name, help=summary, version=_version, help_format="markdown", default_parameter=parameter, **options
+    )
 
 
 def run(app: App, arguments: Sequence[str] | None = None) -> int:

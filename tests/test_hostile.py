@@ -61,7 +61,7 @@ READ_IN_PART = {  # whatever else is in them
     "sharding.report.ledger": "its rows are kept as they are",
     "sharding.segment.evidence": "rows of `align`, which say more to people",
     "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
-    "_Group": "likewise", "_Data": "for a model card", "_Training": "likewise", "_Settings": "one setting of main.py's",
+    "_Group": "likewise", "_Validation": "likewise", "_Data": "for a model card", "_Training": "likewise", "_Settings": "one setting of main.py's",
 }  # fmt: skip
 OUTSIDE = ("../VICTIM.bin", "train/../../VICTIM.bin", "/etc/passwd", "/dev/zero", "..", ".", "", "a\0b")
 
@@ -421,7 +421,7 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     (("settings",), [], "'settings' is"), (("notes",), [], "'notes' is"), (("notes",), {}, "'notes.clips' is missing"),
     (("notes", "validation"), {}, "'notes.validation.disjoint_by_speaker' is missing"),
     (("notes", "validation"), {"disjoint_by_speaker": True, "fallback_speaker": None, "clips": 0, "rejected": 0},
-     "'notes.validation.kept_in_training' is missing"), (("settings", "valid"), ["x"], "'settings.valid' is set"),
+     "'notes.validation.kept_in_training' is missing"), (("settings", "valid"), ["x"], "'settings.valid' is unknown"),
     (("notes", "validation", "fallback_speaker"), "x", "should match"),
     (("notes", "validation", "kept_in_training"), [0], "kept_in_training"),
     (("notes", "rejected"), "none", "'notes.rejected' is"), (("duration_bins",), [], "'duration_bins' is"),

@@ -146,7 +146,7 @@ def check_document(document: IndexDocument) -> None:
     try:
         validate(document.settings, schema)
     except DocumentError as error:
-        raise DocumentError(f"in 'settings', {error}") from error
+        raise DocumentError(f"'settings.{str(error).removeprefix(chr(39))}") from error
     for number, shard in enumerate(shards):
         if shard.bucket >= len(bins):
             raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)} buckets")

@@ -40,6 +40,11 @@ class _Group(TypedDict):
     interval_95: NotRequired[tuple[Number, Number] | None]  # earlier scorecards had none
 
 
+class _Validation(TypedDict):
+    rejected: NotRequired[Size]
+    disjoint_by_speaker: NotRequired[bool]
+
+
 class _Card(TypedDict):
     """Describe the fields of a scorecard that a model card uses."""
 
@@ -51,7 +56,7 @@ class _Card(TypedDict):
     split: str
     shards: str
     undecodable: list[Any]
-    validation: dict[str, Any]
+    validation: _Validation
     groups: dict[str, list[_Group]]
 
 

@@ -169,7 +169,7 @@ def test_the_split_command_shows_every_piece(long_corpus: Path, run_sharding: Co
     row = read_manifest(long_corpus)[-1]
     done = run_sharding("split", long_corpus / row["audio_path"], "--text", row["phonetic_text"], "--max-duration", 10)
     head, *lines = done.stdout.splitlines()
-    assert head == f"{row['audio_duration_sec']:.2f} s in {len(lines)} pieces"
+    assert head == f"{row['audio_duration_sec']:.2f} s in {len(lines)} segments"
     assert len(lines) >= 3
     assert json.loads(f"[{lines[0].split()[0]}]") == [0.0]
 
