@@ -41,7 +41,8 @@ demo: setup
 	@streamtrain summary data/demo/run
 
 # Three processes, for most tests wait for processes of their own; a file's tests share what they made, so stay together
-PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	--cov=sharding --cov=streamtrain --cov-report=term:skip-covered
 
 test: setup
 	$(PYTEST) -m "not long"

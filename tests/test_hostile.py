@@ -61,7 +61,8 @@ READ_IN_PART = {  # whatever else is in them
     "sharding.report.ledger": "its rows are kept as they are",
     "sharding.segment.evidence": "rows of `align`, which say more to people",
     "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
-    "_Group": "likewise", "_Validation": "likewise", "_Data": "for a model card", "_Training": "likewise", "_Settings": "one setting of main.py's",
+    "_Group": "likewise", "_Validation": "likewise", "_Data": "for a model card", "_Training": "likewise",
+    "_Settings": "one setting of main.py's",
 }  # fmt: skip
 OUTSIDE = ("../VICTIM.bin", "train/../../VICTIM.bin", "/etc/passwd", "/dev/zero", "..", ".", "", "a\0b")
 
