@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 from pydantic import Field
@@ -29,21 +29,22 @@ from sharding.command import (
 )
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError, counted
 from sharding.files.document import Fraction, Number
-from sharding.segment.cuts import MAX_DURATION_SEC
 from sharding.shardset.build_config import (
     BuildConfig,
     MaxDuration,
-    SplitConfig,
     Track,
+    WordLLR,
     checked,
 )
 
 if TYPE_CHECKING:
     from sharding.segment.evidence import Alignments
+    from sharding.segment.split import Segment
     from sharding.sources.manifest import ManifestOptions
 
 # Imports stay inside the commands, so that each tells at once what it begins.
 
+DEFAULTS = BuildConfig()
 DEFAULT_SOURCES = "data/raw/*"
 REJECTED_HINT = "report/ledger.jsonl.zst has the reason for each; the set is whole and can be used if they are right"
 REPORT_HINT = "copy it again, with all that is in report/; a set older than its sums gets them with the next --append"
@@ -67,7 +68,8 @@ class ReadingOptions:
     """Hold how the rows and the audio of sources are read."""
 
     columns: Annotated[str, Parameter(metavar="FIELD=COLUMN,…")] = ""
-    """The columns of a transcripts file that has other names, such as audio_path=path,text=sentence."""
+    """The columns of a transcripts file that has other names, such as audio_path=path,text=sentence. Fields:
+    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes."""
     follow_links: bool = False
     """Also read audio that links lead to outside its source's folder, as git-annex and the Hugging Face cache lay it
     out: whoever made the links decides which files are read."""
@@ -91,13 +93,12 @@ def build(
     /,
     *,
     out: OutFolder = "data/shards",
-    config: BuildConfig = BuildConfig(),  # noqa: B008 (frozen)
+    config: BuildConfig = DEFAULTS,
     reading: ReadingOptions = ReadingOptions(),
     workers: Workers = CORES,
     append: bool = False,
     dry_run: bool = False,
     max_reject_rate: Fraction = 0.01,
-    executor: Literal["processes", "dask"] = "processes",
     scheduler: Annotated[str, Parameter(metavar="ADDRESS")] = "",
 ) -> None:
     """Turn audio and labels into tar shards bucketed by duration.
@@ -106,24 +107,23 @@ def build(
         sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip,
             Common Voice folders, or transcripts files.
         out: Folder or s3://bucket/prefix of the shard set.
-        workers: Processes; the result is the same for any number.
+        workers: Processes (default: the cores); the result is the same for any number.
         append: Add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and
             validation speakers. A run that began before goes on with the clips it began with.
         dry_run: Examine, decode and plan everything, and write nothing.
         max_reject_rate: Share of rejected clips above which the finished command fails.
-        executor: Run on this machine, or on a Dask cluster. Its scheduler and workers must have this package and its
-            libraries. Workers must have one thread each (dask worker … --nthreads 1), and see the sources and OUT
-            under the same paths as this machine, or OUT is a bucket.
-        scheduler: With --executor dask: where its scheduler listens, such as tcp://host:8786.
+        scheduler: Run on the Dask cluster whose scheduler listens there, such as tcp://host:8786. Its scheduler and
+            workers must have this package and its libraries. Workers must have one thread each (dask worker …
+            --nthreads 1), and see the sources and OUT under the same paths as this machine, or OUT is a bucket.
     """
     announce(f"building {out} of {shortened(sources)}")
-    _check_executor(executor, scheduler, dry_run)
+    _check_scheduler(scheduler, dry_run)
     from sharding.build.pipeline import RunOptions
     from sharding.build.pipeline import build as build_shards
     from sharding.report.summary import render
 
     alignments = _read_alignments(reading.alignments)
-    config = checked(BuildConfig, asdict(config) | {"alignments": alignments.digest})
+    config = checked(asdict(config) | {"alignments": alignments.digest})
     how = RunOptions(workers, reading.manifest_options(), dry_run, append, scheduler, alignments)
     built = build_shards(_find_sources(sources), out, config, how)
     if built.summary:
@@ -150,15 +150,11 @@ def _check_rejected(where: str, rejected: float, allowed: float, hint: str) -> N
         )
 
 
-def _check_executor(executor: str, scheduler: str, dry_run: bool) -> None:
-    if executor == "dask" and not scheduler:
-        raise StreamtrainError("--executor dask needs the address of the scheduler: --scheduler tcp://host:8786")
+def _check_scheduler(scheduler: str, dry_run: bool) -> None:
     if scheduler and not re.fullmatch(r"(tcp|tls)://\S+:\d+", scheduler):
         raise StreamtrainError(f"--scheduler {scheduler}: an address such as tcp://host:8786 is expected")
-    if executor != "dask" and scheduler:
-        raise StreamtrainError("--scheduler is for --executor dask, which is not asked for")
-    if executor == "dask" and dry_run:  # segments of long recordings pass from worker to worker in OUT
-        raise StreamtrainError("--dry-run writes nothing, not even what Dask's workers need: leave --executor out")
+    if scheduler and dry_run:  # segments of long recordings pass from worker to worker in OUT
+        raise StreamtrainError("--dry-run writes nothing, not even what Dask's workers need: leave --scheduler out")
 
 
 def _find_sources(named: Sequence[str]) -> list[Path]:
@@ -199,7 +195,7 @@ def verify(
         decode: Decode every clip as well.
         repair: All the sources that the set was built of, appended ones too: make what is damaged again, to the same
             bytes. Give --columns, --alignments and the like as the set was built with.
-        workers: Processes.
+        workers: Processes (default: the cores).
     """
     announce(f"checking {shards}")
     if repair:
@@ -254,7 +250,7 @@ def index(
     *,
     valid: Annotated[list[str], several("PATTERN")] = [],  # noqa: B006
     track: Track = "phonetic",
-    max_duration: MaxDuration = MAX_DURATION_SEC,
+    max_duration: MaxDuration = DEFAULTS.max_duration,
     workers: Workers = CORES,
     max_reject_rate: Fraction = 0.01,
 ) -> None:
@@ -267,7 +263,7 @@ def index(
             `*dev*`, if there are such).
         track: What the labels are: IPA phones or written words.
         max_duration: Longer samples are rejected, s.
-        workers: Processes.
+        workers: Processes (default: the cores).
         max_reject_rate: Share of rejected samples above which the finished command fails.
     """
     announce(f"indexing the tars of {shards}")
@@ -289,7 +285,7 @@ def inspect(shards: Place, /, *, json: bool = False, plots: OutFolder | None = N
         json: Print the tables as one JSON object, for programs.
         plots: Write plots of durations, loudness, symbols per second and label symbols there, as PNG; this reads all
             the audio.
-        workers: Processes that read the audio for --plots.
+        workers: Processes that read the audio for --plots (default: the cores).
     """
     announce(f"reading {shards}")
     from sharding.report import inspect as tables
@@ -313,7 +309,10 @@ def split(
     *,
     text: str = "",
     alignments: Place | None = None,
-    config: SplitConfig = SplitConfig(),  # noqa: B008
+    max_duration: MaxDuration = DEFAULTS.max_duration,
+    min_confidence: Fraction = DEFAULTS.min_confidence,
+    max_false_accept: Fraction = DEFAULTS.max_false_accept,
+    min_word_llr: WordLLR = DEFAULTS.min_word_llr,
     plot: Annotated[Path | None, out_file(PNG)] = None,
 ) -> None:
     """Show where one long recording would be cut, and what each segment would hold.
@@ -324,6 +323,10 @@ def split(
         audio: Audio file.
         text: Its label, or a text file that holds it.
         alignments: What `align` has written of it, and of others like it.
+        max_duration: Longest segment, s.
+        min_confidence: As in `build`, whose help explains when a segment keeps its words.
+        max_false_accept: As in `build`.
+        min_word_llr: As in `build`.
         plot: Draw the sound, where speech is heard, the pauses, the cuts and the words, as PNG.
     """
     announce(f"cutting {audio}")
@@ -333,7 +336,6 @@ def split(
     from sharding.segment.acoustic_model import example_of, fit
     from sharding.segment.split import LabelThresholds, split_recording
 
-    config = checked(SplitConfig, asdict(config))
     try:
         waveform, _ = decode(Path(audio).read_bytes(), prove=True)
     except FileNotFoundError as error:
@@ -341,21 +343,24 @@ def split(
     except AudioError as error:
         raise AudioError(f"{audio}: {error.message}") from error
     name, activity, aligned = Path(audio).stem, detect_speech(waveform), _read_alignments(alignments)
-    gates = LabelThresholds(config.min_confidence, aligned.bound(config.max_false_accept), config.min_word_llr)
+    gates = LabelThresholds(min_confidence, aligned.bound(max_false_accept), min_word_llr)
     label, evidence = read_label(_text_of(text), "phonetic"), aligned.of(name)
-    model = fit([example_of(name, label, waveform)], "phonetic", config.max_false_accept)
-    segments = split_recording(name, waveform, label, config.max_duration, activity, evidence, model, gates)
+    model = fit([example_of(name, label, waveform)], "phonetic", max_false_accept)
+    segments = split_recording(name, waveform, label, max_duration, activity, evidence, model, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'segment')}")
-    for segment in segments:
-        span = f"{segment.start_sec:9.3f} – {segment.end_sec:9.3f} s  {segment.label_status:>10}"
-        mark = " (forced cut)" if segment.forced else ""
-        print(f"{span} {segment.confidence:.2f}{mark}  {segment.text or segment.reason or ''}")
+    print("\n".join(map(_render_segment, segments)))
     if plot:
         from sharding.files.writing import write
         from sharding.report.plots import plot_split
 
         write(plot, plot_split(name, waveform, activity, find_pauses(activity), segments))
         print(f"wrote {plot}")
+
+
+def _render_segment(segment: "Segment") -> str:
+    span = f"{segment.start_sec:9.3f} – {segment.end_sec:9.3f} s  {segment.label_status:>10}"
+    mark = " (forced cut)" if segment.forced else ""
+    return f"{span} {segment.confidence:.2f}{mark}  {segment.text or segment.reason or ''}"
 
 
 def _text_of(label: str) -> str:

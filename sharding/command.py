@@ -92,7 +92,9 @@ def _version() -> str:
 def _show_default(value: Any) -> str | None:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or None
-    return f"{value:g}" if isinstance(value, float) else str(value) if value not in (None, "", False) else None
+    if value is None or value is False or value == "":
+        return None
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _values(values: Iterable[Any]) -> Iterator[Any]:
@@ -136,7 +138,14 @@ def _to_path(kind: Any, tokens: Sequence[Token]) -> Path:
     return Path(tokens[0].value)
 
 
+def _check_no_option(text: str) -> None:
+    if text.startswith("-") and text != "-":
+        raise ValueError(f"a name is expected, and {text} is an option; ./{text} names such a file")
+
+
 def _check_folder(kind: Any, value: Any) -> None:
+    if value is not None:
+        _check_no_option(value)
     if value == "-":
         raise ValueError("a folder is written, not a stream; its name is expected")
     _check_name(kind, value)
@@ -151,6 +160,7 @@ def out_file(beginning: bytes) -> Parameter:
     def convert(kind: Any, tokens: Sequence[Token]) -> Path:
         text = tokens[0].value
         _check_name(kind, text)
+        _check_no_option(text)
         path = STDOUT if text == "-" else OutFile(text)
         there = file_to_replace(path)
         if there is not None and there.is_file():
@@ -171,7 +181,7 @@ def _whole(_: Any, tokens: Sequence[Token]) -> int:
 
 def several(metavar: str) -> Parameter:
     """Return the parameter of an option that takes several values, and may be given more than once."""
-    return Parameter(consume_multiple=True, metavar=metavar, validator=_check_name)
+    return Parameter(consume_multiple=(1, None), metavar=metavar, validator=_check_name)
 
 
 Place = Annotated[str, Parameter(validator=_check_name, metavar="PLACE")]  # a file or folder, or a URL

@@ -63,15 +63,17 @@ def build(
     from sharding.build.pipeline import RunOptions
     from sharding.build.pipeline import build as build_shards
     from sharding.segment.evidence import NO_ALIGNMENTS, read_alignments
-    from sharding.shardset.build_config import BuildConfig, checked
+    from sharding.shardset.build_config import checked
     from sharding.sources.manifest import ManifestOptions, parse_columns
 
-    if isinstance(sources, str | Path):
+    if isinstance(sources, str | Path) or not sources:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
+    if workers is not None and workers < 1:
+        raise StreamtrainError(f"workers is {workers}: 1 or more is expected")
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
     manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
     options = RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
-    config = checked(BuildConfig, settings | {"alignments": aligned.digest})
+    config = checked(settings | {"alignments": aligned.digest})
     return build_shards([Path(source) for source in sources], str(out), config, options)
 
 
@@ -90,7 +92,7 @@ def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> Epoch
         StreamtrainError: If a clip is longer than `data.batch_seconds`, or there are no labelled clips.
 
     Example:
-        >>> plan(shards, load_config("configs/zero2.json")).steps
+        >>> plan(shards, load_config("zero2")).steps
     """
     return plan_epoch(as_shard_set(shards).index, PlanSettings.of(config), epoch)
 
@@ -113,7 +115,7 @@ def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunRes
             The same call then resumes it.
 
     Example:
-        >>> train(load_config("configs/demo.json", ["train.max_steps=10"])).best_cer
+        >>> train(load_config("demo", ["train.max_steps=10"])).best_cer
     """
     from streamtrain.distributed import join_group
     from streamtrain.run_status import read_result

@@ -50,9 +50,8 @@ for name in OF_SHARDING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if not is_rank():  # each of several ranks sets up its own log
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("streamtrain").setLevel(logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("streamtrain").setLevel(logging.INFO)
     return run(app, arguments)
 
 
@@ -100,36 +99,38 @@ def plan(
 
 
 @app.command(
-    help_epilogue="Example: streamtrain train --config zero2 --set data.shards=s3://speech/shards train.epochs=30"
+    group=TRAINING,
+    help_epilogue="Example: streamtrain train --config zero2 --set data.shards=s3://speech/shards train.epochs=30",
 )
 def train(*, options: ranks.TrainOptions, where: LaunchOptions = HERE) -> int:
     """Train on all GPUs of this machine, or of several; the same command resumes a run that was stopped."""
-    if is_rank():
+    count = 1 if is_rank() else count_ranks(where)
+    if count == 1:
         ranks.train(options)
-    ranks.announce_once(f"training as {options.config} says")
-    config = options.check(where.ranks)
-    if (count := count_ranks(where)) == 1 and not where.hostfile:
-        ranks.train(options)
-    code = launch(count, where, sys.argv[1:])
+        return 0
+    announce(f"training as {options.config} says")
+    config = options.check(count)
+    code = launch("train", options, where, count)
     if code == 0 and not options.find_batch_seconds:
         from streamtrain.run_status import read_result
 
-        read_result(Path(config.train.run_dir))  # the launcher of a run that was killed may return 0
+        read_result(Path(config.train.run_dir))  # it has ended well only if it says so
     return code
 
 
 @app.command(
-    help_epilogue="Example: streamtrain evaluate --model runs/zero2/best --shards data/shards --out runs/zero2"
+    group=TRAINING,
+    help_epilogue="Example: streamtrain evaluate --model runs/zero2/best --shards data/shards --out runs/zero2",
 )
 def evaluate(*, options: ranks.EvaluateOptions, where: LaunchOptions = HERE) -> int:
     """Score a model on each clip of a split once: CER or WER, with intervals, and a page of the worst clips."""
-    if is_rank():
+    count = 1 if is_rank() else count_ranks(where)
+    if count == 1:
         ranks.evaluate(options)
-    ranks.announce_once(f"scoring {options.model} on split {options.split} of {options.shards}")
+        return 0
+    announce(f"scoring {options.model} on split {options.split} of {options.shards}")
     options.check()
-    if (count := count_ranks(where)) == 1 and not where.hostfile:
-        ranks.evaluate(options)
-    return launch(count, where, sys.argv[1:])
+    return launch("evaluate", options, where, count)
 
 
 @app.command(group=TRAINING, help_epilogue="Example: streamtrain summary runs/zero2")
@@ -171,7 +172,7 @@ def transcribe(
         source: Audio files, folders or zips of them, transcripts files with an audio_path, shard sets, or s3://… of
             either.
         out: JSONL file to write, `-` for standard output; the same command resumes if it was killed.
-        columns: The columns of a transcripts file that has other names, as for `build`.
+        columns: The columns of a transcripts file that has other names, such as audio_path=path,utterance_id=id.
         audio_root: Take absolute audio paths of a transcripts file that lie below this folder, and look up relative
             ones in it.
         batch_seconds: Padded seconds per forward: larger takes more memory (default: 400 on a GPU; on CPU by the
@@ -288,7 +289,7 @@ def package(
     Args:
         model: Folder of a trained model, such as RUN/best.
         out: File to write, such as submission.zip.
-        batch_seconds: Padded seconds of a forward there (default: 400 on a GPU, 30 elsewhere).
+        batch_seconds: Padded seconds per forward there (default: 400 on a GPU; on CPU by the model, at most 30).
         check: Rehearse it: unpacked, offline, with the runtime's packages alone; on DATA, a folder in the challenge's
             form or a shard set (default: on noise).
         python: Interpreter of the rehearsal, such as one of an environment with the runtime's very versions.

@@ -264,7 +264,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _find(path: str | Path) -> Path:
     """Return the file of a configuration: `path` itself, or the packaged one of that name if there is no such file."""
     packaged = PACKAGED.get(str(path))
-    return Path(path) if packaged is None or Path(path).exists() else packaged
+    return Path(path) if packaged is None or Path(path).is_file() else packaged
 
 
 def explain(config: Config | None) -> str:

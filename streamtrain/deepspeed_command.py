@@ -9,7 +9,6 @@ import psutil
 
 LAUNCHER = "deepspeed.launcher.launch"
 ENDED = -1  # the PID of no process
-ADOPTER = "STREAMTRAIN_ADOPTER"  # variable with the PID of the process that adopts orphans of the command
 
 
 class DeepSpeedCommand:
@@ -60,11 +59,8 @@ def _is_started_locally(words: list[str]) -> bool:
 def _is_adopted(pid: int, parent: int) -> bool:
     """Return whether `parent` cannot have started the launcher: that has the command's process group and interpreter.
 
-    In a container, PID 1 may be a shell that waits for the command, in the same process group. `streamtrain train` has
-    started the command, and adopts what that leaves behind.
+    In a container, PID 1 may be a shell that waits for the command, in the same process group.
     """
-    if os.environ.get(ADOPTER) == str(parent):
-        return True
     try:
         return os.getpgid(pid) != os.getpgid(parent) or _program(pid) != _program(parent)
     except ProcessLookupError:  # the command has just ended

@@ -286,7 +286,8 @@ def process_group() -> Iterator[World]:
     die_with_parent()  # ranks that outlive their launcher would train on beside the next run
     world = world_from_environment()
     _quiet_libraries()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if world.main else logging.WARNING, force=True)
+    logging.basicConfig(format="%(message)s", force=True)
+    log.setLevel(logging.INFO if world.main else logging.WARNING)
     try:
         command = deepspeed_command()
         if command.ended or os.getppid() != command.launcher_pid:  # while this rank imported
@@ -356,7 +357,7 @@ def _start_process_group(world: World) -> None:
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise StreamtrainError(
             f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            "start all of them; if another run uses that port, choose another: deepspeed --master_port 29501 …",
+            "start all of them; if another run uses that port, choose another: `deepspeed --master_port 29501 …`",
         ) from error
 
 

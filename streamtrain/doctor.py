@@ -5,9 +5,10 @@ import platform
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, requires, version
+from queue import Empty, Queue
 from typing import NamedTuple
 
 import psutil
@@ -20,7 +21,7 @@ from sharding.shardset.store import open_store
 MASTER_PORT = 29_500  # DeepSpeed's default
 PLACE_SEC = 10.0
 GIB = 2**30
-INSTALL = "install it: pip install streamtrain"
+INSTALL = "install this package again: pip install ."
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader"]
 
 
@@ -75,10 +76,13 @@ def _gpus() -> Iterator[Finding]:
     if shutil.which(QUERY[0]) is None:
         yield Finding("gpus", "no NVIDIA driver: ranks compute on the CPU, unless torch knows other devices")
         return
-    told = subprocess.run(QUERY, capture_output=True, text=True, timeout=PLACE_SEC, check=False)
-    if told.returncode:
-        yield Finding("gpus", f"nvidia-smi fails: {(told.stdout + told.stderr).strip():.200}", fault=True)
+    try:
+        told = subprocess.run(QUERY, capture_output=True, text=True, timeout=PLACE_SEC, check=True)
+    except subprocess.SubprocessError as error:  # the driver may hang
+        yield Finding("gpus", f"nvidia-smi fails: {error}", fault=True)
         return
+    if version("torch").endswith("+cpu"):
+        yield Finding("gpus", "there are some, but this torch is for CPUs alone: install another build", fault=True)
     for number, line in enumerate(told.stdout.splitlines()):
         name, total, used, driver = line.split(", ")
         yield Finding("gpus", f"{number}: {name}, {used} of {total} are used, driver {driver}")
@@ -86,26 +90,33 @@ def _gpus() -> Iterator[Finding]:
 
 def _port() -> Finding:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run may just have ended
         try:
             probe.bind(("", MASTER_PORT))
         except OSError:
-            return Finding("port", f"{MASTER_PORT} is taken, maybe by another run: start this one with --master-port")
-    return Finding("port", f"{MASTER_PORT} is free for the ranks to meet at")
+            return Finding("port", f"{MASTER_PORT} is taken: under `deepspeed`, give a run another --master_port")
+    return Finding("port", f"{MASTER_PORT}, at which ranks under `deepspeed` meet, is free")
 
 
 def _place(place: str) -> Finding:
     """Return whether a folder or a bucket can be read, and whether it holds a shard set."""
     if "://" not in place and not os.path.isdir(place):
         return Finding("place", f"{place}: there is no such folder", fault=True)
-    pool = ThreadPoolExecutor(1)
+    answer: Queue[bool | Exception] = Queue()
+
+    def ask() -> None:
+        try:
+            answer.put(open_store(place).exists("index.json"))
+        except (StreamtrainError, OSError) as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # a store retries for longer
     try:
-        found = pool.submit(lambda: open_store(place).exists("index.json")).result(PLACE_SEC)
-    except TimeoutError:
+        found = answer.get(timeout=PLACE_SEC)
+    except Empty:
         return Finding("place", f"{place}: no answer within {PLACE_SEC:.0f} s", fault=True)
-    except (StreamtrainError, OSError) as error:
-        return Finding("place", f"{place}: {str(error).splitlines()[0]}", fault=True)
-    finally:
-        pool.shutdown(wait=False)
+    if isinstance(found, Exception):
+        return Finding("place", f"{place}: {str(found).splitlines()[0]}", fault=True)
     return Finding("place", f"{place}: can be read, and holds {'a' if found else 'no'} shard set")
 
 

@@ -1,25 +1,27 @@
-"""Start the ranks of a training or an evaluation, on this machine or on several, with DeepSpeed's launcher."""
+"""Start the ranks of a training or an evaluation: on this machine itself, on several with the `deepspeed` command."""
 
-import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from types import FrameType
-from typing import Annotated
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
 
 from sharding.command import WHOLE, Place
+from sharding.errors import StreamtrainError, counted
 from sharding.pool import die_with_parent
-from streamtrain.deepspeed_command import ADOPTER
 
-PR_SET_CHILD_SUBREAPER = 36
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
+ANNOUNCED = "STREAMTRAIN_ANNOUNCED"  # variable of ranks whose command is announced
+POLL_SEC = 0.1
+SAVE_SEC = 30.0  # that ranks get to save and end, once one of them has failed
 
 
 @Parameter(name="*")
@@ -28,50 +30,108 @@ class LaunchOptions:
     """Hold where the ranks run."""
 
     ranks: Annotated[int | None, Field(ge=1), WHOLE] = None
-    """Processes on each machine, one per GPU (default: the GPUs that are visible, or 1)."""
+    """Processes on each machine, one per GPU (default: the GPUs that are visible, or 1; with --hostfile, its slots)."""
     hostfile: Place | None = None
-    """Machines to use, a line for each: `host slots=8`. They need the same environment and the same paths, and ssh."""
+    """Machines to use, a line for each: `host slots=8`. They need the same environment and paths, pdsh and ssh."""
     master_port: Annotated[int, Field(ge=1, le=65_535), WHOLE] = 29_500
-    """Port at which the ranks meet; another one for a second run on the same machine."""
+    """With --hostfile: the port at which the ranks meet; on one machine, a free port is taken."""
 
 
 def is_rank() -> bool:
-    """Return whether a launcher (deepspeed or torchrun) started this process as one of its ranks."""
-    return "RANK" in os.environ
+    """Return whether a launcher (streamtrain, deepspeed or torchrun) started this process as one of its ranks."""
+    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
 
 
-def count_ranks(options: LaunchOptions) -> int:
-    """Return the number of ranks of each machine."""
-    if options.ranks is not None:
-        return options.ranks
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not any(map(os.path.exists, GPU_DEVICES)):
-        return 1
-    import torch
+def count_ranks(options: LaunchOptions) -> int | None:
+    """Return the number of ranks on this machine, None if a hostfile tells. Raises StreamtrainError if it cannot be."""
+    if options.hostfile is not None:
+        if not Path(options.hostfile).is_file():
+            raise StreamtrainError(f"--hostfile {options.hostfile}: there is no such file")
+        return None
+    gpus = 0
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and any(map(os.path.exists, GPU_DEVICES)):
+        import torch
 
-    return max(torch.cuda.device_count(), 1)
+        gpus = torch.cuda.device_count()
+    if gpus and options.ranks is not None and options.ranks > gpus:
+        message = f"--ranks {options.ranks}: there {'is' if gpus == 1 else 'are'} {counted(gpus, 'GPU')}"
+        raise StreamtrainError(message, "take fewer ranks, or compute on the CPU with DS_ACCELERATOR=cpu")
+    return options.ranks or max(gpus, 1)
 
 
-def launch(ranks: int, options: LaunchOptions, arguments: Sequence[str]) -> int:
-    """Run `streamtrain ARGUMENTS` as each rank and return the exit code once all of them have ended.
+def launch(command: str, options: Any, where: LaunchOptions, ranks: int | None) -> int:
+    """Run `streamtrain COMMAND` with its options as each rank and return the exit code once all ranks have ended."""
+    root = Path(__file__).parents[1]  # the ranks import this very package, whatever the working folder holds
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": paths, ANNOUNCED: "1"}
+    words = [command, *_to_words(options)]
+    if ranks is not None:
+        port = _free_port()
+        return _wait([_start(rank, ranks, port, words, environment) for rank in range(ranks)])
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(where.hostfile)]
+    deepspeed += ["--num_accelerators", str(where.ranks)] if where.ranks else []
+    deepspeed += ["--master_port", str(where.master_port), "--module", "--no_local_rank", "streamtrain"]
+    return os.execve(sys.executable, [*deepspeed, *words], environment)
 
-    SIGTERM and Ctrl-C end the launcher; its ranks notice that, or get Ctrl-C too, save, and end.
+
+def _to_words(options: Any) -> list[str]:
+    """Return the arguments that give a dataclass of options its values."""
+    words: list[str] = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if value != default:
+            words.append(f"--{field.name.replace('_', '-')}")
+            words += [] if value is True else value if isinstance(value, list) else [str(value)]
+    return words
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(
+    rank: int, ranks: int, port: int, words: Sequence[str], environment: dict[str, str]
+) -> "subprocess.Popen[bytes]":
+    """Start a rank with the variables that DeepSpeed's launcher and torchrun set."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "CROSS_RANK": 0}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = environment | {name: str(value) for name, value in (numbers | place).items()}
+    command = [sys.executable, "-m", "streamtrain", *words]
+    return subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)
+
+
+def _wait(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Wait for all ranks and return the code of the first that fails, after which the others are ended.
+
+    SIGTERM is passed on to the ranks, which save and end; a terminal sends Ctrl-C to all of them by itself.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(options.master_port)]
-    command += ["--hostfile", options.hostfile] if options.hostfile else []
-    command += ["--module", "--no_local_rank", "streamtrain", *arguments]
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # to wait for ranks whose launcher has ended
-    launcher = subprocess.Popen(command, env=os.environ | {ADOPTER: str(os.getpid())}, preexec_fn=die_with_parent)
-    stopped_by: list[int] = []
+    stopped = False
 
-    def stop(number: int, _: FrameType | None) -> None:
-        stopped_by.append(number)
-        launcher.terminate()
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        _end(ranks)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    code = launcher.wait()
-    with suppress(ChildProcessError):
-        while True:
-            os.wait()
-    return 128 + stopped_by[0] if stopped_by else code
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background job
+        signal.signal(signal.SIGINT, lambda *_: None)
+    code, deadline = 0, float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        time.sleep(POLL_SEC)
+        failed = [rank.returncode for rank in ranks if rank.returncode]
+        if failed and not code:
+            code, deadline = failed[0], time.monotonic() + SAVE_SEC
+            _end(ranks)
+        if time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+    code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return 128 + signal.SIGTERM if stopped else 128 - code if code < 0 else code
+
+
+def _end(ranks: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for rank in ranks:
+        rank.terminate()

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from sharding.command import WHOLE, OutFolder, Place, announce, new_app, run, several
+from sharding.command import WHOLE, Folder, OutFolder, Place, announce, new_app, run, several
+from streamtrain.launcher import ANNOUNCED
 from streamtrain.startup import configure_threads, env_int, report_errors
-
-ANNOUNCED = "STREAMTRAIN_ANNOUNCED"  # in the environment: what has been announced
 
 if TYPE_CHECKING:
     from streamtrain.config import Config
@@ -56,7 +55,7 @@ class TrainOptions:
 class EvaluateOptions:
     """Hold the options of an evaluation."""
 
-    model: Place
+    model: Folder
     """Folder of a trained model, such as RUN/best."""
     out: OutFolder
     """Folder for scorecard.json, scorecard.html and hypotheses.jsonl."""
@@ -77,14 +76,14 @@ class EvaluateOptions:
         from sharding.shardset.store import open_store
         from streamtrain.model.vocab import load_vocab
 
-        load_vocab(Path(self.model))
+        load_vocab(self.model)
         read_index_header(open_store(self.shards))
 
 
 def train(options: TrainOptions) -> None:
     """Train as one rank: rank 0 of 1, or the rank of the launcher that started this process."""
     configure_threads()
-    announce_once(f"training as {options.config} says")
+    _announce(f"training as {options.config} says")
     with report_errors():
         config = options.check(env_int("WORLD_SIZE", 1))
 
@@ -103,7 +102,7 @@ def train(options: TrainOptions) -> None:
 def evaluate(options: EvaluateOptions) -> None:
     """Score as one rank: rank 0 of 1, or the rank of the launcher that started this process."""
     configure_threads()
-    announce_once(f"scoring {options.model} on split {options.split} of {options.shards}")
+    _announce(f"scoring {options.model} on split {options.split} of {options.shards}")
     with report_errors():
         options.check()
 
@@ -113,24 +112,18 @@ def evaluate(options: EvaluateOptions) -> None:
         from streamtrain.eval.evaluate import evaluate_model
 
         baseline = Path(options.compare_to) if options.compare_to else None
-        evaluate_model(options.model, options.shards, options.split, options.batch_seconds, Path(options.out), world,
-                       options.beam, baseline)  # fmt: skip
+        place = (options.shards, options.split, options.batch_seconds, Path(options.out))
+        evaluate_model(str(options.model), *place, world, options.beam, baseline)
 
 
-def announce_once(opening: str) -> None:
+def _announce(opening: str) -> None:
     """Announce a command on rank 0, unless the process that started the ranks has done so."""
-    if env_int("RANK") == 0 and os.environ.get(ANNOUNCED) != opening:
+    if env_int("RANK") == 0 and os.environ.pop(ANNOUNCED, None) is None:
         announce(opening)
-        os.environ[ANNOUNCED] = opening
 
 
 def main(command: Callable[..., None], script: str, summary: str | None) -> int:
     """Run a command as `launch/SCRIPT` does and return the exit code."""
     app = new_app(script, summary)
     app.default(command)
-    return run(app, rank_arguments())
-
-
-def rank_arguments() -> list[str]:
-    """Return the arguments of this process without the one that DeepSpeed's launcher adds."""
-    return [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    return run(app, [word for word in sys.argv[1:] if not word.startswith("--local_rank=")])  # DeepSpeed adds it

@@ -25,9 +25,7 @@ class ClusterWorkers(Workers):
         try:
             from distributed import Client, Security
         except ImportError as error:
-            raise StreamtrainError(
-                "--executor dask: distributed is not installed", "pip install distributed"
-            ) from error
+            raise StreamtrainError("--scheduler: distributed is not installed", "pip install distributed") from error
         for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # shutdown tracebacks; real errors are raised
         if scheduler.startswith("tls:") and not Security().get_connection_args("client").get("ssl_context"):

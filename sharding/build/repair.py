@@ -1,17 +1,21 @@
 """Rebuild damaged shards and indexes from the sources, to the same bytes."""
 
+import io
+import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from sharding.build.lock import exclusive_build
 from sharding.build.pipeline import BuildTask, ShardPlan, plan_build, write_shards
 from sharding.build.scan import ScanResult, hash_128, scan
 from sharding.build.write import BuildContext
-from sharding.errors import ShardError
+from sharding.errors import MissingError, ShardError
 from sharding.pool import Workers
 from sharding.segment.evidence import NO_ALIGNMENTS, Alignments
 from sharding.shardset.build_config import BuildConfig
@@ -77,6 +81,7 @@ def _separate_builds(store: Store, scanned: ScanResult, faults: Faults) -> Itera
                 record = read_checked(store, shard)
                 names.update(map(whole_key, (*record.keys, *record.refused)))
             except ShardError:
+                names.update(map(whole_key, _list_tar(store, shard)))
                 complete = False
         hashes = {hash_128(name)[0]: name for name in names}
         if missing := sorted(hashes.keys() - set(keys.tolist()), key=hashes.__getitem__):
@@ -91,6 +96,16 @@ def _separate_builds(store: Store, scanned: ScanResult, faults: Faults) -> Itera
                          "cannot determine which build added which clips: rebuild the shard set")  # fmt: skip
     for base, mask, complete in builds:
         yield base, scanned.select(mask if complete else mask | ~listed)
+
+
+def _list_tar(store: Store, shard: ShardEntry) -> list[str]:
+    """Return the keys in a shard whose list of them is damaged; none if the tar is damaged too."""
+    with suppress(MissingError):
+        tar = store.read(shard.name)
+        if xxhash.xxh3_64_hexdigest(tar) == shard.checksum:
+            with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+                return [name.removesuffix(".flac") for name in members.getnames() if name.endswith(".flac")]
+    return []
 
 
 def _rewrite(plans: Sequence[ShardPlan], damaged: Mapping[str, ShardEntry], pool: Workers) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field, TypeAdapter
@@ -16,37 +16,20 @@ from sharding.segment.cuts import MAX_DURATION_SEC, MIN_PIECE_SEC
 from sharding.segment.evidence import MAX_FALSE_ACCEPT
 from sharding.segment.split import LabelThresholds
 
-Settings = TypeVar("Settings", bound="SplitConfig")
 Track = Literal["phonetic", "word"]
+WordLLR = Annotated[Number, Field(ge=-1_000, le=1_000)]
 MaxDuration = Annotated[Number, Field(ge=2 * MIN_PIECE_SEC, le=86_400)]  # s; below, maybe no way but tiny segments
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
-class SplitConfig:
-    """Hold the settings that decide where a long recording is cut, and which of its segments keep their words."""
+class BuildConfig:
+    """Hold every setting that determines the bytes of a shard set, besides its sources."""
 
     __pydantic_config__ = STRICT
 
     max_duration: MaxDuration = MAX_DURATION_SEC
     """Longer clips are split at pauses, s; lower saves GPU memory."""
-    min_confidence: Fraction = LabelThresholds.min_confidence
-    """A segment keeps its words if each of its cuts falls where it should with this probability."""
-    max_false_accept: Fraction = MAX_FALSE_ACCEPT
-    """And if what is heard in it is hardly likelier than its words: by so little that only this share of labels with a
-    word left out would pass, as trials show. If hardly any would, those that are heard best do, unless this is 0; all
-    do if it is 1."""
-    min_word_llr: Annotated[Number, Field(ge=-1_000, le=1_000)] = LabelThresholds.min_word_llr
-    """And if each of its words is heard: its label is likelier with the word than without it, by at least so many nats.
-    Whatever these say, it loses them if two words are likelier the other way round, if one goes on after a pause, or if
-    somebody speaks where no word is heard."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True)
-class BuildConfig(SplitConfig):
-    """Hold every setting that determines the bytes of a shard set, besides its sources."""
-
     valid_fraction: Fraction = 0.1
     """Share of the children whose clips are kept for validation."""
     num_buckets: Annotated[Count, Field(ge=1, le=100), WHOLE] = 8  # a shard's name has two digits for its bucket
@@ -60,6 +43,16 @@ class BuildConfig(SplitConfig):
     group_by: Annotated[str, Parameter(metavar="COLUMN")] = ""
     """Keep all clips of one value of this column on one side, training or validation. If none is given: of one
     child_id, else of one session_id, else each clip by itself."""
+    min_confidence: Fraction = LabelThresholds.min_confidence
+    """A segment keeps its words if each of its cuts falls where it should with this probability."""
+    max_false_accept: Fraction = MAX_FALSE_ACCEPT
+    """A segment keeps its words if what is heard in it is hardly likelier than they are: by so little that only this
+    share of labels with a word left out would pass, as trials show. If hardly any would, those that are heard best do,
+    unless this is 0; all do if it is 1."""
+    min_word_llr: WordLLR = LabelThresholds.min_word_llr
+    """A segment keeps its words if each of them is heard: the label is likelier with it than without it, by at least so
+    many nats. Whatever the thresholds, it loses them if two words are likelier the other way round, if one goes on
+    after a pause, or if somebody speaks where no word is heard."""
     alignments: Annotated[str, Parameter(parse=False)] = ""
     """Digest of the model's alignments."""
 
@@ -69,10 +62,15 @@ class BuildConfig(SplitConfig):
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Return settings of a kind. Raises StreamtrainError, which names the first that is unknown or out of bounds."""
+BUILD_CONFIG = TypeAdapter(BuildConfig)
+
+
+def checked(values: Mapping[str, Any]) -> BuildConfig:
+    """Return the settings of a build. Raises StreamtrainError, which names the first unknown or unsuitable one."""
     try:
-        return validate(dict(values), TypeAdapter(kind))
+        return validate(dict(values), BUILD_CONFIG)
     except DocumentError as error:
-        names = ", ".join(field.name for field in fields(kind) if field.name != "alignments")  # which is a digest
+        names = ", ".join(
+            field.name for field in fields(BuildConfig) if field.name != "alignments"
+        )  # which is a digest
         raise StreamtrainError(f"setting {error}", f"settings: {names}") from error

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Size, validate
-from sharding.shardset.build_config import BuildConfig, Track
+from sharding.shardset.build_config import BUILD_CONFIG, Track
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
 SPLITS = ("train", "valid", "unlabelled")
@@ -39,13 +39,14 @@ class ShardEntry:
 _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
+_ExternalDuration = Annotated[Number, Field(ge=0.01, le=86_400)]
 _ExternalSettings = TypedDict(
     "_ExternalSettings",
-    {"track": Track, "max_duration": Number, "valid": list[str], "written by others": Literal[True]},
+    {"track": Track, "max_duration": _ExternalDuration, "valid": list[str], "written by others": Literal[True]},
     total=False,
 )
 _ExternalSettings.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
-_EXTERNAL, _BUILD = TypeAdapter(_ExternalSettings), TypeAdapter(BuildConfig)
+_EXTERNAL = TypeAdapter(_ExternalSettings)
 
 
 class _Validation(TypedDict):
@@ -142,7 +143,7 @@ def check_document(document: IndexDocument) -> None:
     bins, shards, count = document.duration_bins, document.shards, document.samples["count"]
     if list(bins) != sorted(bins):
         raise DocumentError(f"'duration_bins' are {list(bins)}, but must increase")
-    schema: TypeAdapter[Any] = _EXTERNAL if EXTERNAL in document.settings else _BUILD
+    schema: TypeAdapter[Any] = _EXTERNAL if EXTERNAL in document.settings else BUILD_CONFIG
     try:
         validate(document.settings, schema)
     except DocumentError as error:

@@ -1,7 +1,7 @@
 """Stream the batches of an epoch plan in its order, read ahead by a few threads; resumable at any step.
 
-Threads suffice: libsndfile and the object store release the interpreter's lock while they work. So there are no worker
-processes to start, to hang or to leave shared memory behind.
+On a CPU, threads suffice: libsndfile and the object store release the interpreter's lock while they work. A rank that
+feeds a GPU runs this in processes of its own, which loader.py starts.
 """
 
 import math

@@ -133,6 +133,8 @@ class Mirror:
         """Fetch files of the copy into a folder, each of which appears there when it is complete."""
         for name in names:
             check_name(f"{self._store.url}/{POINTER}", name)
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):  # a link in it leads elsewhere
+                raise StoreError(f"{self._store.url}/{POINTER}: names a file outside of the run: {name}")
             if name not in pointer["files"]:
                 raise StoreError(f"{self._store.url}/{POINTER}: lacks {name}", NO_MIRROR)
             pieces, path = pointer["files"][name], folder / name

@@ -111,7 +111,7 @@ def local(corpora: Path, run_sharding: Command) -> Path:
 
 def start_build(corpora: Path, out: str, address: str, **environment: str) -> "subprocess.Popen[str]":
     """Named by relative paths, which mean nothing in the workers' folder."""
-    arguments = ["east", "west", "--out", out, *SETTINGS, "--executor", "dask", "--scheduler", address]
+    arguments = ["east", "west", "--out", out, *SETTINGS, "--scheduler", address]
     return subprocess.Popen(
         [sys.executable, "-m", "sharding", "build", *map(str, arguments)],
         cwd=corpora,
@@ -250,7 +250,7 @@ def test_a_cluster_without_workers_is_given_up_and_one_with_threads_refused(
 
 def test_without_distributed_it_is_said_what_to_install(corpora: Path, tmp_path: Path) -> None:
     hidden = f"import sys; sys.modules['distributed'] = None; sys.path.insert(0, '{ROOT}')"
-    arguments = [str(corpora / "west"), "--out", str(tmp_path), "--executor", "dask", "--scheduler", "tcp://host:8786"]
+    arguments = [str(corpora / "west"), "--out", str(tmp_path), "--scheduler", "tcp://host:8786"]
     call = f"from sharding.cli import main; sys.exit(main({['build', *arguments]}))"
     done = subprocess.run([sys.executable, "-c", f"{hidden}; {call}"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -260,10 +260,8 @@ def test_without_distributed_it_is_said_what_to_install(corpora: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--executor", "dask"], "needs the address of the scheduler: --scheduler tcp://host:8786"),
-        (["--scheduler", "tcp://127.0.0.1:1"], "--scheduler is for --executor dask"),
-        (["--executor", "dask", "--scheduler", "host:8786"], "an address such as tcp://host:8786 is expected"),
-        (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1", "--dry-run"], "leave --executor out"),
+        (["--scheduler", "host:8786"], "an address such as tcp://host:8786 is expected"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--dry-run"], "leave --scheduler out"),
     ],
 )
 def test_half_a_wish_for_a_cluster_is_refused_in_a_line(

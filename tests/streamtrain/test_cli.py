@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,8 @@ import pytest
 from sharding.cli import app as sharding_app
 from streamtrain.cli import app, main
 from streamtrain.config import PACKAGED, Config, load_config
-from tests.tools.ports import free_port
+from streamtrain.launcher import _to_words
+from streamtrain.ranks import TrainOptions
 from tests.tools.training_runs import ROOT, environment, read_rows, steps_saved, wait_until
 
 COMMANDS = [name for name in app if not name.startswith("-")]
@@ -113,8 +115,7 @@ def test_the_doctor_examines_this_machine_and_the_places(
 
 def start(work: Path, name: str, *settings: str) -> "tuple[subprocess.Popen[bytes], Path]":
     log = work / f"{name}.out"
-    command = [sys.executable, "-m", "streamtrain", "train", "--config", "zero2", "--ranks", "2", "--master-port",
-               free_port(), "--set", f"data.shards={work / 'shards'}", f"model.pretrained={work / 'model'}",
+    command = [sys.executable, "-m", "streamtrain", "train", "--config", "zero2", "--ranks", "2", "--set", f"data.shards={work / 'shards'}", f"model.pretrained={work / 'model'}",
                f"train.run_dir={work / name}", *TINY, *settings]  # fmt: skip
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -130,7 +131,7 @@ def test_train_starts_ranks_anywhere_and_evaluate_scores_as_they_did(work: Path)
     assert told.startswith("training as zero2 says\n")
     assert told.count("training as zero2 says") == told.count("threads per rank") == 1
     assert len(read_rows(work / "by-command")) == 3
-    command = [sys.executable, "-m", "streamtrain", "evaluate", "--ranks", "2", "--master-port", free_port(),
+    command = [sys.executable, "-m", "streamtrain", "evaluate", "--ranks", "2",
                "--model", work / "by-command" / "best", "--shards", work / "shards",
                "--out", work / "scored-by-command"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=work, env=environment(), capture_output=True, text=True)
@@ -142,7 +143,9 @@ def test_train_starts_ranks_anywhere_and_evaluate_scores_as_they_did(work: Path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_to_the_command_saves_and_ends_all(number: signal.Signals, code: int, work: Path) -> None:
+def test_a_signal_to_the_command_ends_all_and_all_but_sigkill_save(
+    number: signal.Signals, code: int, work: Path
+) -> None:
     name = f"ended-by-{number.name}"
     process, log = start(work, name, "train.epochs=200")
     wait_until(lambda: (work / name / "log.csv").is_file() and len(read_rows(work / name)) > 2, process, log)
@@ -154,8 +157,52 @@ def test_a_signal_to_the_command_saves_and_ends_all(number: signal.Signals, code
     assert process.wait(60) == code
     _, alive = psutil.wait_procs(everyone, timeout=60)
     assert not alive
-    assert steps_saved(work / name)[-1] == len(read_rows(work / name)) > 2, log.read_text()[-3000:]
+    if number != signal.SIGKILL:
+        assert steps_saved(work / name)[-1] == len(read_rows(work / name)) > 2, log.read_text()[-3000:]
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 2.5])
+def test_a_signal_while_the_ranks_import_leaves_none(number: signal.Signals, seconds: float, work: Path) -> None:
+    name = f"ended-early-{number.name}-{seconds}"
+    process, log = start(work, name, "train.epochs=200")
+    time.sleep(seconds)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert process.wait(60) in (143, 130, -9)
+    _, alive = psutil.wait_procs(everyone, timeout=60)
+    assert not alive, log.read_text()[-3000:]
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_command_fails(work: Path) -> None:
+    process, log = start(work, "lost-rank", "train.epochs=200")
+    wait_until(lambda: (work / "lost-rank/log.csv").is_file() and len(read_rows(work / "lost-rank")) > 2, process, log)
+    ranks = [child for child in psutil.Process(process.pid).children() if "streamtrain" in child.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    assert process.wait(90) not in (0, None)
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_options_reach_the_ranks_as_they_were_given() -> None:
+    options = TrainOptions("zero2", ["a.b=1", "c.d=[1,2]"], resume="none", replan=True)
+    words = ["train", "--config", "zero2", "--set", "a.b=1", "c.d=[1,2]", "--resume", "none", "--replan"]
+    assert ["train", *_to_words(options)] == words
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    assert bound.arguments["options"] == options
+
+
+def test_a_hostfile_that_is_not_there_and_an_option_for_a_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "zero2", "--hostfile", "hosts"]) == 1
+    assert "--hostfile hosts: there is no such file" in capsys.readouterr().err
+    for command in ("export M --out --help-me", "transcribe M a --out --beam 4", "build --out --workers 4",
+                    "verify S --repair", "train --config zero2 --set", "index T --valid"):  # fmt: skip
+        assert main(command.split()) == 2, command
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_told_before_any_rank_starts(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
