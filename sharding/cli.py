@@ -38,6 +38,7 @@ from sharding.shardset.build_config import (
 )
 
 if TYPE_CHECKING:
+    from sharding.audio.codec import Waveform
     from sharding.segment.evidence import Alignments
     from sharding.segment.split import Segment
     from sharding.sources.manifest import ManifestOptions
@@ -330,18 +331,13 @@ def split(
         plot: Draw the sound, where speech is heard, the pauses, the cuts and the words, as PNG.
     """
     announce(f"cutting {audio}")
-    from sharding.audio.codec import SAMPLE_RATE, decode
+    from sharding.audio.codec import SAMPLE_RATE
     from sharding.audio.vad import detect_speech, find_pauses
     from sharding.labels.ipa import read_label
     from sharding.segment.acoustic_model import example_of, fit
     from sharding.segment.split import LabelThresholds, split_recording
 
-    try:
-        waveform, _ = decode(Path(audio).read_bytes(), prove=True)
-    except FileNotFoundError as error:
-        raise AudioError(f"{audio}: there is no such file", "name one recording") from error
-    except AudioError as error:
-        raise AudioError(f"{audio}: {error.message}") from error
+    waveform = _decode(audio)
     name, activity, aligned = Path(audio).stem, detect_speech(waveform), _read_alignments(alignments)
     gates = LabelThresholds(min_confidence, aligned.bound(max_false_accept), min_word_llr)
     label, evidence = read_label(_text_of(text), "phonetic"), aligned.of(name)
@@ -349,12 +345,23 @@ def split(
     segments = split_recording(name, waveform, label, max_duration, activity, evidence, model, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'segment')}")
     print("\n".join(map(_render_segment, segments)))
-    if plot:
+    if plot:  # matplotlib takes a second to import
         from sharding.files.writing import write
         from sharding.report.plots import plot_split
 
         write(plot, plot_split(name, waveform, activity, find_pauses(activity), segments))
         print(f"wrote {plot}")
+
+
+def _decode(audio: str) -> "Waveform":
+    from sharding.audio.codec import decode
+
+    try:
+        return decode(Path(audio).read_bytes(), prove=True)[0]
+    except FileNotFoundError as error:
+        raise AudioError(f"{audio}: there is no such file", "name one recording") from error
+    except AudioError as error:
+        raise AudioError(f"{audio}: {error.message}") from error
 
 
 def _render_segment(segment: "Segment") -> str:

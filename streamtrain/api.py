@@ -60,8 +60,7 @@ def build(
     Example:
         >>> build(["data/raw/a"], "data/shards", max_duration=25).rejected
     """
-    from sharding.build.pipeline import RunOptions
-    from sharding.build.pipeline import build as build_shards
+    from sharding.build import pipeline
     from sharding.segment.evidence import NO_ALIGNMENTS, read_alignments
     from sharding.shardset.build_config import checked
     from sharding.sources.manifest import ManifestOptions, parse_columns
@@ -69,12 +68,12 @@ def build(
     if isinstance(sources, str | Path) or not sources:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
     if workers is not None and workers < 1:
-        raise StreamtrainError(f"workers is {workers}: 1 or more is expected")
+        raise StreamtrainError(f"workers is {workers}: at least 1 is expected")
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
     manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
-    options = RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
+    options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
     config = checked(settings | {"alignments": aligned.digest})
-    return build_shards([Path(source) for source in sources], str(out), config, options)
+    return pipeline.build([Path(source) for source in sources], str(out), config, options)
 
 
 def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> EpochPlan:

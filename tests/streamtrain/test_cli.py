@@ -115,8 +115,9 @@ def test_the_doctor_examines_this_machine_and_the_places(
 
 def start(work: Path, name: str, *settings: str) -> "tuple[subprocess.Popen[bytes], Path]":
     log = work / f"{name}.out"
-    command = [sys.executable, "-m", "streamtrain", "train", "--config", "zero2", "--ranks", "2", "--set", f"data.shards={work / 'shards'}", f"model.pretrained={work / 'model'}",
-               f"train.run_dir={work / name}", *TINY, *settings]  # fmt: skip
+    command = [sys.executable, "-m", "streamtrain", "train", "--config", "zero2", "--ranks", "2", "--set",
+               f"data.shards={work / 'shards'}", f"model.pretrained={work / 'model'}", f"train.run_dir={work / name}",
+               *TINY, *settings]  # fmt: skip
     with open(log, "ab") as file:
         process = subprocess.Popen(
             list(map(str, command)), cwd=work, env=environment(), stdout=file, stderr=file, start_new_session=True
@@ -143,9 +144,7 @@ def test_train_starts_ranks_anywhere_and_evaluate_scores_as_they_did(work: Path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_to_the_command_ends_all_and_all_but_sigkill_save(
-    number: signal.Signals, code: int, work: Path
-) -> None:
+def test_a_signal_to_the_command_ends_all_after_a_save(number: signal.Signals, code: int, work: Path) -> None:
     name = f"ended-by-{number.name}"
     process, log = start(work, name, "train.epochs=200")
     wait_until(lambda: (work / name / "log.csv").is_file() and len(read_rows(work / name)) > 2, process, log)
