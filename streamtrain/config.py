@@ -1,4 +1,4 @@
-"""Read one JSON file into checked sections. Each default has its one home here; a misspelt key stops the run."""
+"""Read one JSON file into checked sections. Each default of a run has its one home here; a misspelt key stops it."""
 
 import difflib
 import json
