@@ -1,5 +1,6 @@
 """Start the ranks of a training or an evaluation: on this machine itself, on several with the `deepspeed` command."""
 
+import math
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ from sharding.pool import die_with_parent
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
 ANNOUNCED = "STREAMTRAIN_ANNOUNCED"  # variable of ranks whose command is announced
 POLL_SEC = 0.1
-SAVE_SEC = 30.0  # that ranks get to save and end, once one of them has failed
+END_SEC = 30.0  # that ranks get to end, once one of them has failed
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of ranks that were asked to stop
 
 
 @Parameter(name="*")
@@ -61,9 +63,9 @@ def count_ranks(options: LaunchOptions) -> int | None:
 
 def launch(command: str, options: Any, where: LaunchOptions, ranks: int | None) -> int:
     """Run `streamtrain COMMAND` with its options as each rank and return the exit code once all ranks have ended."""
-    root = Path(__file__).parents[1]  # the ranks import this very package, whatever the working folder holds
-    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": paths, ANNOUNCED: "1"}
+    environment = os.environ | {"PYTHONSAFEPATH": "1", ANNOUNCED: "1"}  # whatever packages the working folder has
+    if (root := Path(__file__).parents[1]).name not in ("site-packages", "dist-packages"):  # not installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     words = [command, *_to_words(options)]
     if ranks is not None:
         port = _free_port()
@@ -108,28 +110,25 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
 
     SIGTERM is passed on to the ranks, which save and end; a terminal sends Ctrl-C to all of them by itself.
     """
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-        _end(ranks)
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: _end(ranks))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background job
         signal.signal(signal.SIGINT, lambda *_: None)
-    code, deadline = 0, float("inf")
+    code, deadline = 0, math.inf
     while any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_SEC)
-        failed = [rank.returncode for rank in ranks if rank.returncode]
-        if failed and not code:
-            code, deadline = failed[0], time.monotonic() + SAVE_SEC
+        if code == 0 and (code := _first_failure(ranks)):
             _end(ranks)
+            deadline = math.inf if code in STOPPED else time.monotonic() + END_SEC  # those who stop may still save
         if time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
-    code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
-    return 128 + signal.SIGTERM if stopped else 128 - code if code < 0 else code
+    return code or _first_failure(ranks)
+
+
+def _first_failure(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Return the exit code of the first rank that has failed, as a shell has it; 0 if none has."""
+    code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return 128 - code if code < 0 else code
 
 
 def _end(ranks: Sequence["subprocess.Popen[bytes]"]) -> None:
