@@ -8,6 +8,7 @@ from itertools import takewhile
 import psutil
 
 LAUNCHER = "deepspeed.launcher.launch"
+OF_LAUNCHER = "CROSS_SIZE"  # a variable that it alone gives to its ranks
 ENDED = -1  # the PID of no process
 
 
@@ -23,7 +24,7 @@ class DeepSpeedCommand:
         self._pid: int | None = None
         with suppress(psutil.Error):
             self._launcher = psutil.Process(self.launcher_pid)
-            self._pid = _find_command(self._launcher)
+            self._pid = ENDED if _is_orphan() else _find_command(self._launcher)
 
     @property
     def ended(self) -> bool:
@@ -37,6 +38,11 @@ class DeepSpeedCommand:
 def deepspeed_command() -> DeepSpeedCommand:
     """Return the command as it is found at the first call: a rank calls this before the imports that take seconds."""
     return DeepSpeedCommand()
+
+
+def _is_orphan() -> bool:
+    """Return whether the launcher that gave this rank its variables has ended: no process above this one is it."""
+    return OF_LAUNCHER in os.environ and not any(LAUNCHER in above.cmdline() for above in psutil.Process().parents())
 
 
 def _find_command(launcher: psutil.Process) -> int | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform
@@ -38,6 +39,10 @@ PAUSE_NATS = 10.0  # penalty of a pause within a word …
 LONGEST_STOP = round(MAX_STOP_SEC * SAMPLE_RATE / FRAME_SAMPLES)  # … if it is longer than these frames
 BLOCK_FRAMES = 1_250  # 25 s
 MAX_LATTICE = 4e9  # largest frames × symbols that is aligned: three quarters of an hour
+
+
+# On several threads OpenBLAS sums products otherwise, on some processors: the bytes of an index would depend on them
+one_blas_thread = ThreadpoolController().wrap(limits=1, user_api="blas")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +77,7 @@ class PhoneGMM:
         other = len(self.alphabet) + 1
         return [self.alphabet.find(symbol) + 1 or other for symbol in text if symbol != " "]
 
+    @one_blas_thread  # type: ignore[untyped-decorator]
     def log_probs(self, features: Floats, quiet: npt.NDArray[np.bool_], scale: float) -> "torch.Tensor":
         """Return the log-probability of each symbol, and of silence within a word, at each frame: (T, symbols + 1)."""
         import torch
@@ -136,6 +142,7 @@ def example_of(name: str, text: str, waveform: Waveform) -> TrainingExample:
     return TrainingExample(name, text, *mfcc_features(waveform, stretches))
 
 
+@one_blas_thread  # type: ignore[untyped-decorator]
 @np.errstate(over="ignore", invalid="ignore")  # if too loud for a float, the example is left out
 def mfcc_features(waveform: Waveform, stretches: Sequence[Stretch]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Return MFCCs and their slopes every 20 ms, normalised by the recording's speech, and the mask of quiet frames."""

@@ -174,8 +174,6 @@ def test_no_rank_goes_on_without_what_started_it_if_that_ends_while_the_ranks_im
     try:
         wait_until(lambda: moment in processes(process), process, log)
         everyone = processes(process)
-        if moment == "rank 1":
-            time.sleep(0.5)  # a rank notes its launcher within 0.2 s
         everyone[asked].send_signal(how)
         process.wait(60)
         wait_until_none(str(folder), 40)

@@ -161,7 +161,7 @@ def attempt(document: Document, spoilt: tuple[str, int, int, bool]) -> str:
         document.path.write_bytes(whole)
     grown = peak_memory() - memory
     lasted = time.process_time() - started
-    assert lasted < LONGEST_SEC, f"{lasted:.1f} s"
+    assert lasted < LONGEST_SEC * (1 + (sys.gettrace() is not None)), f"{lasted:.1f} s"  # coverage traces each line
     assert grown < MOST_BYTES, f"{grown:,} bytes"
     return outcome
 

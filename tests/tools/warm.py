@@ -72,7 +72,7 @@ def _programs_of(command: Sequence[str]) -> list[Program]:
     match command:
         case "deepspeed", "--num_accelerators", number, "--master_port", port, script, *arguments:
             line = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_SIZE": number,
-                    "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
+                    "CROSS_RANK": "0"}  # fmt: skip
             ranks = map(str, range(int(number)))
             return [
                 ([script, f"--local_rank={rank}", *arguments], line | {"RANK": rank, "LOCAL_RANK": rank})
