@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
+EDITABLE = "__editable__"  # what setuptools calls the finders of packages that pip has installed with --editable
+
 
 def needed_by(packages: Iterable[str]) -> set[str]:
     """Return the normalised names of the packages and of all that they require."""
@@ -45,7 +47,8 @@ def hide(modules: set[str], folder: str) -> None:
             places = [spec.origin or "", *(spec.submodule_search_locations or ())]
             return spec if any(os.path.realpath(place).startswith(folder) for place in places if place) else None
 
-    sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+    others = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith(EDITABLE)]
+    sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in others]
 
 
 def rehearse(packages: Sequence[str], script: str) -> None:

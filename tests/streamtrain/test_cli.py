@@ -169,7 +169,7 @@ def test_a_signal_while_the_ranks_import_leaves_none(number: signal.Signals, sec
     time.sleep(seconds)
     everyone = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    assert process.wait(60) in (143, 130, -9)
+    assert process.wait(60) in (143, 130, -9, -15)  # -15: it had not begun to handle signals
     _, alive = psutil.wait_procs(everyone, timeout=60)
     assert not alive, log.read_text()[-3000:]
 
