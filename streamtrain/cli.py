@@ -120,7 +120,7 @@ def train(*, options: ranks.TrainOptions, where: LaunchOptions = HERE) -> int:
 
 @app.command(
     group=TRAINING,
-    help_epilogue="Example: streamtrain evaluate --model runs/zero2/best --shards data/shards --out runs/zero2",
+    help_epilogue="Example: streamtrain evaluate --model runs/zero2/best --out runs/zero2/evaluation",
 )
 def evaluate(*, options: ranks.EvaluateOptions, where: LaunchOptions = HERE) -> int:
     """Score a model on each clip of a split once: CER or WER, with intervals, and a page of the worst clips."""
@@ -340,6 +340,8 @@ def config(
     """
     from streamtrain import config as configs
 
+    if set and name is None:
+        raise StreamtrainError("--set needs a configuration to change", "name one before it: streamtrain config zero2")
     chosen = configs.load_config(name, set) if name else None
     if explain:
         print(configs.explain(chosen))

@@ -35,6 +35,7 @@ from sharding.shardset.index import (
     SpeakerInfo,
     join_samples,
     pack_index,
+    read_shard_index,
     write_index,
     write_shard_index,
 )
@@ -109,10 +110,23 @@ def _list_tars(store: Store, url: str) -> list[str]:
         raise ShardError(f"{url}: already has an {INDEX_NAME}", hint)
     if (reports := [name for name in report.FILES if store.exists(name)]) and not store.exists(report.CHECKSUMS_NAME):
         raise ShardError(f"{url}/{reports[0]}: exists, but belongs to no index", "keep the tars in a separate folder")
-    names = sorted(name for name in store.names() if name.endswith(".tar") and "/." not in f"/{name}")  # not hidden
+    files = {name for name in store.names() if "/." not in f"/{name}"}  # not hidden
+    names = sorted(name for name in files if name.endswith(".tar"))
     if not names:
         raise ShardError(f"{url}: there is no tar", "name the folder or the prefix that contains them")
+    for name in names:
+        if f"{name.removesuffix('.tar')}.idx.zst" in files and (shard := _name_in_set(store, name)) != name:
+            raise ShardError(f"{url}/{name}: is the shard {shard} of a shard set, whose indexes would be overwritten",
+                             "use that set, or copy the tars alone to another folder")  # fmt: skip
     return names
+
+
+def _name_in_set(store: Store, name: str) -> str:
+    """Return the name that the index of a tar gives it: another one if it lies in a folder of a shard set."""
+    try:
+        return read_shard_index(store, name).entry.name
+    except ShardError:  # of an earlier attempt that was killed
+        return name
 
 
 def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:

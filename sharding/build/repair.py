@@ -40,6 +40,7 @@ def repair(
     Raises ShardError, and changes no shard, if the sources are not those that the shard set was built from.
     """
     store = open_store(url)
+    read_index_header(store)  # before the lock makes a folder, where there is no shard set
     with exclusive_build(store):
         header = read_index_header(store)
         faults = find_faults(url, header, with_audio, workers)

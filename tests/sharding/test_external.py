@@ -296,3 +296,22 @@ def test_the_ledger_says_of_a_sound_what_that_of_a_build_says(tmp_path: Path) ->
         "turned": (None, ["channels that cancel out: only the loudest is used"]),
         "usual": (None, []),
     }
+
+
+@pytest.mark.parametrize("arguments", [[], ["--track", "word"]])
+def test_a_folder_of_a_shard_set_is_not_indexed_over(
+    arguments: list[str], small_shards: Path, run_sharding: Command, tmp_path: Path
+) -> None:
+    """Its indexes would be overwritten, before anything is checked."""
+    copy = tmp_path / "set"
+    shutil.copytree(small_shards, copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    done = run_sharding("index", copy / "train", *arguments)
+    assert done.returncode == 1
+    assert "of a shard set, whose indexes would be overwritten\nhint: " in done.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_repair_of_nothing_makes_no_folder(small_corpus: Path, run_sharding: Command, tmp_path: Path) -> None:
+    assert run_sharding("verify", tmp_path / "typo", "--repair", small_corpus).returncode == 1
+    assert not (tmp_path / "typo").exists()

@@ -88,6 +88,11 @@ def test_a_file_goes_before_a_packaged_configuration_of_its_name(
     assert load_config("demo") == load_config("zero2")
 
 
+def test_settings_without_a_configuration_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--set", "train.epochs=3", "zero2"]) == 1
+    assert "name one before it" in capsys.readouterr().err
+
+
 def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--explain"]) == 0
     told = capsys.readouterr().out
