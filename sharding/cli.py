@@ -29,13 +29,7 @@ from sharding.command import (
 )
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError, counted
 from sharding.files.document import Fraction, Number
-from sharding.shardset.build_config import (
-    BuildConfig,
-    MaxDuration,
-    Track,
-    WordLLR,
-    checked,
-)
+from sharding.shardset.build_config import BuildConfig, MaxDuration, Track, WordLLR, checked
 
 if TYPE_CHECKING:
     from sharding.audio.codec import Waveform

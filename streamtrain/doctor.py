@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from queue import Empty, Queue
 from typing import NamedTuple
@@ -77,13 +78,14 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("gpus", "no NVIDIA driver: ranks compute on the CPU, unless torch knows other devices")
         return
     try:
-        told = subprocess.run(QUERY, capture_output=True, text=True, timeout=PLACE_SEC, check=True)
+        answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=PLACE_SEC, check=True)
     except subprocess.SubprocessError as error:  # the driver may hang
         yield Finding("gpus", f"nvidia-smi fails: {error}", fault=True)
         return
-    if version("torch").endswith("+cpu"):
-        yield Finding("gpus", "there are some, but this torch is for CPUs alone: install another build", fault=True)
-    for number, line in enumerate(told.stdout.splitlines()):
+    with suppress(PackageNotFoundError):  # a fault by itself
+        if version("torch").endswith("+cpu"):
+            yield Finding("gpus", "there are some, but this torch is for CPUs alone: install another build", fault=True)
+    for number, line in enumerate(answer.stdout.splitlines()):
         name, total, used, driver = line.split(", ")
         yield Finding("gpus", f"{number}: {name}, {used} of {total} are used, driver {driver}")
 

@@ -70,7 +70,5 @@ def checked(values: Mapping[str, Any]) -> BuildConfig:
     try:
         return validate(dict(values), BUILD_CONFIG)
     except DocumentError as error:
-        names = ", ".join(
-            field.name for field in fields(BuildConfig) if field.name != "alignments"
-        )  # which is a digest
+        names = ", ".join(field.name for field in fields(BuildConfig) if field.name != "alignments")
         raise StreamtrainError(f"setting {error}", f"settings: {names}") from error
