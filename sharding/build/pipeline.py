@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharding.audio.codec import SAMPLE_RATE
+from sharding.build.alphabet import settle_alphabet, settle_policy
 from sharding.build.assign import (
     Mask,
     PlannedShard,
@@ -49,7 +50,8 @@ from sharding.build.write import (
 )
 from sharding.errors import ManifestError, ShardError
 from sharding.files.writing import remove
-from sharding.labels.ipa import SymbolCounts, check_alphabet, read_label
+from sharding.labels.policy import LabelPolicy
+from sharding.labels.profiles import allow_profile
 from sharding.pool import Workers, available_cores
 from sharding.report import files as report
 from sharding.report.ledger import LedgerPart, LedgerRow, Tally, rejected_row, same_rows, sum_tallies, write_ledger
@@ -99,6 +101,7 @@ class BuildTask:
 
     scan: ScanResult
     settings: BuildConfig
+    labels: LabelPolicy
     base: ShardIndex | None = None
     alignments: Alignments = NO_ALIGNMENTS
 
@@ -130,21 +133,25 @@ class BuildResult:
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
-    options = replace(run.manifest_options, track=settings.track, group_by=settings.group_by)
+    allow_profile(settings.profile)  # which the user has named
+    options = replace(run.manifest_options, profile=settings.profile, group_by=settings.group_by)
     sources = [_with_absolute_path(read_source(location, options)) for location in locations]
+    settings, labels = settle_policy(settings, sources)
     store = open_store(out, dry_run=run.dry_run)
     check_output(open_store(out), locations)
+    first = _read_base(store, settings, labels)
+    labels = first.labels if first else labels
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:
-        scanned = scan(sources, settings.track, pool)
-        _warn_of_spaced_phones(scanned, settings.track)
+        scanned = scan(sources, labels, pool)
+        _warn_of_spaced_phones(scanned, labels)
         orphans = find_orphans(scanned, pool)
-        base = _read_base(store, settings)
+        base = _read_base(store, settings, labels)
         if base:
             check_presence(store, base)
         if base and not run.append:
             return _result_of_existing(store, base, scanned)  # before locking: OUT may be read-only
         with nullcontext(BuildLock()) if run.dry_run else exclusive_build(store) as lease:
-            base = _read_base(store, settings)  # another build may have finished since
+            base = _read_base(store, settings, labels)  # another build may have finished since
             if base and not run.append:
                 return _result_of_existing(store, base, scanned)
             known = _find_known(store, base, scanned) if base else np.zeros(len(scanned.clips), bool)
@@ -152,8 +159,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             if base and not len(scanned.clips):
                 report.restore_archived(store, base)
                 return BuildResult(base, report.read_summary(store, base), 0.0, built=False, known=len(known))
-            task = BuildTask(scanned, settings, base, run.alignments)
-            _check_labels(task)
+            task = _settle_task(BuildTask(scanned, settings, labels, base, run.alignments), pool)
             old_rows, old_orphans = report.archive_report(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, task, run)
             tally = sum_tallies(ledger)
@@ -178,25 +184,21 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             return BuildResult(packed.index, summary, rejected, known=int(known.sum()))
 
 
-def _check_labels(task: BuildTask) -> None:
-    """Raise ManifestError if the training or the validation labels use another alphabet."""
-    clips, track = task.scan.clips, task.settings.track
-    for side, members in (("training", ~task.valid), ("validation", task.valid)):
-        symbols, foreign = (int(clips[name][members].sum()) for name in ("symbols", "foreign"))
-        if foreign:
-            place, utterance = task.scan.find(int(np.argmax(np.where(members, clips["foreign"], 0))))
-            worst = (foreign, place, read_label(utterance.text, track))
-            check_alphabet(SymbolCounts(symbols, foreign, worst), side, track)
+def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
+    """Return the task with its alphabet, and without the clips whose symbols are too rare for it."""
+    scanned, labels = settle_alphabet(task.scan, task.valid, task.labels, task.settings.min_symbol_count, pool)
+    return replace(task, scan=scanned, labels=labels)
 
 
-def _warn_of_spaced_phones(scanned: ScanResult, track: str) -> None:
+def _warn_of_spaced_phones(scanned: ScanResult, policy: LabelPolicy) -> None:
     """Warn if a sample of the labels has a blank after each phone, which makes every phone a word."""
     chosen = np.unique(np.linspace(0, len(scanned.clips) - 1, LABELS_SAMPLED).astype(int))
-    labels = (read_label(scanned.find(row)[1].text, track) for row in chosen.tolist())
+    labels = (policy.normalize(scanned.find(row)[1].text) for row in chosen.tolist())
     lengths = [len(word) for label in labels for word in label.split()]
-    if track == "phonetic" and len(lengths) >= MIN_WORDS and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
+    if policy.units != "tokens" and len(lengths) >= MIN_WORDS and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
         print(f"{lengths.count(1):,} of {len(lengths):,} words in the labels are one symbol: are the phones separated "
-              "by blanks? Each is then learned as a word, with the blank", file=sys.stderr)  # fmt: skip
+              "by blanks? Each is then learned as a word, with the blank; --units tokens learns phones",
+              file=sys.stderr)  # fmt: skip
 
 
 def _make_shards(
@@ -207,7 +209,7 @@ def _make_shards(
         layouts = tuple(source.layout for source in task.scan.sources)
         out, scratch = store.url if store.remote else os.path.abspath(store.url), f"{scratch}/{lease.token}"
         token = lease.token if run.scheduler else ""  # local workers die with the build
-        context = BuildContext(out, scratch, layouts, task.settings.track, run.dry_run, token)
+        context = BuildContext(out, scratch, layouts, task.labels, run.dry_run, token)
         plan, ledger = plan_build(task, context, pool)
         _delete_unfinished(store, plan, lease)
         results = write_shards(plan, plan.shards, pool)
@@ -302,7 +304,7 @@ def _fit_acoustic_model(
     chosen = np.array(list(rows))
     jobs = zip(repeat(context), _read_rows(task.scan, chosen), strict=False)
     examples = pool.map(read_example, jobs, [1] * len(chosen), "learning")
-    return fit([example for example in examples if example], settings.track, settings.max_false_accept)
+    return fit([example for example in examples if example], task.labels, settings.max_false_accept)
 
 
 def _cut_long(
@@ -354,6 +356,7 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
         settings=asdict(task.settings),
         settings_hash=task.settings.hash,
         sources_hash=hash_sources(clips, base.sources_hash if base else ""),
+        labels=task.labels,
         notes=tally.notes(
             disjoint,
             None if fallback is None else f"{fallback:016x}",
@@ -369,7 +372,7 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
 # --- the existing shard set -------------------------------------------------------------------------------------
 
 
-def _read_base(store: Store, settings: BuildConfig) -> ShardIndex | None:
+def _read_base(store: Store, settings: BuildConfig, labels: LabelPolicy) -> ShardIndex | None:
     """Return the index of an existing shard set, or None. Raises ShardError if it was built with other settings."""
     if not store.exists(INDEX_NAME):
         return None
@@ -377,6 +380,8 @@ def _read_base(store: Store, settings: BuildConfig) -> ShardIndex | None:
     existing = index.settings
     differences = [f"{name} is {existing.get(name) or 'none'} there, requested {wanted[name] or 'none'}"
                    for name in wanted if existing.get(name) != wanted[name]]  # fmt: skip
+    if labels.symbols and not differences and labels.symbols != index.labels.symbols:
+        differences = ["its alphabet has other symbols"]
     if differences:
         message = f"{store.url}: holds a shard set built with other settings: {'; '.join(differences)}"
         raise ShardError(message, "choose another --out, or use the same settings")

@@ -52,13 +52,13 @@ def repair(
             if settings.alignments != alignments.digest:
                 message = f"{url}: was built with {'other' if alignments.digest else 'a file of'} alignments"
                 raise ShardError(message, "name that file: --alignments FILE")
-            manifest_options = replace(manifest_options, track=settings.track, group_by=settings.group_by)
+            manifest_options = replace(manifest_options, profile=settings.profile, group_by=settings.group_by)
             sources = [read_source(location, manifest_options) for location in locations]
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 layouts = tuple(source.layout for source in sources)
-                context = BuildContext(url, scratch, layouts, settings.track, dry_run=True)
-                builds = _separate_builds(store, scan(sources, settings.track, pool), faults)
-                plans = [plan_build(BuildTask(clips, settings, base, alignments), context, pool)[0]
+                context = BuildContext(url, scratch, layouts, header.labels, dry_run=True)
+                builds = _separate_builds(store, scan(sources, header.labels, pool), faults)
+                plans = [plan_build(BuildTask(clips, settings, header.labels, base, alignments), context, pool)[0]
                          for base, clips in builds]  # fmt: skip
                 _rewrite(plans, damaged, pool)
             if left := find_faults(url, replace(header, shards=tuple(damaged.values())), with_audio, workers):

@@ -16,7 +16,7 @@ import xxhash
 from sharding.audio.codec import AudioInfo, frame_count, probe
 from sharding.errors import AudioError, ManifestError
 from sharding.files.names import canonical_name
-from sharding.labels.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
+from sharding.labels.policy import LabelPolicy, SymbolCounts, count_foreign
 from sharding.pool import Workers, count_done
 from sharding.shardset.sample import escape_key
 from sharding.sources.archive import AudioRoot, actual_path, list_audio, open_audio
@@ -78,7 +78,7 @@ class ScanResult:
         return f"{source.layout.transcripts}:{line}", source.layout.parse(source.line(row), line)[0]
 
 
-def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
+def scan(sources: Sequence[Source], labels: LabelPolicy, pool: Workers) -> ScanResult:
     """Scan every row of every source; refuse audio that several rows name.
 
     Raises ManifestError if a row is malformed or an id is duplicated.
@@ -87,11 +87,11 @@ def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
     chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), chunk)]
     sizes = [min(chunk, len(sources[number]) - start) for number, start in chunks]
 
-    def jobs() -> Iterator[tuple[Layout, str, list[tuple[int, bytes]]]]:
+    def jobs() -> Iterator[tuple[Layout, LabelPolicy, list[tuple[int, bytes]]]]:
         for number, start in chunks:
             source = sources[number]
             rows = range(start, min(start + chunk, len(source)))
-            yield source.layout, track, [(int(source.numbers[row]), source.line(row)) for row in rows]
+            yield source.layout, labels, [(int(source.numbers[row]), source.line(row)) for row in rows]
 
     parts = pool.map(_scan_chunk, jobs(), sizes, "examining")
     clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
@@ -141,13 +141,13 @@ def speaker_hash(speaker: str) -> int:
 # --- in the workers ---------------------------------------------------------------------------------------------
 
 
-def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
-    layout, track, rows = job
+def _scan_chunk(job: tuple[Layout, LabelPolicy, list[tuple[int, bytes]]]) -> ScanResult:
+    layout, labels, rows = job
     clips, refusals, ignored = [], {}, frozenset[str]()
     for row, (number, line) in enumerate(rows):
         utterance, unused = layout.parse(line, number)
         ignored |= unused
-        clip, refusal = _scan_one(utterance, layout.audio, track)
+        clip, refusal = _scan_one(utterance, layout.audio, labels)
         clips.append(clip)
         if refusal:
             refusals[row] = refusal
@@ -155,9 +155,9 @@ def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
     return ScanResult(np.array(clips, CLIP_DTYPE), refusals, ignored)
 
 
-def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
+def _scan_one(utterance: Utterance, audio: AudioRoot, labels: LabelPolicy) -> tuple[tuple[object, ...], Refusal | None]:
     """Return the clip's row of the table, without its position, and its refusal, if it is refused."""
-    text = read_label(utterance.text, track)
+    text = labels.normalize(utterance.text)
     refusal, info, size = None, AudioInfo(0, False), 0
     try:
         with open_audio(audio, utterance.audio_path) as (file, size):
@@ -168,11 +168,9 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
             info = probe(file)
     except AudioError as error:
         refusal = Refusal(utterance, error.message)
-    alphabet = alphabet_of(track)
-    counts = count_symbols(text, "", alphabet)
-    if (foreign := foreign_symbols(text, alphabet)) and not refusal:
-        reason = f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}"
-        refusal = Refusal(utterance, reason, in_training=True)
+    counts = count_foreign(text, "", labels) if labels.symbols else SymbolCounts(len(labels.symbols_of(text)))
+    if counts.foreign and not refusal:
+        refusal = Refusal(utterance, str(labels.why_foreign(text)), in_training=True)
     clip = {
         "source": 0,
         "row": 0,
@@ -182,7 +180,7 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
         "path": _hash_path(actual_path(audio, utterance.audio_path)),
         "speaker": speaker_hash(utterance.speaker),
         "named": bool(utterance.group or utterance.child_id),
-        "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(text),
+        "fits": bool(text) and frame_count(info.samples) >= labels.frames_needed(text),
         "symbols": counts.symbols,
         "foreign": counts.foreign,
         "refused": refusal is not None and not refusal.in_training,

@@ -16,7 +16,7 @@ import soxr
 from sharding.audio.codec import SAMPLE_RATE, decode, decode_native, encode, is_constant
 from sharding.build.lock import check_token
 from sharding.errors import AudioError, MissingError, ShardError
-from sharding.labels.ipa import label_remarks, read_label
+from sharding.labels.policy import LabelPolicy
 from sharding.pool import count_done
 from sharding.report.ledger import NO_LABEL, TOO_DENSE, LedgerPart, LedgerRow, ledger_row, rejected_row, write_ledger
 from sharding.segment.acoustic_model import PhoneGMM, TrainingExample, example_of
@@ -47,7 +47,7 @@ class BuildContext:
     out: str  # URL of the shard set
     scratch: str  # URL of the place for segments not yet in a shard
     layouts: tuple[Layout, ...]
-    track: str
+    labels: LabelPolicy
     dry_run: bool  # do all the work, but write nothing
     token: str = ""  # of the build that holds OUT; empty if workers cannot outlive their build
     encoder_versions: tuple[int, str, str] = ENCODER_VERSIONS
@@ -121,13 +121,13 @@ def read_example(job: tuple[BuildContext, ClipRow]) -> TrainingExample | None:
         return None
     finally:
         count_done()
-    return example_of(utterance.utterance_id, read_label(utterance.text, context.track), waveform)
+    return example_of(utterance.utterance_id, context.labels.normalize(utterance.text), waveform)
 
 
 def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
     """Write the segments of a long recording as FLAC files to the scratch place. Return them, none if it is refused."""
     utterance = job.row.parse(job.context.layouts)
-    text = read_label(utterance.text, job.context.track)
+    text = job.context.labels.normalize(utterance.text)
     try:
         decoded = decode_native(_read_audio(job.context, job.row, utterance), prove=not utterance.md5_hash)
     except AudioError as error:
@@ -136,7 +136,11 @@ def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
     finally:
         count_done()
     name, waveform, model = utterance.utterance_id, decoded.waveform, job.acoustic_model
-    segments = tuple(split_recording(name, waveform, text, job.max_duration, None, job.evidence, model, job.thresholds))
+    segments = tuple(
+        split_recording(
+            name, waveform, text, job.max_duration, None, job.evidence, model, job.thresholds, job.context.labels
+        )
+    )
     _check_worker(open_store(job.context.out), job.context)
     scratch, rows = open_store(job.context.scratch), []
     for number, segment in enumerate(segments):
@@ -146,7 +150,7 @@ def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
         row = {"key": sample.key} | asdict(segment) | {"text": sample.text, "label_status": sample.label_status}
         del row["utterance_id"]
         rows.append(row)
-    remarks = (*decoded.remarks, *label_remarks(utterance.text, job.context.track))
+    remarks = (*decoded.remarks, *job.context.labels.remarks(utterance.text))
     row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=remarks)
     return segments, write_ledger([row])
 
@@ -164,7 +168,16 @@ def make_shard(job: ShardJob) -> ShardResult:
         contents = _read_samples(job, clips, refused, remarks)
         first = next(contents, None)
         if first is not None:
-            shard = write_shard(store, job.name, job.bucket, chain([first], contents), inputs_digest, refused, remarks)
+            shard = write_shard(
+                store,
+                job.name,
+                job.bucket,
+                chain([first], contents),
+                job.context.labels,
+                inputs_digest,
+                refused,
+                remarks,
+            )
         else:
             remove_shard(store, job.name)  # left by another plan
     else:
@@ -217,7 +230,7 @@ def _ledger_row(
     if key in refused:
         return rejected_row(utterance, split, refused[key], seconds)
     reason = (TOO_DENSE if clip.template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
-    remarks = (*audio_remarks.get(key, ()), *label_remarks(utterance.text, job.context.track))
+    remarks = (*audio_remarks.get(key, ()), *job.context.labels.remarks(utterance.text))
     return ledger_row(utterance, split, "written", seconds, reason=reason, key=key, remarks=remarks)
 
 
@@ -227,7 +240,7 @@ def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequ
         shard = read_shard_index(store, job.name)
         if shard.inputs_digest != inputs_digest:
             return None
-        check_shard(store, shard, job.context.track)
+        check_shard(store, shard, job.context.labels)
     except (ShardError, MissingError):
         return None
     for clip in clips:
@@ -242,20 +255,23 @@ def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequ
 
 def _digest_inputs(job: ShardJob, clips: Sequence[Clip]) -> str:
     """Return the SHA-256 of all that determines the shard's bytes: clips, cuts and encoder versions."""
-    lines = [str((ENCODER_VERSIONS, job.name, job.context.track))]
+    labels = job.context.labels
+    lines = [str((ENCODER_VERSIONS, job.name, labels.profile, labels.units, labels.digest))]
     lines += [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _parse(job: ShardJob, row: ClipRow, piece: SegmentRef | None) -> Clip:
     utterance = row.parse(job.context.layouts)
-    text = read_label(utterance.text, job.context.track)
+    text = job.context.labels.normalize(utterance.text)
     if piece:
         template = _segment_sample(utterance, text, piece, "valid" if job.split == "valid" else "train")
     elif job.split == "unlabelled":
         template = _bare_sample(utterance, status="unlabelled", parent=text)
     else:
         template = _bare_sample(utterance, text=text)
+    if utterance.text != text and (piece is None or piece.number == 0):  # of a recording's segments, the first has it
+        template = replace(template, written_text=utterance.text)
     return Clip(row, piece, utterance, template)
 
 

@@ -1,8 +1,7 @@
 """Hold what the labels of a shard set or of a model are made of: their profile, their units, their alphabet."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +10,7 @@ from sharding.labels.pasketti import LOOK_ALIKES
 from sharding.labels.profiles import Profile, profile_of
 from sharding.labels.units import Units, ctc_frames_needed, split_symbols
 
+MAX_SYMBOLS = 1_000  # of an alphabet that is found
 MAX_FOREIGN = 0.05  # share of symbols: if more are foreign, the labels are in another alphabet
 _SHOWN = 20  # symbols in a message
 _SHOWN_LABEL = 80  # characters of a label in a message
@@ -95,9 +95,13 @@ class LabelPolicy:
                 "use the function that they were made with, or build them again under another name",
             )
 
+    def with_symbols_of(self, text: str) -> "LabelPolicy":
+        """Return the policy with the alphabet of a normalised label, if it has none."""
+        return self if self.symbols else replace(self, symbols=tuple(sorted({*self.symbols_of(text)} - {" "})))
+
     def stamped(self) -> "LabelPolicy":
         """Return the policy with the digest of its profile."""
-        return LabelPolicy(self.profile, self.units, self.symbols, self.counts, self._profile.digest)
+        return replace(self, digest=self._profile.digest)
 
     def document(self) -> dict[str, Any]:
         """Return the policy as it is written to JSON."""
@@ -109,6 +113,14 @@ def policy_of(profile: str, units: Units | None = None) -> LabelPolicy:
     known = profile_of(profile)
     units = units or known.units
     return LabelPolicy(profile, units, known.symbols if units == known.units else ()).stamped()
+
+
+def policy_from(document: Mapping[str, Any]) -> LabelPolicy:
+    """Return the policy that `LabelPolicy.document` wrote."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+    }
+    return LabelPolicy(**values)
 
 
 def _code_points(symbol: str) -> str:
@@ -128,6 +140,16 @@ class SymbolCounts:
         return SymbolCounts(self.symbols + other.symbols, self.foreign + other.foreign, worst)
 
 
+def check_size(symbols: Collection[str], policy: LabelPolicy) -> None:
+    """Raise ManifestError if an alphabet that was found is larger than those of speech: the column is another one."""
+    if len(symbols) > MAX_SYMBOLS:
+        raise ManifestError(
+            f"the training labels have {len(symbols):,} symbols of {policy.units}, such as "
+            f"{', '.join(map(repr, list(symbols)[-3:]))}; at most {MAX_SYMBOLS:,} are expected",
+            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet FILE names them all",
+        )
+
+
 def count_foreign(text: str, place: str, policy: LabelPolicy) -> SymbolCounts:
     """Count the symbols of a normalised label; `place` names its position for a message."""
     symbols = policy.symbols_of(text)
@@ -144,11 +166,15 @@ def check_alphabet(counts: SymbolCounts, side: str, policy: LabelPolicy) -> None
         return
     _, place, text = counts.worst
     sign = "" if policy.units == "characters" else " "
-    other = {
-        "pasketti": "--profile english if the labels are English words, text for words of any language, ipa for narrow "
-        "or other IPA",
-        "english": "--profile text for words of any language, pasketti or ipa if the labels are phones",
-    }.get(policy.profile, "--alphabet data takes the symbols from the labels")
+    other = (
+        "--min-symbol-count N keeps symbols that occur N times"
+        if policy.counts
+        else {
+            "pasketti": "--profile english if the labels are English words, text for words of any language, ipa for narrow "
+            "or other IPA",
+            "english": "--profile text for words of any language, pasketti or ipa if the labels are phones",
+        }.get(policy.profile, "--alphabet data takes the symbols from the labels")
+    )
     raise ManifestError(
         f"{place}: {text[:_SHOWN_LABEL]!r} has symbols outside the alphabet of profile {policy.profile}: "
         f"{policy.name(policy.foreign(text))}; {counts.foreign / counts.symbols:.1%} of all symbols in the labels for "

@@ -116,15 +116,29 @@ PROFILES = {
 TRACKS = {"phonetic": "pasketti", "word": "english"}  # the challenge's names of two of them
 
 
+ALLOWED = "STREAMTRAIN_PROFILES"  # in the environment: the functions that may be run as profiles, for all processes
+
+
+def allow_profile(name: str) -> None:
+    """Allow a profile that the user has named, in this process and those that it starts."""
+    os.environ[ALLOWED] = ",".join({*filter(None, os.environ.get(ALLOWED, "").split(",")), name})
+
+
 @functools.cache
 def profile_of(name: str) -> Profile:
-    """Return a profile by its name, or that of a function, as `my_module:normalize`. Raises StreamtrainError."""
+    """Return a profile by its name, or that of a function, as `my_module:normalize`. Raises StreamtrainError.
+
+    A function must have been allowed by `allow_profile`: a shard set or a model of others may name any function.
+    """
     if name in PROFILES:
         return PROFILES[name]
     module, colon, function = name.partition(":")
     if not (colon and re.fullmatch(r"[\w.]+", module) and function.isidentifier()):
         hint = f"profiles: {', '.join(PROFILES)}; or a function of yours, as my_module:normalize"
         raise StreamtrainError(f"profile {name!r} is unknown", hint)
+    if name not in os.environ.get(ALLOWED, "").split(","):
+        hint = f"if you trust it: {ALLOWED}={name} in the environment, or --profile where a command has it"
+        raise StreamtrainError(f"profile {name!r} is a function that these labels name, not you: it is not run", hint)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a script's own folder is there; a command's is not
     try:

@@ -4,15 +4,16 @@ Lee & Hon, "Speaker-independent phone recognition using hidden Markov models", 1
 the silences as in Kaldi's recipe, so that phone error rates are comparable. Repeated silences are not merged.
 """
 
-PHONES = (
+PHONES = tuple(  # the 61 of the disc
     "aa ae ah ao aw ax ax-h axr ay b bcl ch d dcl dh dx eh el em en eng epi er ey f g gcl h# hh hv ih ix iy jh k kcl l "
-    "m n ng nx ow oy p pau pcl q r s sh t tcl th uh uw ux v w y z zh"
-).split()  # the 61 of the disc
+    "m n ng nx ow oy p pau pcl q r s sh t tcl th uh uw ux v w y z zh".split()
+)
 
 _TO_48 = {"ax-h": "ax", "axr": "er", "em": "m", "eng": "ng", "hv": "hh", "nx": "n", "ux": "uw", "q": ""}
 _TO_48 |= dict.fromkeys(("bcl", "dcl", "gcl"), "vcl") | dict.fromkeys(("pcl", "tcl", "kcl"), "cl")
 _TO_48 |= dict.fromkeys(("h#", "pau"), "sil")
-_TO_39 = {"ao": "aa", "ax": "ah", "el": "l", "en": "n", "ix": "ih", "zh": "sh"} | dict.fromkeys(("cl", "vcl", "epi"), "sil")
+_TO_39 = {"ao": "aa", "ax": "ah", "el": "l", "en": "n", "ix": "ih", "zh": "sh"}
+_TO_39 |= dict.fromkeys(("cl", "vcl", "epi"), "sil")
 
 TRAINED = tuple(sorted({_TO_48.get(phone, phone) for phone in PHONES} - {""}))  # 48
 SCORED = tuple(sorted({_TO_39.get(phone, phone) for phone in TRAINED}))  # 39

@@ -21,6 +21,7 @@ from sharding.sources.archive import MISSING
 from sharding.sources.manifest import printable
 
 ORPHANS_NAME = "report/orphans.txt"
+SHOWN_SYMBOLS, RAREST = 80, 8  # of an alphabet
 Summary = dict[str, Any]  # summary.json
 
 
@@ -45,6 +46,7 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "orphan_rows": tally.reasons[MISSING],
         "ignored_fields": sorted(ignored_fields),
         "declared_off": sorted(tally.declared_off, key=lambda row: str(row["utterance_id"])),
+        "labels": index.labels.document(),
         "duration_bins": list(index.duration_bins),
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
@@ -70,6 +72,7 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
             f"{split:>12} {row['samples']:9,} {row['hours']:8.2f} {row['shards']:7,} {row['mb']:8.1f}"
             f" {row['bucket_padding']:18.1%}"
         )
+    lines += _render_labels(summary["labels"])
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:MAX_LISTED]]
     lines += _list_longest_rejected(summary, dry)
     lines += [f"{count:6,} noted: {remark}" for remark, count in summary["remarks"].items()]
@@ -93,6 +96,18 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
     if not notes["validation"]["disjoint_by_speaker"]:
         lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
     return "\n".join(map(printable, lines))
+
+
+def _render_labels(labels: dict[str, Any]) -> list[str]:
+    """Return the profile and the alphabet, with its rarest symbols, among which typing errors show."""
+    symbols, sign = labels["symbols"], "" if labels["units"] == "characters" else " "
+    shown = sign.join(symbols[:SHOWN_SYMBOLS]) + (f" and {len(symbols) - SHOWN_SYMBOLS:,} more"
+                                                  if len(symbols) > SHOWN_SYMBOLS else "")  # fmt: skip
+    lines = [f"labels: profile {labels['profile']}, {counted(len(symbols), 'symbol')} of {labels['units']}: {shown}"]
+    if labels["counts"]:
+        rarest = sorted(zip(labels["counts"], symbols, strict=True))[:RAREST]
+        lines.append("rarest symbols: " + ", ".join(f"{symbol} {count:,} ×" for count, symbol in rarest))
+    return lines
 
 
 def _warn_about_splits(summary: Summary) -> list[str]:

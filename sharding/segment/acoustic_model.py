@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform
 from sharding.audio.vad import MAX_STOP_SEC, Stretch, detect_speech, find_pauses, find_stretches, one_thread
-from sharding.labels.ipa import alphabet_of
+from sharding.labels.policy import LabelPolicy
 from sharding.segment.evidence import Evidence, choose_max_gap, hash_label
 
 if TYPE_CHECKING:
@@ -180,9 +180,9 @@ def _mel_bands() -> Floats:
 
 
 @one_thread()
-def fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float) -> PhoneGMM | None:
+def fit(examples: Sequence[TrainingExample], labels: LabelPolicy, max_false_accept: float) -> PhoneGMM | None:
     """Return a model trained on these examples, or None if they have no usable speech."""
-    alphabet = "".join(sorted(alphabet_of(track) - {" "}))
+    alphabet = "".join(sorted(labels.symbols))
     usable = [
         example
         for example in examples

@@ -19,11 +19,12 @@ import zstandard
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import MissingError, ShardError, UnreachableError
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_json, unpack, validate
+from sharding.labels.policy import LabelPolicy, policy_from
 from sharding.shardset.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
 from sharding.shardset.schema import EXTERNAL, HEADER, INDEX, SHARD, IndexDocument, ShardEntry, check_document
 from sharding.shardset.store import Reader, Store
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.bin.zst"
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -58,16 +59,13 @@ class ShardIndex:
     settings: dict[str, Any]  # of the build, without paths and worker count
     settings_hash: str
     sources_hash: str
+    labels: LabelPolicy
     notes: dict[str, Any]  # copied to scorecards: how validation was split, how many clips were rejected
     shards: tuple[ShardEntry, ...]
     samples: SampleTable
     base: str = ""  # digest of the index that this one extends
     acoustic_model: dict[str, Any] | None = None  # that the build labelled segments of long recordings with
     digest: str = ""  # identity of the set for runs and caches: see `pack_index`
-
-    @property
-    def track(self) -> str:
-        return str(self.settings.get("track", "phonetic"))
 
     @property
     def external(self) -> bool:
@@ -103,6 +101,7 @@ def write_shard(
     name: str,
     bucket: int,
     contents: Iterable[tuple[Sample, int]],
+    labels: LabelPolicy,
     inputs_digest: str = "",
     refused: Mapping[str, str] | None = None,
     remarks: Mapping[str, Sequence[str]] | None = None,
@@ -117,7 +116,8 @@ def write_shard(
         position = 0
         for sample, length in contents:
             raw = sample_to_bytes(sample)
-            rows.append((0, position, len(raw), length, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
+            symbols = len(labels.symbols_of(sample.text))
+            rows.append((0, position, len(raw), length, symbols, xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
             speakers.append(SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id))
             position += len(raw)
@@ -224,7 +224,7 @@ def read_samples(store: Reader, index: ShardIndex, shard: ShardEntry, rows: Samp
                 f"the index has {expected:016x}",
                 VERIFY_HINT,
             )
-    return [sample_from_bytes(raw, index.track) for raw in parts]
+    return [sample_from_bytes(raw, index.labels) for raw in parts]
 
 
 def read_sample(store: Reader, index: ShardIndex, row: int) -> Sample:
@@ -264,6 +264,7 @@ def pack_index(index: ShardIndex) -> PackedIndex:
         "version": FORMAT_VERSION,
         "sample_rate": SAMPLE_RATE,
         **{name: getattr(index, name) for name in COPIED_FIELDS},
+        "labels": index.labels.document(),
         "samples": {"name": name, "count": len(index.samples), "checksum": checksum},
         "shards": [asdict(shard) for shard in index.shards],
         "digest": "",
@@ -399,7 +400,7 @@ VERIFY_HINT = "the copy may be incomplete; `streamtrain verify OUT --repair SOUR
 
 def _index_from(document: IndexDocument, table: SampleTable) -> ShardIndex:
     copied = {name: getattr(document, name) for name in (*COPIED_FIELDS, "shards", "digest")}
-    return ShardIndex(**copied, samples=table)
+    return ShardIndex(**copied, labels=policy_from(document.labels), samples=table)
 
 
 def _pack_columns(table: SampleTable) -> bytes:

@@ -8,7 +8,8 @@ from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Size, validate
-from sharding.shardset.build_config import BUILD_CONFIG, Track
+from sharding.labels.units import Units
+from sharding.shardset.build_config import BUILD_CONFIG
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
 SPLITS = ("train", "valid", "unlabelled")
@@ -42,7 +43,7 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 _ExternalDuration = Annotated[Number, Field(ge=0.01, le=86_400)]
 _ExternalSettings = TypedDict(
     "_ExternalSettings",
-    {"track": Track, "max_duration": _ExternalDuration, "valid": list[str], "written by others": Literal[True]},
+    {"profile": str, "max_duration": _ExternalDuration, "valid": list[str], "written by others": Literal[True]},
     total=False,
 )
 _ExternalSettings.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
@@ -61,6 +62,16 @@ class _Notes(TypedDict):
     clips: Size
     rejected: Size
     validation: _Validation
+
+
+class _Labels(TypedDict):
+    """Describe the fields of `LabelPolicy`."""
+
+    profile: str
+    units: Units
+    symbols: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast()]
+    counts: Annotated[list[Size], FailFast()]
+    digest: Checksum
 
 
 class _AcousticModel(TypedDict):
@@ -94,6 +105,7 @@ class IndexDocument:
     settings: dict[str, Any]  # of a build, or of tars of others
     settings_hash: Digest
     sources_hash: str
+    labels: _Labels
     notes: _Notes
     samples: _SamplesDocument
     shards: Annotated[tuple[ShardEntry, ...], FailFast()]

@@ -19,7 +19,7 @@ import numpy as np
 from sharding.errors import ManifestError, counted
 from sharding.files.document import DocumentError, parse_row
 from sharding.files.names import canonical_name, canonical_speaker, name_of
-from sharding.labels.ipa import TRACKS
+from sharding.labels.profiles import profile_of
 from sharding.sources.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
 from sharding.sources.tables import Lines, is_table, read_lines
 
@@ -37,6 +37,11 @@ REQUIRED_FIELDS = ("utterance_id", "audio_path", "text")
 OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
 NAME_FIELDS = ("utterance_id", "child_id", "session_id", "age_bucket")  # which may also be numbers
 NUMBER_FIELDS = ("audio_duration_sec", "filesize_bytes")
+LABEL_COLUMNS = {  # column → the profile of its labels, if none is named; the first that a table has counts
+    "phonetic_text": "pasketti",
+    "orthographic_text": "english",
+    **dict.fromkeys(("text", "sentence", "transcription", "transcript"), "text"),
+}
 COMMON_VOICE = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
 
 
@@ -65,7 +70,7 @@ class Utterance(NamedTuple):
 class ManifestOptions:
     """Hold the user's options for reading transcripts."""
 
-    track: str = "phonetic"
+    profile: str = ""  # of the labels; empty: the usual one of the layout
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, if the names differ
     group_by: str = ""  # a column; clips with the same value in it go to the same split
     follow_links: bool = False  # even to audio outside the source's folder
@@ -82,6 +87,7 @@ class Layout:
     audio: AudioRoot
     columns: tuple[tuple[str, str], ...]  # (our field, their column) of every field that is read
     group_by: str
+    profile: str  # the usual one of its labels
     names_clips: bool  # False: the transcripts have no ids, so the audio path is used
     absolute: tuple[str, ...] = ()  # prefixes that are removed from absolute audio paths
     backslashes: bool = False  # audio paths have them instead of slashes, as on Windows
@@ -175,10 +181,10 @@ def _enumerate(columns: Sequence[str]) -> str:
 
 def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
     """Return the hint for a row that lacks the columns of some fields."""
-    track = next((track for track, label in TRACKS.items() if label in row), None)
-    if missing.get("text") in TRACKS.values() and track:
+    profile = next((profile for label, profile in LABEL_COLUMNS.items() if label in row), None)
+    if missing.get("text") in LABEL_COLUMNS and profile:
         rest = {name: missing[name] for name in missing if name != "text"}
-        return f"use --track {track} for these labels" + (f"; {_hint(rest, row)}" if rest else "")
+        return f"use --profile {profile} for these labels" + (f"; {_hint(rest, row)}" if rest else "")
     near = {name: next(iter(difflib.get_close_matches(column, row, 1, 0.6) or {name} & set(row)), "")
             for name, column in missing.items()}  # the columns that are probably meant  # fmt: skip
     blank = next((match for match in near.values() if match != match.strip()), None)
@@ -188,7 +194,7 @@ def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
     (name, column), *others = missing.items()
     if others or not near[name]:
         return f"map the columns with --columns {options}"
-    renamed = column in (name, *TRACKS.values())
+    renamed = column in (name, *LABEL_COLUMNS)
     return (f"rename {near[name]!r} to {column!r}, or use " if renamed else "did you mean ") + f"--columns {options}"
 
 
@@ -203,15 +209,17 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
     """Read a folder with its transcripts and audio, or the transcripts file itself. Raises ManifestError."""
     if location.is_file() and is_audio(location.name):
         raise ManifestError(f"{location}: is an audio file: a source is the table that lists it", MAKE_TABLE)
-    transcripts = location if location.is_file() else _find_transcripts(location, options.track)
+    transcripts = location if location.is_file() else _find_transcripts(location, options.profile)
     folder, table = transcripts.parent, is_table(transcripts)
     common_voice = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
-    renamed = {"text": TRACKS[options.track]} | (COMMON_VOICE if common_voice else {}) | dict(options.columns)
-    columns = {name: renamed.get(name, name) for name in options.fields}
-    lines = read_lines(transcripts, [columns[name] for name in NUMBER_FIELDS if name in columns])
+    renamed = (COMMON_VOICE if common_voice else {}) | dict(options.columns)
+    lines = read_lines(transcripts, [renamed.get(name, name) for name in NUMBER_FIELDS if name in options.fields])
     if not len(lines):
         kind = "one row below a header" if table else "one JSON object per line"
         raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
+    first = read_row(lines.line(0), int(lines.numbers[0]), str(transcripts))
+    label = renamed.setdefault("text", _label_column(first, options.profile))
+    columns = {name: renamed.get(name, name) for name in options.fields}
     root = os.path.abspath(options.audio_root) if options.audio_root else ""
     if root and not os.path.isdir(root):
         raise ManifestError(f"--audio-root {options.audio_root}: there is no such folder")
@@ -221,6 +229,7 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
         audio=AudioRoot(root or str(folder)),
         columns=tuple(columns.items()),
         group_by=options.group_by,
+        profile=LABEL_COLUMNS.get(label, "text"),
         names_clips=True,
         absolute=tuple(os.path.join(path, "") for path in (root, os.path.realpath(root))) if root else (),
     )
@@ -273,13 +282,23 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def _find_transcripts(folder: Path, track: str) -> Path:
+def _label_column(row: Mapping[str, Any], profile: str) -> str:
+    """Return the column of a table's labels: that of the profile, else the first with a usual name."""
+    if profile:  # never a column of another profile: its labels may pass for this one's
+        wanted = [profile_of(profile).field, *(column for column, usual in LABEL_COLUMNS.items() if usual == "text")]
+        wanted += ["orthographic_text"] * (wanted[0] == "text")
+    else:
+        wanted = [*LABEL_COLUMNS]
+    return next((column for column in wanted if column in row), wanted[0])
+
+
+def _find_transcripts(folder: Path, profile: str) -> Path:
     if not folder.is_dir():
         raise ManifestError(
             f"{folder}: there is no such folder or file",
             "give a folder with a transcripts JSONL, CSV or TSV, or that file itself",
         )
-    kind = {"phonetic": "phon", "word": "word"}[track]
+    kind = "phon" if not profile or profile_of(profile).field == "phonetic_text" else "word"
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     found: list[Path] = []
     for pattern in (rf"{kind}_transcripts\.jsonl", r"\.jsonl", r"^validated\.tsv", r"\.[ct]sv"):
