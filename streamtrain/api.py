@@ -49,7 +49,7 @@ def build(
         columns: Columns of a transcripts file with other names: "audio_path=path,text=sentence".
         audio_root: Folder of absolute audio paths.
         follow_links: Also read audio that links lead to outside its source's folder.
-        **settings: Settings of the bytes, such as `max_duration=25` (s), `track="word"`, `num_buckets=8`.
+        **settings: Settings of the bytes, such as `max_duration=25` (s), `profile="text"`, `num_buckets=8`.
 
     Returns:
         The index, the summary, and the share of rejected clips.
@@ -156,10 +156,10 @@ def evaluate(
         beam: Width of the prefix beam search; 0: the best path.
 
     Returns:
-        Integer counts of all clips (`total`), `cer`, `wer` (word track) and `clips` with their hypotheses.
+        Integer counts of all clips (`total`), `cer`, `wer`, `per` and `clips` with their hypotheses.
 
     Raises:
-        StreamtrainError: If the split has no clips, the model is of another track, or shards are missing.
+        StreamtrainError: If the split has no clips, the model writes other labels, or shards are missing.
 
     Example:
         >>> evaluate(load_model("runs/zero2/best"), open_shards("data/shards")).cer

@@ -42,6 +42,11 @@ class LabelPolicy:
         return frozenset(self.symbols) | (frozenset() if self.units == "tokens" else {" "})
 
     @property
+    def metric(self) -> str:
+        """Return the name of the error rate over symbols: "cer" of characters, "per" of phones and other tokens."""
+        return "cer" if self.units == "characters" else "per"
+
+    @property
     def field(self) -> str:
         """Return the field of the label in transcripts, and of the text in submissions."""
         return self._profile.field
@@ -61,6 +66,10 @@ class LabelPolicy:
     def symbols_of(self, text: str) -> Sequence[str]:
         """Return the symbols of a normalised label, in order."""
         return split_symbols(text, self.units)
+
+    def phones_of(self, text: str) -> Sequence[str]:
+        """Return the symbols of a text without the blanks between words, as a phone error rate counts them."""
+        return [symbol for symbol in self.symbols_of(text) if symbol != " "]
 
     def frames_needed(self, text: str) -> int:
         """Return the fewest frames in which CTC can emit a normalised label."""
@@ -113,6 +122,19 @@ def policy_of(profile: str, units: Units | None = None) -> LabelPolicy:
     known = profile_of(profile)
     units = units or known.units
     return LabelPolicy(profile, units, known.symbols if units == known.units else ()).stamped()
+
+
+def check_labels(written: LabelPolicy | None, labels: LabelPolicy, place: str) -> None:
+    """Raise StreamtrainError if a model writes labels of another profile or of other units than those of a shard set.
+
+    A model that others published does not say what it writes (None).
+    """
+    if written is not None and (written.profile, written.units) != (labels.profile, labels.units):
+        raise StreamtrainError(
+            f"the model writes {written.units} of profile {written.profile!r}, the labels of {place} are "
+            f"{labels.units} of profile {labels.profile!r}",
+            f"build a shard set with --profile {written.profile} --units {written.units}, or take another model",
+        )
 
 
 def policy_from(document: Mapping[str, Any]) -> LabelPolicy:

@@ -1,8 +1,8 @@
 """Compute one exact corpus CER: each clip of a split is scored once, whatever the number of ranks."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import ShardError, StoreError, StreamtrainError, UnreachableError
 from sharding.files.writing import explaining
-from sharding.labels.ipa import normalize
+from sharding.labels.policy import LabelPolicy, check_labels
 from sharding.shardset.index import ShardIndex, check_presence, read_index, read_sample
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import open_store
@@ -22,7 +22,7 @@ from streamtrain.distributed import PreemptedError, Preemption, World
 from streamtrain.eval.compare import compare
 from streamtrain.eval.compare import render as render_comparison
 from streamtrain.eval.html import write_page
-from streamtrain.eval.metrics import EditCounts, count_edits, spoken_words
+from streamtrain.eval.metrics import EditCounts, TextEdits
 from streamtrain.eval.scorecard import ClipScore, Evaluation, read_scorecard, render, scorecard, write_scorecard
 from streamtrain.model.batches import batch_by_length
 from streamtrain.model.ctc import CTCModel
@@ -66,15 +66,11 @@ def evaluate(
 
     Batches are formed independently of the ranks, then dealt out in turn. All ranks take equally many, the spare ones
     with one silent row, so that they can exchange `preemption` after each. Raises StreamtrainError if the split has
-    nothing to score, the model is of another track, or a clip is decoded twice or never, and PreemptedError on all
+    nothing to score, the model writes other labels, or a clip is decoded twice or never, and PreemptedError on all
     ranks if `preemption` was requested on any rank.
     """
     rows = _find_labelled(stream.index, stream.store.url, split)
-    if model.vocab.track != stream.index.track:
-        raise StreamtrainError(
-            f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
-            "build the shard set with the other --track, or evaluate another model",
-        )
+    check_labels(model.labels, stream.index.labels, stream.store.url)
     batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
@@ -132,6 +128,7 @@ def evaluate_model(
             raise StreamtrainError(f"--compare-to {compare_to}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
+    index.labels.check_digest(store.url)
     _find_labelled(index, store.url, split)  # before the model is loaded
     with world.on_main("check that the shards exist") as is_main:
         if is_main:
@@ -191,17 +188,19 @@ def _score(segments: list[DecodedSegment], index: ShardIndex, expected: int, wor
     for segment in all_segments:
         recordings[segment.sample.recording_id].append(segment)
     names = list(recordings)
-    local_counts = {name: _count(recordings[name], index.track) for name in names[world.rank :: world.size]}
-    total = _sum_over_ranks(world, (symbols for symbols, _ in local_counts.values()))
-    words = _sum_over_ranks(world, (words for _, words in local_counts.values() if words))
+    local_counts = {name: _count(recordings[name], index.labels) for name in names[world.rank :: world.size]}
+    total = _sum_over_ranks(world, sum(local_counts.values(), TextEdits()))
     counts_by_name = {name: counts for rank in world.gather(local_counts) for name, counts in rank.items()}
-    clips = tuple(_clip(name, recordings[name], *counts_by_name[name]) for name in names)
+    clips = tuple(_clip(name, recordings[name], counts_by_name[name]) for name in names)
     rows = {name: tuple(segment.row for segment in recordings[name]) for name in names}
-    return Evaluation(total, words if index.track == "word" else None, clips, index.track, rows)
+    return Evaluation(total, clips, index.labels, rows)
 
 
-def _sum_over_ranks(world: World, counts: Iterable[EditCounts]) -> EditCounts:
-    return EditCounts(*world.sum(astuple(sum(counts, EditCounts()))))
+def _sum_over_ranks(world: World, edits: TextEdits) -> TextEdits:
+    """Sum integer counts over ranks, in one reduction."""
+    kinds, size = astuple(edits), len(fields(EditCounts))
+    counts = world.sum([count for kind in kinds for count in kind])
+    return TextEdits(*(EditCounts(*counts[start : start + size]) for start in range(0, len(counts), size)))
 
 
 def _label_of(segments: Sequence[DecodedSegment]) -> str:
@@ -210,15 +209,12 @@ def _label_of(segments: Sequence[DecodedSegment]) -> str:
     return (first.parent_text or "") if first.recording_id != first.utterance_id else first.text
 
 
-def _count(segments: Sequence[DecodedSegment], track: str) -> tuple[EditCounts, EditCounts | None]:
-    """Count the edits of a recording over symbols and, for the word track, over words."""
-    reference = normalize(_label_of(segments), track)
-    hypothesis = normalize(join_texts([segment.hypothesis for segment in segments]), track)
-    words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if track == "word" else None
-    return count_edits(reference, hypothesis), words
+def _count(segments: Sequence[DecodedSegment], labels: LabelPolicy) -> TextEdits:
+    """Count the edits of a recording."""
+    return TextEdits.of(_label_of(segments), join_texts([segment.hypothesis for segment in segments]), labels)
 
 
-def _clip(name: str, segments: Sequence[DecodedSegment], counts: EditCounts, words: EditCounts | None) -> ClipScore:
+def _clip(name: str, segments: Sequence[DecodedSegment], edits: TextEdits) -> ClipScore:
     first = segments[0].sample
     return ClipScore(
         utterance_id=name,
@@ -232,6 +228,6 @@ def _clip(name: str, segments: Sequence[DecodedSegment], counts: EditCounts, wor
         hypothesis=join_texts([segment.hypothesis for segment in segments]),
         confidence=sum(segment.confidence * segment.seconds for segment in segments)
         / max(sum(segment.seconds for segment in segments), 1e-9),
-        counts=counts,
-        words=words,
+        counts=edits.symbols,
+        words=edits.words,
     )

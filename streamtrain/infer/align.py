@@ -15,8 +15,9 @@ import zstandard
 from tqdm import tqdm
 
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
-from sharding.errors import AudioError, ShardError, StreamtrainError
+from sharding.errors import AudioError, ShardError
 from sharding.files.writing import written
+from sharding.labels.policy import check_labels
 from sharding.segment.ctc_align import GAP_FRAMES, NEAR_FRAMES, AlignError, align, deletion_gaps, word_llrs, worst_gaps
 from sharding.shardset.index import ShardIndex, read_index
 from sharding.shardset.sample import Sample
@@ -78,11 +79,7 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     index = read_index(store)
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
-    if model.vocab.track != index.track:
-        raise StreamtrainError(
-            f"the model writes the {model.vocab.track} track, the labels are of the {index.track} track",
-            "align with a model of the same track",
-        )
+    check_labels(model.labels, index.labels, store.url)
     groups = list(rows_of_recordings(store, index))
     count = 0
     loaded = read_ahead(lambda group: _load(store, index, *group), iter(groups), READERS)

@@ -21,7 +21,6 @@ from sharding.errors import AudioError, MissingError, ShardError, StreamtrainErr
 from sharding.files.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, file_to_replace, open_lock_file, sibling, sync, write_inside, written
-from sharding.labels.ipa import TRACKS
 from sharding.segment.cuts import split_at_pauses
 from sharding.shardset.sample import escape_key
 from streamtrain.data.dataset import read_ahead
@@ -66,7 +65,8 @@ def transcribe(
 ) -> int:
     """Write a JSONL row per recording; return how many failed.
 
-    Fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (on the word track `orthographic_text`),
+    Fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (of profile
+    english `orthographic_text`, of others `text`),
     `confidence`, `words` (each with its `start` and `end` in seconds and its confidence), `error`; and `nbest`, the
     best hypotheses of a beam.
 
@@ -223,15 +223,15 @@ def _row(
     loaded: LoadedRecording, decoded: Sequence[tuple[Hypothesis, LogProbs]], model: CTCModel, options: DecodingOptions
 ) -> dict[str, Any]:
     """Return the row of a recording, joined from its decoded pieces."""
-    track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
+    field, frame_sec = model.text_field, model.frame_samples / SAMPLE_RATE
     row: dict[str, Any] = {"utterance_id": loaded.utterance_id, "audio_path": loaded.recording.audio_path}
     if loaded.error is not None:
-        return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": loaded.error}
+        return row | {field: "", "confidence": 0.0, "words": [], "error": loaded.error}
     hypotheses = [hypothesis for hypothesis, _ in decoded]
     samples = [len(waveform) for _, waveform in loaded.pieces]
     shares = [count / sum(samples) for count in samples]
     row |= {
-        TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
+        field: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
             _timed(word, start)

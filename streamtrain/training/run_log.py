@@ -116,8 +116,9 @@ class RunLog:
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         total, clips = evaluation.total, evaluation.clips
-        words = f", WER {evaluation.words.rate:.4f}" if evaluation.words else ""
-        self.message(f"step {step}: CER {total.rate:.4f}{words} on {counted(len(clips), 'clip')}")
+        rates = {evaluation.labels.metric: total.rate, "wer": evaluation.wer}
+        named = ", ".join(f"{name.upper()} {rate:.4f}" for name, rate in rates.items())
+        self.message(f"step {step}: {named} on {counted(len(clips), 'clip')}")
         if not any(clip.hypothesis for clip in clips):
             self.message(SILENT_MODEL)
         if self.rows and self.rows[-1].step == step:
@@ -128,7 +129,7 @@ class RunLog:
         self._drop_samples_from(step)  # a run may be resumed at a step that was already scored
         shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
         texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
-        append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
+        append(self._folder / "samples.txt", f"--- step {step}, {evaluation.labels.metric.upper()} {total.rate:.4f}\n{texts}")
 
     def draw_curves(self) -> None:
         before = self._folder / "before.json"
