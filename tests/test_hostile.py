@@ -43,6 +43,7 @@ from streamtrain.config import ModelConfig
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import load
 from streamtrain.model.pretrained import ModelError, load_model
+from tests.tools.corpus import PHONES
 from tests.tools.fuzz import LONGEST_SEC, MOST_BYTES, Document, make_documents, try_all
 from tests.tools.modules import MODULES, ROOT
 from tests.tools.tiny_model import make_tiny_model
@@ -84,7 +85,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> FolderSto
 
 
 def check_first(store: Store) -> None:
-    check_shard(store, read_checked(store, read_index(store).shards[0]))
+    check_shard(store, read_checked(store, read_index(store).shards[0]), PHONES)
 
 
 def read_first(store: Store) -> None:
@@ -326,7 +327,7 @@ def test_a_file_much_larger_than_its_index_says_is_not_read(copied: Path) -> Non
     index = read_index(store)
     os.truncate(copied / index.shards[0].name, 2**40)
     with pytest.raises((ShardError, StoreError), match="1,099,511,627,776 bytes"):
-        check_shard(store, read_checked(store, index.shards[0]))
+        check_shard(store, read_checked(store, index.shards[0]), PHONES)
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------

@@ -171,7 +171,9 @@ def _read(path: Path, schema: TypeAdapter[Any]) -> dict[str, Any]:
 def _metrics(card: dict[str, Any], name: str) -> str:
     if not card:
         return ""
-    rates = "".join(f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in ("cer", "wer", "per") if kind in card)
+    rates = "".join(
+        f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in ("cer", "wer", "per") if kind in card
+    )
     return (
         f"model-index:\n- name: {name}\n  results:\n  - task:\n      type: automatic-speech-recognition\n"
         f"    dataset:\n      name: {json.dumps(card['shards'])}\n      type: streamtrain\n"

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharding.labels.ipa import LETTERS, SYMBOLS
+
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError, reason_of
-from sharding.labels.ipa import LETTERS, SYMBOLS
 
 BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer's padding token
 

@@ -129,7 +129,10 @@ class RunLog:
         self._drop_samples_from(step)  # a run may be resumed at a step that was already scored
         shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
         texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
-        append(self._folder / "samples.txt", f"--- step {step}, {evaluation.labels.metric.upper()} {total.rate:.4f}\n{texts}")
+        append(
+            self._folder / "samples.txt",
+            f"--- step {step}, {evaluation.labels.metric.upper()} {total.rate:.4f}\n{texts}",
+        )
 
     def draw_curves(self) -> None:
         before = self._folder / "before.json"

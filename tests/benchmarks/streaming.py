@@ -37,6 +37,7 @@ from tests.benchmarks.corpora import flac_corpus
 from tests.benchmarks.report import Line, Quoted, machine, say
 from tests.benchmarks.sharding import CORPUS
 from tests.benchmarks.timing import ROOT, WORK, resident_peak, speak_demo
+from tests.tools.corpus import PHONES
 from tests.tools.seaweed import BUCKET, find_weed, running_seaweed
 
 RESULT = WORK / "streaming.json"
@@ -91,7 +92,7 @@ def pasketti_index(clips: int, shard_mb: float = 64, num_buckets: int = 8) -> Sh
         )
         for b, n, count, total in zip(bucket[starts].tolist(), number[starts].tolist(), counts, totals, strict=True)
     )
-    return ShardIndex(bins, {}, "", "", {}, shards, table)
+    return ShardIndex(bins, {}, "", "", PHONES, {}, shards, table)
 
 
 def steps_of(plan: EpochPlan) -> list[Step]:

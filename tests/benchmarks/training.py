@@ -19,7 +19,7 @@ import torch
 from transformers import Wav2Vec2Config
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.labels.ipa import SYMBOLS
+from sharding.labels.pasketti import SYMBOLS
 from streamtrain.model.pretrained import ACTIVE_DROPOUTS
 from streamtrain.model.vocab import vocab_of
 from streamtrain.training.run_log import RunLog, StepRow, read_log

@@ -231,7 +231,7 @@ def test_a_plot_is_a_png_with_something_in_it(name: str, size: tuple[int, int], 
 
 def test_a_plot_of_nothing_has_none_of_the_colours(tmp_path: Path, shards: Path) -> None:
     whole = read_index(open_store(shards))
-    none = ShardIndex(whole.duration_bins, {}, "", "", {}, (), whole.samples[:0])
+    none = ShardIndex(whole.duration_bins, {}, "", "", whole.labels, {}, (), whole.samples[:0])
     pictures = {
         "durations.png": plots.plot_durations(none),
         "symbols_per_second.png": plots.plot_symbol_rates(none),

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from sharding.audio.codec import encode
 from sharding.cli import main
 from sharding.errors import ManifestError
-from sharding.labels.ipa import LETTERS, foreign_symbols, name_symbols, normalize_words
+from sharding.labels.pasketti import normalize_words
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from sharding.sources.archive import AudioRoot, find_audio, open_audio
 from sharding.sources.manifest import ManifestOptions, Utterance, read_source
 from tests.tools.commands import Command
-from tests.tools.corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
+from tests.tools.corpus import MANIFEST, WORDS, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
 TEXT = "kæt sæt"
@@ -210,7 +210,6 @@ BAD_TABLES: dict[str, tuple[str, str]] = {  # what is in the file, and what is s
     ),
     "a misspelt id": (ROW.replace("utterance_id", "uterance_id"), "hint: did you mean 'utterance_id'?"),
     "a foreign column": (ROW.replace("audio_path", "wav"), "map the columns with --columns audio_path=COLUMN"),
-    "another track": (ROW.replace("phonetic", "orthographic"), "hint: use --track word for these labels"),
     "a path twice": (
         "audio_path,phonetic_text\naudio/meadow-0000.flac,k\n\naudio/meadow-0000.wav,k\n",
         "x.csv:4: utterance_id 'audio/meadow-0000' was seen before, at ",
@@ -319,11 +318,11 @@ def test_a_row_that_alone_has_no_id_or_one_is_refused(corpus: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("row", "said"), [
     ({"audio_filepath": "x.wav", "duration": 1.5, "text": "kæt"},
-     "fields 'audio_path' and 'phonetic_text' are missing; the row has: audio_filepath, duration, text\n"
-     "hint: map the columns with --columns audio_path=audio_filepath,text=text\n"),
+     "field 'audio_path' is missing; the row has: audio_filepath, duration, text\n"
+     "hint: did you mean --columns audio_path=audio_filepath\n"),
     ({"wav": "x.wav", "ipa": "kæt"}, "hint: map the columns with --columns audio_path=COLUMN,text=COLUMN\n"),
     ({"wav": "x.wav", "orthographic_text": "cat"},
-     "hint: use --track word for these labels; map the columns with --columns audio_path=COLUMN\n"),
+     "hint: map the columns with --columns audio_path=COLUMN\n"),
 ])  # fmt: skip
 def test_all_fields_that_are_missing_are_told_at_once(row: Row, said: str, tmp_path: Path, refuse: Refuse) -> None:
     (tmp_path / "corpus").mkdir()
@@ -468,7 +467,7 @@ def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Comman
         names[5]: "an ice cream please", names[9]: "the quick brown fox",
     }  # fmt: skip
     for number, symbols in ((3, "7"), (4, "ç")):  # refused in training, kept as it is where it validates
-        reason = f"label has symbols outside the alphabet: {name_symbols(symbols, LETTERS)}"
+        reason = f"label has symbols outside the alphabet: {WORDS.name(symbols)}"
         assert fates[names[number]] in (("train", "rejected", reason), ("valid", "written", None))
     for name, (_, sample) in stored.items():
         info = soundfile.info(io.BytesIO(sample.audio))
@@ -514,7 +513,7 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
 )
 def test_words_become_letters_apostrophes_and_spaces(text: str, expected: str, foreign: str) -> None:
     assert normalize_words(text) == expected
-    assert foreign_symbols(expected, LETTERS) == foreign
+    assert "".join(WORDS.foreign(expected)) == foreign
 
 
 @given(st.text())

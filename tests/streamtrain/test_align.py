@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import sharding.segment.ctc_align
 from sharding.audio.codec import CONV_LAYERS, SAMPLE_RATE
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
 from sharding.segment.ctc_align import CERTAIN_NATS, AlignError, align, word_llrs
 from sharding.segment.evidence import read_alignments
 from sharding.shardset.index import read_index, read_sample

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from sharding.errors import StreamtrainError
-from sharding.labels.ipa import SYMBOLS, normalize_ipa
+from sharding.labels.pasketti import SYMBOLS, normalize_ipa
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
 from streamtrain.config import ModelConfig

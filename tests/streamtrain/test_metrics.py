@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.labels.ipa import SYMBOLS, normalize_ipa, normalize_words
+from sharding.labels.pasketti import SYMBOLS, normalize_ipa, normalize_words
 from streamtrain.eval.metrics import EditCounts, Resampling, count_edits, spoken_words
 
 VECTORS = Path(__file__).parents[3] / "shared" / "scoring_vectors.jsonl"

@@ -9,7 +9,7 @@ from pathlib import Path
 import jiwer
 import pytest
 
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
 from streamtrain.eval.score import ScoreError, score_files
 from tests.tools.commands import ROOT, run_module
 

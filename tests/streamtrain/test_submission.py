@@ -106,7 +106,7 @@ def test_the_word_track_writes_words(tmp_path: Path) -> None:
     done = run_module("streamtrain", *command, lay_out(tmp_path / "data", "orthographic_text"))
     assert done.returncode == 0, done.stderr
     assert "words.zip: written" in done.stdout
-    assert "word track" in done.stdout
+    assert "profile english" in done.stdout
     assert "3 unread, 0 in part" in done.stdout
 
 
@@ -238,7 +238,7 @@ def test_ids_may_be_anything(model: Path, small_shards: Path, tmp_path: Path) ->
     made = [
         write_shard(open_store(tmp_path / "shards"), f"valid/b00-0000{number}.tar", 0,
                     [(replace(read_sample(store, index, row), key=escape_key(name), utterance_id=name),
-                      int(index.samples["samples"][row]))])
+                      int(index.samples["samples"][row]))], index.labels)
         for number, (row, name) in enumerate(zip(rows, ("a/b", "../../escaped"), strict=False))
     ]  # fmt: skip
     tables = [shard.samples.copy() for shard in made]

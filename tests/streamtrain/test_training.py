@@ -22,7 +22,7 @@ import yaml
 from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.cli import main
 from sharding.errors import StreamtrainError
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
 from sharding.shardset.index import (
     join_samples,
     pack_index,
@@ -47,7 +47,7 @@ from streamtrain.training.checkpoint import list_checkpoints, load_state, open_c
 from streamtrain.training.run import _check_frames
 from streamtrain.training.run_log import RankRow, RunLog, StepRow, read_log, render_run
 from streamtrain.training.trainer import TrainError
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.models import SLOW, TINY, make_network
 from tests.tools.ports import free_port
 from tests.tools.seaweed import BUCKET, SECRET_KEY, Seaweed
@@ -310,7 +310,7 @@ def test_the_word_track_is_trained_and_scored_in_letters_and_words(work: Path) -
     rows = [row | {"orthographic_text": row["phonetic_text"].title() + "!"} for row in read_manifest(corpus)]
     write_manifest(corpus, rows)
     shards = work / "word-shards"
-    run([sys.executable, "-m", "sharding", "build", corpus, "--out", shards, "--track", "word"])
+    run([sys.executable, "-m", "sharding", "build", corpus, "--out", shards, "--profile", "english"])
     run(training(work, "words", f"data.shards={shards}", "train.max_steps=2", "eval.every_steps=1"))
     best, card = work / "words" / "best", json.loads((work / "words" / "scorecard.json").read_text())
     assert set("".join(json.loads((best / "vocab.json").read_text()))) >= set("abcdefghijklmnopqrstuvwxyz'|")
@@ -322,7 +322,7 @@ def test_the_word_track_is_trained_and_scored_in_letters_and_words(work: Path) -
     run([sys.executable, "-m", "streamtrain", "transcribe", best, clip, "--out", out])
     assert "orthographic_text" in json.loads(out.read_text())
     command = ["launch/evaluate.py", "--model", best, "--shards", work / "shards", "--out", work / "unlike"]
-    assert "the model writes the word track" in run([sys.executable, *command], expect=1).stderr
+    assert "the model writes characters of profile 'english'" in run([sys.executable, *command], expect=1).stderr
 
 
 def test_two_machines_that_start_their_own_ranks_train_together(work: Path) -> None:
@@ -390,11 +390,11 @@ def test_clips_that_do_not_decode_though_their_checksums_hold_stop_the_run_when_
     store = open_store(shutil.copytree(work / "shards", work / "undecodable"))
     index, made = read_index(store), []
     for shard in index.shards:
-        samples = check_shard(store, read_checked(store, shard))
+        samples = check_shard(store, read_checked(store, shard), PHONES)
         if shard.split == "train":
             samples = [replace(sample, audio=sample.audio[:100]) for sample in samples]
         lengths = index.samples["samples"][index.samples["shard"] == len(made)].tolist()
-        made.append(write_shard(store, shard.name, shard.bucket, zip(samples, lengths, strict=True)))
+        made.append(write_shard(store, shard.name, shard.bucket, zip(samples, lengths, strict=True), PHONES))
     entries = tuple(shard.entry for shard in made)
     samples = join_samples([shard.samples for shard in made])
     write_index(store, pack_index(replace(index, shards=entries, samples=samples)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import StreamtrainError
-from sharding.labels.ipa import SYMBOLS, normalize_ipa
+from sharding.labels.pasketti import SYMBOLS, normalize_ipa
 from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab, load_vocab, save_vocab, vocab_of
 
 VOCAB = vocab_of("phonetic")

@@ -65,7 +65,7 @@ from streamtrain.training.checkpoint import RunState, read_checkpoint
 from streamtrain.training.checkpoint import _digest as digest_state
 from streamtrain.training.mirror import _read_pointer
 from streamtrain.training.run_log import StepRow, read_log
-from tests.tools.corpus import MANIFEST, make_corpus
+from tests.tools.corpus import MANIFEST, PHONES, make_corpus
 
 LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
 HOSTILE = [None, -1, 0, 2**31, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), -1e308, True, "", "../x", "\0",
@@ -225,7 +225,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         if not index.external:
             BuildConfig(**index.settings)  # as a repair does
         list(read_index_headers(store))
-        check_shard(store, read_checked(store, index.shards[0]), index.track)
+        check_shard(store, read_checked(store, index.shards[0]), index.labels)
 
     def pack_columns(data: bytes) -> bytes:
         columns = pack(data)
@@ -257,7 +257,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         "index.json": Document(shards / "index.json", read_set, bytes, with_digest),
         "samples.bin.zst": Document(shards / index_columns(shards), read_set, unpack, pack_columns),
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
-        "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
+        "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes(), PHONES)),
         "ledger": Document(shards / report.LEDGER_NAME, show_and_append_to_ledger, unpack, pack),
         "alignments": Document(files["aligned"], label_pieces, unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),

@@ -7,14 +7,15 @@ import numpy as np
 import torch
 import transformers
 
-from sharding.labels.ipa import SYMBOLS
+from sharding.labels.pasketti import SYMBOLS
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.decode import greedy
 from streamtrain.model.inference import zero_mean_unit_variance
 from streamtrain.model.pretrained import save_model
 from streamtrain.model.vocab import vocab_of
+from tests.tools.corpus import PHONES
 
-VOCAB = vocab_of("phonetic")
+VOCAB = vocab_of(PHONES)
 
 
 TINY: dict[str, Any] = {

@@ -17,6 +17,7 @@ from sharding.shardset.index import SAMPLE_DTYPE, ShardIndex, read_index, read_k
 from sharding.shardset.sample import Sample
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import open_store
+from tests.tools.corpus import PHONES
 
 
 def read_ledger(out: Path) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def make_index(
         size = round(sum(group) / SAMPLE_RATE * BYTES_PER_SECOND)
         shards.append(ShardEntry(name, split, bucket, len(group), size, sum(group), "0" * 16))
         row += len(group)
-    return ShardIndex(bins, {}, "", "", {}, tuple(shards), table)
+    return ShardIndex(bins, {}, "", "", PHONES, {}, tuple(shards), table)
 
 
 def flip_byte(path: Path, rng: np.random.Generator) -> int:
