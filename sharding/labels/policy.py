@@ -12,6 +12,12 @@ from sharding.labels.units import Units, ctc_frames_needed, split_symbols
 
 MAX_SYMBOLS = 1_000  # of an alphabet that is found
 MAX_FOREIGN = 0.05  # share of symbols: if more are foreign, the labels are in another alphabet
+OTHER_PROFILES = {
+    "pasketti": "--profile english if the labels are English words, text if they are words of any language, ipa if "
+    "they are other IPA",
+    "english": "--profile text if the labels are of any other language, pasketti or ipa if they are phones",
+}
+RARE_HINT = "--min-symbol-count N keeps the symbols that occur N times in the training labels"
 _SHOWN = 20  # symbols in a message
 _SHOWN_LABEL = 80  # characters of a label in a message
 
@@ -188,15 +194,7 @@ def check_alphabet(counts: SymbolCounts, side: str, policy: LabelPolicy) -> None
         return
     _, place, text = counts.worst
     sign = "" if policy.units == "characters" else " "
-    other = (
-        "--min-symbol-count N keeps symbols that occur N times"
-        if policy.counts
-        else {
-            "pasketti": "--profile english if the labels are English words, text for words of any language, ipa for narrow "
-            "or other IPA",
-            "english": "--profile text for words of any language, pasketti or ipa if the labels are phones",
-        }.get(policy.profile, "--alphabet data takes the symbols from the labels")
-    )
+    other = RARE_HINT if policy.counts else OTHER_PROFILES.get(policy.profile, "--alphabet data takes the labels' own")
     raise ManifestError(
         f"{place}: {text[:_SHOWN_LABEL]!r} has symbols outside the alphabet of profile {policy.profile}: "
         f"{policy.name(policy.foreign(text))}; {counts.foreign / counts.symbols:.1%} of all symbols in the labels for "

@@ -4,9 +4,11 @@ Lee & Hon, "Speaker-independent phone recognition using hidden Markov models", 1
 the silences as in Kaldi's recipe, so that phone error rates are comparable. Repeated silences are not merged.
 """
 
-PHONES = tuple(  # the 61 of the disc
-    ["aa", "ae", "ah", "ao", "aw", "ax", "ax-h", "axr", "ay", "b", "bcl", "ch", "d", "dcl", "dh", "dx", "eh", "el", "em", "en", "eng", "epi", "er", "ey", "f", "g", "gcl", "h#", "hh", "hv", "ih", "ix", "iy", "jh", "k", "kcl", "l", "m", "n", "ng", "nx", "ow", "oy", "p", "pau", "pcl", "q", "r", "s", "sh", "t", "tcl", "th", "uh", "uw", "ux", "v", "w", "y", "z", "zh"]
-)
+_DISC = """
+    aa ae ah ao aw ax ax-h axr ay b bcl ch d dcl dh dx eh el em en eng epi er ey f g gcl h# hh hv ih ix iy jh k kcl l m
+    n ng nx ow oy p pau pcl q r s sh t tcl th uh uw ux v w y z zh
+"""
+PHONES = tuple(_DISC.split())  # 61
 
 _TO_48 = {"ax-h": "ax", "axr": "er", "em": "m", "eng": "ng", "hv": "hh", "nx": "n", "ux": "uw", "q": ""}
 _TO_48 |= dict.fromkeys(("bcl", "dcl", "gcl"), "vcl") | dict.fromkeys(("pcl", "tcl", "kcl"), "cl")
