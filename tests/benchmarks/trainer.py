@@ -32,7 +32,7 @@ class Clips(Dataset[dict[str, Any]]):
     """Normalised clips with their labels, decoded beforehand: which spares the reference what ours does on the way."""
 
     def __init__(self, corpus: Path) -> None:
-        vocab = vocab_of("phonetic")
+        vocab = vocab_of(PHONES)
         self.rows = []
         for line in transcripts(corpus).read_text("utf-8").splitlines():
             row = json.loads(line)

@@ -108,7 +108,7 @@ def run_ours(shards: Path) -> list[Step]:
 def run_reference(corpus: Path, sampling: str, epochs: int) -> list[Step]:
     """So many epochs of the Trainer; the last is counted."""
     with TemporaryDirectory(dir=WORK) as home:
-        vocab = vocab_of("phonetic")
+        vocab = vocab_of(PHONES)
         model = MODEL | SAME | {"vocab_size": len(vocab), "pad_token_id": vocab.blank}
         (Path(home) / "model.json").write_text(json.dumps(model))
         lines = said(["-m", "tests.benchmarks.trainer", corpus, f"{home}/model.json", sampling, epochs]).splitlines()

@@ -25,7 +25,7 @@ from streamtrain.infer.align import WHOLE_SEC, align_shards, windows_of
 from streamtrain.model.ctc import CTCModel, count_frames
 from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 from tests.tools.commands import run_module
-from tests.tools.corpus import make_corpus, read_manifest
+from tests.tools.corpus import WORDS, make_corpus, read_manifest
 from tests.tools.models import SLOW, make_network, save, talkative
 
 Row = dict[str, Any]
@@ -335,7 +335,7 @@ def test_a_model_of_the_other_track_is_refused(
 ) -> None:
     folder, _, _ = rows
     network = make_network("wav2vec2, group norm")
-    vocab = vocab_of("word")
+    vocab = vocab_of(WORDS)
     network.lm_head = type(network.lm_head)(network.lm_head.in_features, len(vocab))
     network.config.vocab_size = len(vocab)
     other = save(CTCModel(network, vocab, normalize=True).eval(), tmp_path / "words")

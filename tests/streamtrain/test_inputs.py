@@ -205,7 +205,7 @@ def test_a_manifest_names_and_finds_clips_as_a_build_does(
 
 def test_what_tells_how_manifests_are_read_is_refused_where_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.flac").write_bytes(b"sound")
-    save_vocab(vocab_of("phonetic"), tmp_path / "model", do_normalize=True, attention_mask=False)
+    save_vocab(vocab_of(PHONES), tmp_path / "model", do_normalize=True, attention_mask=False)
     for option in (("--audio-root", tmp_path), ("--columns", "audio_path=path")):
         command = ("transcribe", tmp_path / "model", tmp_path / "a.flac", "--out", tmp_path / "out.jsonl", *option)
         assert "no source is a transcripts file" in run_module("streamtrain", *command).stderr

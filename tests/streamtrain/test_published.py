@@ -39,7 +39,7 @@ def test_a_published_model_is_loaded_whole_and_saved_in_todays_names(
 ) -> None:
     source = publish_kind(tmp_path / "model", family, fine_tuned, file)
     model = load_model(ModelConfig(pretrained=str(source), vocab="new" if fine_tuned else "auto"))
-    assert model.vocab == vocab_of("phonetic")
+    assert model.vocab == vocab_of(PHONES)
     assert model.normalize
     theirs = AutoModelForCTC.from_pretrained(source, dtype=torch.float32).state_dict()
     ours = {name: weight.contiguous() for name, weight in model.network.state_dict().items()}
@@ -100,7 +100,7 @@ def test_a_head_for_other_symbols_is_never_laid_under_ours(fits: bool, tmp_path:
     source = publish(tmp_path / "model", "wav2vec2", fine_tuned=True, file="safetensors")
     tokens = LETTERS_960H
     if fits:
-        ours = vocab_of("phonetic").tokens
+        ours = vocab_of(PHONES).tokens
         tokens = [*ours[:2], *(f"<{number}>" for number in range(len(ours) - 3)), ours[-1]]
         resize_head(source, tokens)
     with pytest.raises(ModelError) as refused:
@@ -108,7 +108,7 @@ def test_a_head_for_other_symbols_is_never_laid_under_ours(fits: bool, tmp_path:
     assert f"its head outputs its own symbols ({' '.join(tokens[:12])} …)" in refused.value.message
     assert "--set model.vocab=new" in str(refused.value.hint)
     model = load_model(ModelConfig(pretrained=str(source), vocab="new"))
-    assert model.vocab == vocab_of("phonetic")
+    assert model.vocab == vocab_of(PHONES)
     theirs, ours = load_file(source / "model.safetensors")["lm_head.weight"], model.network.lm_head.weight
     assert (theirs.shape == ours.shape) == fits
     assert not torch.equal(theirs, ours)
@@ -127,7 +127,7 @@ def resize_head(model: Path, tokens: list[str]) -> None:
 
 def test_a_model_that_has_all_symbols_and_more_keeps_its_head_and_ids(tmp_path: Path) -> None:
     source = publish(tmp_path / "model", "wavlm", fine_tuned=True, file="safetensors")
-    ours = vocab_of("phonetic").tokens
+    ours = vocab_of(PHONES).tokens
     tokens = [ours[0], "ø", *ours[1:], "ʙ"]
     resize_head(source, tokens)
     model = load_model(ModelConfig(pretrained=str(source)))
@@ -142,13 +142,13 @@ def test_a_model_that_has_all_symbols_and_more_keeps_its_head_and_ids(tmp_path: 
 def test_a_head_of_more_outputs_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     """Some fine-tuned models name <s> and </s> in added_tokens.json alone."""
     source = publish(tmp_path / "model", "wav2vec2", fine_tuned=True, file="safetensors")
-    resize_head(source, [*vocab_of("phonetic").tokens, "<s>", "</s>"])
+    resize_head(source, [*vocab_of(PHONES).tokens, "<s>", "</s>"])
     tokens = json.loads((source / "vocab.json").read_text())
     write(source / "vocab.json", {token: number for token, number in tokens.items() if not token.endswith("s>")})
     with pytest.raises(ModelError, match="its head outputs its own symbols"):
         load_model(ModelConfig(pretrained=str(source)))
     config = json.loads((source / "config.json").read_text())
-    write(source / "config.json", config | {"vocab_size": len(vocab_of("phonetic"))})
+    write(source / "config.json", config | {"vocab_size": len(vocab_of(PHONES))})
     with pytest.raises(
         ModelError, match=r"no CTC head of its own: lm_head\.\S+ is \(56,.*\) in the file, \(54,.*\) in"
     ):

@@ -419,7 +419,7 @@ def test_a_model_of_other_strides_trains_and_names_what_its_frames_cannot_spell(
 @pytest.mark.parametrize("factors", [(), (0.9, 1.1)])
 def test_a_model_that_makes_fewer_frames_than_symbols_is_refused_in_words(factors: tuple[float, ...]) -> None:
     index, slow = make_index([1.0] * 9), make_network("wav2vec2, group norm", conv_stride=[5, 2, 2, 2, 2, 2, 8])
-    model = CTCModel(slow, vocab_of("phonetic"), normalize=True)
+    model = CTCModel(slow, vocab_of(PHONES), normalize=True)
     for symbols in range(1, 40):
         index.samples["label_length"] = 1
         index.samples["label_length"][4] = symbols

@@ -11,7 +11,7 @@ from sharding.errors import StreamtrainError
 from sharding.labels.pasketti import SYMBOLS, normalize_ipa
 from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab, load_vocab, save_vocab, vocab_of
 
-VOCAB = vocab_of("phonetic")
+VOCAB = vocab_of(PHONES)
 
 
 @given(st.text(st.sampled_from(SYMBOLS + "   ˈ͡.")).map(normalize_ipa))

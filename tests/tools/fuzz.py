@@ -210,7 +210,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     (card / "scorecard.json").write_text(json.dumps(said))
     clips = (clip | {"utterance_id": str(number), "child_id": str(number % 3)} for number in range(9))
     (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
-    ids = {token: number for number, token in enumerate(vocab_of("phonetic").tokens)}
+    ids = {token: number for number, token in enumerate(vocab_of(PHONES).tokens)}
     (vocab / "vocab.json").write_text(json.dumps(ids))
     settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "shuffle_shards": 2, "length_jitter": 0.0, "seed": 0,
                 "speed_factors": [1.0], "gain_db": 0.0}  # fmt: skip

@@ -31,7 +31,7 @@ from streamtrain.distributed import World
 from streamtrain.model.vocab import vocab_of
 from tests.tools.corpus import PHONES
 
-VOCAB = vocab_of("phonetic")
+VOCAB = vocab_of(PHONES)
 SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, shuffle_shards=2)
 
 
