@@ -1,7 +1,7 @@
 """Train the demo's model on other labels than the demo's: German words, and narrow IPA in segments.
 
-`python -m tests.benchmarks.languages` speaks both corpora, builds, trains and evaluates each as a user would, and prints
-the scores. Ten minutes on two cores.
+`python -m tests.benchmarks.languages` speaks both corpora, builds, trains and evaluates each as a user would, and
+prints the scores. Ten minutes on two cores.
 """
 
 import argparse
