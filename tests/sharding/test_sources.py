@@ -124,7 +124,7 @@ def test_a_csv_makes_the_same_bytes_as_json_lines(
     write_csv(rename(rows, **names), folder / "clips.csv")
     (folder / "clips.csv").write_bytes(b"\xef\xbb\xbf" + (folder / "clips.csv").read_bytes())
     columns = "audio_path=path,text=sentence,audio_duration_sec=length"
-    out = build(run_sharding, folder, "--columns", columns, out=tmp_path / "out")
+    out = build(run_sharding, folder, "--profile", "pasketti", "--columns", columns, out=tmp_path / "out")
     assert all_of(out) == all_of(plain_build)
     assert read_summary(out)["ignored_fields"] == ["note"]
 
@@ -493,7 +493,7 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
             read_manifest(corpus)]  # fmt: skip
     (folder / "train_word_transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "._train_word_transcripts.jsonl").write_bytes(b"\0what macOS leaves on other disks")
-    assert Path(read_source(folder, ManifestOptions("word")).layout.transcripts).name == "train_word_transcripts.jsonl"
+    assert Path(read_source(folder, ManifestOptions("english")).layout.transcripts).name == "train_word_transcripts.jsonl"
     assert Path(read_source(folder, ManifestOptions()).layout.transcripts).name == MANIFEST
 
 
