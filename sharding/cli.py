@@ -328,6 +328,7 @@ def split(
     from sharding.audio.codec import SAMPLE_RATE
     from sharding.audio.vad import detect_speech, find_pauses
     from sharding.labels.ipa import read_label
+    from sharding.labels.policy import policy_of
     from sharding.segment.acoustic_model import example_of, fit
     from sharding.segment.split import LabelThresholds, split_recording
 
@@ -335,7 +336,7 @@ def split(
     name, activity, aligned = Path(audio).stem, detect_speech(waveform), _read_alignments(alignments)
     gates = LabelThresholds(min_confidence, aligned.bound(max_false_accept), min_word_llr)
     label, evidence = read_label(_text_of(text), "phonetic"), aligned.of(name)
-    model = fit([example_of(name, label, waveform)], "phonetic", max_false_accept)
+    model = fit([example_of(name, label, waveform)], policy_of("pasketti"), max_false_accept)
     segments = split_recording(name, waveform, label, max_duration, activity, evidence, model, gates)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'segment')}")
     print("\n".join(map(_render_segment, segments)))

@@ -50,6 +50,8 @@ from sharding.build.write import (
 from sharding.errors import ManifestError, ShardError
 from sharding.files.writing import remove
 from sharding.labels.ipa import SymbolCounts, check_alphabet, read_label
+from sharding.labels.policy import policy_of
+from sharding.labels.profiles import TRACKS
 from sharding.pool import Workers, available_cores
 from sharding.report import files as report
 from sharding.report.ledger import LedgerPart, LedgerRow, Tally, rejected_row, same_rows, sum_tallies, write_ledger
@@ -302,7 +304,8 @@ def _fit_acoustic_model(
     chosen = np.array(list(rows))
     jobs = zip(repeat(context), _read_rows(task.scan, chosen), strict=False)
     examples = pool.map(read_example, jobs, [1] * len(chosen), "learning")
-    return fit([example for example in examples if example], settings.track, settings.max_false_accept)
+    policy = policy_of(TRACKS[settings.track])
+    return fit([example for example in examples if example], policy, settings.max_false_accept)
 
 
 def _cut_long(

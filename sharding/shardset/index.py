@@ -19,6 +19,8 @@ import zstandard
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import MissingError, ShardError, UnreachableError
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_json, unpack, validate
+from sharding.labels.policy import LabelPolicy, policy_of
+from sharding.labels.profiles import TRACKS
 from sharding.shardset.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
 from sharding.shardset.schema import EXTERNAL, HEADER, INDEX, SHARD, IndexDocument, ShardEntry, check_document
 from sharding.shardset.store import Reader, Store
@@ -68,6 +70,10 @@ class ShardIndex:
     @property
     def track(self) -> str:
         return str(self.settings.get("track", "phonetic"))
+
+    @property
+    def labels(self) -> LabelPolicy:
+        return policy_of(TRACKS[self.track])
 
     @property
     def external(self) -> bool:

@@ -1,13 +1,14 @@
 """Describe the index documents of a shard set as types that validate them when they are read."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Size, validate
+from sharding.labels.units import Units
 from sharding.shardset.build_config import BUILD_CONFIG, Track
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
@@ -64,9 +65,10 @@ class _Notes(TypedDict):
 
 
 class _AcousticModel(TypedDict):
-    alphabet: str
+    alphabet: str | list[str]  # a list unless the units are characters
     max_gap: Number
     values: str
+    units: NotRequired[Units]
 
 
 class _SamplesDocument(TypedDict):

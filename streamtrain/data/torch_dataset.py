@@ -27,7 +27,7 @@ class ShardDataset(IterableDataset[Batch]):
         rank: This process among `world_size` that share an epoch; each gets equally many batches.
         world_size: Number of such processes.
         speed_factors: Each clip is played at a random one of them.
-        vocab: Ids of the symbols (default: those of the shard set's track).
+        vocab: Ids of the symbols (default: those of the shard set's labels).
         normalize: Give each clip zero mean and unit variance, as models with `do_normalize` need it.
 
     Raises:
@@ -63,7 +63,7 @@ class ShardDataset(IterableDataset[Batch]):
             raise PlanError(f"rank is {rank}: from 0 to {world_size - 1} is expected")
         self._settings = PlanSettings(batch_seconds, world_size, seed=seed, speed_factors=tuple(speed_factors))
         self._shards, self._world, self._normalize = as_shard_set(shards), World(rank, world_size), normalize
-        self._vocab = vocab or vocab_of(self._shards.index.track)
+        self._vocab = vocab or vocab_of(self._shards.index.labels)
         self._pid = os.getpid()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # seen by workers
         self._planned: tuple[int, EpochPlan] | None = None

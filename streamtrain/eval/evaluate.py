@@ -28,6 +28,7 @@ from streamtrain.model.batches import batch_by_length
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.decode import decode_log_probs, join_texts
 from streamtrain.model.inference import scoring_mode
+from streamtrain.model.labels import take_labels
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -70,11 +71,7 @@ def evaluate(
     ranks if `preemption` was requested on any rank.
     """
     rows = _find_labelled(stream.index, stream.store.url, split)
-    if model.vocab.track != stream.index.track:
-        raise StreamtrainError(
-            f"the model writes the {model.vocab.track} track, the labels are of the {stream.index.track} track",
-            "build the shard set with the other --track, or evaluate another model",
-        )
+    take_labels(model, stream.index.labels)
     batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
@@ -139,6 +136,7 @@ def evaluate_model(
     with explaining(out):  # fail before the work, not after it, if the folder cannot be written
         out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)
+    take_labels(model, index.labels)
     if world.main:
         warn_unless_finished(Path(model_folder))
     stream = ShardStream(index, store, model.vocab, model.normalize, world)

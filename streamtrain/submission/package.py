@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,12 @@ from sharding.errors import StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_row, read_document
 from sharding.files.writing import written
 from sharding.labels.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
+from sharding.labels.profiles import TRACKS as PROFILES_OF_TRACKS
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.sample import escape_key
 from sharding.shardset.store import open_store
 from streamtrain.eval.score import score_files
+from streamtrain.model.labels import field_of
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -38,7 +40,7 @@ RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
 TAKEN_ALONG = {  # a submission reads audio, cuts, infers and decodes with the same files
     "sharding": ("__init__.py", "errors.py", "audio/__init__.py", "audio/codec.py", "audio/containers.py",
-                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "labels/__init__.py", "labels/ipa.py",
+                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "labels/__init__.py", "labels/units.py",
                  "segment/__init__.py", "segment/cuts.py"),
     "streamtrain": ("__init__.py", "model/__init__.py", "model/batches.py", "model/ctc.py", "model/decode.py",
                     "model/inference.py", "model/vocab.py"),
@@ -96,11 +98,22 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
     """
     loaded = load_trained(model)
     warn_unless_finished(model)
-    track = loaded.vocab.track
-    settings = {"field": TRACKS[track], "normalize": loaded.normalize, "batch_seconds": batch_seconds}
+    profile = loaded.labels.profile if loaded.labels else ""
+    track = next((track for track, each in PROFILES_OF_TRACKS.items() if each == profile), None)
+    if track is None:
+        raise PackageError(
+            f"{model}: its labels are of profile {profile or 'unknown'}, not one of the challenge's",
+            f"train on shards of profile {' or '.join(PROFILES_OF_TRACKS.values())}",
+        )
+    settings = {
+        "field": field_of(loaded.labels),
+        "normalize": loaded.normalize,
+        "batch_seconds": batch_seconds,
+        "vocab": asdict(loaded.vocab),
+    }
     files = {
         "main.py": (HERE / "main.py").read_bytes(),
-        "submission.json": json.dumps(settings, indent=1).encode(),
+        "submission.json": json.dumps(settings, ensure_ascii=False, indent=1).encode(),
     }
     for name, parts in TAKEN_ALONG.items():
         files |= {f"{name}/{part}": (_folder_of(name) / part).read_bytes() for part in parts}

@@ -270,7 +270,7 @@ def _start_engine(
     log.info("model: %s", config.model.pretrained or "from scratch")
     _check_hub(config.model.pretrained, world)
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
-    model = load_model(config.model, index.track)
+    model = load_model(config.model, index.labels)
     _check_frames(model, index, config.data.speed_factors)
     if config.data.gain_db and model.normalize:
         log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
