@@ -368,6 +368,6 @@ def config(
 
 def _check_model(folder: Path) -> None:
     """Raise StreamtrainError if the folder holds no model."""
-    from streamtrain.model.vocab import load_vocab
+    from streamtrain.model.tokenizer import load_vocab
 
     load_vocab(folder)

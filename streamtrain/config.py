@@ -81,8 +81,8 @@ class ModelConfig(Section):
     """Model to start from: a hub name or a local folder."""
     scratch: dict[str, Any] | None = None
     """Or the fields of a Wav2Vec2Config, for a model with random weights."""
-    vocab: Literal["auto", "new"] = "auto"
-    """CTC head: auto keeps the model's if it has one, new replaces it."""
+    vocab: Literal["auto", "own", "new"] = "auto"
+    """Tokens and head: own are the model's, new are the labels'; auto: own if they cover 95 % of the labels."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Rate of all of the model's dropouts."""
     freeze_cnn: bool = True

@@ -74,7 +74,7 @@ class EvaluateOptions:
         """Raise StreamtrainError if there is no such model or no such shard set."""
         from sharding.shardset.index import read_index_header
         from sharding.shardset.store import open_store
-        from streamtrain.model.vocab import load_vocab
+        from streamtrain.model.tokenizer import load_vocab
 
         load_vocab(self.model)
         read_index_header(open_store(self.shards))

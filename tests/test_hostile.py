@@ -53,9 +53,9 @@ KINDS = (
     "scorecard.json", "hypotheses.jsonl", "--config", "--set", "state.json", "vocab.json", "newest.json", "lock",
     "transcripts.jsonl", "transcripts.csv", "transcripts.tsv", "transcripts.jsonl.gz", "transcripts.csv.zst", "tar",
     "zip", "flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf", "SHA256SUMS", "config.json", "model.safetensors",
-    "processor_config.json", "vocab.json of others", "card's scorecard.json", "card's training.json",
-    "card's trained_on.json", "finished.json", "log.csv", "submission.json", "submission_format.jsonl",
-    "submission.jsonl", "transcribe's state",
+    "preprocessor_config.json", "tokenizer_config.json", "labels.json", "vocab.json of others", "card's scorecard.json",
+    "card's training.json", "card's trained_on.json", "finished.json", "log.csv", "submission.json",
+    "submission_format.jsonl", "submission.jsonl", "transcribe's state",
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
     "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",

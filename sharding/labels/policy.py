@@ -130,19 +130,6 @@ def policy_of(profile: str, units: Units | None = None) -> LabelPolicy:
     return LabelPolicy(profile, units, known.symbols if units == known.units else ()).stamped()
 
 
-def check_labels(written: LabelPolicy | None, labels: LabelPolicy, place: str) -> None:
-    """Raise StreamtrainError if a model writes labels of another profile or of other units than those of a shard set.
-
-    A model that others published does not say what it writes (None).
-    """
-    if written is not None and (written.profile, written.units) != (labels.profile, labels.units):
-        raise StreamtrainError(
-            f"the model writes {written.units} of profile {written.profile!r}, the labels of {place} are "
-            f"{labels.units} of profile {labels.profile!r}",
-            f"build a shard set with --profile {written.profile} --units {written.units}, or take another model",
-        )
-
-
 def policy_from(document: Mapping[str, Any]) -> LabelPolicy:
     """Return the policy that `LabelPolicy.document` wrote."""
     values: dict[str, Any] = {

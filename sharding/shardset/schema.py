@@ -1,7 +1,7 @@
 """Describe the index documents of a shard set as types that validate them when they are read."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -75,9 +75,10 @@ class _Labels(TypedDict):
 
 
 class _AcousticModel(TypedDict):
-    alphabet: str
+    alphabet: str | list[str]  # a list unless the units are characters
     max_gap: Number
     values: str
+    units: NotRequired[Units]
 
 
 class _SamplesDocument(TypedDict):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import ShardError, StoreError, StreamtrainError, UnreachableError
 from sharding.files.writing import explaining
-from sharding.labels.policy import LabelPolicy, check_labels
+from sharding.labels.policy import LabelPolicy
 from sharding.shardset.index import ShardIndex, check_presence, read_index, read_sample
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import open_store
@@ -28,6 +28,7 @@ from streamtrain.model.batches import batch_by_length
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.decode import decode_log_probs, join_texts
 from streamtrain.model.inference import scoring_mode
+from streamtrain.model.labels import take_labels
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -70,7 +71,7 @@ def evaluate(
     ranks if `preemption` was requested on any rank.
     """
     rows = _find_labelled(stream.index, stream.store.url, split)
-    check_labels(model.labels, stream.index.labels, stream.store.url)
+    take_labels(model, stream.index.labels)
     batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
@@ -136,6 +137,7 @@ def evaluate_model(
     with explaining(out):  # fail before the work, not after it, if the folder cannot be written
         out.mkdir(parents=True, exist_ok=True)
     model = load_trained(model_folder).to(world.device)
+    take_labels(model, index.labels)
     if world.main:
         warn_unless_finished(Path(model_folder))
     stream = ShardStream(index, store, model.vocab, model.normalize, world)

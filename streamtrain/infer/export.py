@@ -15,9 +15,11 @@ from typing_extensions import TypedDict
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError, counted
 from sharding.files.document import DocumentError, Number, Size, parse, read_document
+from sharding.labels.policy import LabelPolicy
 from streamtrain.atomic import new_folder
 from streamtrain.eval.scorecard import render_interval, warnings
 from streamtrain.model.ctc import CTCModel
+from streamtrain.model.labels import describe
 from streamtrain.model.pretrained import load_trained, save_model
 from streamtrain.run_status import warn_unless_finished
 
@@ -113,7 +115,7 @@ def export_model(source: Path, out: Path) -> float:
         for name, copied in RUN_FILES.items():
             if (run / name).is_file():
                 shutil.copyfile(run / name, partial / copied)
-        (partial / "README.md").write_text(_model_card(partial, run.name), encoding="utf-8")
+        (partial / "README.md").write_text(_model_card(partial, run.name, model.labels), encoding="utf-8")
         return verify(model, partial)
 
 
@@ -145,11 +147,11 @@ def verify(model: CTCModel, folder: Path) -> float:
     return difference
 
 
-def _model_card(folder: Path, name: str) -> str:
+def _model_card(folder: Path, name: str, labels: LabelPolicy | None) -> str:
     """Return a model card in the Hugging Face hub's form, from the run's files in `folder`."""
     card, config = _read(folder / "scorecard.json", _CARD), _read(folder / "training.json", _TRAINING)
     data = _read(folder / "trained_on.json", _DATA)
-    writes = f"It writes {card['units']} of profile {card['profile']}. " if card else ""
+    speech = f"speech (labels of {describe(labels)})" if labels else "speech"
     head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
     about = f"# {name}\n\nA CTC recogniser, trained with streamtrain. {writes}Its input is 16 kHz, one channel.\n"
     use = (

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 if TYPE_CHECKING:
+    from sharding.labels.policy import LabelPolicy
     from streamtrain.model.vocab import Vocab
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every shape: 8 ms per layer
@@ -82,10 +83,11 @@ def _zero_padding(hidden: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 class CTCModel(nn.Module):
     """Wrap a Transformers CTC network (wav2vec2, HuBERT, WavLM) with its output vocabulary."""
 
-    def __init__(self, network: Any, vocab: "Vocab", normalize: bool) -> None:
+    def __init__(self, network: Any, vocab: "Vocab", normalize: bool, labels: "LabelPolicy | None" = None) -> None:
         super().__init__()
         self.network = network
         self.vocab = vocab
+        self.labels = labels  # what its outputs are, None: not known
         self.normalize = normalize  # whether inputs are scaled to zero mean and unit variance
         self.encoder_frozen = False  # whether only the head gets gradients
         config = network.config

@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.sample import escape_key
 from sharding.shardset.store import open_store
 from streamtrain.eval.score import score_files
+from streamtrain.model.labels import field_of
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -99,12 +100,19 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
     warn_unless_finished(model)
     profile = loaded.labels.profile if loaded.labels else ""
     if profile not in TRACKS.values():
-        raise PackageError(f"{model}: writes texts of profile {profile or 'unknown'!r}",
-                           f"the challenge takes {' and '.join(TRACKS.values())}")  # fmt: skip
-    settings = {"field": PROFILES[profile].field, "normalize": loaded.normalize, "batch_seconds": batch_seconds}
+        raise PackageError(
+            f"{model}: its labels are of profile {profile or 'unknown'}, not one of the challenge's",
+            f"train on shards of profile {' or '.join(TRACKS.values())}",
+        )
+    settings = {
+        "field": field_of(loaded.labels),
+        "normalize": loaded.normalize,
+        "batch_seconds": batch_seconds,
+        "vocab": asdict(loaded.vocab),
+    }
     files = {
         "main.py": (HERE / "main.py").read_bytes(),
-        "submission.json": json.dumps(settings, indent=1).encode(),
+        "submission.json": json.dumps(settings, ensure_ascii=False, indent=1).encode(),
     }
     for name, parts in TAKEN_ALONG.items():
         files |= {f"{name}/{part}": (_folder_of(name) / part).read_bytes() for part in parts}

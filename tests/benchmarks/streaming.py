@@ -29,6 +29,7 @@ import soundfile
 from sharding.audio import libflac
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.build.duration_buckets import bucket_of, fit_bins
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import SAMPLE_DTYPE, ShardIndex, read_index
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import open_store
@@ -232,7 +233,7 @@ def stream_of(shards: Path, index: ShardIndex, workers: int) -> Any:
     from streamtrain.distributed import World
     from streamtrain.model.vocab import vocab_of
 
-    return ShardStream(index, open_store(shards), vocab_of(PHONES), False, World(), workers)
+    return ShardStream(index, open_store(shards), vocab_of(policy_of("pasketti")), False, World(), workers)
 
 
 def pad(clips: list[tuple[np.ndarray, str]]) -> tuple[Any, int]:
@@ -380,7 +381,9 @@ def epoch_speed(shards: str, cache_dir: str | None) -> float:
     store = open_store(shards)
     index = read_index(store)
     plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
-    stream = ShardStream(index, open_for_reading(index, store, cache_dir, 10.0), vocab_of(PHONES), False, World(), 1)
+    stream = ShardStream(
+        index, open_for_reading(index, store, cache_dir, 10.0), vocab_of(policy_of("pasketti")), False, World(), 1
+    )
     started, seconds = 0.0, 0
     for item in stream.epoch(plan):
         if item.step >= plan.steps // 10:

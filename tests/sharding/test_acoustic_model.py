@@ -9,6 +9,7 @@ import torch
 
 from sharding.audio.codec import FRAME_SAMPLES
 from sharding.audio.vad import Stretch
+from sharding.labels.policy import policy_of
 from sharding.segment.acoustic_model import (
     DECODE_SCALE,
     PAUSE_NATS,
@@ -25,7 +26,7 @@ from sharding.segment.split import Segment, split_recording
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
 from tests.tools.commands import Command
-from tests.tools.corpus import PHONES, SAMPLE_RATE, SYMBOL_SEC, Sound, make_corpus, make_text, read_manifest, recite
+from tests.tools.corpus import SAMPLE_RATE, SYMBOL_SEC, Sound, make_corpus, make_text, read_manifest, recite
 
 SPOKEN = "ɹkzbæmtɪduʃ"
 
@@ -68,7 +69,7 @@ def words_before(seed: int, words: list[str], second: float) -> int:
 def sounds() -> PhoneGMM:
     corpus = {f"{seed}": words_of(seed, 40) for seed in range(9)}
     examples = [example_of(name, " ".join(words), said(int(name), words)) for name, words in corpus.items()]
-    learned = fit(examples, PHONES, max_false_accept=0.02)
+    learned = fit(examples, policy_of("pasketti"), max_false_accept=0.02)
     assert learned is not None
     return learned
 
@@ -115,7 +116,7 @@ def test_what_is_learned_does_not_depend_on_threads_and_leaves_them_as_they_were
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            learned.append(fit(examples, PHONES, 0.02))
+            learned.append(fit(examples, policy_of("pasketti"), 0.02))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -152,13 +153,13 @@ def test_every_frame_is_learned_from_once(sounds: PhoneGMM) -> None:
 
 
 def test_nothing_is_learned_from_nothing(sounds: PhoneGMM) -> None:
-    assert fit([], PHONES, 0.02) is None
-    assert fit([example_of("mute", "", said(0, ["kæt"]))], PHONES, 0.02) is None
+    assert fit([], policy_of("pasketti"), 0.02) is None
+    assert fit([example_of("mute", "", said(0, ["kæt"]))], policy_of("pasketti"), 0.02) is None
     crowded = example_of("crowded", " ".join(words_of(0, 60) * 40), said(0, words_of(0, 60)))
     burst = example_of("burst", "kæt", np.full(16_000, 1e30, np.float32))
     for useless in (crowded, burst):
-        assert fit([useless], PHONES, 0.02) is None
-    mute = fit([example_of("silence", "kæt", np.zeros(16_000, np.float32))], PHONES, 0.02)
+        assert fit([useless], policy_of("pasketti"), 0.02) is None
+    mute = fit([example_of("silence", "kæt", np.zeros(16_000, np.float32))], policy_of("pasketti"), 0.02)
     assert mute is not None
     assert np.isfinite(mute.precision).all()
     words = words_of(0, 60)

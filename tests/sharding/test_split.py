@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from sharding.audio.vad import HOP, VAD_WINDOW, Stretch, detect_speech, find_pauses, find_stretches
+from sharding.labels.policy import policy_of
 from sharding.report.ledger import Tally, ledger_row
 from sharding.report.plots import DPI
 from sharding.segment.acoustic_model import example_of, fit
@@ -35,7 +36,7 @@ from sharding.shardset.store import open_store
 from sharding.sources.manifest import Utterance
 from sharding.sources.synthetic import open_espeak, plan_children, say_phrase
 from tests.tools.commands import ROOT, Command
-from tests.tools.corpus import PHONES, SAMPLE_RATE, make_corpus, read_manifest, recite
+from tests.tools.corpus import SAMPLE_RATE, make_corpus, read_manifest, recite
 
 LIMIT = 25 * SAMPLE_RATE
 
@@ -196,7 +197,7 @@ def heard(text: str, cuts: list[int], words_before: list[int], probability: floa
 def test_what_sounds_say_is_checked_where_a_model_has_labelled() -> None:
     words = [word for number in range(30) for word in ("kætɪ", "ʃuzən", "dɑgzɪ")]
     waveform, text = recite(words, 0, np.random.default_rng(5)), " ".join(words)
-    sounds = fit([example_of("parent", text, waveform)], PHONES, max_false_accept=1.0)
+    sounds = fit([example_of("parent", text, waveform)], policy_of("pasketti"), max_false_accept=1.0)
     first = split_recording("parent", waveform, text, acoustic_model=sounds)
     assert {segment.by for segment in first} == {"acoustic_model"}
     assert all(segment.pass1 is None for segment in first)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import sharding.segment.ctc_align
 from sharding.audio.codec import CONV_LAYERS, SAMPLE_RATE
 from sharding.labels.pasketti import normalize_ipa
+from sharding.labels.policy import policy_of
 from sharding.segment.ctc_align import CERTAIN_NATS, AlignError, align, word_llrs
 from sharding.segment.evidence import read_alignments
 from sharding.shardset.index import read_index, read_sample
@@ -25,7 +26,7 @@ from streamtrain.infer.align import WHOLE_SEC, align_shards, windows_of
 from streamtrain.model.ctc import CTCModel, count_frames
 from streamtrain.model.vocab import BLANK, SPACE, UNKNOWN, Vocab, vocab_of
 from tests.tools.commands import run_module
-from tests.tools.corpus import WORDS, make_corpus, read_manifest
+from tests.tools.corpus import make_corpus, read_manifest
 from tests.tools.models import SLOW, make_network, save, talkative
 
 Row = dict[str, Any]
@@ -335,11 +336,14 @@ def test_a_model_of_the_other_track_is_refused(
 ) -> None:
     folder, _, _ = rows
     network = make_network("wav2vec2, group norm")
-    vocab = vocab_of(WORDS)
+    vocab = vocab_of(policy_of("english"))
     network.lm_head = type(network.lm_head)(network.lm_head.in_features, len(vocab))
     network.config.vocab_size = len(vocab)
     other = save(CTCModel(network, vocab, normalize=True).eval(), tmp_path / "words")
     done = run_module("streamtrain", "align", other, folder / "shards", "--out", tmp_path / "out.jsonl.zst")
     assert done.returncode == 1
-    assert "the model writes the word track, the labels are of the phonetic track" in done.stderr
+    assert (
+        "the model writes profile english in characters, the labels are of profile pasketti in characters"
+        in done.stderr
+    )
     assert not list(tmp_path.glob("*.zst"))

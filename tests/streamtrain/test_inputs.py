@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from sharding.errors import AudioError, StreamtrainError
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import whole_key
 from sharding.shardset.store import open_store
 from sharding.sources.manifest import ManifestOptions, read_source
 from streamtrain.infer.inputs import find_recordings
-from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.model.tokenizer import save_vocab
+from streamtrain.model.vocab import vocab_of
 from tests.tools.commands import run_module
 from tests.tools.corpus import make_corpus, read_manifest
 from tests.tools.seaweed import Seaweed
@@ -205,7 +207,7 @@ def test_a_manifest_names_and_finds_clips_as_a_build_does(
 
 def test_what_tells_how_manifests_are_read_is_refused_where_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.flac").write_bytes(b"sound")
-    save_vocab(vocab_of(PHONES), tmp_path / "model", do_normalize=True, attention_mask=False)
+    save_vocab(vocab_of(policy_of("pasketti")), tmp_path / "model", do_normalize=True, attention_mask=False)
     for option in (("--audio-root", tmp_path), ("--columns", "audio_path=path")):
         command = ("transcribe", tmp_path / "model", tmp_path / "a.flac", "--out", tmp_path / "out.jsonl", *option)
         assert "no source is a transcripts file" in run_module("streamtrain", *command).stderr

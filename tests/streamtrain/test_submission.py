@@ -14,16 +14,18 @@ import pytest
 import soundfile
 
 from sharding.audio.codec import SAMPLE_RATE, encode
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import join_samples, pack_index, read_index, read_sample, write_index, write_shard
 from sharding.shardset.sample import escape_key
 from sharding.shardset.store import open_store
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import transcribe
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.model.tokenizer import save_vocab
+from streamtrain.model.vocab import vocab_of
 from streamtrain.submission.package import TAKEN_ALONG, PackageError, package, rehearse, render
 from tests.tools.commands import ROOT, run_module
-from tests.tools.corpus import WORDS, make_corpus, sound
+from tests.tools.corpus import make_corpus, sound
 from tests.tools.models import make_network, save, talkative
 
 Row = dict[str, Any]
@@ -98,7 +100,7 @@ def read(path: Path) -> list[Row]:
 
 def test_the_word_track_writes_words(tmp_path: Path) -> None:
     network = make_network("wav2vec2, group norm")
-    vocab = vocab_of(WORDS)
+    vocab = vocab_of(policy_of("english"))
     network.lm_head = type(network.lm_head)(network.lm_head.in_features, len(vocab))
     network.config.vocab_size = len(vocab)
     folder = save(CTCModel(network, vocab, normalize=True).eval(), tmp_path / "best")
@@ -257,7 +259,7 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(model: 
     ):  # fmt: skip
         folder = shutil.copytree(model, tmp_path / lacking, ignore=shutil.ignore_patterns("SHA256SUMS"))
         if lacking == "its own":
-            save_vocab(vocab_of(WORDS), folder, True, True)
+            save_vocab(vocab_of(policy_of("english")), folder, True, True)
         else:
             (folder / lacking).unlink()
         done = run_module("streamtrain", "package", folder, "--out", tmp_path / "submission.zip")

@@ -37,6 +37,7 @@ from sharding.build.external import TarJob, index_tar
 from sharding.build.pipeline import RunOptions, _exceptions_of, build
 from sharding.errors import AudioError, StreamtrainError
 from sharding.files.exclusive import parse_holder, this_process
+from sharding.labels.policy import policy_of
 from sharding.report import files as report
 from sharding.report.ledger import write_ledger
 from sharding.report.summary import render
@@ -58,7 +59,8 @@ from streamtrain.infer.inputs import Recording, find_recordings
 from streamtrain.infer.transcribe import Progress, load
 from streamtrain.model.checksums import check_sums
 from streamtrain.model.pretrained import load_model, load_trained, save_model
-from streamtrain.model.vocab import load_vocab, vocab_of
+from streamtrain.model.tokenizer import load_vocab
+from streamtrain.model.vocab import vocab_of
 from streamtrain.run_status import RESULT_NAME, RunResult, read_result, write_result
 from streamtrain.submission.package import _check_rows, _field_of
 from streamtrain.training.checkpoint import RunState, read_checkpoint
@@ -210,7 +212,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     (card / "scorecard.json").write_text(json.dumps(said))
     clips = (clip | {"utterance_id": str(number), "child_id": str(number % 3)} for number in range(9))
     (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
-    ids = {token: number for number, token in enumerate(vocab_of(PHONES).tokens)}
+    ids = {token: number for number, token in enumerate(vocab_of(policy_of("pasketti")).tokens)}
     (vocab / "vocab.json").write_text(json.dumps(ids))
     settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "shuffle_shards": 2, "length_jitter": 0.0, "seed": 0,
                 "speed_factors": [1.0], "gain_db": 0.0}  # fmt: skip
@@ -346,7 +348,13 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     sums = Document(folder / "SHA256SUMS", partial(check_sums, shutil.copytree(folder, run / "summed")))
     found["SHA256SUMS"] = replace(sums, path=run / "summed" / "SHA256SUMS")
     (folder / "SHA256SUMS").unlink()
-    for name in ("config.json", "model.safetensors", "processor_config.json"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "labels.json",
+    ):
         found[name] = Document(folder / name, partial(load_trained, folder))
     pretrained = shutil.copytree(folder, run / "pretrained")
     found["vocab.json of others"] = Document(
@@ -362,7 +370,7 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     }  # fmt: skip
     for name, document in beside.items():
         (run / name).write_text(json.dumps(document))
-        found[f"card's {name}"] = Document(run / name, partial(_model_card, run, "name", "word"))
+        found[f"card's {name}"] = Document(run / name, partial(_model_card, run, "name", None))
     write_result(run, RunResult(3, "train.max_steps=3", 0.5, 2))
     found["finished.json"] = Document(run / RESULT_NAME, partial(read_result, run))
     names = [field.name for field in fields(StepRow)]

@@ -12,6 +12,7 @@ import obstore
 
 from sharding.audio.codec import encode
 from sharding.labels.pasketti import normalize_ipa
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import (
     ShardIndex,
     join_samples,
@@ -31,7 +32,7 @@ from streamtrain.distributed import World
 from streamtrain.model.vocab import vocab_of
 from tests.tools.corpus import PHONES
 
-VOCAB = vocab_of(PHONES)
+VOCAB = vocab_of(policy_of("pasketti"))
 SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, shuffle_shards=2)
 
 
