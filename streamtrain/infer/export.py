@@ -151,7 +151,7 @@ def _model_card(folder: Path, name: str, labels: LabelPolicy | None) -> str:
     """Return a model card in the Hugging Face hub's form, from the run's files in `folder`."""
     card, config = _read(folder / "scorecard.json", _CARD), _read(folder / "training.json", _TRAINING)
     data = _read(folder / "trained_on.json", _DATA)
-    speech = f"speech (labels of {describe(labels)})" if labels else "speech"
+    writes = f"It writes {describe(labels)}. " if labels else ""
     head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
     about = f"# {name}\n\nA CTC recogniser, trained with streamtrain. {writes}Its input is 16 kHz, one channel.\n"
     use = (

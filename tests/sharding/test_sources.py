@@ -493,9 +493,8 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
             read_manifest(corpus)]  # fmt: skip
     (folder / "train_word_transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "._train_word_transcripts.jsonl").write_bytes(b"\0what macOS leaves on other disks")
-    assert (
-        Path(read_source(folder, ManifestOptions("english")).layout.transcripts).name == "train_word_transcripts.jsonl"
-    )
+    words = read_source(folder, ManifestOptions("english")).layout
+    assert Path(words.transcripts).name == "train_word_transcripts.jsonl"
     assert Path(read_source(folder, ManifestOptions()).layout.transcripts).name == MANIFEST
 
 
