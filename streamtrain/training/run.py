@@ -16,7 +16,7 @@ import torch
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, open_lock_file, remove, write_inside
-from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index
+from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index, read_sample
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import Store, open_store
 from streamtrain.atomic import recover_replaced
@@ -30,6 +30,7 @@ from streamtrain.model.checksums import ChecksumError, check_sums
 from streamtrain.model.ctc import CTCModel, ctc_sum
 from streamtrain.model.hub import needs_hub, why_unreachable
 from streamtrain.model.inference import scoring_mode
+from streamtrain.model.labels import check_symbols, fit_vocab
 from streamtrain.model.pretrained import load_model
 from streamtrain.run_status import discard_result, reopened
 from streamtrain.training.checkpoint import (
@@ -57,6 +58,7 @@ ORDER_CHECK_LENGTHS = {  # samples of each clip in the batches on which the orde
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
+CHECKED_LABELS = 200  # whose symbols are looked up in a vocabulary that lacks some of the alphabet
 LOCK_NAME = ".lock"
 LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv", "finished.json")  # a run's folder has at least one of them
 LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to exit
@@ -88,6 +90,9 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         plans = Plans(index, config, state)
         _check_ranks_agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index, checkpoint, plans.total_steps, world)
+        with world.on_main("look up the labels' symbols") as is_main:
+            if is_main:
+                _check_symbols(engine.model, index, store)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
@@ -169,6 +174,20 @@ def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[fl
             "use a model with smaller strides (model.scratch: conv_stride)"
             + (", or data.speed_factors of at most 1" if max(speed_factors, default=1) > 1 else ""),
         )
+
+
+def _check_symbols(model: CTCModel, index: ShardIndex, store: Store) -> None:
+    """Raise TrainError if more than 5 % of the symbols of the labels have no token in the model's vocabulary.
+
+    The model was chosen by the alphabet alone if the index does not count its symbols: then labels are read.
+    """
+    rows = index.split("train")
+    if index.labels.counts or not fit_vocab(model.vocab, index.labels).lacking:
+        return
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), CHECKED_LABELS)).astype(int))]
+    told = check_symbols(model.vocab, [read_sample(store, index, row).text for row in chosen.tolist()])
+    if told is not None:
+        raise TrainError(f"{store.url}: {told}", "--set model.vocab=new trains a new head for the labels' symbols")
 
 
 def _describe(index: ShardIndex, shards: str) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The sounds of a corpus, learned from its own labels, tell which words lie where, and which labels are wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 from sharding.audio.codec import FRAME_SAMPLES
 from sharding.audio.vad import Stretch
-from sharding.labels.policy import policy_of
+from sharding.labels.policy import LabelPolicy, policy_of
+from sharding.labels.units import Units
 from sharding.segment.acoustic_model import (
     DECODE_SCALE,
     PAUSE_NATS,
@@ -145,6 +147,32 @@ def test_a_pause_is_likelier_between_words_than_within_one(phrases: list[str], a
     log_probs = sounds.log_probs(example.features, example.quiet, DECODE_SCALE)
     two, one = (align(log_probs, text, sounds).log_prob for text in ("kætɪ ʃumtə", "kætɪʃumtə"))
     assert two - one == pytest.approx(PAUSE_NATS if apart else 0.0, abs=0.5)
+
+
+@pytest.mark.parametrize("units", ["segments", "tokens"])
+def test_symbols_of_several_characters_are_learned_as_single_ones_are(units: Units) -> None:
+    """Each phone written as two letters and a diacritic: the model is the same, and survives being packed."""
+    spelt = {symbol: f"{symbol}ʰ" for symbol in SPOKEN}
+    join = {"segments": "", "tokens": " "}[units]
+    plain = [example_of(f"{seed}", " ".join(words_of(seed, 40)), said(seed, words_of(seed, 40))) for seed in range(2)]
+    examples = [
+        replace(each, text=" ".join(join.join(spelt[symbol] for symbol in word) for word in each.text.split()))
+        for each in plain
+    ]
+    one = fit(examples, LabelPolicy("ipa", units, tuple(spelt.values())), 0.02)
+    other = fit(plain, LabelPolicy("ipa", "characters", tuple(SPOKEN)), 0.02)
+    assert one is not None
+    assert other is not None
+    if units == "segments":
+        np.testing.assert_array_equal(one.mean, other.mean)
+        assert one.max_gap == other.max_gap
+    assert one.encode(examples[0].text) == other.encode(plain[0].text)
+    kept = unpack_model(json.loads(json.dumps(one.pack())))
+    assert (kept.alphabet, kept.units) == (tuple(sorted(spelt.values())), units)
+    assert other.pack().keys() == {"alphabet", "max_gap", "values"}
+    assert other.pack()["alphabet"] == "".join(sorted(SPOKEN))
+    sound = said(0, words_of(0, 40))
+    assert kept.align(examples[0].text, sound, [Stretch(0, len(sound), True)], [len(sound) // 2]).error is None
 
 
 def test_every_frame_is_learned_from_once(sounds: PhoneGMM) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,25 @@ def test_blocks_change_nothing(seed: int, frames: int) -> None:
     assert mean[-1] == pytest.approx(len(found.words) * found.before[-1].sum(), abs=1)
     times = list(itertools.chain(*((word.first_frame, word.end_frame) for word in found.words)))
     assert times == sorted(times)
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(LABELS), st.integers(0, 9999), st.integers(5, 12))
+def test_symbols_of_several_characters_align_as_single_ones_do(text: str, seed: int, frames: int) -> None:
+    """Segments as characters; a label of tokens as one whose words have one character and no blank between them."""
+    segments = Vocab((BLANK, SPACE, "kʰ", "t͡ʃ", UNKNOWN), units="segments")
+    log_probs = torch.from_numpy(frames_of(seed, frames)).float()
+    spelt = text.replace("a", "kʰ").replace("b", "t͡ʃ")
+    one, other = align(log_probs, text, VOCAB, [3]), align(log_probs, spelt, segments, [3])
+    assert [replace(word, text="") for word in one.words] == [replace(word, text="") for word in other.words]
+    assert [word.text for word in other.words] == spelt.split()
+    assert (one.log_prob, one.before.tolist()) == (other.log_prob, other.before.tolist())
+    assert word_llrs(log_probs, one.words, VOCAB) == word_llrs(log_probs, other.words, segments)
+    tokens = Vocab((BLANK, "|", "aa", "b#", UNKNOWN), delimiter=None, units="tokens")
+    joined = text.replace(" ", "")
+    apart = align(log_probs, " ".join({"a": "aa", "b": "b#"}[symbol] for symbol in joined), tokens)
+    assert apart.log_prob == align(log_probs, joined, VOCAB).log_prob
+    assert [word.text for word in apart.words] == [{"a": "aa", "b": "b#"}[symbol] for symbol in joined]
 
 
 def test_no_frames_and_no_label() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, p
 
 from sharding.errors import StreamtrainError
 from sharding.labels.policy import LabelPolicy, policy_of
+from sharding.shardset.index import read_index, read_sample
+from sharding.shardset.store import open_store
 from streamtrain.config import ModelConfig
 from streamtrain.infer.export import ExportError, export_model, save_best
 from streamtrain.model.ctc import CTCModel, ctc_sum
@@ -26,6 +29,8 @@ from streamtrain.model.inference import decode_waveforms, zero_mean_unit_varianc
 from streamtrain.model.labels import take_labels
 from streamtrain.model.pretrained import ModelError, load_model, load_trained
 from streamtrain.model.vocab import SPACE, vocab_of
+from streamtrain.training.run import _check_symbols
+from streamtrain.training.trainer import TrainError
 from tests.tools.corpus import make_corpus, read_manifest, write_manifest
 from tests.tools.ports import free_port
 from tests.tools.published import CLASSES, ESPEAK, LETTERS_960H, TOKENIZERS, publish, write
@@ -325,7 +330,7 @@ def test_a_head_for_other_symbols_is_never_laid_under_ours(
         resize_head(source, [*tokens[:2], *(f"<{number}>" for number in range(len(tokens) - 3)), tokens[-1]])
     with caplog.at_level("INFO", "streamtrain"):
         model = load_model(ModelConfig(pretrained=str(source)))
-    assert "gets a new head for the 53 symbols of the labels: " in caplog.text
+    assert "gets a new head for the 51 symbols of the labels: " in caplog.text
     assert model.vocab == vocab_of(policy_of("pasketti"))
     theirs, ours = load_file(source / "model.safetensors")["lm_head.weight"], model.network.lm_head.weight
     assert (theirs.shape == ours.shape) == fits
@@ -353,6 +358,26 @@ def test_a_model_that_has_all_symbols_and_more_keeps_its_head_and_ids(tmp_path: 
     model = load_model(ModelConfig(pretrained=str(source)))
     assert list(model.vocab.tokens) == tokens
     assert torch.equal(model.network.lm_head.weight, load_file(source / "model.safetensors")["lm_head.weight"])
+
+
+def test_labels_whose_common_symbols_have_no_token_stop_a_run_before_its_first_step(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    """The alphabet is covered by 96 %, but not what is said."""
+    store = open_store(str(small_shards))
+    index = read_index(store)
+    texts = [read_sample(store, index, row).text for row in index.split("train").tolist()]
+    common = [symbol for symbol, _ in Counter("".join(texts).replace(" ", "")).most_common(2)]
+    source = publish(tmp_path / "model", "wav2vec2", fine_tuned=True, file="safetensors")
+    (source / "tokenizer_config.json").unlink()
+    (source / "special_tokens_map.json").unlink()
+    resize_head(source, [token for token in vocab_of(index.labels).tokens if token not in common])
+    model = load_model(ModelConfig(pretrained=str(source)), index.labels)
+    assert len(model.vocab) == len(vocab_of(index.labels)) - 2
+    told = rf"\d+\.\d% of the labels' symbols have no token in the model's vocabulary: .*'{common[0]}' U\+"
+    with pytest.raises(TrainError, match=told):
+        _check_symbols(model, index, store)
+    _check_symbols(load_model(ModelConfig(pretrained=str(source), vocab="new"), index.labels), index, store)
 
 
 def test_a_vocabulary_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -106,9 +106,7 @@ def publish(
     outputs = tokenizer.outputs or len(tokenizer.tokens)
     settings: dict[str, Any] = TINY | (LARGE if large else {}) | {"vocab_size": outputs, "pad_token_id": tokenizer.pad}
     network = getattr(transformers, f"{CLASSES[family]}{head}")(
-        getattr(transformers, f"{CLASSES[family]}Config")(
-            **settings, pad_token_id=tokenizer.pad, bos_token_id=1, eos_token_id=2
-        )
+        getattr(transformers, f"{CLASSES[family]}Config")(**settings, bos_token_id=1, eos_token_id=2)
     )
     weights = {name: weight.to(dtype).contiguous() for name, weight in network.state_dict().items()}
     for today, then in OLD_NAMES.items():
