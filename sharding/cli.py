@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sharding.audio.codec import Waveform
     from sharding.segment.evidence import Alignments
     from sharding.segment.split import Segment
-    from sharding.sources.manifest import ManifestOptions
+    from sharding.sources.options import ManifestOptions
 
 # Imports stay inside the commands, so that each tells at once what it begins.
 
@@ -76,7 +76,8 @@ class ReadingOptions:
     then get the words that a model heard in them."""
 
     def manifest_options(self) -> "ManifestOptions":
-        from sharding.sources.manifest import ManifestOptions, parse_columns
+        from sharding.sources.manifest import parse_columns
+        from sharding.sources.options import ManifestOptions
 
         columns = parse_columns(self.columns)
         return ManifestOptions(columns=columns, follow_links=self.follow_links, audio_root=self.audio_root)

@@ -73,7 +73,8 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import escape_key, whole_key
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import FolderStore, Store, open_store
-from sharding.sources.manifest import ManifestOptions, Source, read_source
+from sharding.sources.manifest import Source, read_source
+from sharding.sources.options import ManifestOptions
 
 LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
@@ -334,7 +335,7 @@ def _cut_long(
 def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ClipRow]:
     sources = scanned.sources
     places = scanned.clips[["source", "row", "bytes", "samples"]][clips].tolist()
-    return [ClipRow(index, int(sources[index].numbers[row]), sources[index].line(row), size, samples)
+    return [ClipRow(index, sources[index].line(row), sources[index].place(row), size, samples)
             for index, row, size, samples in places]  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from sharding.shardset.sample import whole_key
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import Faults, find_faults
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 
 
 def repair(

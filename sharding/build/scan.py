@@ -74,8 +74,7 @@ class ScanResult:
         """Return the file and line of a clip's row, and the row."""
         number, row = self.clips[["source", "row"]][clip].item()
         source = self.sources[number]
-        line = int(source.numbers[row])
-        return f"{source.layout.transcripts}:{line}", source.layout.parse(source.line(row), line)[0]
+        return source.place(row), source.parse(row)
 
 
 def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
@@ -87,11 +86,11 @@ def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
     chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), chunk)]
     sizes = [min(chunk, len(sources[number]) - start) for number, start in chunks]
 
-    def jobs() -> Iterator[tuple[Layout, str, list[tuple[int, bytes]]]]:
+    def jobs() -> Iterator[tuple[Layout, str, list[tuple[bytes, str]]]]:
         for number, start in chunks:
             source = sources[number]
             rows = range(start, min(start + chunk, len(source)))
-            yield source.layout, track, [(int(source.numbers[row]), source.line(row)) for row in rows]
+            yield source.layout, track, [(source.line(row), source.place(row)) for row in rows]
 
     parts = pool.map(_scan_chunk, jobs(), sizes, "examining")
     clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
@@ -141,11 +140,11 @@ def speaker_hash(speaker: str) -> int:
 # --- in the workers ---------------------------------------------------------------------------------------------
 
 
-def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
+def _scan_chunk(job: tuple[Layout, str, list[tuple[bytes, str]]]) -> ScanResult:
     layout, track, rows = job
     clips, refusals, ignored = [], {}, frozenset[str]()
-    for row, (number, line) in enumerate(rows):
-        utterance, unused = layout.parse(line, number)
+    for row, (line, place) in enumerate(rows):
+        utterance, unused = layout.parse(line, place)
         ignored |= unused
         clip, refusal = _scan_one(utterance, layout.audio, track)
         clips.append(clip)

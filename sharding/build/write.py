@@ -58,13 +58,13 @@ class ClipRow:
     """Hold an unparsed row of a source, to be sent to a worker, and what the scan found."""
 
     source: int
-    number: int  # line number
     line: bytes
+    place: str  # its file and line
     size: int  # bytes of the clip's audio file
     samples: int  # of the clip at 16 kHz, by its header
 
     def parse(self, layouts: Sequence[Layout]) -> Utterance:
-        return layouts[self.source].parse(self.line, self.number)[0]
+        return layouts[self.source].parse(self.line, self.place)[0]
 
 
 @dataclass(frozen=True, slots=True)

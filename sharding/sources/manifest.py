@@ -21,7 +21,9 @@ from sharding.files.document import DocumentError, parse_row
 from sharding.files.names import canonical_name, canonical_speaker, name_of
 from sharding.labels.ipa import TRACKS
 from sharding.sources.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
-from sharding.sources.tables import Lines, is_table, read_lines
+from sharding.sources.layouts import CorpusLayout, find_layout
+from sharding.sources.options import NAME_FIELDS, NUMBER_FIELDS, OPTIONAL_FIELDS, REQUIRED_FIELDS, ManifestOptions
+from sharding.sources.tables import Lines, is_table, pack_rows, read_lines
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can express and UTF-8 cannot
 MAKE_TABLE = (
@@ -33,10 +35,6 @@ SHOWN = 20  # columns in a message
 NUMBER_HINT = "use a decimal point, or leave the column out: audio is measured"
 TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 MAX_NUMBER = 2**53  # beyond it a float cannot represent every integer
-REQUIRED_FIELDS = ("utterance_id", "audio_path", "text")
-OPTIONAL_FIELDS = ("child_id", "session_id", "audio_duration_sec", "age_bucket", "md5_hash", "filesize_bytes")
-NAME_FIELDS = ("utterance_id", "child_id", "session_id", "age_bucket")  # which may also be numbers
-NUMBER_FIELDS = ("audio_duration_sec", "filesize_bytes")
 COMMON_VOICE = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
 
 
@@ -49,11 +47,13 @@ class Utterance(NamedTuple):
     group: str  # value in the column that --group-by names
     corpus: str  # the name of the source folder
     audio_path: str  # relative to the source's audio root
-    duration_sec: float | None  # as declared; the measured duration takes precedence
+    duration_sec: float | None  # as declared; the measured duration takes precedence, but for a range
     age_bucket: str
     md5_hash: str
     filesize_bytes: int | None
     text: str  # as written, not yet normalised
+    split: str = ""  # as published
+    offset_sec: float | None = None  # where the clip begins in its audio file, of which it is a range
 
     @property
     def speaker(self) -> str:
@@ -62,38 +62,28 @@ class Utterance(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestOptions:
-    """Hold the user's options for reading transcripts."""
-
-    track: str = "phonetic"
-    columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, if the names differ
-    group_by: str = ""  # a column; clips with the same value in it go to the same split
-    follow_links: bool = False  # even to audio outside the source's folder
-    audio_root: str = ""  # a folder with all audio, if audio paths are absolute or relative to it
-    fields: tuple[str, ...] = REQUIRED_FIELDS + OPTIONAL_FIELDS  # the fields to read
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """Describe how to read the rows of a source; small, because it travels with them to the workers."""
 
     corpus: str
-    transcripts: str  # for messages
+    transcripts: str  # for messages: the file, or the folder of a corpus layout
     audio: AudioRoot
     columns: tuple[tuple[str, str], ...]  # (our field, their column) of every field that is read
     group_by: str
     names_clips: bool  # False: the transcripts have no ids, so the audio path is used
     absolute: tuple[str, ...] = ()  # prefixes that are removed from absolute audio paths
     backslashes: bool = False  # audio paths have them instead of slashes, as on Windows
+    name: str = ""  # of the corpus layout that its rows were read from; empty: a table of transcripts
 
-    def parse(self, line: bytes, number: int) -> tuple[Utterance, frozenset[str]]:
+    def parse(self, line: bytes, place: str) -> tuple[Utterance, frozenset[str]]:
         """Return a row as an `Utterance`, and its unused columns. Raises ManifestError with the row's place."""
-        place = f"{self.transcripts}:{number}"
-        row, text, ignored = self._read(line, number)
+        row, text, ignored = self._read(line, place)
         columns = dict(self.columns)
         group = row.get(self.group_by)
         group = str(group) if isinstance(group, bool) else name_of(group)
-        seconds, size = (_number(row.get(columns[name]), columns[name], place) for name in NUMBER_FIELDS)
+        seconds, size, offset, length = (
+            _number(row.get(columns[name]), columns[name], place) for name in NUMBER_FIELDS
+        )
         utterance = Utterance(
             utterance_id=text["utterance_id"],
             child_id=canonical_speaker(text["child_id"]),
@@ -101,23 +91,24 @@ class Layout:
             group=canonical_speaker(text_of(group, self.group_by, place)),
             corpus=self.corpus,
             audio_path=text["audio_path"],
-            duration_sec=seconds,
+            duration_sec=seconds if length is None else length,
             age_bucket=canonical_name(text["age_bucket"]),
             md5_hash=text["md5_hash"].lower(),
             filesize_bytes=None if size is None else int(size),
             text=text["text"],
+            split=text["split"],
+            offset_sec=0.0 if offset is None and length is not None else offset,
         )
         return utterance, ignored
 
-    def locate(self, line: bytes, number: int) -> tuple[str, str]:
+    def locate(self, line: bytes, place: str) -> tuple[str, str]:
         """Return the id and the audio path of a row. Raises ManifestError with the row's place."""
-        text = self._read(line, number)[1]
+        text = self._read(line, place)[1]
         return text["utterance_id"], text["audio_path"]
 
-    def _read(self, line: bytes, number: int) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
+    def _read(self, line: bytes, place: str) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
         """Return a row, its text fields, and its unused columns. Raises ManifestError with the row's place."""
-        place = f"{self.transcripts}:{number}"
-        row = read_row(line, number, self.transcripts)
+        row = read_row(line, place)
         ignored, fault = _check_columns(self, tuple(row))
         if fault:
             raise ManifestError(f"{place}: {fault[0]}", fault[1])
@@ -196,13 +187,23 @@ def _hint(missing: Mapping[str, str], row: Sequence[str]) -> str:
 class Source(Lines):
     """Hold one corpus of the user: the lines of its transcripts, and its layout."""
 
-    layout: Layout
+    layout: Layout = field(kw_only=True)
+
+    def parse(self, row: int) -> Utterance:
+        """Return a row. Raises ManifestError with its place."""
+        return self.layout.parse(self.line(row), self.place(row))[0]
 
 
 def read_source(location: Path, options: ManifestOptions) -> Source:
-    """Read a folder with its transcripts and audio, or the transcripts file itself. Raises ManifestError."""
+    """Read a corpus in a layout of its own, a folder with its transcripts and audio, or the transcripts file itself.
+
+    Raises ManifestError.
+    """
     if location.is_file() and is_audio(location.name):
         raise ManifestError(f"{location}: is an audio file: a source is the table that lists it", MAKE_TABLE)
+    corpus = find_layout(location)
+    if corpus:
+        return _read_corpus(corpus, location, options)
     transcripts = location if location.is_file() else _find_transcripts(location, options.track)
     folder, table = transcripts.parent, is_table(transcripts)
     common_voice = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
@@ -212,6 +213,25 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
     if not len(lines):
         kind = "one row below a header" if table else "one JSON object per line"
         raise ManifestError(f"{transcripts}: the file has no rows", f"{kind} is expected")
+    return _locate_audio(lines, folder, transcripts, columns, options)
+
+
+def _read_corpus(corpus: CorpusLayout, location: Path, options: ManifestOptions) -> Source:
+    """Read a corpus by the reader of its layout. Raises ManifestError."""
+    renamed = {**corpus.columns, **options.columns}
+    columns = {name: renamed.get(name, name) for name in options.fields}
+    lines = pack_rows(corpus.read(location, options))
+    if not len(lines):
+        raise ManifestError(f"{location}: is laid out as {corpus.name}, but has no rows")
+    folder = location if location.is_dir() else location.parent
+    source = _locate_audio(lines, folder, location, columns, options)
+    return replace(source, layout=replace(source.layout, name=corpus.name))
+
+
+def _locate_audio(
+    lines: Lines, folder: Path, transcripts: Path, columns: Mapping[str, str], options: ManifestOptions
+) -> Source:
+    """Return the lines as a source whose audio was found. Raises ManifestError."""
     root = os.path.abspath(options.audio_root) if options.audio_root else ""
     if root and not os.path.isdir(root):
         raise ManifestError(f"--audio-root {options.audio_root}: there is no such folder")
@@ -230,9 +250,9 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
 def _check_rows(source: Source, options: ManifestOptions) -> Source:
     """Locate the audio, detect whether clips have ids and reject a wrong file, by some rows spread over the file."""
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_ROWS).astype(int))
-    rows = [(source.line(row), int(source.numbers[row])) for row in chosen]
+    rows = [(source.line(row), source.place(row)) for row in chosen.tolist()]
     transcripts, folder = source.layout.transcripts, source.layout.audio.path
-    present = frozenset().union(*(read_row(*row, transcripts) for row in rows))
+    present = frozenset().union(*(read_row(*row) for row in rows))
     names_clips = "utterance_id" in options.columns or "utterance_id" in present
     layout = replace(source.layout, names_clips=names_clips)
     paths = [layout.locate(*row)[1] for row in rows]
@@ -305,13 +325,13 @@ def _no_table(folder: Path) -> ManifestError:
     return ManifestError(message, f"did you mean {' '.join(map(shlex.quote, below[:SHOWN]))}{more}?")
 
 
-def read_row(line: bytes, number: int, transcripts: str) -> dict[str, Any]:
+def read_row(line: bytes, place: str) -> dict[str, Any]:
     """Parse one line of a transcripts file. Raises ManifestError with its place."""
     try:
         return parse_row(line)
     except DocumentError as error:
         hint = "one JSON object per line is expected, in UTF-8"
-        raise ManifestError(f"{transcripts}:{number}: {error}", hint) from error
+        raise ManifestError(f"{place}: {error}", hint) from error
 
 
 def text_of(value: Any, column: str, place: str) -> str:

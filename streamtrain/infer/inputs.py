@@ -22,7 +22,8 @@ from sharding.shardset.index import INDEX_NAME, ShardIndex, read_index, read_key
 from sharding.shardset.sample import Sample, whole_key
 from sharding.shardset.store import Reader, Store, open_store
 from sharding.sources.archive import AudioRoot, is_audio, list_files, open_audio, walk_files
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.data.cache import read_verified
 
 MANIFEST = re.compile(r"(?i)\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
@@ -176,8 +177,8 @@ def _in_store(store: Store) -> Iterator[Recording]:
 def _in_manifest(path: Path, options: ManifestOptions) -> Iterator[Recording]:
     """Yield the recordings of a transcripts file with the ids and paths of a build; no label is needed."""
     source = read_source(path, options)
-    for row, number in enumerate(source.numbers.tolist()):
-        utterance_id, audio_path = source.layout.locate(source.line(row), number)
+    for row in range(len(source)):
+        utterance_id, audio_path = source.layout.locate(source.line(row), source.place(row))
         yield _member(source.layout.audio, audio_path, utterance_id)
 
 

@@ -49,7 +49,8 @@ from sharding.shardset.sample import escape_key, sample_from_bytes
 from sharding.shardset.store import FolderStore
 from sharding.shardset.verify import check_shard
 from sharding.sources import archive as archives
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.config import ModelConfig, load_config
 from streamtrain.eval.compare import compare_folders
 from streamtrain.eval.score import score_files
@@ -284,7 +285,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
     def read_rows(path: Path) -> None:
         source = read_source(path, ManifestOptions("phonetic"))
         for row in range(len(source)):
-            source.layout.parse(source.line(row), int(source.numbers[row]))
+            source.parse(row)
         find_recordings([str(path)])
 
     rows = list(map(json.loads, manifest.read_bytes().splitlines()))

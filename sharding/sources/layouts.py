@@ -1,0 +1,27 @@
+"""List the layouts of corpora that are read as they were published, each by a reader of its own, found by its files."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sharding.sources import librispeech
+from sharding.sources.options import ManifestOptions
+from sharding.sources.tables import PlacedRow
+
+
+@dataclass(frozen=True)
+class CorpusLayout:
+    """Describe a layout: its name in messages and in the summary, and the two functions of its reader."""
+
+    name: str
+    matches: Callable[[Path], bool]  # whether the folder or the file that the user named is laid out like this
+    read: Callable[[Path, ManifestOptions], Iterator[PlacedRow]]  # its rows; may raise ManifestError
+    columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, of rows with their names
+
+
+LAYOUTS = (CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),)  # the first that matches is used
+
+
+def find_layout(location: Path) -> CorpusLayout | None:
+    """Return the layout of a folder or file, None if it is that of a table of transcripts."""
+    return next((layout for layout in LAYOUTS if layout.matches(location)), None)
