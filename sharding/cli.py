@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 from pydantic import Field
@@ -71,6 +71,10 @@ class ReadingOptions:
     audio_root: Annotated[str, Parameter(metavar="FOLDER")] = ""
     """Take absolute audio paths, as NeMo's manifests have them, that lie below this folder, and look up relative ones
     in it instead of in the folder of their transcripts."""
+    labels: Literal["text", "phones"] = "text"
+    """Of a corpus with both, such as TIMIT: learn its sentences, or its phones."""
+    include_sa: bool = False
+    """Also read TIMIT's SA sentences: all speakers read the same two, those of the test as well."""
     alignments: Place | None = None
     """What `align` has written of shards of the same sources with the same --max-duration: segments of long recordings
     then get the words that a model heard in them."""
@@ -80,7 +84,13 @@ class ReadingOptions:
         from sharding.sources.options import ManifestOptions
 
         columns = parse_columns(self.columns)
-        return ManifestOptions(columns=columns, follow_links=self.follow_links, audio_root=self.audio_root)
+        return ManifestOptions(
+            columns=columns,
+            follow_links=self.follow_links,
+            audio_root=self.audio_root,
+            labels=self.labels,
+            include_sa=self.include_sa,
+        )
 
 
 @app.command(group=SHARDS, help_epilogue="Example: streamtrain build data/raw/* --out data/shards --max-duration 25")

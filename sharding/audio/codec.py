@@ -17,6 +17,7 @@ from sharding.audio.containers import (
     READ_TO_THE_END,
     SIZED,
     UNKNOWN_LENGTH,
+    check_compression,
     check_mp3_length,
     check_sizes,
     check_whole,
@@ -85,7 +86,9 @@ def probe(file: IO[bytes]) -> AudioInfo:
         return AudioInfo(samples, True)
     _check_no_resource_fork()
     if head.startswith(READ_TO_THE_END):
-        file = io.BytesIO(cut_tail(head + file.read()))
+        whole = head + file.read()
+        check_compression(whole)
+        file = io.BytesIO(cut_tail(whole))
     file.seek(0)
     try:
         info = soundfile.info(file)
@@ -133,6 +136,7 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
             flac.check_md5(data, pcm.tobytes())
         return Decoded(pcm, True)
     _check_no_resource_fork()
+    check_compression(data)
     data = data[skip_tags(data) :]  # else libsndfile cuts as much off the end of a WAV or an AIFF
     try:
         file = soundfile.SoundFile(io.BytesIO(cut_tail(data)))

@@ -408,6 +408,8 @@ def _find_known(store: Store, base: ShardIndex, scanned: ScanResult) -> Mask:
         mask[row] = corpus is not None
         if corpus not in (None, corpora[source]):
             place, utterance = scanned.find(row)
+            if corpus == utterance.corpus:  # of a part of its source
+                continue
             raise ManifestError(
                 f"{place}: utterance_id {utterance.utterance_id!r} already exists in {store.url}, in corpus {corpus!r}",
                 "every clip needs a unique id; rename those of the corpus to append",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sharding.sources import librispeech
+from sharding.sources import librispeech, timit
 from sharding.sources.options import ManifestOptions
 from sharding.sources.tables import PlacedRow
 
@@ -17,9 +17,13 @@ class CorpusLayout:
     matches: Callable[[Path], bool]  # whether the folder or the file that the user named is laid out like this
     read: Callable[[Path, ManifestOptions], Iterator[PlacedRow]]  # its rows; may raise ManifestError
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, of rows with their names
+    has_phones: bool = False  # --labels phones
 
 
-LAYOUTS = (CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),)  # the first that matches is used
+LAYOUTS = (  # the first that matches is used
+    CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),
+    CorpusLayout("TIMIT", timit.matches, timit.read, {"subcorpus": "subcorpus"}, has_phones=True),
+)
 
 
 def find_layout(location: Path) -> CorpusLayout | None:

@@ -45,7 +45,7 @@ class Utterance(NamedTuple):
     child_id: str
     session_id: str
     group: str  # value in the column that --group-by names
-    corpus: str  # the name of the source folder
+    corpus: str  # the name of the source folder, and of a part of it that is scored by itself
     audio_path: str  # relative to the source's audio root
     duration_sec: float | None  # as declared; the measured duration takes precedence, but for a range
     age_bucket: str
@@ -89,7 +89,7 @@ class Layout:
             child_id=canonical_speaker(text["child_id"]),
             session_id=canonical_speaker(text["session_id"]),
             group=canonical_speaker(text_of(group, self.group_by, place)),
-            corpus=self.corpus,
+            corpus=f"{self.corpus} {text.get('subcorpus', '')}".rstrip(),
             audio_path=text["audio_path"],
             duration_sec=seconds if length is None else length,
             age_bucket=canonical_name(text["age_bucket"]),
@@ -202,6 +202,9 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
     if location.is_file() and is_audio(location.name):
         raise ManifestError(f"{location}: is an audio file: a source is the table that lists it", MAKE_TABLE)
     corpus = find_layout(location)
+    if options.labels == "phones" and not (corpus and corpus.has_phones):
+        hint = "it is for TIMIT; --columns text=COLUMN chooses among the labels of a table"
+        raise ManifestError(f"{location}: --labels phones: this source has no phones beside its text", hint)
     if corpus:
         return _read_corpus(corpus, location, options)
     transcripts = location if location.is_file() else _find_transcripts(location, options.track)
@@ -219,7 +222,7 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
 def _read_corpus(corpus: CorpusLayout, location: Path, options: ManifestOptions) -> Source:
     """Read a corpus by the reader of its layout. Raises ManifestError."""
     renamed = {**corpus.columns, **options.columns}
-    columns = {name: renamed.get(name, name) for name in options.fields}
+    columns = {name: renamed.get(name, name) for name in (*options.fields, *corpus.columns)}
     lines = pack_rows(corpus.read(location, options))
     if not len(lines):
         raise ManifestError(f"{location}: is laid out as {corpus.name}, but has no rows")
