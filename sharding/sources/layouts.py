@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sharding.sources import librispeech, timit
+from sharding.sources import librispeech, parquet, timit
 from sharding.sources.options import ManifestOptions
 from sharding.sources.tables import PlacedRow
 
@@ -23,6 +23,7 @@ class CorpusLayout:
 LAYOUTS = (  # the first that matches is used
     CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),
     CorpusLayout("TIMIT", timit.matches, timit.read, {"subcorpus": "subcorpus"}, has_phones=True),
+    CorpusLayout("parquet", parquet.matches, parquet.read),
 )
 
 
