@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sharding.sources import librispeech
+from sharding.sources import common_voice, kaldi, lhotse, librispeech, nemo
 from sharding.sources.options import ManifestOptions
 from sharding.sources.tables import PlacedRow
 
@@ -19,7 +19,13 @@ class CorpusLayout:
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, of rows with their names
 
 
-LAYOUTS = (CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),)  # the first that matches is used
+LAYOUTS = (  # the first that matches is used
+    CorpusLayout("Common Voice", common_voice.matches, common_voice.read, common_voice.COLUMNS),
+    CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),
+    CorpusLayout("Kaldi", kaldi.matches, kaldi.read),
+    CorpusLayout("NeMo", nemo.matches, nemo.read, nemo.COLUMNS),
+    CorpusLayout("lhotse", lhotse.matches, lhotse.read),
+)
 
 
 def find_layout(location: Path) -> CorpusLayout | None:
