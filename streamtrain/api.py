@@ -152,7 +152,7 @@ def evaluate(
     Args:
         model: As `load_model` returns it.
         shards: As `open_shards` returns it, or its folder or URL.
-        split: "valid" or "train".
+        split: "valid", "test" or "train".
         batch_seconds: Padded seconds per forward.
         beam: Width of the prefix beam search; 0: the best path.
 

@@ -38,8 +38,8 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.store import FolderStore, Store
 from sharding.shardset.verify import check_shard, find_faults
 from sharding.sources.archive import AudioRoot, open_audio
-from sharding.sources.manifest import read_row
 from sharding.sources.options import ManifestOptions
+from sharding.sources.tables import read_row
 from streamtrain.config import ModelConfig
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import load

@@ -17,6 +17,7 @@ from sharding.segment.evidence import MAX_FALSE_ACCEPT
 from sharding.segment.split import LabelThresholds
 
 Track = Literal["phonetic", "word"]
+Splits = Literal["auto", "official", "hash"]
 WordLLR = Annotated[Number, Field(ge=-1_000, le=1_000)]
 MaxDuration = Annotated[Number, Field(ge=2 * MIN_PIECE_SEC, le=86_400)]  # s; below, maybe no way but tiny segments
 
@@ -40,6 +41,9 @@ class BuildConfig:
     """Shards in each bucket at least, as far as it has clips: ranks × workers feeds them all."""
     track: Track = "phonetic"
     """Labels to train on: IPA phones (phonetic_text) or written words (orthographic_text)."""
+    splits: Splits = "auto"
+    """official: each clip's split as its corpus publishes it; hash: by speaker, see --valid-fraction; auto: official
+    where a source has splits. Sources without any are split by speaker."""
     group_by: Annotated[str, Parameter(metavar="COLUMN")] = ""
     """Keep all clips of one value of this column on one side, training or validation. If none is given: of one
     child_id, else of one session_id, else each clip by itself."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sharding.sources import librispeech, parquet, timit
+from sharding.sources import common_voice, kaldi, lhotse, librispeech, nemo, parquet, timit
 from sharding.sources.options import ManifestOptions
 from sharding.sources.tables import PlacedRow
 
@@ -21,7 +21,11 @@ class CorpusLayout:
 
 
 LAYOUTS = (  # the first that matches is used
+    CorpusLayout("Common Voice", common_voice.matches, common_voice.read, common_voice.COLUMNS),
     CorpusLayout("LibriSpeech", librispeech.matches, librispeech.read),
+    CorpusLayout("Kaldi", kaldi.matches, kaldi.read),
+    CorpusLayout("NeMo", nemo.matches, nemo.read, nemo.COLUMNS),
+    CorpusLayout("lhotse", lhotse.matches, lhotse.read),
     CorpusLayout("TIMIT", timit.matches, timit.read, {"subcorpus": "subcorpus"}, has_phones=True),
     CorpusLayout("parquet", parquet.matches, parquet.read),
 )

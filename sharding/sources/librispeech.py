@@ -3,6 +3,7 @@
 A folder that is one subset by itself is read too, and other corpora in this layout, under any names of the subsets.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,4 +47,5 @@ def _subsets(location: Path) -> list[Path]:
 
 def _below(folder: Path) -> Path:
     """Return the first folder in a folder, the folder itself if it has none."""
-    return next((path for path in folder.iterdir() if path.is_dir()), folder)
+    with os.scandir(folder) as entries:
+        return next((Path(entry.path) for entry in entries if entry.is_dir()), folder)

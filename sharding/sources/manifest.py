@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sharding.errors import ManifestError, counted
-from sharding.files.document import DocumentError, parse_row
 from sharding.files.names import canonical_name, canonical_speaker, name_of
 from sharding.labels.ipa import TRACKS
+from sharding.sources import common_voice
 from sharding.sources.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
 from sharding.sources.layouts import CorpusLayout, find_layout
 from sharding.sources.options import NAME_FIELDS, NUMBER_FIELDS, OPTIONAL_FIELDS, REQUIRED_FIELDS, ManifestOptions
-from sharding.sources.tables import Lines, is_table, pack_rows, read_lines
+from sharding.sources.tables import Lines, is_table, pack_rows, read_lines, read_row
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can express and UTF-8 cannot
 MAKE_TABLE = (
@@ -35,7 +35,9 @@ SHOWN = 20  # columns in a message
 NUMBER_HINT = "use a decimal point, or leave the column out: audio is measured"
 TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 MAX_NUMBER = 2**53  # beyond it a float cannot represent every integer
-COMMON_VOICE = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
+
+
+COMMON_WORDS = ("split", "offset_sec", "duration_sec")  # near to names that columns of others may have
 
 
 class Utterance(NamedTuple):
@@ -57,8 +59,21 @@ class Utterance(NamedTuple):
 
     @property
     def speaker(self) -> str:
-        """Return the speaker of a clip as far as known: the group, the child, the session, else the clip itself."""
-        return self.group or self.child_id or self.session_id or canonical_name(self.utterance_id)
+        """Return the speaker of a clip as far as known: the group, the child, the session, else the clip itself.
+
+        A range of a recording stands for all of it.
+        """
+        recording = self.audio_path if self.offset_sec is not None else ""
+        return self.group or self.child_id or self.session_id or recording or canonical_name(self.utterance_id)
+
+
+class Located(NamedTuple):
+    """Hold the id of a clip, and its audio: a file, or a range of it."""
+
+    utterance_id: str
+    audio_path: str
+    offset_sec: float | None
+    duration_sec: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +86,17 @@ class Layout:
     columns: tuple[tuple[str, str], ...]  # (our field, their column) of every field that is read
     group_by: str
     names_clips: bool  # False: the transcripts have no ids, so the audio path is used
-    absolute: tuple[str, ...] = ()  # prefixes that are removed from absolute audio paths
+    absolute: tuple[str, ...] = ()  # prefixes that are removed from absolute audio paths: the folder's own
     backslashes: bool = False  # audio paths have them instead of slashes, as on Windows
     name: str = ""  # of the corpus layout that its rows were read from; empty: a table of transcripts
 
     def parse(self, line: bytes, place: str) -> tuple[Utterance, frozenset[str]]:
         """Return a row as an `Utterance`, and its unused columns. Raises ManifestError with the row's place."""
         row, text, ignored = self._read(line, place)
-        columns = dict(self.columns)
         group = row.get(self.group_by)
         group = str(group) if isinstance(group, bool) else name_of(group)
-        seconds, size, offset, length = (
-            _number(row.get(columns[name]), columns[name], place) for name in NUMBER_FIELDS
-        )
+        numbers = self._read_numbers(row, place)
+        size = numbers["filesize_bytes"]
         utterance = Utterance(
             utterance_id=text["utterance_id"],
             child_id=canonical_speaker(text["child_id"]),
@@ -91,20 +104,21 @@ class Layout:
             group=canonical_speaker(text_of(group, self.group_by, place)),
             corpus=f"{self.corpus} {text.get('subcorpus', '')}".rstrip(),
             audio_path=text["audio_path"],
-            duration_sec=seconds if length is None else length,
+            duration_sec=_duration(numbers),
             age_bucket=canonical_name(text["age_bucket"]),
             md5_hash=text["md5_hash"].lower(),
             filesize_bytes=None if size is None else int(size),
             text=text["text"],
             split=text["split"],
-            offset_sec=0.0 if offset is None and length is not None else offset,
+            offset_sec=numbers["offset_sec"],
         )
         return utterance, ignored
 
-    def locate(self, line: bytes, place: str) -> tuple[str, str]:
-        """Return the id and the audio path of a row. Raises ManifestError with the row's place."""
-        text = self._read(line, place)[1]
-        return text["utterance_id"], text["audio_path"]
+    def locate(self, line: bytes, place: str) -> "Located":
+        """Return where the audio of a row is. Raises ManifestError with the row's place."""
+        row, text, _ = self._read(line, place)
+        numbers = self._read_numbers(row, place)
+        return Located(text["utterance_id"], text["audio_path"], numbers["offset_sec"], _duration(numbers))
 
     def _read(self, line: bytes, place: str) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
         """Return a row, its text fields, and its unused columns. Raises ManifestError with the row's place."""
@@ -117,10 +131,15 @@ class Layout:
                 if name not in NUMBER_FIELDS}  # fmt: skip
         text["audio_path"] = self._relative(text["audio_path"])
         if not self.names_clips:
-            text["utterance_id"] = os.path.splitext(text["audio_path"])[0]
+            offset = row.get(dict(self.columns).get("offset_sec", ""))
+            begins = f"-{round(1000 * offset):08d}" if isinstance(offset, int | float) and offset else ""  # ms
+            text["utterance_id"] = os.path.splitext(text["audio_path"])[0] + begins
         if not text["utterance_id"] or not text["audio_path"]:
             raise ManifestError(f"{place}: 'utterance_id' and 'audio_path' must not be empty")
         return row, text, ignored
+
+    def _read_numbers(self, row: Mapping[str, Any], place: str) -> dict[str, float | None]:
+        return {name: _number(row.get(column), column, place) for name, column in self.columns if name in NUMBER_FIELDS}
 
     def _relative(self, audio_path: str) -> str:
         """Return an audio path with slashes, and relative to the audio root if it lies below it."""
@@ -145,7 +164,7 @@ def _check_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str]
         near = difflib.get_close_matches(layout.group_by, row, 1, 0.6)
         hint = f"did you mean {near[0]!r}?" if near else "--group-by names a column of the transcripts"
         return frozenset(), (_missing([layout.group_by], row), hint)
-    others = [columns[name] for name in OPTIONAL_FIELDS if name in columns]
+    others = [columns[name] for name in OPTIONAL_FIELDS if name in columns and name not in COMMON_WORDS]
     others += ["utterance_id"] * (not layout.names_clips)
     for column in sorted(ignored):
         near = difflib.get_close_matches(column, others, 1, 0.75)
@@ -209,8 +228,8 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
         return _read_corpus(corpus, location, options)
     transcripts = location if location.is_file() else _find_transcripts(location, options.track)
     folder, table = transcripts.parent, is_table(transcripts)
-    common_voice = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
-    renamed = {"text": TRACKS[options.track]} | (COMMON_VOICE if common_voice else {}) | dict(options.columns)
+    has_clips = table and (folder / "clips").is_dir() and not (folder / AUDIO_FOLDER).is_dir()
+    renamed = {"text": TRACKS[options.track]} | (common_voice.COLUMNS if has_clips else {}) | dict(options.columns)
     columns = {name: renamed.get(name, name) for name in options.fields}
     lines = read_lines(transcripts, [columns[name] for name in NUMBER_FIELDS if name in columns])
     if not len(lines):
@@ -245,7 +264,7 @@ def _locate_audio(
         columns=tuple(columns.items()),
         group_by=options.group_by,
         names_clips=True,
-        absolute=tuple(os.path.join(path, "") for path in (root, os.path.realpath(root))) if root else (),
+        absolute=tuple(os.path.join(make(root or folder), "") for make in (os.path.abspath, os.path.realpath)),
     )
     return _check_rows(Source(**vars(lines), layout=layout), options)
 
@@ -258,7 +277,7 @@ def _check_rows(source: Source, options: ManifestOptions) -> Source:
     present = frozenset().union(*(read_row(*row) for row in rows))
     names_clips = "utterance_id" in options.columns or "utterance_id" in present
     layout = replace(source.layout, names_clips=names_clips)
-    paths = [layout.locate(*row)[1] for row in rows]
+    paths = [layout.locate(*row).audio_path for row in rows]
     for name, column in options.columns.items():
         if name in options.fields and column not in present:
             raise ManifestError(
@@ -328,15 +347,6 @@ def _no_table(folder: Path) -> ManifestError:
     return ManifestError(message, f"did you mean {' '.join(map(shlex.quote, below[:SHOWN]))}{more}?")
 
 
-def read_row(line: bytes, place: str) -> dict[str, Any]:
-    """Parse one line of a transcripts file. Raises ManifestError with its place."""
-    try:
-        return parse_row(line)
-    except DocumentError as error:
-        hint = "one JSON object per line is expected, in UTF-8"
-        raise ManifestError(f"{place}: {error}", hint) from error
-
-
 def text_of(value: Any, column: str, place: str) -> str:
     """Return the text of a cell, "" if there is none. Raises ManifestError if it is no text."""
     if value is not None and not isinstance(value, str):
@@ -352,6 +362,12 @@ def _number(value: Any, column: str, place: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_NUMBER:
         raise ManifestError(f"{place}: {column!r} is {_short(value)}, a number of 0 or more is expected", NUMBER_HINT)
     return float(value)
+
+
+def _duration(numbers: Mapping[str, float | None]) -> float | None:
+    """Return the length of a clip that its row declares, of a range under either name."""
+    length = numbers["duration_sec"]
+    return numbers["audio_duration_sec"] if length is None else length
 
 
 def _short(value: object) -> str:

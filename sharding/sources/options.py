@@ -21,7 +21,7 @@ class ManifestOptions:
     group_by: str = ""  # a column; clips with the same value in it go to the same split
     follow_links: bool = False  # even to audio outside the source's folder
     audio_root: str = ""  # a folder with all audio, if audio paths are absolute or relative to it
-    splits: str = ""  # official | hash; empty: official where a source has them
+    splits: str = "auto"  # official | hash | auto: official where a source has them
     labels: str = "text"  # or "phones", of a layout that has both
     include_sa: bool = False  # TIMIT's two sentences that everybody reads
     fields: tuple[str, ...] = REQUIRED_FIELDS + OPTIONAL_FIELDS  # the fields to read

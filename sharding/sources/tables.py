@@ -22,7 +22,7 @@ import numpy.typing as npt
 import zstandard
 
 from sharding.errors import ManifestError
-from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular
+from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular, parse_row
 
 READ_BYTES = 2**20
 ROW_BYTES = 16  # only shorter lines are checked for being blank: no row is that short
@@ -112,6 +112,30 @@ def read_table(path: Path, number_columns: Collection[str] = ()) -> Iterator[tup
     Raises ManifestError.
     """
     return _parse_table(path, _read_data(path), number_columns)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the object of each line of a JSON Lines file. Raises ManifestError."""
+    lines = read_lines(path, ())
+    return ((int(lines.numbers[row]), read_row(lines.line(row), lines.place(row))) for row in range(len(lines)))
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """Return the object on the first line of a file, an empty one if there is none."""
+    try:
+        with open_regular(path) as file:
+            return parse_row(next(_unpack(file, path.suffix.lower()), b"").partition(b"\n")[0])
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, DocumentError):  # reported when the file is read
+        return {}
+
+
+def read_row(line: bytes, place: str) -> dict[str, Any]:
+    """Parse one line of a transcripts file. Raises ManifestError with its place."""
+    try:
+        return parse_row(line)
+    except DocumentError as error:
+        hint = "one JSON object per line is expected, in UTF-8"
+        raise ManifestError(f"{place}: {error}", hint) from error
 
 
 def read_text(path: Path) -> Iterator[tuple[int, str]]:

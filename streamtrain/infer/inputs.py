@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from sharding.audio.codec import decode_range, encode
 from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import AudioError, StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, read_document
@@ -28,7 +29,7 @@ from streamtrain.data.cache import read_verified
 
 MANIFEST = re.compile(r"(?i)\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
 SHOWN_KINDS = 5  # suffixes of files without audio, in a message
-FIELDS = ("utterance_id", "audio_path")  # read from a manifest
+FIELDS = ("utterance_id", "audio_path", "audio_duration_sec", "offset_sec", "duration_sec")  # read from a manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +161,13 @@ def _object(store: Reader, name: str, utterance_id: str) -> Recording:
     return Recording(utterance_id, f"{store.url}/{name}", lambda: [AudioChunk(store.read(name, LARGE_BYTES))])
 
 
-def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:
+def _member(
+    root: AudioRoot, name: str, utterance_id: str, offset_sec: float | None = None, duration_sec: float | None = None
+) -> Recording:
     def load() -> list[AudioChunk]:
         with open_audio(root, name) as (file, size):
+            if offset_sec is not None:
+                return [AudioChunk(encode(decode_range(file, offset_sec, duration_sec).sound))]
             return [AudioChunk(file.read(size))]
 
     return Recording(_printable(utterance_id), _printable(f"{root.path}/{name}"), load)
@@ -178,8 +183,8 @@ def _in_manifest(path: Path, options: ManifestOptions) -> Iterator[Recording]:
     """Yield the recordings of a transcripts file with the ids and paths of a build; no label is needed."""
     source = read_source(path, options)
     for row in range(len(source)):
-        utterance_id, audio_path = source.layout.locate(source.line(row), source.place(row))
-        yield _member(source.layout.audio, audio_path, utterance_id)
+        clip = source.layout.locate(source.line(row), source.place(row))
+        yield _member(source.layout.audio, clip.audio_path, clip.utterance_id, clip.offset_sec, clip.duration_sec)
 
 
 def _in_shards(store: Reader) -> Iterator[Recording]:
