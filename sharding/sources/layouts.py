@@ -17,6 +17,7 @@ class CorpusLayout:
     matches: Callable[[Path], bool]  # whether the folder or the file that the user named is laid out like this
     read: Callable[[Path, ManifestOptions], Iterator[PlacedRow]]  # its rows; may raise ManifestError
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, of rows with their names
+    fields: tuple[str, ...] = ()  # that its rows have beside those of all rows
     has_phones: bool = False  # --labels phones
 
 
@@ -26,7 +27,7 @@ LAYOUTS = (  # the first that matches is used
     CorpusLayout("Kaldi", kaldi.matches, kaldi.read),
     CorpusLayout("NeMo", nemo.matches, nemo.read, nemo.COLUMNS),
     CorpusLayout("lhotse", lhotse.matches, lhotse.read),
-    CorpusLayout("TIMIT", timit.matches, timit.read, {"subcorpus": "subcorpus"}, has_phones=True),
+    CorpusLayout("TIMIT", timit.matches, timit.read, fields=("subcorpus",), has_phones=True),
     CorpusLayout("parquet", parquet.matches, parquet.read),
 )
 

@@ -241,7 +241,7 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
 def _read_corpus(corpus: CorpusLayout, location: Path, options: ManifestOptions) -> Source:
     """Read a corpus by the reader of its layout. Raises ManifestError."""
     renamed = {**corpus.columns, **options.columns}
-    columns = {name: renamed.get(name, name) for name in (*options.fields, *corpus.columns)}
+    columns = {name: renamed.get(name, name) for name in (*options.fields, *corpus.fields)}
     lines = pack_rows(corpus.read(location, options))
     if not len(lines):
         raise ManifestError(f"{location}: is laid out as {corpus.name}, but has no rows")
