@@ -95,20 +95,24 @@ def _read_file(path: Path, name: str, options: ManifestOptions) -> Iterator[dict
         parquet = _open(file, [*texts, columns.path])
         audio_key, number, written = options.columns.get("audio_path", "audio_path"), 0, 0
         most = max(FREE_BYTES, max_unpacked(path.stat().st_size))
-        for group in range(parquet.num_row_groups):
-            by_path = _lacks_bytes(parquet.metadata.row_group(group), columns)
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            by_path = _lacks_bytes(group, columns)
+            if not by_path and (problem := _too_large(group, columns.leaf)):
+                raise ManifestError(f"{path}: {problem}", SMALLER_GROUPS)
             wanted = [*columns.labels.values(), *[columns.path] * by_path]
-            table = parquet.read_row_group(group, columns=wanted, use_threads=False)
+            table = parquet.read_row_group(index, columns=wanted, use_threads=False)
             cells = {key: _values(table.column(column)) for key, column in columns.labels.items()}
-            paths = _values(_leaf(table.column(columns.audio))) if by_path else []
-            for row in range(parquet.metadata.row_group(group).num_rows):
+            paths = _values(_leaf(table.column(columns.audio))) if by_path else [""] * group.num_rows
+            for row, audio_path in enumerate(paths):
                 number += 1
                 values = {key: column[row] for key, column in cells.items()}
+                values[audio_key] = audio_path or f"{name}:{columns.audio}:{number}"
                 size = sum(len(value) for value in values.values() if isinstance(value, str))
                 written += size
                 if size > LINE_BYTES or written > most:
                     raise ManifestError(f"{path}:{number}: its texts unpack to more than {written:,} bytes")
-                yield values | {audio_key: paths[row] if by_path else f"{name}:{columns.audio}:{number}"}
+                yield values
 
 
 def _choose_columns(path: Path, schema: Any, options: ManifestOptions) -> _Columns:
@@ -217,20 +221,18 @@ class AudioColumn:
     def _read_group(self, group: int) -> Any:
         """Return the audio of a row group. Repeated values are one, so that it is no larger than in its file."""
         if (self._key, group) not in _kept:
-            size = _find_leaf(self._parquet.metadata.row_group(group), self._leaf).total_uncompressed_size
-            if size > MAX_GROUP_BYTES:
-                raise AudioError(f"row group of {size:,} bytes, at most {MAX_GROUP_BYTES:,} are read: {SMALLER_GROUPS}")
+            if problem := _too_large(self._parquet.metadata.row_group(group), self._leaf):
+                raise AudioError(f"{problem}: {SMALLER_GROUPS}")
             table = self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False)
-            _kept[self._key, group] = _leaf(table.column(0))
-            while len(_kept) > 1 and sum(column.nbytes for column in _kept.values()) > KEPT_BYTES:
+            column = _leaf(table.column(0))
+            _kept[self._key, group] = column, column.nbytes
+            while len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES:
                 _kept.popitem(last=False)
         _kept.move_to_end((self._key, group))
-        return _kept[self._key, group]
+        return _kept[self._key, group][0]
 
 
-_kept: OrderedDict[tuple[object, int], Any] = (
-    OrderedDict()
-)  # columns of row groups, the one that was used last at the end
+_kept: OrderedDict[tuple[object, int], tuple[Any, int]] = OrderedDict()  # row groups and their bytes, by last use
 
 
 def _open(file: IO[bytes], texts: Sequence[str] = ()) -> Any:
@@ -249,6 +251,12 @@ def _leaf(column: Any) -> Any:
 def _find_leaf(group: Any, leaf: str) -> Any:
     columns = (group.column(index) for index in range(group.num_columns))
     return next(column for column in columns if column.path_in_schema == leaf)
+
+
+def _too_large(group: Any, leaf: str) -> str:
+    """Return why the audio of a row group cannot be read; nothing if it can."""
+    size = int(_find_leaf(group, leaf).total_uncompressed_size)
+    return f"a row group has {size:,} bytes of audio, at most {MAX_GROUP_BYTES:,} are read" * (size > MAX_GROUP_BYTES)
 
 
 def _lacks_bytes(group: Any, columns: _Columns) -> bool:

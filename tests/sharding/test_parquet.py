@@ -146,12 +146,15 @@ def test_columns_of_other_names_are_chosen(tmp_path: Path) -> None:
 def test_audio_may_be_plain_bytes_or_paths(tmp_path: Path) -> None:
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio/0.flac").write_bytes(clip(0))
-    write_parquet(tmp_path / "paths/a.parquet", [{"bytes": None, "path": "audio/0.flac"}])
+    write_parquet(tmp_path / "paths/a.parquet", [{"bytes": None, "path": "audio/0.flac"}, None])
     os.rename(tmp_path / "audio", tmp_path / "paths/audio")
     write_parquet(tmp_path / "bytes/a.parquet", [clip(0)], pa.binary(), "wav")
     write_parquet(tmp_path / "names/a.parquet", ["audio/0.flac"], pa.string(), "file")
     (tmp_path / "names/audio").symlink_to("../paths/audio")
-    assert audio_of(tmp_path / "paths", read_rows(tmp_path / "paths")[0]) == clip(0)
+    named, missing = read_rows(tmp_path / "paths")
+    assert (named.audio_path, audio_of(tmp_path / "paths", named)) == ("audio/0.flac", clip(0))
+    with pytest.raises(AudioError, match="row has no audio"):
+        audio_of(tmp_path / "paths", missing)
     assert audio_of(tmp_path / "bytes", read_rows(tmp_path / "bytes")[0]) == clip(0)
     (row,) = read_rows(tmp_path / "names", columns={"audio_path": "file"}, follow_links=True)
     assert row.audio_path == "audio/0.flac"
@@ -258,6 +261,20 @@ def test_flipped_bytes_never_give_a_traceback(tmp_path: Path) -> None:
         with suppress(ManifestError, AudioError):
             for row in read_rows(folder):
                 audio_of(folder, row)
+
+
+def test_row_groups_that_fill_memory_are_refused_with_the_way_to_write_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "a.parquet", embedded([0, 1, 2]))
+    monkeypatch.setattr("sharding.sources.parquet.MAX_GROUP_BYTES", 10_000)
+    with pytest.raises(
+        ManifestError, match=r"a\.parquet: a row group has [\d,]+ bytes of audio, at most 10,000"
+    ) as caught:
+        read_rows(tmp_path)
+    assert "row_group_size=100" in str(caught.value.hint)
+    with pytest.raises(AudioError, match="row_group_size=100"):
+        read_row(tmp_path, 1)
 
 
 def test_text_that_unpacks_without_end_is_refused_in_little_memory(tmp_path: Path) -> None:
