@@ -64,7 +64,8 @@ class ReadingOptions:
 
     columns: Annotated[str, Parameter(metavar="FIELD=COLUMN,…")] = ""
     """The columns of a transcripts file that has other names, such as audio_path=path,text=sentence. Fields:
-    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes."""
+    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes,
+    split; offset_sec and duration_sec, if a row is a range of a longer recording."""
     follow_links: bool = False
     """Also read audio that links lead to outside its source's folder, as git-annex and the Hugging Face cache lay it
     out: whoever made the links decides which files are read."""
@@ -110,8 +111,9 @@ def build(
     """Turn audio and labels into tar shards bucketed by duration.
 
     Args:
-        sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip,
-            Common Voice folders, or transcripts files.
+        sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, or
+            transcripts files; corpora as they are published: Common Voice, LibriSpeech, Kaldi data folders, manifests
+            of NeMo, cuts of lhotse.
         out: Folder or s3://bucket/prefix of the shard set.
         workers: Processes (default: the cores); the result is the same for any number.
         append: Add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and

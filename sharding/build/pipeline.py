@@ -134,8 +134,8 @@ class BuildTask:
         """Return the split of each clip, shape (N,), in SPLITS."""
         clips = self.scan.clips
         valid = is_validation(clips["speaker"], self.settings.valid_fraction, self.exceptions)
-        sides: Sides = np.where(self.published, clips["split"] - 1, np.where(valid, VALID, TRAIN)).astype(np.uint8)
-        return sides
+        by_speaker = np.where(valid, np.uint8(VALID), np.uint8(TRAIN))
+        return np.where(self.published, clips["split"] - np.uint8(1), by_speaker)
 
 
 @dataclass(frozen=True)

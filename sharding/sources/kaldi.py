@@ -1,5 +1,6 @@
 """Read Kaldi data folders: `wav.scp`, `text`, `utt2spk` and `segments`, in one folder or in several named by splits."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def _read_folder(folder: Path, prefix: str) -> Iterator[PlacedRow]:
             hint = "run the commands once, with their output in WAV or FLAC files, and name these in wav.scp"
             raise ManifestError(f"{folder / RECORDINGS}:{number}: {name!r} is {path!r:.200}, not an audio file", hint)
         recordings[name] = path
-    if recordings and not (folder / next(iter(recordings.values()))).is_file():
+    if recordings and not os.path.isfile(folder / next(iter(recordings.values()))):
         prefix = ""  # the paths are relative to the folder of the recipe, or absolute
     texts, speakers = ({name: rest for _, name, rest in _read_pairs(folder / file)} for file in ("text", "utt2spk"))
     split = folder.name if split_of(folder.name) else ""

@@ -1,6 +1,7 @@
 """List the layouts of corpora that are read as they were published, each by a reader of its own, found by its files."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,4 +35,8 @@ LAYOUTS = (  # the first that matches is used
 
 def find_layout(location: Path) -> CorpusLayout | None:
     """Return the layout of a folder or file, None if it is that of a table of transcripts."""
-    return next((layout for layout in LAYOUTS if layout.matches(location)), None)
+    for layout in LAYOUTS:
+        with suppress(OSError):  # such as a folder that cannot be listed: whoever reads the source names it
+            if layout.matches(location):
+                return layout
+    return None

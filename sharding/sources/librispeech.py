@@ -48,4 +48,5 @@ def _subsets(location: Path) -> list[Path]:
 def _below(folder: Path) -> Path:
     """Return the first folder in a folder, the folder itself if it has none."""
     with os.scandir(folder) as entries:
-        return next((Path(entry.path) for entry in entries if entry.is_dir()), folder)
+        others = (entry.path for entry in entries if not entry.is_file(follow_symlinks=False))
+        return next((Path(path) for path in others if os.path.isdir(path)), folder)

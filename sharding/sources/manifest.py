@@ -35,8 +35,6 @@ SHOWN = 20  # columns in a message
 NUMBER_HINT = "use a decimal point, or leave the column out: audio is measured"
 TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 MAX_NUMBER = 2**53  # beyond it a float cannot represent every integer
-
-
 COMMON_WORDS = ("split", "offset_sec", "duration_sec")  # near to names that columns of others may have
 
 
@@ -92,7 +90,7 @@ class Layout:
 
     def parse(self, line: bytes, place: str) -> tuple[Utterance, frozenset[str]]:
         """Return a row as an `Utterance`, and its unused columns. Raises ManifestError with the row's place."""
-        row, text, ignored = self._read(line, place)
+        row, text, ignored = self.read(line, place)
         group = row.get(self.group_by)
         group = str(group) if isinstance(group, bool) else name_of(group)
         numbers = self._read_numbers(row, place)
@@ -116,11 +114,11 @@ class Layout:
 
     def locate(self, line: bytes, place: str) -> "Located":
         """Return where the audio of a row is. Raises ManifestError with the row's place."""
-        row, text, _ = self._read(line, place)
+        row, text, _ = self.read(line, place)
         numbers = self._read_numbers(row, place)
         return Located(text["utterance_id"], text["audio_path"], numbers["offset_sec"], _duration(numbers))
 
-    def _read(self, line: bytes, place: str) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
+    def read(self, line: bytes, place: str) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
         """Return a row, its text fields, and its unused columns. Raises ManifestError with the row's place."""
         row = read_row(line, place)
         ignored, fault = _check_columns(self, tuple(row))
@@ -131,8 +129,9 @@ class Layout:
                 if name not in NUMBER_FIELDS}  # fmt: skip
         text["audio_path"] = self._relative(text["audio_path"])
         if not self.names_clips:
-            offset = row.get(dict(self.columns).get("offset_sec", ""))
-            begins = f"-{round(1000 * offset):08d}" if isinstance(offset, int | float) and offset else ""  # ms
+            column = dict(self.columns).get("offset_sec", "")
+            offset = _number(row.get(column), column, place)
+            begins = f"-{round(1000 * offset):08d}" if offset else ""  # ms
             text["utterance_id"] = os.path.splitext(text["audio_path"])[0] + begins
         if not text["utterance_id"] or not text["audio_path"]:
             raise ManifestError(f"{place}: 'utterance_id' and 'audio_path' must not be empty")
@@ -277,7 +276,7 @@ def _check_rows(source: Source, options: ManifestOptions) -> Source:
     present = frozenset().union(*(read_row(*row) for row in rows))
     names_clips = "utterance_id" in options.columns or "utterance_id" in present
     layout = replace(source.layout, names_clips=names_clips)
-    paths = [layout.locate(*row).audio_path for row in rows]
+    paths = [layout.read(*row)[1]["audio_path"] for row in rows]
     for name, column in options.columns.items():
         if name in options.fields and column not in present:
             raise ManifestError(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -510,6 +511,17 @@ def test_a_range_of_a_recording_is_a_clip(suffix: str, rate: int, tmp_path: Path
         assert abs(len(waveform) - len(sound) * SAMPLE_RATE / rate) <= 1
         if rate == SAMPLE_RATE:
             assert np.abs(waveform - sound).max() <= 2**-15
+
+
+def test_a_range_of_a_recording_in_a_zip_is_a_clip(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    sounds = make_ranges(folder, "wav", SAMPLE_RATE)
+    with zipfile.ZipFile(folder / "audio.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "long.wav", "long.wav")
+    (folder / "long.wav").unlink()
+    assert main(["build", str(folder), "--out", str(tmp_path / "out"), *TRACK, "--columns", "offset_sec=begin"]) == 0
+    for name, (_, sample) in samples_of(tmp_path / "out").items():
+        assert np.abs(decode(sample.audio)[0] - sounds[name]).max() <= 2**-15
 
 
 def test_a_range_is_read_without_the_rest(tmp_path: Path) -> None:

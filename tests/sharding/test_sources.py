@@ -447,10 +447,10 @@ def make_common_voice(folder: Path, clips: int = 16, clients: int = 8) -> Path:
     return folder
 
 
-def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Command, tmp_path: Path) -> None:
+def test_validated_clips_of_common_voice_are_split_by_speaker(run_sharding: Command, tmp_path: Path) -> None:
     folder = make_common_voice(tmp_path / "en")
     arguments = ("--track", "word", "--group-by", "client_id", "--valid-fraction", 0.4, "--max-reject-rate", 1)
-    out = build(run_sharding, folder, *arguments, out=tmp_path / "out")
+    out = build(run_sharding, folder, *arguments, "--splits", "hash", out=tmp_path / "out")
     samples = read_all(out)
     stored = {sample.utterance_id: (split, sample) for split, sample in samples.values()}
     fates = {row["utterance_id"]: (row["split"], row["fate"], row["reason"]) for row in read_ledger(out)}

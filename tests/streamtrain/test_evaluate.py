@@ -20,6 +20,7 @@ from sharding.errors import StreamtrainError
 from sharding.labels.ipa import SYMBOLS, normalize_ipa
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
+from streamtrain.api import build
 from streamtrain.config import ModelConfig
 from streamtrain.distributed import World
 from streamtrain.eval import html as page
@@ -29,7 +30,7 @@ from streamtrain.eval.metrics import EditCounts, count_edits
 from streamtrain.eval.scorecard import ClipScore, Evaluation, count_confusions, scorecard
 from streamtrain.model.pretrained import load_model, save_model
 from tests.tools.commands import run_module
-from tests.tools.corpus import make_corpus
+from tests.tools.corpus import make_corpus, read_manifest, write_manifest
 from tests.tools.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,25 @@ def test_every_recording_is_scored_once_against_its_whole_label(shards: Path, mo
     )
     assert (card["edits"], card["reference_length"]) == (counted.edits, counted.reference_length)
     assert card["cer"] == counted.edits / counted.reference_length
+
+
+def test_the_test_split_is_scored_apart_and_by_the_command_as_well(model: Path, tmp_path: Path) -> None:
+    folder = make_corpus(tmp_path / "raw", clips=12, children=4, long_clips=3)
+    splits = ("train", "dev", "test")
+    rows = [row | {"split": splits[number % 3]} for number, row in enumerate(read_manifest(folder))]
+    rows[2] |= {"filesize_bytes": 3}  # so that it is rejected
+    out = build([write_manifest(folder, rows)], tmp_path / "shards").index
+    assert out.notes["test"] == {"clips": 5, "rejected": 1}
+    options = ("--shards", tmp_path / "shards", "--split", "test", "--out", tmp_path / "test")
+    done = run_module("streamtrain", "evaluate", "--model", model, *options)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "test/scorecard.json").read_text())
+    scored = [json.loads(line) for line in (tmp_path / "test/hypotheses.jsonl").read_text().splitlines()]
+    wanted = {row["utterance_id"]: row["phonetic_text"] for row in rows[5::3]}
+    assert {row["utterance_id"]: row["reference"] for row in scored} == wanted
+    assert any(row["seconds"] > 25 for row in scored)  # of which only the whole label is known
+    assert card["validation"]["rejected"] == 1
+    assert "the build rejected 1 test clip: not in this score" in done.stdout
 
 
 def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Path, tmp_path: Path) -> None:

@@ -329,12 +329,45 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
             hear(recording)
 
     found["zip"] = Document(folder / "audio.zip", read_zip)
+    found |= documents_of_layouts(folder / "layouts", sound.read_bytes())
     waveform, rate = soundfile.read(sound, dtype="float32")
     for suffix in ("flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf"):
         path = folder / f"sound.{suffix}"
         soundfile.write(path, waveform, rate)
         recording = find_recordings([str(path)])[0]
         found[suffix] = Document(path, partial(hear, recording))
+    return found
+
+
+def documents_of_layouts(folder: Path, sound: bytes) -> dict[str, Document]:
+    """A file of each layout of a corpus, beside the others of it, which stay whole."""
+    cut = {"id": "c", "start": 0.1, "duration": 0.2, "type": "MonoCut",
+           "supervisions": [{"id": name, "start": 0.0, "duration": 0.1, "text": "kæt", "speaker": 7} for name in "ab"],
+           "recording": {"id": "r", "duration": 0.5, "sources": [{"type": "file", "source": "a.flac"}]}}  # fmt: skip
+    texts = {
+        "cuts/cuts_dev.jsonl": json.dumps(cut),
+        "nemo/train.json": json.dumps({"audio_filepath": "a.flac", "offset": 0.1, "duration": 0.2, "text": "kæt"}),
+        "kaldi/train/wav.scp": "r1 a.flac\nr2 a.flac",
+        "kaldi/train/segments": "u1 r1 0 0.1\nu2 r2 0.1 -1",
+        "kaldi/train/text": "u1 kæt\nu2 kæt tæk",
+        "libri/dev-clean/1/2/1-2.trans.txt": "a kæt\nb tæk",
+        "cv/train.tsv": "client_id\tpath\tsentence\tage\ns1\ta\tkæt\ttwenties\ns2\tb\t\t",
+        "cv/test.tsv": "client_id\tpath\tsentence\tage\ns3\ta\tkæt\tteens",
+    }
+    for name in ("cuts/a.flac", "nemo/a.flac", "kaldi/a.flac", "libri/dev-clean/1/2/a.flac", "cv/clips/a.mp3"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(sound)
+
+    def read(location: Path) -> None:
+        source = read_source(location, ManifestOptions("phonetic"))
+        for row in range(len(source)):
+            source.parse(row)
+
+    found = {}
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text + "\n", "utf-8")
+        found[name] = Document(folder / name, partial(read, folder / name.split("/")[0]))
     return found
 
 
