@@ -113,7 +113,7 @@ def build(
     Args:
         sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, or
             transcripts files; corpora as they are published: Common Voice, LibriSpeech, Kaldi data folders, manifests
-            of NeMo, cuts of lhotse.
+            of NeMo, cuts of lhotse, TIMIT, datasets in parquet files.
         out: Folder or s3://bucket/prefix of the shard set.
         workers: Processes (default: the cores); the result is the same for any number.
         append: Add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import soundfile
 import xxhash
 import zstandard
@@ -49,6 +51,7 @@ from sharding.shardset.sample import escape_key, sample_from_bytes
 from sharding.shardset.store import FolderStore
 from sharding.shardset.verify import check_shard
 from sharding.sources import archive as archives
+from sharding.sources import parquet
 from sharding.sources.manifest import read_source
 from sharding.sources.options import ManifestOptions
 from streamtrain.config import ModelConfig, load_config
@@ -352,9 +355,11 @@ def documents_of_layouts(folder: Path, sound: bytes) -> dict[str, Document]:
         "kaldi/train/text": "u1 kæt\nu2 kæt tæk",
         "libri/dev-clean/1/2/1-2.trans.txt": "a kæt\nb tæk",
         "cv/train.tsv": "client_id\tpath\tsentence\tage\ns1\ta\tkæt\ttwenties\ns2\tb\t\t",
+        "timit/TEST/DR1/FELC0/SX1.TXT": "0 16000 kæt tæk",
         "cv/test.tsv": "client_id\tpath\tsentence\tage\ns3\ta\tkæt\tteens",
     }
-    for name in ("cuts/a.flac", "nemo/a.flac", "kaldi/a.flac", "libri/dev-clean/1/2/a.flac", "cv/clips/a.mp3"):
+    for name in ("cuts/a.flac", "nemo/a.flac", "kaldi/a.flac", "libri/dev-clean/1/2/a.flac", "cv/clips/a.mp3",
+                 "timit/TEST/DR1/FELC0/SX1.WAV"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(sound)
 
@@ -368,7 +373,23 @@ def documents_of_layouts(folder: Path, sound: bytes) -> dict[str, Document]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text + "\n", "utf-8")
         found[name] = Document(folder / name, partial(read, folder / name.split("/")[0]))
+    cells = [{"bytes": sound, "path": "a.flac"}, {"bytes": None, "path": "b.flac"}, None]
+    (folder / "hub/data").mkdir(parents=True, exist_ok=True)
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = pyarrow.table({"audio": pyarrow.array(cells, kind), "text": ["kæt", "tæk", None], "speaker_id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, folder / "hub/data/train-00000-of-00001.parquet", row_group_size=2)
+    found["parquet"] = Document(folder / "hub/data/train-00000-of-00001.parquet", partial(read_parquet, folder / "hub"))
     return found
+
+
+def read_parquet(folder: Path) -> None:
+    """Read the rows, and the audio of each."""
+    archives._open_column.cache_clear()  # the file is another one each time
+    parquet._kept.clear()
+    source = read_source(folder, ManifestOptions("phonetic"))
+    for row in range(len(source)):
+        with suppress(AudioError), archives.open_audio(source.layout.audio, source.parse(row).audio_path) as (file, _):
+            file.read()
 
 
 def documents_of_a_model(run: Path) -> dict[str, Document]:
