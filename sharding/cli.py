@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sharding.audio.codec import Waveform
     from sharding.segment.evidence import Alignments
     from sharding.segment.split import Segment
-    from sharding.sources.manifest import ManifestOptions
+    from sharding.sources.options import ManifestOptions
 
 # Imports stay inside the commands, so that each tells at once what it begins.
 
@@ -67,22 +67,34 @@ class ReadingOptions:
 
     columns: Annotated[str, Parameter(metavar="FIELD=COLUMN,…")] = ""
     """The columns of a transcripts file that has other names, such as audio_path=path,text=sentence. Fields:
-    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes."""
+    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes,
+    split; offset_sec and duration_sec, if a row is a range of a longer recording."""
     follow_links: bool = False
     """Also read audio that links lead to outside its source's folder, as git-annex and the Hugging Face cache lay it
     out: whoever made the links decides which files are read."""
     audio_root: Annotated[str, Parameter(metavar="FOLDER")] = ""
     """Take absolute audio paths, as NeMo's manifests have them, that lie below this folder, and look up relative ones
     in it instead of in the folder of their transcripts."""
+    labels: Literal["text", "phones"] = "text"
+    """Of a corpus with both, such as TIMIT: learn its sentences, or its phones."""
+    include_sa: bool = False
+    """Also read TIMIT's SA sentences: all speakers read the same two, those of the test as well."""
     alignments: Place | None = None
     """What `align` has written of shards of the same sources with the same --max-duration: segments of long recordings
     then get the words that a model heard in them."""
 
     def manifest_options(self) -> "ManifestOptions":
-        from sharding.sources.manifest import ManifestOptions, parse_columns
+        from sharding.sources.manifest import parse_columns
+        from sharding.sources.options import ManifestOptions
 
         columns = parse_columns(self.columns)
-        return ManifestOptions(columns=columns, follow_links=self.follow_links, audio_root=self.audio_root)
+        return ManifestOptions(
+            columns=columns,
+            follow_links=self.follow_links,
+            audio_root=self.audio_root,
+            labels=self.labels,
+            include_sa=self.include_sa,
+        )
 
 
 @app.command(group=SHARDS, help_epilogue="Example: streamtrain build data/raw/* --out data/shards --max-duration 25")
@@ -103,8 +115,9 @@ def build(
     """Turn audio and labels into tar shards bucketed by duration.
 
     Args:
-        sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip,
-            Common Voice folders, or transcripts files.
+        sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, or
+            transcripts files; corpora as they are published: Common Voice, LibriSpeech, Kaldi data folders, manifests
+            of NeMo, cuts of lhotse, TIMIT, datasets in parquet files.
         out: Folder or s3://bucket/prefix of the shard set.
         track: The challenge's name of a profile: phonetic is pasketti, word is english.
         workers: Processes (default: the cores); the result is the same for any number.

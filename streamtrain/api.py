@@ -63,7 +63,8 @@ def build(
     from sharding.build import pipeline
     from sharding.segment.evidence import NO_ALIGNMENTS, read_alignments
     from sharding.shardset.build_config import checked
-    from sharding.sources.manifest import ManifestOptions, parse_columns
+    from sharding.sources.manifest import parse_columns
+    from sharding.sources.options import ManifestOptions
 
     if isinstance(sources, str | Path) or not sources:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
@@ -151,7 +152,7 @@ def evaluate(
     Args:
         model: As `load_model` returns it.
         shards: As `open_shards` returns it, or its folder or URL.
-        split: "valid" or "train".
+        split: "valid", "test" or "train".
         batch_seconds: Padded seconds per forward.
         beam: Width of the prefix beam search; 0: the best path.
 

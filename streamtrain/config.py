@@ -148,7 +148,7 @@ class EvalConfig(Section):
     every_steps: PositiveInt = 500
     """Steps between evaluations; the last step is evaluated too."""
     split: str = "valid"
-    """Clips to score: valid or train."""
+    """Clips to score: valid, test or train."""
 
 
 class Config(Section):

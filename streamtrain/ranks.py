@@ -61,7 +61,7 @@ class EvaluateOptions:
     """Folder for scorecard.json, scorecard.html and hypotheses.jsonl."""
     shards: Place = "data/shards"
     """Folder or URL of a shard set."""
-    split: Literal["valid", "train"] = "valid"
+    split: Literal["valid", "test", "train"] = "valid"
     """Clips to score."""
     batch_seconds: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 40.0
     """Padded seconds per forward: larger is faster and takes more memory."""

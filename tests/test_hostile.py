@@ -38,7 +38,8 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.store import FolderStore, Store
 from sharding.shardset.verify import check_shard, find_faults
 from sharding.sources.archive import AudioRoot, open_audio
-from sharding.sources.manifest import ManifestOptions, read_row
+from sharding.sources.options import ManifestOptions
+from sharding.sources.tables import read_row
 from streamtrain.config import ModelConfig
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import load
@@ -170,7 +171,8 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
     BOMBS[name](tmp_path / name)
     script = (
         "import re, sys, time\nfrom pathlib import Path\nfrom sharding.errors import ManifestError\n"
-        "from sharding.sources.manifest import ManifestOptions, read_source\n"
+        "from sharding.sources.manifest import read_source\n"
+        "from sharding.sources.options import ManifestOptions\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "start, before = time.process_time(), peak()\n"
         "try:\n    read_source(Path(sys.argv[1]), ManifestOptions())\n"
@@ -193,12 +195,12 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
 ])  # fmt: skip
 def test_a_row_that_says_a_thing_twice_is_refused(line: bytes) -> None:
     with pytest.raises(ManifestError, match=r"'(phonetic_text|a)' occurs twice"):
-        read_row(line, 1, "rows.jsonl")
+        read_row(line, "rows.jsonl:1")
 
 
 def test_a_row_of_another_program_may_hold_what_is_no_number() -> None:
     """As pandas writes what is missing; a column that is read says so."""
-    assert list(read_row(b'{"text": "a:b", "snr": NaN, "gain": -Infinity}', 1, "rows.jsonl")) == ["text", "snr", "gain"]
+    assert list(read_row(b'{"text": "a:b", "snr": NaN, "gain": -Infinity}', "rows.jsonl:1")) == ["text", "snr", "gain"]
 
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {

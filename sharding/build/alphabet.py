@@ -66,18 +66,18 @@ def _read_alphabet(path: Path, policy: LabelPolicy) -> tuple[str, ...]:
 
 
 def settle_alphabet(
-    scanned: ScanResult, valid: Mask, policy: LabelPolicy, min_count: int, pool: Workers
+    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, min_count: int, pool: Workers
 ) -> tuple[ScanResult, LabelPolicy]:
     """Return the policy with its alphabet, and the clips with those refused whose symbols are too rare to be in it.
 
     Raises ManifestError if the training or the validation labels are of another alphabet.
     """
     if not policy.symbols:
-        tables = _count_symbols(scanned, valid, policy, min_count, pool)
-        policy, scanned = _choose_symbols(scanned, ~valid & ~scanned.clips["refused"], tables, policy, min_count)
+        tables = _count_symbols(scanned, training, held_out, policy, min_count, pool)
+        policy, scanned = _choose_symbols(scanned, training & ~scanned.clips["refused"], tables, policy, min_count)
         _mark_foreign(scanned, tables, policy)
     clips = scanned.clips
-    for side, members in (("training", ~valid), ("validation", valid)):
+    for side, members in (("training", training), ("validation", held_out)):
         symbols, foreign = (int(clips[name][members].sum()) for name in ("symbols", "foreign"))
         if foreign and policy.symbols:
             place, utterance = scanned.find(int(np.argmax(np.where(members, clips["foreign"], 0))))
@@ -94,22 +94,26 @@ class SymbolTable:
     clips: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by symbol, `few` at most
 
 
-Tables = dict[bool, SymbolTable]  # of training (False) and validation (True)
+Tables = dict[bool, SymbolTable]  # of training (False) and of what is held out (True)
+# layouts, policy, `few`, and of each clip its row, whether it is held out, its source, its line, its place
+CountJob = tuple[tuple[Layout, ...], LabelPolicy, int, list[tuple[int, bool, int, bytes, str]]]
 
 
-def _count_symbols(scanned: ScanResult, valid: Mask, policy: LabelPolicy, few: int, pool: Workers) -> Tables:
+def _count_symbols(
+    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, few: int, pool: Workers
+) -> Tables:
     """Count the symbols of all labels but refused clips'; a symbol that occurs up to `few` times has all its clips."""
-    rows = np.flatnonzero(~scanned.clips["refused"])
+    rows = np.flatnonzero(~scanned.clips["refused"] & (training | held_out))
     chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
-    def jobs() -> Iterator[tuple[tuple[Layout, ...], LabelPolicy, int, list[tuple[int, bool, int, int, bytes]]]]:
+    def jobs() -> Iterator[CountJob]:
         layouts = tuple(source.layout for source in scanned.sources)
         for chunk in chunks:
             places = scanned.clips[["source", "row"]][chunk].tolist()
             lines = []
             for clip, (number, row) in zip(chunk.tolist(), places, strict=True):
                 source = scanned.sources[number]
-                lines.append((clip, bool(valid[clip]), number, int(source.numbers[row]), source.line(row)))
+                lines.append((clip, bool(held_out[clip]), number, source.line(row), source.place(row)))
             yield layouts, policy, few, lines
 
     total: Tables = {False: SymbolTable(), True: SymbolTable()}
@@ -121,13 +125,11 @@ def _count_symbols(scanned: ScanResult, valid: Mask, policy: LabelPolicy, few: i
     return total
 
 
-def _count_chunk(
-    job: tuple[tuple[Layout, ...], LabelPolicy, int, list[tuple[int, bool, int, int, bytes]]],
-) -> dict[bool, SymbolTable]:
+def _count_chunk(job: CountJob) -> dict[bool, SymbolTable]:
     layouts, policy, few, lines = job
     tables: Tables = {False: SymbolTable(), True: SymbolTable()}
-    for clip, side, source, number, line in lines:
-        symbols = policy.symbols_of(policy.normalize(layouts[source].parse(line, number)[0].text))
+    for clip, side, source, line, place in lines:
+        symbols = policy.symbols_of(policy.normalize(layouts[source].parse(line, place)[0].text))
         table = tables[side]
         table.counts.update(symbols)
         for symbol in set(symbols):

@@ -22,13 +22,17 @@ import numpy.typing as npt
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.build.alphabet import settle_alphabet, settle_policy
 from sharding.build.assign import (
+    TRAIN,
+    VALID,
     Mask,
     PlannedShard,
     PlannedTable,
     Segments,
+    Sides,
     SplitExceptions,
     assign_shards,
     choose_exceptions,
+    is_held_out,
     is_validation,
     list_samples,
 )
@@ -37,6 +41,13 @@ from sharding.build.duration_buckets import fit_bins
 from sharding.build.lock import BuildLock, exclusive_build
 from sharding.build.place import PIECES, check_output
 from sharding.build.scan import ScanResult, find_orphans, hash_128, hash_sources, scan
+from sharding.build.splits import (
+    count_shared_speakers,
+    describe_layouts,
+    keep_splits,
+    publishing,
+    settle_splits,
+)
 from sharding.build.write import (
     BuildContext,
     ClipRow,
@@ -75,7 +86,8 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import escape_key, whole_key
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import FolderStore, Store, open_store
-from sharding.sources.manifest import ManifestOptions, Source, read_source
+from sharding.sources.manifest import Source, read_source
+from sharding.sources.options import ManifestOptions
 
 LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
@@ -107,17 +119,26 @@ class BuildTask:
 
     @cached_property
     def exceptions(self) -> SplitExceptions:
-        """Choose among the speakers of labelled clips; exceptions of a `base` keep their side."""
-        clips, fraction = self.scan.clips, self.settings.valid_fraction
+        """Choose among the speakers of labelled clips to split; exceptions of a `base` keep their side."""
+        clips, fraction = self.scan.clips[~self.published], self.settings.valid_fraction
         exceptions = SplitExceptions() if self.base is None else _exceptions_of(self.base)
         if self.base is not None and self.base.notes["validation"]["clips"]:
             return exceptions
         return choose_exceptions(clips["speaker"][clips["fits"]], fraction, exceptions.kept_in_training)
 
     @cached_property
-    def valid(self) -> Mask:
-        """Return which clips are in the validation split, shape (N,)."""
-        return is_validation(self.scan.clips["speaker"], self.settings.valid_fraction, self.exceptions)
+    def published(self) -> Mask:
+        """Return which clips have their split from their corpus, shape (N,); others are split by speaker."""
+        mask: Mask = publishing(self.scan, self.settings)[self.scan.clips["source"]]
+        return mask
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Return the split of each clip, shape (N,), in SPLITS."""
+        clips = self.scan.clips
+        valid = is_validation(clips["speaker"], self.settings.valid_fraction, self.exceptions)
+        by_speaker = np.where(valid, np.uint8(VALID), np.uint8(TRAIN))
+        return np.where(self.published, clips["split"] - np.uint8(1), by_speaker)
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,10 @@ class BuildResult:
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
     allow_profile(settings.profile)  # which the user has named
-    options = replace(run.manifest_options, profile=settings.profile, group_by=settings.group_by)
+    settings = keep_splits(open_store(out), settings)
+    options = replace(
+        run.manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
+    )
     sources = [_with_absolute_path(read_source(location, options)) for location in locations]
     settings, labels = settle_policy(settings, sources)
     store = open_store(out, dry_run=run.dry_run)
@@ -145,6 +169,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
         scanned = scan(sources, labels, pool)
         _warn_of_spaced_phones(scanned, labels)
         orphans = find_orphans(scanned, pool)
+        settings = settle_splits(settings, scanned)
         base = _read_base(store, settings, labels)
         if base:
             check_presence(store, base)
@@ -167,7 +192,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             if base:
                 ledger.insert(0, _keep_ledger_rows(old_rows, scanned))
                 tally = sum_tallies(ledger)
-            index = _index(plan, results, tally)
+            index = _index(plan, results, tally, store)
             orphans = sorted({*old_orphans, *orphans})
             unchanged = orphans == old_orphans and same_rows(ledger, old_rows)
             if base and unchanged and len(index.samples) == len(base.samples):
@@ -186,7 +211,9 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
 
 def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
     """Return the task with its alphabet, and without the clips whose symbols are too rare for it."""
-    scanned, labels = settle_alphabet(task.scan, task.valid, task.labels, task.settings.min_symbol_count, pool)
+    training, held_out = task.sides == TRAIN, is_held_out(task.sides)
+    few = task.settings.min_symbol_count
+    scanned, labels = settle_alphabet(task.scan, training, held_out, task.labels, few, pool)
     return replace(task, scan=scanned, labels=labels)
 
 
@@ -251,12 +278,12 @@ def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[S
     clips, settings, base = task.scan.clips, task.settings, task.base
     usable, refused = _drop_refused(task)
     long = usable & (clips["samples"] > round(settings.max_duration * SAMPLE_RATE))
-    labelled = usable & clips["fits"] & ~task.valid
+    labelled = usable & clips["fits"] & (task.sides == TRAIN)
     acoustic_model = unpack_model(base.acoustic_model) if base and base.acoustic_model else None
     if acoustic_model is None and (labelled & long).any():
         acoustic_model = _fit_acoustic_model(task, context, pool, labelled, long)
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
-    members = list_samples(clips, usable & ~long, segments, task.valid)
+    members = list_samples(clips, usable & ~long, segments, task.sides)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     first_numbers = _next_numbers(base) if base else None
     shards = assign_shards(
@@ -276,13 +303,13 @@ def write_shards(plan: ShardPlan, shards: Sequence[PlannedShard], pool: Workers)
 
 def _drop_refused(task: BuildTask) -> tuple[Mask, LedgerPart]:
     """Return which clips are usable, shape (N,), and the ledger rows of those that the scan refused."""
-    valid = task.valid
-    usable, rows = np.ones(len(valid), bool), []
+    held_out = is_held_out(task.sides)
+    usable, rows = np.ones(len(held_out), bool), []
     for row, refusal in task.scan.refusals.items():
-        if not (refusal.in_training and valid[row]):
+        if not (refusal.in_training and held_out[row]):
             usable[row] = False
             seconds = int(task.scan.clips["samples"][row]) / SAMPLE_RATE
-            rows.append(rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason, seconds))
+            rows.append(rejected_row(refusal.utterance, SPLITS[task.sides[row]], refusal.reason, seconds))
     return usable, write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
@@ -313,7 +340,7 @@ def _cut_long(
     """Split the long recordings, longest first. Returns their segments and their ledger rows."""
     clips, settings, alignments, rows = task.scan.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    splits = np.where(task.valid[rows], "valid", "train").tolist()
+    splits = [SPLITS[side] for side in task.sides[rows].tolist()]
     max_gap = alignments.bound(settings.max_false_accept)
     thresholds = LabelThresholds(settings.min_confidence, max_gap, settings.min_word_llr)
     jobs = (
@@ -323,7 +350,7 @@ def _cut_long(
             split,
             settings.max_duration,
             alignments.of(row.parse(context.layouts).utterance_id) if alignments.by_id else None,
-            None if split == "valid" else acoustic_model,  # validation keeps the label of the whole recording
+            acoustic_model if split == "train" else None,  # else the whole recording keeps its label
             thresholds,
         )
         for row, split in zip(_read_rows(task.scan, rows), splits, strict=True)
@@ -336,17 +363,19 @@ def _cut_long(
 def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ClipRow]:
     sources = scanned.sources
     places = scanned.clips[["source", "row", "bytes", "samples"]][clips].tolist()
-    return [ClipRow(index, int(sources[index].numbers[row]), sources[index].line(row), size, samples)
+    return [ClipRow(index, sources[index].line(row), sources[index].place(row), size, samples)
             for index, row, size, samples in places]  # fmt: skip
 
 
-def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> ShardIndex:
+def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally, store: Store) -> ShardIndex:
     """Return the index of the base, if there is one, and the new shards."""
     task, fallback = plan.task, plan.task.exceptions.fallback_speaker
     clips, exceptions, base = task.scan.clips, task.exceptions, task.base
     shards = [result.made for result in results if result.made]
     samples = join_samples([table for _, table in shards])
-    disjoint = bool(clips["named"][~clips["refused"]].all())
+    shared = count_shared_speakers(task.scan, task.sides, task.settings, store, base)
+    disjoint = bool(clips["named"][~clips["refused"]].all()) and not shared
+    splitting = {"layouts": describe_layouts(task.scan, task.settings, base), "shared_speakers": shared}
     if base:  # its samples keep their rows
         samples["shard"] += len(base.shards)
         samples = np.concatenate([base.samples, samples])
@@ -361,7 +390,8 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
             disjoint,
             None if fallback is None else f"{fallback:016x}",
             [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
-        ),
+        )
+        | {name: note for name, note in splitting.items() if note},
         shards=(base.shards if base else ()) + tuple(entry for entry, _ in shards),
         samples=samples,
         base=base.digest if base else "",
@@ -377,7 +407,7 @@ def _read_base(store: Store, settings: BuildConfig, labels: LabelPolicy) -> Shar
     if not store.exists(INDEX_NAME):
         return None
     index, wanted = read_index(store), asdict(settings)
-    existing = index.settings
+    existing = {"splits": "hash"} | index.settings  # as sets without that setting were split
     differences = [f"{name} is {existing.get(name) or 'none'} there, requested {wanted[name] or 'none'}"
                    for name in wanted if existing.get(name) != wanted[name]]  # fmt: skip
     if labels.symbols and not differences and labels.symbols != index.labels.symbols:
@@ -412,6 +442,8 @@ def _find_known(store: Store, base: ShardIndex, scanned: ScanResult) -> Mask:
         mask[row] = corpus is not None
         if corpus not in (None, corpora[source]):
             place, utterance = scanned.find(row)
+            if corpus == utterance.corpus:  # of a part of its source
+                continue
             raise ManifestError(
                 f"{place}: utterance_id {utterance.utterance_id!r} already exists in {store.url}, in corpus {corpus!r}",
                 "every clip needs a unique id; rename those of the corpus to append",

@@ -16,7 +16,7 @@ from sharding.segment.split import Segment
 from sharding.shardset.index import ShardIndex
 from sharding.shardset.schema import SPLITS
 
-COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "unlabelled": "#909090"}
+COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "test": "#9e2a2b", "unlabelled": "#909090"}
 DPI = 120
 STRIP_SEC = 30.0
 Numbers = npt.NDArray[np.float64]  # (N,), one for each row of ShardIndex.samples

@@ -51,6 +51,7 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
         "aligned": bool(index.settings.get("alignments")),  # built with alignments of a model (pass 2)
+        "official_splits": index.settings.get("splits") == "official",
         "valid_fraction": index.settings.get("valid_fraction"),  # None: tars of other programs
     }
 
@@ -92,9 +93,7 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
         lines.append(
             f"{count:,} declared durations are off by more than {DURATION_TOLERANCE_SEC} s; the measured ones are used"
         )
-    lines += _warn_about_splits(summary)
-    if not notes["validation"]["disjoint_by_speaker"]:
-        lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
+    lines += _warn_about_splits(summary) + _explain_splits(notes)
     return "\n".join(map(printable, lines))
 
 
@@ -110,6 +109,19 @@ def _render_labels(labels: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _explain_splits(notes: dict[str, Any]) -> list[str]:
+    """Return how each corpus was split, unless all were by speaker, and the speakers in several splits."""
+    lines = [f"{corpus}: {layout}" for corpus, layout in notes.get("layouts", {}).items()]
+    shared = notes.get("shared_speakers")
+    if shared:
+        more = ", …" if shared["count"] > len(shared["examples"]) else ""
+        lines.append(f"{counted(shared['count'], 'speaker')} in several of the published splits, so that scores are "
+                     f"too optimistic: {', '.join(shared['examples'])}{more}")  # fmt: skip
+    elif not notes["validation"]["disjoint_by_speaker"]:
+        lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
+    return lines
+
+
 def _warn_about_splits(summary: Summary) -> list[str]:
     """Return warnings if training or validation is empty, or validation far larger than requested."""
     train, valid = (summary["splits"][split]["samples"] for split in ("train", "valid"))
@@ -119,6 +131,9 @@ def _warn_about_splits(summary: Summary) -> list[str]:
         lines.append("there is nothing to train on: no clip is labelled, or all labelled clips are for validation")
     if not valid and fraction == 0:
         lines.append("there is nothing to validate on, because of --valid-fraction 0: training will compute no score")
+    elif not valid and summary["official_splits"]:
+        lines.append("there is nothing to validate on, training will compute no score: the published splits have no "
+                     "validation; --splits hash splits by speaker")  # fmt: skip
     elif not valid and fraction is None:
         lines.append("there is nothing to validate on, training will compute no score: name some tars with --valid")
     elif not valid and train:
@@ -128,7 +143,7 @@ def _warn_about_splits(summary: Summary) -> list[str]:
             "hint: --group-by COLUMN splits by another column, such as the session; --valid-fraction 0 if this is "
             "intended; to score afterwards, build a set of other speakers with --valid-fraction 1",
         ]
-    if train and fraction and valid > 2 * fraction * (train + valid):
+    if not summary["official_splits"] and train and fraction and valid > 2 * fraction * (train + valid):
         lines.append(f"validation has {valid / (train + valid):.0%} of the labelled clips, --valid-fraction asks for "
                      f"{fraction:.0%}: there are few speakers, or their shares are very unequal")  # fmt: skip
     return lines

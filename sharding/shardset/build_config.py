@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field, TypeAdapter
@@ -17,6 +17,7 @@ from sharding.segment.cuts import MAX_DURATION_SEC, MIN_PIECE_SEC
 from sharding.segment.evidence import MAX_FALSE_ACCEPT
 from sharding.segment.split import LabelThresholds
 
+Splits = Literal["auto", "official", "hash"]
 WordLLR = Annotated[Number, Field(ge=-1_000, le=1_000)]
 MaxDuration = Annotated[Number, Field(ge=2 * MIN_PIECE_SEC, le=86_400)]  # s; below, maybe no way but tiny segments
 
@@ -51,6 +52,9 @@ class BuildConfig:
     min_symbol_count: Annotated[Count, Field(ge=1), WHOLE] = 5
     """Times that a symbol must occur in the training labels to be in the alphabet of the data; clips with rarer ones
     are left out, and listed."""
+    splits: Splits = "auto"
+    """official: each clip's split as its corpus publishes it; hash: by speaker, see --valid-fraction; auto: official
+    where a source has splits. Sources without any are split by speaker."""
     group_by: Annotated[str, Parameter(metavar="COLUMN")] = ""
     """Keep all clips of one value of this column on one side, training or validation. If none is given: of one
     child_id, else of one session_id, else each clip by itself."""

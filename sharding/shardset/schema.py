@@ -12,7 +12,8 @@ from sharding.labels.units import Units
 from sharding.shardset.build_config import BUILD_CONFIG
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
-SPLITS = ("train", "valid", "unlabelled")
+SPLITS = ("train", "valid", "test", "unlabelled")
+HELD_OUT = ("valid", "test")  # never trained on, nor filtered by their labels
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
 Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, hexadecimal; empty: none
 
@@ -58,10 +59,23 @@ class _Validation(TypedDict):
     rejected: Size
 
 
+class _Test(TypedDict):
+    clips: Size
+    rejected: Size
+
+
+class _SharedSpeakers(TypedDict):
+    count: Size
+    examples: list[str]
+
+
 class _Notes(TypedDict):
     clips: Size
     rejected: Size
     validation: _Validation
+    test: NotRequired[_Test]  # older sets have none of these
+    layouts: NotRequired[dict[str, str]]
+    shared_speakers: NotRequired[_SharedSpeakers]
 
 
 class _Labels(TypedDict):

@@ -32,7 +32,7 @@ from streamtrain.model.labels import take_labels
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
-SCORED_SPLITS = ("valid", "train")
+SCORED_SPLITS = ("valid", "test", "train")
 PAGE_BYTES = 20_000_000  # audio in scorecard.html at most
 
 

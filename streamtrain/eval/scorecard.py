@@ -153,11 +153,16 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             ][:CONFUSIONS],
             "worst": [asdict(clip) for clip in worst],
             "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
-            "validation": index.notes.get("validation", {}),
+            "validation": index.notes.get("validation", {}) | _test_notes(index, context.get("split")),
             "word_edits": words.edits,
             "reference_words": words.reference_length,
         }
     )
+
+
+def _test_notes(index: ShardIndex, split: str | None) -> dict[str, Any]:
+    """Return the counts of the test split, if that was scored."""
+    return dict(index.notes.get("test", {})) if split == "test" else {}
 
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
@@ -215,7 +220,8 @@ def warnings(card: dict[str, Any]) -> list[str]:
         notes.append(f"{clips} did not decode: scored as silence, see scorecard.json")
     lost = card["validation"].get("rejected", 0)
     if lost:
-        notes.append(f"the build rejected {counted(lost, 'validation clip')}: not in this score")
+        kind = "test" if card.get("split") == "test" else "validation"
+        notes.append(f"the build rejected {counted(lost, f'{kind} clip')}: not in this score")
     if not card["validation"].get("disjoint_by_speaker", True):
         notes.append("validation is not disjoint by speaker: this score is too optimistic")
     return notes

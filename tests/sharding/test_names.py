@@ -19,7 +19,8 @@ from sharding.cli import _find_sources, main
 from sharding.files.names import age_order, canonical_name, name_of
 from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
 from sharding.shardset.store import open_store
-from sharding.sources.manifest import ManifestOptions, Utterance, read_source
+from sharding.sources.manifest import Utterance, read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.infer.inputs import find_recordings
 from tests.tools.corpus import MANIFEST, PHONES, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
@@ -39,7 +40,7 @@ def build(*sources: object, out: Path, code: int = 0) -> dict[str, str | None]:
 
 def parse(folder: Path, rows: list[Row], group_by: str = "") -> list[Utterance]:
     source = read_source(write_manifest(folder, rows), ManifestOptions(group_by=group_by))
-    return [source.layout.parse(source.line(row), row + 1)[0] for row in range(len(source))]
+    return [source.parse(row) for row in range(len(source))]
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from sharding.labels.pasketti import normalize_words
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from sharding.sources.archive import AudioRoot, find_audio, open_audio
-from sharding.sources.manifest import ManifestOptions, Utterance, read_source
+from sharding.sources.manifest import Utterance, read_source
+from sharding.sources.options import ManifestOptions
 from tests.tools.commands import Command
 from tests.tools.corpus import MANIFEST, WORDS, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
@@ -108,7 +109,7 @@ def rename(rows: Iterable[Row], **columns: str) -> list[Row]:
 
 def parse_all(path: Path, reading: ManifestOptions = ManifestOptions()) -> list[Utterance]:  # noqa: B008
     source = read_source(path, reading)
-    return [source.layout.parse(source.line(row), int(source.numbers[row]))[0] for row in range(len(source))]
+    return [source.parse(row) for row in range(len(source))]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -246,13 +247,13 @@ def test_a_table_of_excel_is_read_whatever_parts_its_cells_and_its_paths(delimit
     with open(tmp_path / "x.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
     source = read_source(tmp_path / "x.csv", ManifestOptions())
-    utterance, _ = source.layout.parse(source.line(0), 2)
+    utterance = source.parse(0)
     assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Übung/1.wav", TEXT, "Jörg, 5")
     with open_audio(source.layout.audio, utterance.audio_path) as (_, size):
         assert size > 0
     source = read_source(tmp_path / "x.csv", ManifestOptions(columns={"audio_duration_sec": "Dauer; s, etwa"}))
     with pytest.raises(ManifestError, match=r"(?s)'2,58', a number.*leave the column out: audio is measured"):
-        source.layout.parse(source.line(0), 2)
+        source.parse(0)
 
 
 def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
@@ -267,7 +268,7 @@ def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
     (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "csv.writer" in code)
     exec(recipe)
     source = read_source(folder, ManifestOptions())
-    utterance, _ = source.layout.parse(source.line(0), 2)
+    utterance = source.parse(0)
     assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Zoë/1.wav", TEXT, "Zoë")
 
 
@@ -445,10 +446,10 @@ def make_common_voice(folder: Path, clips: int = 16, clients: int = 8) -> Path:
     return folder
 
 
-def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Command, tmp_path: Path) -> None:
+def test_validated_clips_of_common_voice_are_split_by_speaker(run_sharding: Command, tmp_path: Path) -> None:
     folder = make_common_voice(tmp_path / "en")
     arguments = ("--track", "word", "--group-by", "client_id", "--valid-fraction", 0.4, "--max-reject-rate", 1)
-    out = build(run_sharding, folder, *arguments, out=tmp_path / "out")
+    out = build(run_sharding, folder, *arguments, "--splits", "hash", out=tmp_path / "out")
     samples = read_all(out)
     stored = {sample.utterance_id: (split, sample) for split, sample in samples.values()}
     fates = {row["utterance_id"]: (row["split"], row["fate"], row["reason"]) for row in read_ledger(out)}

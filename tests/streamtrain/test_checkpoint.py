@@ -562,7 +562,7 @@ def test_a_damaged_log_stops_the_run_in_words(name: str, work: Path, finished: P
 
 
 def test_each_evaluation_stands_in_the_samples_once_wherever_a_run_is_resumed(tmp_path: Path) -> None:
-    nothing = Evaluation(EditCounts(reference_length=1), None, (), "phonetic", {})
+    nothing = Evaluation(TextEdits(EditCounts(reference_length=1)), (), PHONES, {})
 
     def go_on(done: int, scored: list[int]) -> list[int]:
         monitor = RunLog(tmp_path, 9, done)

@@ -15,7 +15,8 @@ from sharding.labels.policy import policy_of
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import whole_key
 from sharding.shardset.store import open_store
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.model.tokenizer import save_vocab
 from streamtrain.model.vocab import vocab_of
@@ -197,7 +198,7 @@ def test_a_manifest_names_and_finds_clips_as_a_build_does(
     if "audio_root" in options:
         options = {"audio_root": str(root)}
     built = read_source(folder / "rows.jsonl", ManifestOptions(**options))
-    wanted = [built.layout.parse(built.line(number), number)[0].utterance_id for number in range(3)]
+    wanted = [built.parse(number).utterance_id for number in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = find_recordings([str(folder / "rows.jsonl")], **options)
     assert [one.utterance_id for one in found] == wanted

@@ -447,7 +447,7 @@ def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_wor
     for step in (1, 2):
         log.step(StepRow(step, 0, 0.5, 1e-3, 1.0, 0.1, 9.0, 0.0, 0.0, 0, 0, None))
         log.ranks([RankRow(step, 0, 0.0, 1.0, 0.1, 0.1, 1.0, 0.0, 0, 0)])
-    log.evaluated(2, Evaluation(counts, None, (clip,), "phonetic", {}))
+    log.evaluated(2, Evaluation(TextEdits(counts, counts, counts, counts), (clip,), PHONES, {}))
     log.close()
     for name in ("samples.txt", "ranks.csv", "log.csv"):
         whole = (tmp_path / name).read_bytes()

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import soundfile
 import xxhash
 import zstandard
@@ -50,7 +52,9 @@ from sharding.shardset.sample import escape_key, sample_from_bytes
 from sharding.shardset.store import FolderStore
 from sharding.shardset.verify import check_shard
 from sharding.sources import archive as archives
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources import parquet
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.config import ModelConfig, load_config
 from streamtrain.eval.compare import compare_folders
 from streamtrain.eval.score import score_files
@@ -208,7 +212,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     clip = {"utterance_id": "a", "child_id": "c", "session_id": "", "corpus": "m", "age_bucket": "", "seconds": 1.0,
             "decoded": True, "reference": "kæt", "hypothesis": "kæp", "confidence": 0.9, "counts": counts,
             "words": counts}  # fmt: skip
-    said = {"cer": 0.5, "cer_interval_95": [0.1, 0.9], "children": 2, "clips": 2, "split": "valid"}
+    said = {"metric": "cer", "profile": "pasketti", "cer": 0.5, "wer": 0.5, "interval_95": [0.1, 0.9], "children": 2, "clips": 2, "split": "valid"}
     (card / "scorecard.json").write_text(json.dumps(said))
     clips = (clip | {"utterance_id": str(number), "child_id": str(number % 3)} for number in range(9))
     (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
@@ -286,7 +290,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
     def read_rows(path: Path) -> None:
         source = read_source(path, ManifestOptions("phonetic"))
         for row in range(len(source)):
-            source.layout.parse(source.line(row), int(source.numbers[row]))
+            source.parse(row)
         find_recordings([str(path)])
 
     rows = list(map(json.loads, manifest.read_bytes().splitlines()))
@@ -330,6 +334,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
             hear(recording)
 
     found["zip"] = Document(folder / "audio.zip", read_zip)
+    found |= documents_of_layouts(folder / "layouts", sound.read_bytes())
     waveform, rate = soundfile.read(sound, dtype="float32")
     for suffix in ("flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf"):
         path = folder / f"sound.{suffix}"
@@ -337,6 +342,56 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
         recording = find_recordings([str(path)])[0]
         found[suffix] = Document(path, partial(hear, recording))
     return found
+
+
+def documents_of_layouts(folder: Path, sound: bytes) -> dict[str, Document]:
+    """A file of each layout of a corpus, beside the others of it, which stay whole."""
+    cut = {"id": "c", "start": 0.1, "duration": 0.2, "type": "MonoCut",
+           "supervisions": [{"id": name, "start": 0.0, "duration": 0.1, "text": "kæt", "speaker": 7} for name in "ab"],
+           "recording": {"id": "r", "duration": 0.5, "sources": [{"type": "file", "source": "a.flac"}]}}  # fmt: skip
+    texts = {
+        "cuts/cuts_dev.jsonl": json.dumps(cut),
+        "nemo/train.json": json.dumps({"audio_filepath": "a.flac", "offset": 0.1, "duration": 0.2, "text": "kæt"}),
+        "kaldi/train/wav.scp": "r1 a.flac\nr2 a.flac",
+        "kaldi/train/segments": "u1 r1 0 0.1\nu2 r2 0.1 -1",
+        "kaldi/train/text": "u1 kæt\nu2 kæt tæk",
+        "libri/dev-clean/1/2/1-2.trans.txt": "a kæt\nb tæk",
+        "cv/train.tsv": "client_id\tpath\tsentence\tage\ns1\ta\tkæt\ttwenties\ns2\tb\t\t",
+        "timit/TEST/DR1/FELC0/SX1.TXT": "0 16000 kæt tæk",
+        "cv/test.tsv": "client_id\tpath\tsentence\tage\ns3\ta\tkæt\tteens",
+    }
+    for name in ("cuts/a.flac", "nemo/a.flac", "kaldi/a.flac", "libri/dev-clean/1/2/a.flac", "cv/clips/a.mp3",
+                 "timit/TEST/DR1/FELC0/SX1.WAV"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(sound)
+
+    def read(location: Path) -> None:
+        source = read_source(location, ManifestOptions("phonetic"))
+        for row in range(len(source)):
+            source.parse(row)
+
+    found = {}
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text + "\n", "utf-8")
+        found[name] = Document(folder / name, partial(read, folder / name.split("/")[0]))
+    cells = [{"bytes": sound, "path": "a.flac"}, {"bytes": None, "path": "b.flac"}, None]
+    (folder / "hub/data").mkdir(parents=True, exist_ok=True)
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = pyarrow.table({"audio": pyarrow.array(cells, kind), "text": ["kæt", "tæk", None], "speaker_id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, folder / "hub/data/train-00000-of-00001.parquet", row_group_size=2)
+    found["parquet"] = Document(folder / "hub/data/train-00000-of-00001.parquet", partial(read_parquet, folder / "hub"))
+    return found
+
+
+def read_parquet(folder: Path) -> None:
+    """Read the rows, and the audio of each."""
+    archives._open_column.cache_clear()  # the file is another one each time
+    parquet._kept.clear()
+    source = read_source(folder, ManifestOptions("phonetic"))
+    for row in range(len(source)):
+        with suppress(AudioError), archives.open_audio(source.layout.audio, source.parse(row).audio_path) as (file, _):
+            file.read()
 
 
 def documents_of_a_model(run: Path) -> dict[str, Document]:
@@ -360,9 +415,9 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     found["vocab.json of others"] = Document(
         pretrained / "vocab.json", partial(load_model, ModelConfig(pretrained=str(pretrained)))
     )
-    group = {"name": "a", "cer": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
+    group = {"name": "a", "rate": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
     beside = {
-        "scorecard.json": {"cer": 0.5, "wer": 0.5, "cer_interval_95": [0.1, 0.9], "children": 2, "clips": 2,
+        "scorecard.json": {"metric": "cer", "profile": "pasketti", "units": "characters", "cer": 0.5, "wer": 0.5, "interval_95": [0.1, 0.9], "children": 2, "clips": 2,
                            "split": "valid", "shards": "data", "undecodable": [], "groups": {"corpus": [group]},
                            "validation": {"rejected": 1, "disjoint_by_speaker": False}},
         "training.json": {"model": {"dropout": 0.1}, "train": {"epochs": 2}, "data": {}, "deepspeed": {}},
