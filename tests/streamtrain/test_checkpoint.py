@@ -21,7 +21,7 @@ from sharding.shardset.store import open_store
 from streamtrain.atomic import recover_replaced
 from streamtrain.config import load_config
 from streamtrain.data.plan import PlanPrefix, PlanSettings, plan_remaining
-from streamtrain.eval.metrics import EditCounts
+from streamtrain.eval.metrics import EditCounts, TextEdits
 from streamtrain.eval.scorecard import Evaluation
 from streamtrain.training.checkpoint import (
     CheckpointError,
@@ -37,7 +37,7 @@ from streamtrain.training.checkpoint import (
 from streamtrain.training.run_log import RunLog
 from streamtrain.training.zero_engine import FullState
 from tests.tools.commands import own_mounts
-from tests.tools.corpus import make_corpus
+from tests.tools.corpus import PHONES, make_corpus
 from tests.tools.seaweed import Seaweed
 from tests.tools.training_runs import (
     AUGMENTED,

@@ -26,11 +26,11 @@ from streamtrain.distributed import World
 from streamtrain.eval import html as page
 from streamtrain.eval.compare import compare
 from streamtrain.eval.evaluate import evaluate_model
-from streamtrain.eval.metrics import EditCounts, count_edits
+from streamtrain.eval.metrics import EditCounts, TextEdits, count_edits
 from streamtrain.eval.scorecard import ClipScore, Evaluation, count_confusions, scorecard
 from streamtrain.model.pretrained import load_model, save_model
 from tests.tools.commands import run_module
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ class Page(HTMLParser):
 
 def test_the_page_shows_names_as_they_are_written(shards: Path, tmp_path: Path) -> None:
     name = "<b>\"a\" & 'b'</b>"
-    clip = ClipScore(name, name, "", name, name, 1.0, True, name, name, 0.5, count_edits(name, name), None)
+    clip = ClipScore(name, name, "", name, name, 1.0, True, name, name, 0.5, count_edits(name, name), EditCounts())
     evaluation = Evaluation(TextEdits(clip.counts), (clip,), PHONES, {})
     card = scorecard(evaluation, read_index(open_store(shards)), model=name, shards=name, split="valid")
     page.write_page(card, [clip], {}, tmp_path / "page.html", compare([clip], [clip], name))
@@ -265,7 +265,9 @@ def test_another_score_to_compare_with_is_looked_at_before_the_work(shards: Path
 @given(st.lists(st.tuples(*[st.text(SYMBOLS[:5] + " ", max_size=9).map(normalize_ipa)] * 2), max_size=6))
 def test_confusions_add_up_to_what_was_said_and_what_was_edited(texts: list[tuple[str, str]]) -> None:
     clips = [
-        ClipScore("", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), EditCounts())
+        ClipScore(
+            "", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), EditCounts()
+        )
         for reference, hypothesis in texts
     ]
     confusions = count_confusions(clips, PHONES)

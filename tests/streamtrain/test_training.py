@@ -39,7 +39,7 @@ from sharding.shardset.verify import check_shard
 from streamtrain.config import ModelConfig
 from streamtrain.data.patience import GRACE_SEC
 from streamtrain.distributed import PREEMPTED
-from streamtrain.eval.metrics import EditCounts, spoken_words
+from streamtrain.eval.metrics import EditCounts, TextEdits, spoken_words
 from streamtrain.eval.scorecard import ClipScore, Evaluation
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.pretrained import load_model, save_model
@@ -443,7 +443,7 @@ def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_wor
     """A full disk may cut a symbol in two; the same command, given again, must not stop at that."""
     log = RunLog(tmp_path, total_steps=9, done_steps=0)
     counts = EditCounts(1, 1, 1, 4)
-    clip = ClipScore("a", "", "", "", "", 1.0, True, "ðə ʃɪp", "ðə ʃiːp", 0.5, counts, None)
+    clip = ClipScore("a", "", "", "", "", 1.0, True, "ðə ʃɪp", "ðə ʃiːp", 0.5, counts, counts)
     for step in (1, 2):
         log.step(StepRow(step, 0, 0.5, 1e-3, 1.0, 0.1, 9.0, 0.0, 0.0, 0, 0, None))
         log.ranks([RankRow(step, 0, 0.0, 1.0, 0.1, 0.1, 1.0, 0.0, 0, 0)])

@@ -212,7 +212,16 @@ def make_documents(folder: Path) -> dict[str, Document]:
     clip = {"utterance_id": "a", "child_id": "c", "session_id": "", "corpus": "m", "age_bucket": "", "seconds": 1.0,
             "decoded": True, "reference": "kæt", "hypothesis": "kæp", "confidence": 0.9, "counts": counts,
             "words": counts}  # fmt: skip
-    said = {"metric": "cer", "profile": "pasketti", "cer": 0.5, "wer": 0.5, "interval_95": [0.1, 0.9], "children": 2, "clips": 2, "split": "valid"}
+    said = {
+        "metric": "cer",
+        "profile": "pasketti",
+        "cer": 0.5,
+        "wer": 0.5,
+        "interval_95": [0.1, 0.9],
+        "children": 2,
+        "clips": 2,
+        "split": "valid",
+    }
     (card / "scorecard.json").write_text(json.dumps(said))
     clips = (clip | {"utterance_id": str(number), "child_id": str(number % 3)} for number in range(9))
     (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
