@@ -77,6 +77,15 @@ LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
 HOSTILE = [None, -1, 0, 2**31, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), -1e308, True, "", "../x", "\0",
            "/dev/zero", "x" * 10_000, [], [[]], {}, {"": None}, [None] * 1_000]  # fmt: skip
 
+RATES = {
+    "metric": "cer",
+    "profile": "pasketti",
+    "units": "characters",
+    "cer": 0.5,
+    "wer": 0.5,
+    "interval_95": [0.1, 0.9],
+}
+
 
 @dataclass(frozen=True)
 class Document:
@@ -426,7 +435,7 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     )
     group = {"name": "a", "rate": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
     beside = {
-        "scorecard.json": {"metric": "cer", "profile": "pasketti", "units": "characters", "cer": 0.5, "wer": 0.5, "interval_95": [0.1, 0.9], "children": 2, "clips": 2,
+        "scorecard.json": RATES | {"children": 2, "clips": 2,
                            "split": "valid", "shards": "data", "undecodable": [], "groups": {"corpus": [group]},
                            "validation": {"rejected": 1, "disjoint_by_speaker": False}},
         "training.json": {"model": {"dropout": 0.1}, "train": {"epochs": 2}, "data": {}, "deepspeed": {}},
