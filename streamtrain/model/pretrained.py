@@ -167,6 +167,7 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
             log.info("model %s keeps its vocabulary of %d tokens: %s", name, len(vocab), reason)
             return network, vocab
         reason = "it has no head" if _is_headless(random) else ", ".join(random.values())
+        del network  # its memory, before it is loaded again
     if choice == "own":
         raise ModelError(
             f"model {name!r}: its vocabulary cannot be kept: {reason}",
