@@ -14,6 +14,7 @@ from sharding.shardset.index import check_presence
 from streamtrain.config import Config
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
 from streamtrain.data.shard_set import ShardSet, as_shard_set
+from streamtrain.data.share import take_share
 
 if TYPE_CHECKING:
     from sharding.build.pipeline import BuildResult
@@ -94,7 +95,9 @@ def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> Epoch
     Example:
         >>> plan(shards, load_config("zero2")).steps
     """
-    return plan_epoch(as_shard_set(shards).index, PlanSettings.of(config), epoch)
+    shards = as_shard_set(shards)
+    index = take_share(shards.index, shards.store, config.data.fraction, config.data.hours)
+    return plan_epoch(index, PlanSettings.of(config), epoch)
 
 
 def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunResult":
@@ -108,14 +111,14 @@ def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunRes
         replan: Accept changed batching settings at a resume.
 
     Returns:
-        How the run ended: `step`, `limit` (the setting that ended it), `best_cer` and `best_step`.
+        How the run ended: `step`, `limit` (the setting that ended it), `best_score` (of `eval.select`) and `best_step`.
 
     Raises:
         StreamtrainError: If the configuration, the data or a resume has a fault, or SIGTERM or Ctrl-C stopped the run.
             The same call then resumes it.
 
     Example:
-        >>> train(load_config("demo", ["train.max_steps=10"])).best_cer
+        >>> train(load_config("demo", ["train.max_steps=10"])).best_score
     """
     from streamtrain.distributed import join_group
     from streamtrain.run_status import read_result
@@ -157,7 +160,7 @@ def evaluate(
         beam: Width of the prefix beam search; 0: the best path.
 
     Returns:
-        Integer counts of all clips (`total`), `cer`, `wer`, `per` and `clips` with their hypotheses.
+        Integer counts of all clips (`total`), `cer`, `wer`, `per`, `loss` and `clips` with their hypotheses.
 
     Raises:
         StreamtrainError: If the split has no clips, the model writes other labels, or shards are missing.

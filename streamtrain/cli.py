@@ -135,17 +135,22 @@ def evaluate(*, options: ranks.EvaluateOptions, where: LaunchOptions = HERE) -> 
 
 
 @app.command(group=TRAINING, help_epilogue="Example: streamtrain summary runs/zero2")
-def summary(run_dir: Place, /) -> None:
+def summary(run_dir: Place, /, *, html: bool = False) -> None:
     """Show what a run has reached and where its files are; fail if it has not finished.
 
     Args:
         run_dir: The run's folder, such as runs/zero2.
+        html: Write report.html there too: its settings, data, curves, epochs, transcriptions, machines, wall time.
     """
     announce(f"reading {run_dir}")
     from streamtrain.run_status import check_mirrored, read_result
     from streamtrain.training.run_log import render_run
 
     folder = Path(run_dir)
+    if html:
+        from streamtrain.training.report import write_report
+
+        print(f"{write_report(folder)}: written")
     print(render_run(folder))
     check_mirrored(folder, read_result(folder))
 

@@ -162,7 +162,19 @@ class ShardDocument:
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
+class _ChildColumn(TypedDict):
+    child_id: Annotated[list[str], FailFast()]
+
+
+class _ChildrenDocument(TypedDict):
+    """Describe the fields of `ShardDocument` that tell whose each clip is."""
+
+    keys: Annotated[list[str], FailFast()]
+    speakers: _ChildColumn
+
+
 HEADER, INDEX, SHARD = TypeAdapter(IndexHeader), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
+CHILDREN = TypeAdapter(_ChildrenDocument)
 
 
 def check_document(document: IndexDocument) -> None:

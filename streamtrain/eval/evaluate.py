@@ -1,5 +1,6 @@
 """Compute one exact corpus CER: each clip of a split is scored once, whatever the number of ranks."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from sharding.audio.codec import SAMPLE_RATE
@@ -17,6 +19,7 @@ from sharding.labels.policy import LabelPolicy
 from sharding.shardset.index import ShardIndex, check_presence, read_index, read_sample
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import open_store
+from streamtrain.data.collate import Batch, silence_too_dense
 from streamtrain.data.dataset import ShardStream
 from streamtrain.distributed import PreemptedError, Preemption, World
 from streamtrain.eval.compare import compare
@@ -25,7 +28,7 @@ from streamtrain.eval.html import write_page
 from streamtrain.eval.metrics import EditCounts, TextEdits
 from streamtrain.eval.scorecard import ClipScore, Evaluation, read_scorecard, render, scorecard, write_scorecard
 from streamtrain.model.batches import batch_by_length
-from streamtrain.model.ctc import CTCModel
+from streamtrain.model.ctc import CTCModel, ctc_losses
 from streamtrain.model.decode import decode_log_probs, join_texts
 from streamtrain.model.inference import scoring_mode
 from streamtrain.model.labels import take_labels
@@ -46,6 +49,10 @@ class DecodedSegment:
     decoded: bool  # false: its audio could not be, so silence was scored
     hypothesis: str
     confidence: float
+    nats: (
+        float | None
+    )  # CTC loss of its label; None for a segment of a longer recording, or if no path spells the label
+    symbols: int  # of its label, in the model's ids
 
     @property
     def piece(self) -> int:
@@ -63,7 +70,7 @@ def evaluate(
     keep_bar: bool = False,
     beam: int = 0,
 ) -> Evaluation:
-    """Decode each clip of a split once and sum the edits; the counts are the same at any world size.
+    """Decode each clip of a split once, sum the edits and the CTC loss; both are the same at any world size.
 
     Batches are formed independently of the ranks, then dealt out in turn. All ranks take equally many, the spare ones
     with one silent row, so that they can exchange `preemption` after each. Raises StreamtrainError if the split has
@@ -82,19 +89,34 @@ def evaluate(
     )
     with scoring_mode(), bar:
         for row_ids, (batch, samples) in zip(share, stream.batches(share), strict=True):
-            on_device = batch.to(model.device)
+            on_device, frames = batch.to(model.device), model.frame_counts(batch.input_lengths)
             log_probs = model(on_device.inputs, on_device.input_lengths)  # (B, T, V)
-            hypotheses = decode_log_probs(log_probs, model.frame_counts(batch.input_lengths), model.vocab, beam)
-            seconds = (batch.input_lengths / SAMPLE_RATE).tolist()
+            hypotheses = decode_log_probs(log_probs, frames, model.vocab, beam)
+            nats = _losses(log_probs, frames, on_device, samples, model.vocab.blank)
+            seconds, symbols = (batch.input_lengths / SAMPLE_RATE).tolist(), batch.target_lengths.tolist()
             segments += [
                 DecodedSegment(row, replace(sample, audio=b""), length, sample.key not in batch.failed, hypothesis.text,
-                               hypothesis.confidence)
-                for row, sample, hypothesis, length in zip(row_ids.tolist(), samples, hypotheses, seconds, strict=False)
+                               hypothesis.confidence, loss, count)
+                for row, sample, hypothesis, length, loss, count
+                in zip(row_ids.tolist(), samples, hypotheses, seconds, nats, symbols, strict=False)
             ]  # fmt: skip
             bar.update(len(samples))
             if preemption is not None and world.gather_floats([preemption.asked]).any():
                 raise PreemptedError("stopped during evaluation")
     return _score(segments, stream.index, len(rows), world)
+
+
+def _losses(
+    log_probs: torch.Tensor, frames: torch.Tensor, batch: Batch, samples: Sequence[Sample], blank: int
+) -> list[float | None]:
+    """Return the CTC loss of each clip in nats, None for those that `DecodedSegment.nats` leaves out."""
+    spelt = silence_too_dense(batch, frames)
+    losses = ctc_losses(log_probs, frames, spelt.targets, spelt.target_lengths, spelt.weights, blank).tolist()
+    whole = [sample.recording_id == sample.utterance_id for sample in samples]
+    return [
+        loss if is_whole and weight and math.isfinite(loss) else None
+        for loss, weight, is_whole in zip(losses, spelt.weights.tolist(), whole, strict=False)
+    ]
 
 
 def _find_labelled(index: ShardIndex, url: str, split: str) -> npt.NDArray[np.int64]:
@@ -195,7 +217,16 @@ def _score(segments: list[DecodedSegment], index: ShardIndex, expected: int, wor
     counts_by_name = {name: counts for rank in world.gather(local_counts) for name, counts in rank.items()}
     clips = tuple(_clip(name, recordings[name], counts_by_name[name]) for name in names)
     rows = {name: tuple(segment.row for segment in recordings[name]) for name in names}
-    return Evaluation(total, clips, index.labels, rows)
+    loss, loss_clips = _mean_loss(all_segments)
+    return Evaluation(total, clips, index.labels, rows, loss, loss_clips)
+
+
+def _mean_loss(segments: Sequence[DecodedSegment]) -> tuple[float | None, int]:
+    """Return nats ÷ label symbols of the clips that have a loss, and their number. The sum is rounded once."""
+    covered = [segment for segment in segments if segment.nats is not None]
+    symbols = sum(segment.symbols for segment in covered)
+    nats = math.fsum(segment.nats or 0.0 for segment in covered)
+    return (nats / symbols if symbols else None), len(covered)
 
 
 def _sum_over_ranks(world: World, edits: TextEdits) -> TextEdits:
@@ -232,4 +263,5 @@ def _clip(name: str, segments: Sequence[DecodedSegment], edits: TextEdits) -> Cl
         / max(sum(segment.seconds for segment in segments), 1e-9),
         counts=edits.symbols,
         words=edits.words,
+        characters=None if edits.characters == edits.symbols else edits.characters,
     )

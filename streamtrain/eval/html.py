@@ -30,14 +30,33 @@ def _name_symbol(symbol: str) -> str:
     return {" ": "␣", "": NOTHING}.get(symbol, symbol)
 
 
+def render_duration(seconds: float) -> str:
+    """Return a time as people read it: "1 h 05 min", "3 min 20 s", "1.5 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
 FILTERS: dict[str, Callable[..., str]] = {  # of the template
     "base64": lambda data: base64.b64encode(data).decode(),
+    "duration": render_duration,
     "interval": lambda bounds: f"95 %: {_range(bounds)}" if bounds else "no interval: too few children",
     "number": "{:,}".format,
     "range": _range,
     "rate": "{:.4f}".format,
     "symbol": _name_symbol,
 }
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Return a page: a template with its values, which are escaped."""
+    environment = Environment(
+        loader=PackageLoader("streamtrain.eval"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= FILTERS
+    return environment.get_template(name).render(**values)
 
 
 def write_page(
@@ -50,12 +69,8 @@ def write_page(
     """Write the page. `clip_audio` has the FLAC pieces of the worst clips by id, if they could be read."""
     labels = LabelPolicy(card["profile"], card["units"])
     rows, columns, counts = confusion_matrix(count_confusions(clips, labels))
-    environment = Environment(
-        loader=PackageLoader("streamtrain.eval"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= FILTERS
-    page = environment.get_template("scorecard.html").render(
+    page = render_template(
+        "scorecard.html",
         card=card,
         children=sorted(card["by_child"], key=lambda row: -row["rate"])[:SHOWN_CHILDREN],
         clip_audio=clip_audio,

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class ClipScore:
     confidence: Number
     counts: EditCounts  # over symbols
     words: EditCounts  # as the profile compares them
+    characters: EditCounts | None = None  # if the symbols are others
 
     @property
     def speaker(self) -> str:
@@ -68,15 +70,12 @@ class ClipScore:
         return self.child_id or self.session_id or self.utterance_id
 
 
-class _Rate(TypedDict):
-    cer: Number
-
-
-class _Card(_Rate):
+class _Card(TypedDict):
     """Describe the fields that other modules read from a scorecard."""
 
     metric: Literal["cer", "per"]
     profile: str
+    cer: Number
     wer: Number
     interval_95: tuple[Number, Number] | None
     children: Size
@@ -84,7 +83,13 @@ class _Card(_Rate):
     split: str
 
 
-_RATE, _CARD, _CLIP = TypeAdapter(_Rate), TypeAdapter(_Card), TypeAdapter(ClipScore)
+_CARD, _CLIP, _METRICS = TypeAdapter(_Card), TypeAdapter(ClipScore), TypeAdapter(dict[str, Number])
+
+COUNTS: dict[str, Callable[[ClipScore], EditCounts]] = {  # of a clip, by the metric whose rate they make
+    "wer": attrgetter("words"),
+    "per": attrgetter("counts"),
+    "cer": lambda clip: clip.characters or clip.counts,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +100,8 @@ class Evaluation:
     clips: tuple[ClipScore, ...]  # sorted by id
     labels: LabelPolicy
     rows: dict[str, tuple[int, ...]]  # rows of the index by clip id: its pieces in order
+    loss: float | None = None  # CTC loss in nats ÷ label symbols, over `loss_clips`; None if there are none
+    loss_clips: int = 0  # without those that were split, that did not decode, or whose label needs more frames
 
     @property
     def total(self) -> EditCounts:
@@ -116,12 +123,31 @@ class Evaluation:
         """Return the pooled error rate of phones or other tokens; None if the units are characters."""
         return self.total.rate if self.labels.metric == "per" else None
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the loss and the pooled error rates that this evaluation has, by the names that logs give them."""
+        found = {"loss": self.loss, "wer": self.wer, "per": self.per, "cer": self.cer}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def score(self, select: str) -> float | None:
+        """Return the score that `eval.select` names, such as "cer" or "cer/corpus"; None if there is none."""
+        metric, _, name = select.partition("/")
+        if not name or metric not in self.metrics:
+            return self.metrics.get(metric)
+        groups = _by_speaker(self.clips) if name == "child" else groupings(self.clips)[name]
+        return _mean_rate(groups, COUNTS[metric])
+
+
+def metrics_of(index: ShardIndex) -> tuple[str, ...]:
+    """Return the metrics that the labels of a shard set can be scored by."""
+    return ("loss", "wer", "cer") if index.labels.metric == "cer" else ("loss", "wer", "per", "cer")
+
 
 def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
     """Return the scorecard as it is written. `index` has the counts of rejected validation clips."""
     total, clips = evaluation.total, evaluation.clips
     draws = Resampling(clip.speaker for clip in clips)
-    by_child = group(clips, lambda clip: clip.speaker)
+    by_child = _by_speaker(clips)
     groups = groupings(clips)
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
     words, plain = evaluation.edits.words, evaluation.edits.plain_words
@@ -137,6 +163,8 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             "edits": total.edits,
             "reference_length": total.reference_length,
             "clips": len(clips),
+            "loss": evaluation.loss,
+            "loss_clips": evaluation.loss_clips,
             "substitutions": total.substitutions,
             "deletions": total.deletions,
             "insertions": total.insertions,
@@ -184,10 +212,10 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
         ) from error
 
 
-def read_rate(path: Path) -> float:
-    """Return the CER in a scorecard file. Raises StreamtrainError if it has none."""
+def read_metrics(path: Path) -> dict[str, float]:
+    """Return the scores that a run wrote before its training. Raises StreamtrainError if they cannot be read."""
     try:
-        return parse(read_document(path), _RATE)["cer"]
+        return parse(read_document(path), _METRICS)
     except (OSError, ValueError) as error:
         raise StreamtrainError(f"{path}: no score ({reason_of(error)})", "train first") from error
 
@@ -205,6 +233,8 @@ def render(card: dict[str, Any]) -> str:
     plain = f" (of plain words {card['wer_plain']:.4f})" if "wer_plain" in card else ""
     lines[0] += f"\nWER {card['wer']:.4f}{plain}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
     lines[0] += f"   profile {card['profile']}, {card['units']}"
+    if card["loss"] is not None:
+        lines.append(f"loss {card['loss']:.4f} nats per symbol, {counted(card['loss_clips'], 'clip')}")
     for title, rows in card["groups"].items():
         lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['rate']:.3f} ({row['clips']})" for row in rows))
     calibration = (f"{row['name']} right {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
@@ -257,8 +287,12 @@ def group(
     return {name: groups[name] for name in sorted(groups, key=order)}
 
 
-def total_of(clips: Iterable[ClipScore]) -> EditCounts:
-    return sum((clip.counts for clip in clips), EditCounts())
+def _by_speaker(clips: Iterable[ClipScore]) -> Groups:
+    return group(clips, lambda clip: clip.speaker)
+
+
+def total_of(clips: Iterable[ClipScore], counts: Callable[[ClipScore], EditCounts] = COUNTS["per"]) -> EditCounts:
+    return sum(map(counts, clips), EditCounts())
 
 
 def sums(groups: Groups, speakers: Sequence[str]) -> tuple[Floats, Floats]:
@@ -311,8 +345,8 @@ def _macro_by_child(by_child: Groups, draws: Resampling) -> dict[str, Any]:
     return {"rate": _mean_rate(by_child), "interval_95": draws.interval(means)}
 
 
-def _mean_rate(groups: Groups) -> float:
-    return sum(total_of(clips).rate for clips in groups.values()) / len(groups)
+def _mean_rate(groups: Groups, counts: Callable[[ClipScore], EditCounts] = COUNTS["per"]) -> float:
+    return sum(total_of(clips, counts).rate for clips in groups.values()) / len(groups)
 
 
 def _edged_groups(

@@ -284,7 +284,7 @@ def count_frames(samples: torch.Tensor, geometry: Sequence[tuple[int, int]]) -> 
     return samples
 
 
-def ctc_sum(
+def ctc_losses(
     log_probs: torch.Tensor,
     frames: torch.Tensor,
     targets: torch.Tensor,
@@ -292,7 +292,7 @@ def ctc_sum(
     weights: torch.Tensor,
     blank: int,
 ) -> torch.Tensor:
-    """Return the CTC loss in nats, summed over the clips of weight 1: (B, T, V), (B,), (B, L), (B,), (B,) → ().
+    """Return the CTC loss of each clip in nats, 0 at weight 0: (B, T, V), (B,), (B, L), (B,), (B,) → (B,).
 
     Graves et al. 2006. In fp32, with true lengths; a silent row (weight 0) adds nothing and gets no gradient.
     """
@@ -301,7 +301,19 @@ def ctc_sum(
     losses = F.ctc_loss(
         log_probs.transpose(0, 1), targets, frames, active_lengths, blank=blank, reduction="none", zero_infinity=False
     )
-    return torch.where(active.to(losses.device, non_blocking=True), losses, 0.0 * log_probs.sum()).sum()
+    return torch.where(active.to(losses.device, non_blocking=True), losses, 0.0 * log_probs.sum())
+
+
+def ctc_sum(
+    log_probs: torch.Tensor,
+    frames: torch.Tensor,
+    targets: torch.Tensor,
+    target_lengths: torch.Tensor,
+    weights: torch.Tensor,
+    blank: int,
+) -> torch.Tensor:
+    """Return the sum of `ctc_losses`: (B, T, V), (B,), (B, L), (B,), (B,) → ()."""
+    return ctc_losses(log_probs, frames, targets, target_lengths, weights, blank).sum()
 
 
 def _masked_norm(norm: nn.GroupNorm) -> MaskedGroupNorm:

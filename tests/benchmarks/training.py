@@ -23,7 +23,8 @@ from sharding.labels.pasketti import SYMBOLS
 from sharding.labels.policy import policy_of
 from streamtrain.model.pretrained import ACTIVE_DROPOUTS
 from streamtrain.model.vocab import vocab_of
-from streamtrain.training.run_log import RunLog, StepRow, read_log
+from streamtrain.training.run_log import RunLog, read_log
+from streamtrain.training.step_row import StepRow
 from tests.benchmarks.report import Line, Quoted, machine, say
 from tests.benchmarks.timing import ROOT, WORK
 

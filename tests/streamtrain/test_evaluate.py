@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from streamtrain.eval.scorecard import ClipScore, Evaluation, count_confusions, 
 from streamtrain.model.pretrained import load_model, save_model
 from tests.tools.commands import run_module
 from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
+from tests.tools.page import Page
 from tests.tools.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -146,26 +146,6 @@ def test_the_page_opens_without_a_network_and_lets_the_worst_clips_be_heard(
         assert str(row["utterance_id"]) in page.text
         assert str(row["reference"]) in page.text
     assert f"{card['cer']:.4f}" in page.text
-
-
-class Page(HTMLParser):
-    """What a page shows, what it loads, and which elements it leaves open."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.sources, self.open = "", list[str](), list[str]()
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_shows_names_as_they_are_written(shards: Path, tmp_path: Path) -> None:

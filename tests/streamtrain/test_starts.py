@@ -201,7 +201,7 @@ def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(work: Path, tmp
         assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_cer": 0.1, "best_step": 0}'])
+@pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_score": 0.1, "best_step": 0}'])
 def test_a_finish_that_is_damaged_is_none(content: str, tmp_path: Path) -> None:
     write_result(tmp_path, RunResult(40, "train.epochs=3", 0.25, 20))
     assert str(read_result(tmp_path)) == "finished at step 40, by train.epochs=3; best CER 0.2500 at step 20"

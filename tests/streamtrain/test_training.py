@@ -44,9 +44,11 @@ from streamtrain.eval.scorecard import ClipScore, Evaluation
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.pretrained import load_model, save_model
 from streamtrain.model.vocab import vocab_of
+from streamtrain.run_status import read_result
 from streamtrain.training.checkpoint import list_checkpoints, load_state, open_checkpoint
 from streamtrain.training.run import _check_frames
-from streamtrain.training.run_log import RankRow, RunLog, StepRow, read_log, render_run
+from streamtrain.training.run_log import RankRow, RunLog, read_log, render_run
+from streamtrain.training.step_row import StepRow
 from streamtrain.training.trainer import TrainError
 from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.models import SLOW, TINY, make_network
@@ -75,12 +77,12 @@ def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformer
     run(training(work, "run", "train.max_steps=4", "eval.every_steps=2", "train.checkpoint_every=2"), warm=False)
     folder = work / "run"
     rows = read_rows(folder)
-    assert (
-        ",".join(rows[0])
-        == "step,epoch,loss,lr,grad_norm,seconds,audio_sec_per_sec,padding,data_wait,silent,skipped,cer"
+    assert ",".join(rows[0]) == (
+        "step,epoch,loss,lr,grad_norm,seconds,audio_sec_per_sec,padding,data_wait,silent,skipped,"
+        "eval_loss,eval_per,eval_wer,eval_cer,eval_score,eval_runtime"
     )
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert [bool(row["cer"]) for row in rows] == [False, True, False, True]
+    assert [bool(row["eval_cer"]) for row in rows] == [False, True, False, True]
     with open(folder / "ranks.csv", newline="") as file:
         ranks = list(csv.DictReader(file))
     assert [(row["step"], row["rank"]) for row in ranks] == [("4", "0"), ("4", "1")]
@@ -312,12 +314,19 @@ def test_the_word_track_is_trained_and_scored_in_letters_and_words(work: Path) -
     write_manifest(corpus, rows)
     shards = work / "word-shards"
     run([sys.executable, "-m", "sharding", "build", corpus, "--out", shards, "--profile", "english"])
-    run(training(work, "words", f"data.shards={shards}", "train.max_steps=2", "eval.every_steps=1"))
+    settings = [f"data.shards={shards}", "train.max_steps=2", "eval.every_steps=1", "eval.select=wer"]
+    done = run(training(work, "words", *settings))
+    assert (
+        len(re.findall(r"{'eval_loss': [\d.]+, 'eval_wer': [\d.]+, 'eval_cer': [\d.]+, 'eval_runtime'", done.stdout))
+        == 3
+    )
     best, card = work / "words" / "best", json.loads((work / "words" / "scorecard.json").read_text())
     assert set("".join(json.loads((best / "vocab.json").read_text()))) >= set("abcdefghijklmnopqrstuvwxyz'|")
     scored = [json.loads(line) for line in (work / "words" / "hypotheses.jsonl").read_text().splitlines()]
     assert card["reference_words"] == sum(len(spoken_words(row["reference"])) for row in scored)
-    assert card["wer"] == card["word_edits"] / card["reference_words"]
+    assert card["wer"] == card["word_edits"] / card["reference_words"] == read_result(work / "words").best_score
+    assert f"WER {card['wer']:.4f}; before training" in render_run(work / "words")
+    assert all(row["eval_wer"] == row["eval_score"] != "" for row in read_rows(work / "words"))
     assert all(row["reference"] == row["reference"].lower().strip("!") for row in scored)
     out, clip = work / "words.jsonl", next(iter((corpus / "audio").glob("*.flac")))
     run([sys.executable, "-m", "streamtrain", "transcribe", best, clip, "--out", out])
@@ -447,7 +456,7 @@ def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_wor
     for step in (1, 2):
         log.step(StepRow(step, 0, 0.5, 1e-3, 1.0, 0.1, 9.0, 0.0, 0.0, 0, 0, None))
         log.ranks([RankRow(step, 0, 0.0, 1.0, 0.1, 0.1, 1.0, 0.0, 0, 0)])
-    log.evaluated(2, Evaluation(TextEdits(counts, counts, counts, counts), (clip,), PHONES, {}))
+    log.evaluated(2, Evaluation(TextEdits(counts, counts, counts, counts), (clip,), PHONES, {}), 0.5, 0.1)
     log.close()
     for name in ("samples.txt", "ranks.csv", "log.csv"):
         whole = (tmp_path / name).read_bytes()

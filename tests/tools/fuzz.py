@@ -70,7 +70,8 @@ from streamtrain.submission.package import _check_rows, _field_of
 from streamtrain.training.checkpoint import RunState, read_checkpoint
 from streamtrain.training.checkpoint import _digest as digest_state
 from streamtrain.training.mirror import _read_pointer
-from streamtrain.training.run_log import StepRow, read_log
+from streamtrain.training.run_log import read_log
+from streamtrain.training.step_row import StepRow
 from tests.tools.corpus import MANIFEST, PHONES, make_corpus
 
 LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
@@ -238,7 +239,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     (vocab / "vocab.json").write_text(json.dumps(ids))
     settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "shuffle_shards": 2, "length_jitter": 0.0, "seed": 0,
                 "speed_factors": [1.0], "gain_db": 0.0}  # fmt: skip
-    state = vars(RunState({}, "", 2, best_cer=0.5, best_step=1)) | {"completed": [{"settings": settings, "steps": 1}]}
+    state = vars(RunState({}, "", 2, best_score=0.5, best_step=1)) | {"completed": [{"settings": settings, "steps": 1}]}
     written = {"state": state, "scalars": {"optimizer_steps": 1.0, "loss_scaler": {}},
                "files": {"model.safetensors": {"bytes": 1, "checksum": "0"}}}  # fmt: skip
     (checkpoint / "state.json").write_text(json.dumps(written | {"digest": digest_state(written)}))
