@@ -90,6 +90,7 @@ from sharding.sources.manifest import Source, read_source
 from sharding.sources.options import ManifestOptions
 
 LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
+IPA_LETTER, MIN_IPA_SHARE = re.compile("[ɐ-ʯˈˌː]"), 0.02  # when to warn that labels may be phones
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
 FIT_MIN_SEC = 120.0  # at least: a model trained on less would memorise its own mistakes
 FIT_MAX_CLIP_SEC = 600.0  # longer recordings are not trained on
@@ -167,7 +168,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
     labels = first.labels if first else labels
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:
         scanned = scan(sources, labels, pool)
-        _warn_of_spaced_phones(scanned, labels)
+        _warn_of_labels(scanned, labels)
         orphans = find_orphans(scanned, pool)
         settings = settle_splits(settings, scanned)
         base = _read_base(store, settings, labels)
@@ -217,15 +218,19 @@ def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
     return replace(task, scan=scanned, labels=labels)
 
 
-def _warn_of_spaced_phones(scanned: ScanResult, policy: LabelPolicy) -> None:
-    """Warn if a sample of the labels has a blank after each phone, which makes every phone a word."""
+def _warn_of_labels(scanned: ScanResult, policy: LabelPolicy) -> None:
+    """Warn if a sample of the labels has a blank after each phone, which makes every phone a word, or looks like IPA."""
     chosen = np.unique(np.linspace(0, len(scanned.clips) - 1, LABELS_SAMPLED).astype(int))
-    labels = (policy.normalize(scanned.find(row)[1].text) for row in chosen.tolist())
+    labels = [policy.normalize(scanned.find(row)[1].text) for row in chosen.tolist()]
     lengths = [len(word) for label in labels for word in label.split()]
     if policy.units != "tokens" and len(lengths) >= MIN_WORDS and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
         print(f"{lengths.count(1):,} of {len(lengths):,} words in the labels are one symbol: are the phones separated "
               "by blanks? Each is then learned as a word, with the blank; --units tokens learns phones",
               file=sys.stderr)  # fmt: skip
+    symbols = "".join(labels)
+    if policy.profile == "text" and len(IPA_LETTER.findall(symbols)) > MIN_IPA_SHARE * len(symbols):
+        print("the labels look like IPA, and are read as text: --profile ipa keeps all of it but twins of letters, "
+              "pasketti is the challenge's", file=sys.stderr)  # fmt: skip
 
 
 def _make_shards(
