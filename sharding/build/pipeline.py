@@ -219,7 +219,7 @@ def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
 
 
 def _warn_of_labels(scanned: ScanResult, policy: LabelPolicy) -> None:
-    """Warn if a sample of the labels has a blank after each phone, which makes every phone a word, or looks like IPA."""
+    """Warn if a sample of the labels has a blank after each phone, so that each is a word, or is IPA read as text."""
     chosen = np.unique(np.linspace(0, len(scanned.clips) - 1, LABELS_SAMPLED).astype(int))
     labels = [policy.normalize(scanned.find(row)[1].text) for row in chosen.tolist()]
     lengths = [len(word) for label in labels for word in label.split()]
