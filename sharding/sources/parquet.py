@@ -29,7 +29,7 @@ KNOWN = {  # the columns of published datasets, by our field
     **{name: (name,) for name in ("utterance_id", "audio_duration_sec", "md5_hash", "split")},
 }
 MAX_GROUP_BYTES = 2**30  # of audio in a row group, which a worker holds in memory
-KEPT_BYTES = 2**27  # of the row groups that a process keeps
+KEPT_GROUPS, KEPT_BYTES = 64, 2**27  # row groups that a process keeps at most, and their bytes
 SMALLER_GROUPS = "write it again with groups of 100 rows: pyarrow.parquet.write_table(table, path, row_group_size=100)"
 
 
@@ -226,7 +226,7 @@ class AudioColumn:
             table = self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False)
             column = _leaf(table.column(0))
             _kept[self._key, group] = column, column.nbytes
-            while len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES:
+            while len(_kept) > KEPT_GROUPS or (len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES):
                 _kept.popitem(last=False)
         _kept.move_to_end((self._key, group))
         return _kept[self._key, group][0]
