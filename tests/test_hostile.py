@@ -56,6 +56,8 @@ KINDS = (
     "processor_config.json", "vocab.json of others", "card's scorecard.json", "card's training.json",
     "card's trained_on.json", "finished.json", "log.csv", "submission.json", "submission_format.jsonl",
     "submission.jsonl", "transcribe's state",
+    "cuts/cuts_dev.jsonl", "nemo/train.json", "kaldi/train/wav.scp", "kaldi/train/segments", "kaldi/train/text",
+    "libri/dev-clean/1/2/1-2.trans.txt", "cv/train.tsv", "cv/test.tsv",
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
     "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",

@@ -3,7 +3,8 @@
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import IO, Any, NamedTuple
@@ -44,6 +45,7 @@ MIN_ENERGY = 1e-4  # share of the energy of the loudest part: 40 dB below it is 
 FULL_SCALES = (1, 2**15, 2**23, 2**31)  # of floats, and of integers that were written as floats
 MAX_CLIPPED = 0.001  # share of the samples: single peaks, which are inaudible
 MAX_BEYOND_SEC = 0.05  # of a range's end behind that of its recording: times are rounded, and MP3 is padded
+MP3_LEAD_SEC = 1  # decoded before a range: frames that lean on earlier ones come out wrong, for 0.3 s at 8 kbit/s
 CONSTANT_PEAK = 1e-5  # a smaller swing carries no signal; about a third of a 16-bit step
 
 Waveform = npt.NDArray[np.float32]  # (samples,), 16 kHz, in [-1, 1]
@@ -124,15 +126,30 @@ def decode_range(file: IO[bytes], offset_sec: float, duration_sec: float | None)
     """
     with _open_seekable(file) as sound:
         start, stop = _frames_of_range(sound, offset_sec, duration_sec)
-        samples = np.empty((stop - start, sound.channels), np.float32)
+        lead = min(start, MP3_LEAD_SEC * sound.samplerate) if sound.format == "MP3" else 0
+        samples = np.empty((lead + stop - start, sound.channels), np.float32)
         try:
-            sound.seek(start)
-            read = sound.buffer_read_into(samples, "float32")
+            with _muted() if lead else nullcontext():
+                sound.seek(start - lead)
+                read = sound.buffer_read_into(samples, "float32")  # at once: soundfile seeks after each
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise AudioError(f"damaged: the range from {offset_sec:g} s does not decode") from error
         if read < len(samples):
             raise AudioError(f"cut off: {read} of {len(samples)} samples from {offset_sec:g} s on decode")
-        return _finish(samples, sound.samplerate, False, [])
+        return _finish(samples[lead:], sound.samplerate, False, [])
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Drop what mpg123 prints on stderr, behind Python's back, of a lead's frames that lean on earlier ones."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _open_seekable(file: IO[bytes]) -> soundfile.SoundFile:
