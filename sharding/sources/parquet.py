@@ -28,7 +28,8 @@ KNOWN = {  # the columns of published datasets, by our field
     "age_bucket": ("age_bucket", "age"),
     **{name: (name,) for name in ("utterance_id", "audio_duration_sec", "md5_hash", "split")},
 }
-MAX_GROUP_BYTES = 2**30  # of a row group, whose audio a worker holds in memory
+MAX_GROUP_BYTES, MAX_GROUP_ROWS = 2**30, 2**20  # of a row group, whose audio a worker holds in memory
+ROWS_FREELY = 2**20  # of a file; of more rows, each takes a byte at least, or it is a bomb
 KEPT_GROUPS, KEPT_BYTES = 64, 2**27  # row groups that a process keeps at most, and their bytes
 SMALLER_GROUPS = "write it again with groups of 100 rows: pyarrow.parquet.write_table(table, path, row_group_size=100)"
 
@@ -94,10 +95,13 @@ def _read_file(path: Path, name: str, options: ManifestOptions) -> Iterator[dict
         texts = [column for column in columns.labels.values() if _is_text(schema.field(column).type)]
         parquet = _open(file, [*texts, columns.leaf, columns.path])
         audio_key, number, written = options.columns.get("audio_path", "audio_path"), 0, 0
-        most = max(FREE_BYTES, max_unpacked(path.stat().st_size))
+        size = path.stat().st_size
+        rows = sum(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups))
+        if rows > max(ROWS_FREELY, size):
+            raise ManifestError(f"{path}: its {size:,} bytes unpack to {rows:,} rows")
         by_path = _lacks_bytes(parquet, columns)
         for group in range(parquet.num_row_groups):
-            if not by_path and (problem := _too_large(parquet, group)):
+            if problem := _too_large(parquet, group):
                 raise ManifestError(f"{path}: {problem}", SMALLER_GROUPS)
             wanted = [*columns.labels.values(), *[columns.path] * by_path]
             table = parquet.read_row_group(group, columns=wanted, use_threads=False)
@@ -107,9 +111,9 @@ def _read_file(path: Path, name: str, options: ManifestOptions) -> Iterator[dict
                 number += 1
                 values = {key: column[row] for key, column in cells.items()}
                 values[audio_key] = audio_path or f"{name}:{columns.audio}:{number}"
-                size = sum(len(value) for value in values.values() if isinstance(value, str))
-                written += size
-                if size > LINE_BYTES or written > most:
+                length = sum(len(value) for value in values.values() if isinstance(value, str))
+                written += length
+                if length > LINE_BYTES or written > max(FREE_BYTES, max_unpacked(size)):
                     raise ManifestError(f"{path}:{number}: its texts unpack to more than {written:,} bytes")
                 yield values
 
@@ -248,9 +252,12 @@ def _leaf(column: Any) -> Any:
 
 
 def _too_large(parquet: Any, group: int) -> str:
-    """Return why the audio of a row group cannot be read; nothing if it can."""
-    size = int(parquet.metadata.row_group(group).total_byte_size)
-    return f"a row group has {size:,} bytes, at most {MAX_GROUP_BYTES:,} are read" * (size > MAX_GROUP_BYTES)
+    """Return why a row group cannot be read; nothing if it can."""
+    metadata = parquet.metadata.row_group(group)
+    if metadata.total_byte_size <= MAX_GROUP_BYTES and metadata.num_rows <= MAX_GROUP_ROWS:
+        return ""
+    limit = f"{MAX_GROUP_ROWS:,} and {MAX_GROUP_BYTES:,} are read"
+    return f"a row group has {metadata.num_rows:,} rows and {metadata.total_byte_size:,} bytes, at most {limit}"
 
 
 def _lacks_bytes(parquet: Any, columns: _Columns) -> bool:
