@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sharding.errors import StreamtrainError
 from sharding.pool import available_cores
@@ -36,6 +36,8 @@ def build(
     columns: str = "",
     audio_root: str = "",
     follow_links: bool = False,
+    labels: Literal["text", "phones"] = "text",
+    include_sa: bool = False,
     **settings: Any,
 ) -> "BuildResult":
     """Build a shard set from corpora. In a script, call it under `if __name__ == "__main__":`, as it starts processes.
@@ -50,6 +52,8 @@ def build(
         columns: Columns of a transcripts file with other names: "audio_path=path,text=sentence".
         audio_root: Folder of absolute audio paths.
         follow_links: Also read audio that links lead to outside its source's folder.
+        labels: Sentences, or phones, of a corpus with both, such as TIMIT.
+        include_sa: Also read TIMIT's SA sentences.
         **settings: Settings of the bytes, such as `max_duration=25` (s), `profile="text"`, `num_buckets=8`.
 
     Returns:
@@ -72,7 +76,13 @@ def build(
     if workers is not None and workers < 1:
         raise StreamtrainError(f"workers is {workers}: at least 1 is expected")
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
-    manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
+    manifests = ManifestOptions(
+        columns=parse_columns(columns),
+        follow_links=follow_links,
+        audio_root=audio_root,
+        labels=labels,
+        include_sa=include_sa,
+    )
     options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
     config = checked(settings | {"alignments": aligned.digest})
     return pipeline.build([Path(source) for source in sources], str(out), config, options)

@@ -57,6 +57,9 @@ KINDS = (
     "preprocessor_config.json", "tokenizer_config.json", "labels.json", "vocab.json of others", "card's scorecard.json",
     "card's training.json", "card's trained_on.json", "finished.json", "log.csv", "submission.json",
     "submission_format.jsonl", "submission.jsonl", "transcribe's state",
+    "cuts/cuts_dev.jsonl", "nemo/train.json", "kaldi/train/wav.scp", "kaldi/train/segments", "kaldi/train/text",
+    "libri/dev-clean/1/2/1-2.trans.txt", "cv/train.tsv", "cv/test.tsv",
+    "timit/TEST/DR1/FELC0/SX1.TXT", "parquet",
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
     "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",

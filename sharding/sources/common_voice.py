@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.audio.containers import AUDIO_SUFFIXES
-from sharding.sources.options import ManifestOptions
+from sharding.sources.options import NUMBER_FIELDS, ManifestOptions
 from sharding.sources.tables import PlacedRow, read_table
 
 COLUMNS = {"audio_path": "path", "text": "sentence", "child_id": "client_id", "age_bucket": "age"}
@@ -26,8 +26,9 @@ def read(location: Path, options: ManifestOptions) -> Iterator[PlacedRow]:
     by_hash = options.splits == "hash" or not whole
     tables = {"": validated} if by_hash and validated else official
     column = options.columns.get("audio_path", COLUMNS["audio_path"])
+    numbers = [theirs for ours, theirs in options.columns.items() if ours in NUMBER_FIELDS]
     for split, table in tables.items():
-        for number, row in read_table(table) if table else ():
+        for number, row in read_table(table, numbers) if table else ():
             path = row.get(column)
             if path and not path.lower().endswith(AUDIO_SUFFIXES):
                 row[column] = f"{path}.mp3"  # as the first releases leave it out

@@ -42,6 +42,9 @@ def _rows_of(cut: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if len(sources) != 1 or sources[0]["type"] != "file" or recording.get("transforms"):
         kinds = ", ".join(str(source["type"]) for source in sources)
         raise ValueError(f"recording {recording['id']!r:.100} is {kinds}: one file without transforms is expected")
+    channels = sources[0].get("channels", [0])
+    if len(channels) > 1 and not isinstance(cut.get("channel"), list):
+        raise ValueError(f"cut {cut['id']!r:.100} is one of {len(channels)} channels: one file per channel is expected")
     for supervision in supervisions or [{}]:
         several = len(supervisions) > 1
         start, length = cut["start"] + several * supervision.get("start", 0.0), cut["duration"]

@@ -28,8 +28,9 @@ KNOWN = {  # the columns of published datasets, by our field
     "age_bucket": ("age_bucket", "age"),
     **{name: (name,) for name in ("utterance_id", "audio_duration_sec", "md5_hash", "split")},
 }
-MAX_GROUP_BYTES = 2**30  # of audio in a row group, which a worker holds in memory
-KEPT_BYTES = 2**27  # of the row groups that a process keeps
+MAX_GROUP_BYTES, MAX_GROUP_ROWS = 2**30, 2**20  # of a row group, whose audio a worker holds in memory
+ROWS_FREELY = 2**20  # of a file; of more rows, each takes a byte at least, or it is a bomb
+KEPT_GROUPS, KEPT_BYTES = 64, 2**27  # row groups that a process keeps at most, and their bytes
 SMALLER_GROUPS = "write it again with groups of 100 rows: pyarrow.parquet.write_table(table, path, row_group_size=100)"
 
 
@@ -92,25 +93,27 @@ def _read_file(path: Path, name: str, options: ManifestOptions) -> Iterator[dict
         schema = _open(file).schema_arrow
         columns = _choose_columns(path, schema, options)
         texts = [column for column in columns.labels.values() if _is_text(schema.field(column).type)]
-        parquet = _open(file, [*texts, columns.path])
+        parquet = _open(file, [*texts, columns.leaf, columns.path])
         audio_key, number, written = options.columns.get("audio_path", "audio_path"), 0, 0
-        most = max(FREE_BYTES, max_unpacked(path.stat().st_size))
-        for index in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(index)
-            by_path = _lacks_bytes(group, columns)
-            if not by_path and (problem := _too_large(group, columns.leaf)):
+        size = path.stat().st_size
+        rows = sum(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups))
+        if rows > max(ROWS_FREELY, size):
+            raise ManifestError(f"{path}: its {size:,} bytes unpack to {rows:,} rows")
+        by_path = _lacks_bytes(parquet, columns)
+        for group in range(parquet.num_row_groups):
+            if problem := _too_large(parquet, group):
                 raise ManifestError(f"{path}: {problem}", SMALLER_GROUPS)
             wanted = [*columns.labels.values(), *[columns.path] * by_path]
-            table = parquet.read_row_group(index, columns=wanted, use_threads=False)
+            table = parquet.read_row_group(group, columns=wanted, use_threads=False)
             cells = {key: _values(table.column(column)) for key, column in columns.labels.items()}
-            paths = _values(_leaf(table.column(columns.audio))) if by_path else [""] * group.num_rows
+            paths = _values(_leaf(table.column(columns.audio))) if by_path else [""] * table.num_rows
             for row, audio_path in enumerate(paths):
                 number += 1
                 values = {key: column[row] for key, column in cells.items()}
                 values[audio_key] = audio_path or f"{name}:{columns.audio}:{number}"
-                size = sum(len(value) for value in values.values() if isinstance(value, str))
-                written += size
-                if size > LINE_BYTES or written > most:
+                length = sum(len(value) for value in values.values() if isinstance(value, str))
+                written += length
+                if length > LINE_BYTES or written > max(FREE_BYTES, max_unpacked(size)):
                     raise ManifestError(f"{path}:{number}: its texts unpack to more than {written:,} bytes")
                 yield values
 
@@ -221,12 +224,12 @@ class AudioColumn:
     def _read_group(self, group: int) -> Any:
         """Return the audio of a row group. Repeated values are one, so that it is no larger than in its file."""
         if (self._key, group) not in _kept:
-            if problem := _too_large(self._parquet.metadata.row_group(group), self._leaf):
+            if problem := _too_large(self._parquet, group):
                 raise AudioError(f"{problem}: {SMALLER_GROUPS}")
             table = self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False)
             column = _leaf(table.column(0))
             _kept[self._key, group] = column, column.nbytes
-            while len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES:
+            while len(_kept) > KEPT_GROUPS or (len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES):
                 _kept.popitem(last=False)
         _kept.move_to_end((self._key, group))
         return _kept[self._key, group][0]
@@ -248,23 +251,24 @@ def _leaf(column: Any) -> Any:
     return _import().chunked_array([chunk.flatten()[0] for chunk in column.chunks], column.type.field(0).type)
 
 
-def _find_leaf(group: Any, leaf: str) -> Any:
-    columns = (group.column(index) for index in range(group.num_columns))
-    return next(column for column in columns if column.path_in_schema == leaf)
+def _too_large(parquet: Any, group: int) -> str:
+    """Return why a row group cannot be read; nothing if it can."""
+    metadata = parquet.metadata.row_group(group)
+    if metadata.total_byte_size <= MAX_GROUP_BYTES and metadata.num_rows <= MAX_GROUP_ROWS:
+        return ""
+    limit = f"{MAX_GROUP_ROWS:,} and {MAX_GROUP_BYTES:,} are read"
+    return f"a row group has {metadata.num_rows:,} rows and {metadata.total_byte_size:,} bytes, at most {limit}"
 
 
-def _too_large(group: Any, leaf: str) -> str:
-    """Return why the audio of a row group cannot be read; nothing if it can."""
-    size = int(_find_leaf(group, leaf).total_uncompressed_size)
-    return f"a row group has {size:,} bytes of audio, at most {MAX_GROUP_BYTES:,} are read" * (size > MAX_GROUP_BYTES)
+def _lacks_bytes(parquet: Any, columns: _Columns) -> bool:
+    """Return whether a file gives its audio by paths alone, as its first row group does.
 
-
-def _lacks_bytes(group: Any, columns: _Columns) -> bool:
-    """Return whether the audio of a row group is given by paths alone."""
-    if not columns.leaf or not columns.path:
+    Its statistics tell it too, but pyarrow ends the process if those of a damaged file contradict each other.
+    """
+    if not columns.leaf or not columns.path or not parquet.num_row_groups or _too_large(parquet, 0):
         return not columns.leaf
-    counts = _find_leaf(group, columns.leaf).statistics
-    return counts is not None and counts.has_null_count and counts.null_count == group.num_rows
+    audio = _leaf(parquet.read_row_group(0, columns=[columns.leaf], use_threads=False).column(0))
+    return bool(audio.null_count == len(audio))
 
 
 def _import() -> Any:
@@ -295,7 +299,7 @@ def _damage_refused() -> Iterator[None]:
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    return _import().ArrowException, OSError, KeyError, UnicodeError
+    return _import().ArrowException, OSError, LookupError, UnicodeError
 
 
 def _first_line(error: BaseException) -> str:

@@ -323,6 +323,7 @@ def test_columns_of_a_manifest_can_be_named(tmp_path: Path) -> None:
         ({"tracks": []}, "is mixed of several recordings, or has none"),
         ({"recording": {"id": "r", "sources": [{"type": "command", "source": "x |"}]}}, "'r' is command: one file"),
         ({"recording": {"id": "r", "sources": [{"type": "file"}, {"type": "file"}]}}, "'r' is file, file: one file"),
+        ({"recording": {"id": "r", "sources": [{"type": "file", "channels": [0, 1]}]}}, "'a' is one of 2 channels"),
         ({"recording": 3}, "not a cut of a recording"),
         ({"supervisions": [{}, {}]}, "not a cut of a recording"),
     ],

@@ -269,7 +269,7 @@ def test_row_groups_that_fill_memory_are_refused_with_the_way_to_write_smaller_o
     write_parquet(tmp_path / "a.parquet", embedded([0, 1, 2]))
     monkeypatch.setattr("sharding.sources.parquet.MAX_GROUP_BYTES", 10_000)
     with pytest.raises(
-        ManifestError, match=r"a\.parquet: a row group has [\d,]+ bytes of audio, at most 10,000"
+        ManifestError, match=r"a\.parquet: a row group has 3 rows and [\d,]+ bytes, at most [\d,]+ and 10,000"
     ) as caught:
         read_rows(tmp_path)
     assert "row_group_size=100" in str(caught.value.hint)
@@ -283,6 +283,15 @@ def test_text_that_unpacks_without_end_is_refused_in_little_memory(tmp_path: Pat
     pq.write_table(pa.table({"audio": audio, "text": text}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 200_000  # for 100 GB of text
     with pytest.raises(ManifestError, match=r"a\.parquet:\d+: its texts unpack to more than"):
+        read_rows(tmp_path)
+
+
+def test_rows_of_nothing_without_end_are_refused(tmp_path: Path) -> None:
+    """Two million empty rows in some kilobytes."""
+    audio = pa.nulls(2_000_000, AUDIO)
+    table = pa.table({"audio": audio, "text": pa.nulls(2_000_000, pa.string())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ManifestError, match=r"a\.parquet: its [\d,]+ bytes unpack to 2,000,000 rows"):
         read_rows(tmp_path)
 
 

@@ -142,6 +142,7 @@ def test_a_build_of_the_disc_is_balanced_and_tells_the_core_test_apart(tmp_path:
     assert_balanced(out)
     ledger = read_ledger(out)
     assert {row["reason"] for row in ledger if row["fate"] == "rejected"} == {"audio file is missing"}
+    assert Counter(row["split"] for row in ledger) == {"train": 4, "valid": 2, "test": 4}
     assert Counter(row["source"] for row in ledger) == {"TIMIT": 8, "TIMIT core test": 2}
     again = run_sharding(*command, "--append")
     assert again.returncode == 0, again.stderr
