@@ -65,7 +65,7 @@ READ_IN_PART = {  # whatever else is in them
     "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",
     "sharding.report.ledger": "its rows are kept as they are",
     "sharding.segment.evidence": "rows of `align`, which say more to people",
-    "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
+    "_ChildrenDocument": "whose each clip of a shard is", "_ChildColumn": "likewise", "_Card": "some of a scorecard",
     "_Group": "likewise", "_Validation": "likewise", "_Data": "for a model card", "_Training": "likewise",
     "_Settings": "one setting of main.py's",
 }  # fmt: skip

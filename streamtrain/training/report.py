@@ -1,9 +1,11 @@
 """Write the report of a run as one HTML page: its settings, data, curves, epochs, samples and machines."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -33,7 +35,7 @@ class EpochRow(NamedTuple):
 
     epoch: int
     steps: int  # done when it ended
-    loss: float  # mean of its steps
+    loss: float  # mean of its steps, without those that were skipped
     scores: dict[str, float]  # of its last evaluation, by name
     lr: float  # of its last step
     hours: float  # of speech
@@ -61,7 +63,7 @@ def write_report(run: Path) -> Path:
         changed=list(_changed(settings)),
         data=_data(run, card),
         curves=list(zip(PANELS, Curves(rows, before, select).svgs(), strict=True)),
-        before={name: score for name, score in before.items() if "/" not in name},
+        before=before | ({"score": before[select]} if select in before else {}),
         score_names={name: title for name, title in titles.items() if any(name in row.scores for row in epochs)},
         epochs=epochs,
         step=card.get("step"),
@@ -80,7 +82,7 @@ def _epochs(rows: Sequence[StepRow], best_step: int | None) -> Iterator[EpochRow
         yield EpochRow(
             epoch=epoch + 1,
             steps=of_epoch[-1].step,
-            loss=sum(row.loss for row in of_epoch) / len(of_epoch),
+            loss=fmean(losses) if (losses := [row.loss for row in of_epoch if math.isfinite(row.loss)]) else math.nan,
             scores={name: score for name, score in scores.items() if score is not None},
             lr=of_epoch[-1].lr,
             hours=sum(row.audio_sec_per_sec * row.seconds for row in of_epoch) / 3600,
@@ -106,7 +108,11 @@ def _tiles(rows: Sequence[StepRow], epochs: Sequence[EpochRow], card: Mapping[st
             f"{rows[-1].step:,}",
             f"{counted(len(epochs), 'epoch')}, {sum(row.skipped for row in rows):,} skipped",
         ),
-        ("wall time", render_duration(steps + evaluations), f"{render_duration(evaluations)} of it in evaluations"),
+        (
+            "wall time",
+            render_duration(steps + evaluations),
+            f"{render_duration(evaluations)} in evaluations, the rest in steps",
+        ),
         (
             "throughput",
             f"{3600 * hours / max(steps, 1e-9):,.0f} ×",

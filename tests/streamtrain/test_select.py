@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sharding.build.scan import hash_128
+from sharding.build.scan import speaker_hash
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
 from streamtrain.config import GROUPS, METRICS, SELECTIONS, ConfigError, load_config, name_score
@@ -175,7 +175,7 @@ def test_a_run_without_a_loss_never_gets_to_its_first_step_if_that_selects(work:
     """The only validation recording was split."""
     corpus = make_corpus(work / "raw" / "long", clips=9, children=3, long_clips=1)
     rows = read_manifest(corpus)
-    rows[-1]["child_id"] = min((f"child {number}" for number in range(99)), key=hash_128)  # it validates
+    rows[-1]["child_id"] = min((f"child {number}" for number in range(99)), key=speaker_hash)  # it validates
     write_manifest(corpus, rows)
     run([sys.executable, "-m", "sharding", "build", corpus, "--out", work / "long", "--valid-fraction", "0.0001"])
     settings = [f"data.shards={work / 'long'}", "data.batch_seconds=26", "eval.select=loss", "train.max_steps=1"]
