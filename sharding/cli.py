@@ -35,6 +35,7 @@ from sharding.shardset.build_config import BuildConfig, MaxDuration, WordLLR, ch
 
 if TYPE_CHECKING:
     from sharding.audio.codec import Waveform
+    from sharding.audio.vad import SpeechActivity
     from sharding.segment.evidence import Alignments
     from sharding.segment.split import Segment
     from sharding.sources.options import ManifestOptions
@@ -362,7 +363,7 @@ def split(
     """
     announce(f"cutting {audio}")
     from sharding.audio.codec import SAMPLE_RATE
-    from sharding.audio.vad import detect_speech, find_pauses
+    from sharding.audio.vad import detect_speech
     from sharding.labels.policy import policy_of
     from sharding.segment.acoustic_model import example_of, fit
     from sharding.segment.split import LabelThresholds, split_recording
@@ -378,12 +379,19 @@ def split(
     segments = split_recording(name, waveform, label, max_duration, activity, evidence, model, gates, labels)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'segment')}")
     print("\n".join(map(_render_segment, segments)))
-    if plot:  # matplotlib takes a second to import
-        from sharding.files.writing import write
-        from sharding.report.plots import plot_split
+    if plot:
+        _draw_split(plot, name, waveform, activity, segments)
 
-        write(plot, plot_split(name, waveform, activity, find_pauses(activity), segments))
-        print(f"wrote {plot}")
+
+def _draw_split(
+    plot: Path, name: str, waveform: "Waveform", activity: "SpeechActivity", segments: Sequence["Segment"]
+) -> None:
+    from sharding.audio.vad import find_pauses
+    from sharding.files.writing import write
+    from sharding.report.plots import plot_split  # matplotlib takes a second to import
+
+    write(plot, plot_split(name, waveform, activity, find_pauses(activity), segments))
+    print(f"wrote {plot}")
 
 
 def _decode(audio: str) -> "Waveform":

@@ -71,21 +71,19 @@ def build(
     from sharding.sources.manifest import parse_columns
     from sharding.sources.options import ManifestOptions
 
+    _check_build(sources, workers)
+    aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
+    manifests = ManifestOptions("", parse_columns(columns), "", follow_links, audio_root, "auto", labels, include_sa)
+    options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
+    config = checked(settings | {"alignments": aligned.digest})
+    return pipeline.build([*map(Path, sources)], str(out), config, options)
+
+
+def _check_build(sources: Sequence[str | Path], workers: int | None) -> None:
     if isinstance(sources, str | Path) or not sources:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
     if workers is not None and workers < 1:
         raise StreamtrainError(f"workers is {workers}: at least 1 is expected")
-    aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
-    manifests = ManifestOptions(
-        columns=parse_columns(columns),
-        follow_links=follow_links,
-        audio_root=audio_root,
-        labels=labels,
-        include_sa=include_sa,
-    )
-    options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
-    config = checked(settings | {"alignments": aligned.digest})
-    return pipeline.build([Path(source) for source in sources], str(out), config, options)
 
 
 def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> EpochPlan:

@@ -91,15 +91,12 @@ def index_tars(
         counts = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
         check_alphabet(sum(counts, SymbolCounts()), side, labels)
     tally = sum_tallies(ledger)
+    named = list(valid or VALID_TARS)
+    settings = {"profile": labels.profile, "max_duration": max_duration, "valid": named, EXTERNAL: True}
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
         duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
-        settings={
-            "profile": labels.profile,
-            "max_duration": max_duration,
-            "valid": list(valid or VALID_TARS),
-            EXTERNAL: True,
-        },
+        settings=settings,
         settings_hash="",
         sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
         labels=labels,

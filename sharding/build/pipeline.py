@@ -73,6 +73,7 @@ from sharding.segment.split import LabelThresholds
 from sharding.shardset.build_config import BuildConfig
 from sharding.shardset.index import (
     INDEX_NAME,
+    PackedIndex,
     ShardIndex,
     archived_index_name,
     check_presence,
@@ -155,12 +156,8 @@ class BuildResult:
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
-    allow_profile(settings.profile)  # which the user has named
     settings = keep_splits(open_store(out), settings)
-    options = replace(
-        run.manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
-    )
-    sources = [_with_absolute_path(read_source(location, options)) for location in locations]
+    sources = _read_sources(locations, settings, run)
     settings, labels = settle_policy(settings, sources)
     store = open_store(out, dry_run=run.dry_run)
     check_output(open_store(out), locations)
@@ -180,6 +177,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             base = _read_base(store, settings, labels)  # another build may have finished since
             if base and not run.append:
                 return _result_of_existing(store, base, scanned)
+            if base and base.labels != labels:  # it was not there when the labels were scanned
+                raise ShardError(f"{store.url}: another build has finished since", "give the same command again")
             known = _find_known(store, base, scanned) if base else np.zeros(len(scanned.clips), bool)
             scanned = scanned.select(~known)
             if base and not len(scanned.clips):
@@ -202,12 +201,25 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             packed = pack_index(index)
             summary = report.publish(store, ledger, tally, packed.index, orphans, scanned.ignored_fields)
             lease.check()
-            if base:  # runs that started with it find it there
-                store.write(archived_index_name(base.digest), store.read(INDEX_NAME))
-            write_index(store, packed)  # last: its presence means that all other files are complete
-            if base:
-                report.drop_archived(store, base)
+            _publish(store, packed, base)
             return BuildResult(packed.index, summary, rejected, known=int(known.sum()))
+
+
+def _publish(store: Store, packed: PackedIndex, base: ShardIndex | None) -> None:
+    """Write the index last: its presence means that all other files are complete."""
+    if base:  # runs that started with it find it there
+        store.write(archived_index_name(base.digest), store.read(INDEX_NAME))
+    write_index(store, packed)
+    if base:
+        report.drop_archived(store, base)
+
+
+def _read_sources(locations: Sequence[Path], settings: BuildConfig, run: RunOptions) -> list[Source]:
+    allow_profile(settings.profile)  # which the user has named
+    options = replace(
+        run.manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
+    )
+    return [_with_absolute_path(read_source(location, options)) for location in locations]
 
 
 def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
@@ -420,6 +432,7 @@ def _read_base(store: Store, settings: BuildConfig, labels: LabelPolicy) -> Shar
     if differences:
         message = f"{store.url}: holds a shard set built with other settings: {'; '.join(differences)}"
         raise ShardError(message, "choose another --out, or use the same settings")
+    index.labels.check_digest(store.url)
     return index
 
 

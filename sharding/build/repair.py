@@ -54,6 +54,7 @@ def repair(
             if settings.alignments != alignments.digest:
                 message = f"{url}: was built with {'other' if alignments.digest else 'a file of'} alignments"
                 raise ShardError(message, "name that file: --alignments FILE")
+            header.labels.check_digest(url)
             manifest_options = replace(
                 manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
             )
