@@ -47,13 +47,12 @@ def build(
         out: Folder or URL of the shard set.
         workers: Processes (default: the cores).
         append: Add clips that `out` lacks.
-        dry_run: Decode, check and plan everything, and write nothing.
+        dry_run: Check and plan everything, write nothing.
         alignments: Output of `align` on shards of the same sources.
         columns: Columns of a transcripts file with other names: "audio_path=path,text=sentence".
         audio_root: Folder of absolute audio paths.
         follow_links: Also read audio that links lead to outside its source's folder.
-        labels: Sentences, or phones, of a corpus with both, such as TIMIT.
-        include_sa: Also read TIMIT's SA sentences.
+        labels, include_sa: Sentences or phones of a corpus with both; also the SA sentences, of TIMIT.
         **settings: Settings of the bytes, such as `max_duration=25` (s), `profile="text"`, `num_buckets=8`.
 
     Returns:
@@ -75,8 +74,7 @@ def build(
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
     manifests = ManifestOptions("", parse_columns(columns), "", follow_links, audio_root, "auto", labels, include_sa)
     options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
-    config = checked(settings | {"alignments": aligned.digest})
-    return pipeline.build([*map(Path, sources)], str(out), config, options)
+    return pipeline.build([*map(Path, sources)], str(out), checked(settings | {"alignments": aligned.digest}), options)
 
 
 def _check_build(sources: Sequence[str | Path], workers: int | None) -> None:
