@@ -132,6 +132,7 @@ def build(
     """
     announce(f"building {out} of {shortened(sources)}")
     _check_scheduler(scheduler, dry_run)
+    from sharding.build.alphabet import RARE
     from sharding.build.pipeline import RunOptions
     from sharding.build.pipeline import build as build_shards
     from sharding.report.summary import render
@@ -148,6 +149,8 @@ def build(
     same = "was built before from the same rows, and audio of the same sizes; nothing to do"
     print(f"{out}: {done if built.built else same}")
     hint = "look at the files named above" if dry_run else REJECTED_HINT
+    if built.summary and any(reason.startswith(RARE) for reason in built.summary["reasons"]):
+        hint += "; --min-symbol-count 1 keeps clips with rare symbols, if these are no typing errors"
     _check_rejected(out, built.rejected, max_reject_rate, hint)
 
 

@@ -1,12 +1,13 @@
 """Settle what labels are made of: the profile of the sources, and the alphabet, named or found in training labels."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from sharding.build.scan import CHUNK, Refusal, ScanResult
 from sharding.errors import ManifestError, StreamtrainError
@@ -16,6 +17,7 @@ from sharding.pool import Workers, count_done
 from sharding.shardset.build_config import BuildConfig
 from sharding.sources.manifest import Layout, Source
 
+RARE = "label has symbols that occur fewer than"  # so many times
 MAX_RARE = 0.5  # share of the training clips that may be left out for rare symbols
 
 Mask = npt.NDArray[np.bool_]
@@ -42,8 +44,12 @@ def settle_policy(config: BuildConfig, sources: Sequence[Source]) -> tuple[Build
         policy = replace(policy, symbols=())
     elif alphabet != "profile":
         policy = replace(policy, symbols=_read_alphabet(Path(alphabet), policy))
-        alphabet = f"file of {len(policy.symbols)} symbols"  # which are in the index; settings name no path
+        alphabet = f"file of {len(policy.symbols)} symbols, {_digest(policy.symbols)}"  # settings name no path
     return replace(config, profile=profile, units=policy.units, alphabet=alphabet), policy
+
+
+def _digest(symbols: Sequence[str]) -> str:
+    return xxhash.xxh3_64_hexdigest("\n".join(symbols).encode())
 
 
 def _read_alphabet(path: Path, policy: LabelPolicy) -> tuple[str, ...]:
@@ -73,11 +79,9 @@ def settle_alphabet(
     Raises ManifestError if the training or the validation labels are of another alphabet.
     """
     if not policy.symbols:
-        tables = _count_symbols(scanned, training, held_out, policy, min_count, pool)
-        policy, scanned = _choose_symbols(scanned, training & ~scanned.clips["refused"], tables, policy, min_count)
-        _mark_foreign(scanned, tables, policy)
+        scanned, policy = _find_alphabet(scanned, training, held_out, policy, min_count, pool)
     clips = scanned.clips
-    for side, members in (("training", training), ("validation", held_out)):
+    for side, members in (("training", training), ("validation and test", held_out)):
         symbols, foreign = (int(clips[name][members].sum()) for name in ("symbols", "foreign"))
         if foreign and policy.symbols:
             place, utterance = scanned.find(int(np.argmax(np.where(members, clips["foreign"], 0))))
@@ -139,36 +143,53 @@ def _count_chunk(job: CountJob) -> dict[bool, SymbolTable]:
     return {side: SymbolTable(table.counts, dict(table.clips)) for side, table in tables.items()}
 
 
-def _choose_symbols(
-    scanned: ScanResult, training: Mask, tables: Tables, policy: LabelPolicy, min_count: int
-) -> tuple[LabelPolicy, ScanResult]:
-    """Return the policy with the symbols of the training labels but the rare ones, whose clips are refused."""
-    table = tables[False]
-    counts = {symbol: count for symbol, count in sorted(table.counts.items()) if symbol != " "}
-    kept = {symbol: count for symbol, count in counts.items() if count >= min_count}
-    check_size(kept, policy)
-    rare = {symbol: table.clips[symbol] for symbol in counts.keys() - kept.keys()}
-    refusals = dict[int, Refusal]()
-    for row in sorted({row for rows in rare.values() for row in rows}):
+def _find_alphabet(
+    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, min_count: int, pool: Workers
+) -> tuple[ScanResult, LabelPolicy]:
+    """Return the policy with the symbols of the training labels but the rare ones, whose clips are refused.
+
+    What is left is counted again: without these clips, other symbols may be rare.
+    """
+    left, clips = training & ~scanned.clips["refused"], int((training & ~scanned.clips["refused"]).sum())
+    while True:
+        tables = _count_symbols(scanned, left, held_out, policy, min_count, pool)
+        counts = {symbol: count for symbol, count in sorted(tables[False].counts.items()) if symbol != " "}
+        check_size([symbol for symbol, count in counts.items() if count >= min_count], policy)
+        rare = {symbol: count for symbol, count in counts.items() if count < min_count}
+        if not rare:
+            break
+        rows = sorted({row for symbol in rare for row in tables[False].clips[symbol]})
+        left[rows] = False
+        if clips - left.sum() > MAX_RARE * clips:
+            raise _too_many_rare(scanned, rows[0], f"{clips - left.sum():,} of {clips:,}", rare, policy, min_count)
+        scanned = replace(scanned, refusals=_refuse(scanned, rows, rare, policy, min_count) | scanned.refusals)
+    policy = replace(policy, symbols=tuple(counts), counts=tuple(counts.values()))
+    for symbol in tables[True].counts.keys() - policy.alphabet:  # of the clips held out, for their share
+        scanned.clips["foreign"][tables[True].clips[symbol][0]] += tables[True].counts[symbol]
+    return scanned, policy
+
+
+def _refuse(
+    scanned: ScanResult, rows: Sequence[int], rare: Mapping[str, int], policy: LabelPolicy, min_count: int
+) -> dict[int, Refusal]:
+    """Return why clips with rare symbols are refused, and count these symbols in the table of clips."""
+    refusals = {}
+    for row in rows:
         utterance = scanned.find(row)[1]
-        found = policy.symbols_of(policy.normalize(utterance.text))
-        named = ", ".join(f"{policy.name([symbol])} ({counts[symbol]})" for symbol in sorted(rare.keys() & set(found)))
-        reason = f"label has symbols that occur fewer than {min_count} times: {named}"
-        refusals[row] = Refusal(utterance, reason, in_training=True)
-    if len(refusals) > MAX_RARE * training.sum():
-        place, utterance = scanned.find(min(refusals))
-        raise ManifestError(
-            f"{place}: {utterance.text[:80]!r}: {len(refusals):,} of {training.sum():,} training labels have symbols "
-            f"of {policy.units} that occur fewer than {min_count} times: {', '.join(map(repr, sorted(rare)[:5]))}, …",
-            "is it the right column (--columns text=COLUMN), and are these the right --units? If the corpus is small, "
-            "--min-symbol-count 1",
-        )
-    policy = replace(policy, symbols=tuple(kept), counts=tuple(kept.values()))
-    return policy, replace(scanned, refusals=refusals | scanned.refusals)
+        found = [symbol for symbol in policy.symbols_of(policy.normalize(utterance.text)) if symbol in rare]
+        scanned.clips["foreign"][row] = len(found)
+        named = ", ".join(f"{policy.name([symbol])} ({rare[symbol]})" for symbol in sorted(set(found)))
+        refusals[row] = Refusal(utterance, f"{RARE} {min_count} times: {named}", in_training=True)
+    return refusals
 
 
-def _mark_foreign(scanned: ScanResult, tables: Tables, policy: LabelPolicy) -> None:
-    """Set the count of foreign symbols of the clips that are known to have some, for the share of each side."""
-    for table in tables.values():
-        for symbol in table.counts.keys() - policy.alphabet:
-            scanned.clips["foreign"][table.clips[symbol][0]] += table.counts[symbol]
+def _too_many_rare(
+    scanned: ScanResult, row: int, share: str, rare: Mapping[str, int], policy: LabelPolicy, min_count: int
+) -> ManifestError:
+    place, utterance = scanned.find(row)
+    return ManifestError(
+        f"{place}: {utterance.text[:80]!r}: {share} training labels have symbols of {policy.units} that occur fewer "
+        f"than {min_count} times: {', '.join(map(repr, sorted(rare)[:5]))}, …",
+        "is it the right column (--columns text=COLUMN), and are these the right --units? If the corpus is small, "
+        "--min-symbol-count 1",
+    )

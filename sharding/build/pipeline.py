@@ -424,11 +424,9 @@ def _read_base(store: Store, settings: BuildConfig, labels: LabelPolicy) -> Shar
     if not store.exists(INDEX_NAME):
         return None
     index, wanted = read_index(store), asdict(settings)
-    existing = {"splits": "hash"} | index.settings  # as sets without that setting were split
+    existing = index.settings
     differences = [f"{name} is {existing.get(name) or 'none'} there, requested {wanted[name] or 'none'}"
                    for name in wanted if existing.get(name) != wanted[name]]  # fmt: skip
-    if labels.symbols and not differences and labels.symbols != index.labels.symbols:
-        differences = ["its alphabet has other symbols"]
     if differences:
         message = f"{store.url}: holds a shard set built with other settings: {'; '.join(differences)}"
         raise ShardError(message, "choose another --out, or use the same settings")

@@ -16,14 +16,12 @@ from sharding.shardset.store import Store
 from sharding.sources.manifest import printable
 from sharding.sources.splits import KNOWN
 
-OF_OLDER_SETS = "hash"  # which have no such setting
-
 
 def keep_splits(store: Store, settings: BuildConfig) -> BuildConfig:
     """Return the settings with the splits of an existing shard set, if they are left open."""
     if settings.splits != "auto" or not store.exists(INDEX_NAME):
         return settings
-    return replace(settings, splits=read_index_header(store).settings.get("splits", OF_OLDER_SETS))
+    return replace(settings, splits=read_index_header(store).settings.get("splits", "hash"))
 
 
 def settle_splits(settings: BuildConfig, scanned: ScanResult) -> BuildConfig:

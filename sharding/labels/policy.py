@@ -73,8 +73,10 @@ class LabelPolicy:
         """Return the symbols of a normalised label, in order."""
         return split_symbols(text, self.units)
 
-    def phones_of(self, text: str) -> Sequence[str]:
-        """Return the symbols of a text without the blanks between words, as a phone error rate counts them."""
+    def scored_symbols(self, text: str) -> Sequence[str]:
+        """Return the symbols of a text that an error rate counts: a blank is a character, but no phone."""
+        if self.units == "characters":
+            return text
         return [symbol for symbol in self.symbols_of(text) if symbol != " "]
 
     def frames_needed(self, text: str) -> int:

@@ -99,8 +99,8 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
 
 def _render_labels(labels: dict[str, Any]) -> list[str]:
     """Return the profile and the alphabet, with its rarest symbols, among which typing errors show."""
-    symbols, sign = labels["symbols"], "" if labels["units"] == "characters" else " "
-    shown = sign.join(symbols[:SHOWN_SYMBOLS]) + (f" and {len(symbols) - SHOWN_SYMBOLS:,} more"
+    symbols = labels["symbols"]
+    shown = " ".join(symbols[:SHOWN_SYMBOLS]) + (f" and {len(symbols) - SHOWN_SYMBOLS:,} more"
                                                   if len(symbols) > SHOWN_SYMBOLS else "")  # fmt: skip
     lines = [f"labels: profile {labels['profile']}, {counted(len(symbols), 'symbol')} of {labels['units']}: {shown}"]
     if labels["counts"]:

@@ -226,6 +226,8 @@ def read_source(location: Path, options: ManifestOptions) -> Source:
     if location.is_file() and is_audio(location.name):
         raise ManifestError(f"{location}: is an audio file: a source is the table that lists it", MAKE_TABLE)
     corpus = find_layout(location)
+    if options.labels == "phones" and not (corpus and corpus.has_phones):
+        raise ManifestError(f"--labels phones: {location} is no corpus that has both", "leave it out, or name TIMIT")
     if corpus:
         return _read_corpus(corpus, location, options)
     transcripts = location if location.is_file() else _find_transcripts(location, options.profile)

@@ -78,7 +78,7 @@ class TextEdits:
         """Count the edits between two texts, in the normal form of a policy's profile."""
         texts = policy.compare(reference), policy.compare(hypothesis)
         characters = count_edits(*texts)
-        symbols = count_edits(*map(policy.phones_of, texts)) if policy.units != "characters" else characters
+        symbols = count_edits(*map(policy.scored_symbols, texts))
         plain = count_edits(*(text.split() for text in texts))
         spoken = policy.profile == "english"  # of the texts as they are: the scorer's own normal form reads numbers
         words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if spoken else plain

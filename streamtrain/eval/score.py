@@ -2,13 +2,14 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sharding.errors import StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, open_regular, parse_json, read_document
 from sharding.files.names import canonical_name
 from sharding.labels.policy import LabelPolicy, policy_of
 from sharding.labels.profiles import PROFILES
+from sharding.labels.units import Units
 from streamtrain.eval.metrics import TextEdits
 
 RUN_HINT = "these hypotheses are already scored: see scorecard.json in the same folder, or run `summary RUN`"
@@ -23,10 +24,10 @@ def score_files(predicted: Path, actual: Path, labels: LabelPolicy | None = None
     """Return the corpus-level error rates over the ids of `actual`, and the edits of the first of them, the official.
 
     That is the WER of profile english, the PER of units other than characters, else the CER. Without `labels`, the
-    profile is that of the field that `predicted` has: phonetic_text, orthographic_text or text. Raises ScoreError if
-    ids are missing, surplus or duplicated.
+    profile is that which `predicted` names, or of its field: phonetic_text, orthographic_text or text. Raises
+    ScoreError if ids are missing, surplus or duplicated.
     """
-    labels = labels or policy_of(_profile_of(predicted))
+    labels = labels or _labels_of(predicted)
     hypotheses, references = _read(predicted, labels.field), _read(actual, labels.field)
     if not references:
         raise ScoreError(f"{actual}: the file has no rows", f"give rows with utterance_id and {labels.field}")
@@ -70,16 +71,18 @@ def render(result: dict[str, Any]) -> str:
     )
 
 
-def _profile_of(predicted: Path) -> str:
-    """Return the profile of the field that the first row with a label has; "pasketti" if there is none."""
+def _labels_of(predicted: Path) -> LabelPolicy:
+    """Return the policy that the first row names, as `transcribe` does, else that of the field of its label."""
     with suppress(OSError), open_regular(predicted) as lines:
         for line in lines:
             with suppress(ValueError):
                 row = parse_json(line)
+                if isinstance(row, dict) and isinstance(row.get("profile"), str):
+                    return policy_of(row["profile"], row["units"] if row.get("units") in get_args(Units) else None)
                 for profile in ("pasketti", "english", "text"):
                     if isinstance(row, dict) and PROFILES[profile].field in row:
-                        return profile
-    return "pasketti"
+                        return policy_of(profile)
+    return policy_of("pasketti")
 
 
 def _read(path: Path, label: str) -> dict[str, str]:

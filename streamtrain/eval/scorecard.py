@@ -372,7 +372,9 @@ def count_confusions(clips: Iterable[ClipScore], labels: LabelPolicy) -> Counter
     """Count symbol pairs (reference, hypothesis): ("a", "a") correct, ("a", "") a deletion, ("", "a") an insertion."""
     pairs: Counter[tuple[str, str]] = Counter()
     for clip in clips:
-        reference, hypothesis = (labels.symbols_of(labels.compare(text)) for text in (clip.reference, clip.hypothesis))
+        reference, hypothesis = (
+            labels.scored_symbols(labels.compare(text)) for text in (clip.reference, clip.hypothesis)
+        )
         for run in Levenshtein.opcodes(reference, hypothesis):  # a run of equal symbols, or of one kind of edit
             expected, decoded = reference[run.src_start : run.src_end], hypothesis[run.dest_start : run.dest_end]
             pairs.update(zip_longest(expected, decoded, fillvalue=""))

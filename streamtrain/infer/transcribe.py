@@ -67,8 +67,8 @@ def transcribe(
     """Write a JSONL row per recording; return how many failed.
 
     Fields: `utterance_id` (a file's stem), `audio_path`, the text under the name that its profile has for it
-    (`phonetic_text`, `orthographic_text`, `text`), `confidence`, `words` (each with its `start` and `end` in seconds
-    and its confidence), `error`; and `nbest`, the best hypotheses of a beam.
+    (`phonetic_text`, `orthographic_text`, `text`), that `profile` and the `units`, `confidence`, `words` (each with its
+    `start` and `end` in seconds and its confidence), `error`; and `nbest`, the best hypotheses of a beam.
 
     A recording that cannot be read gets a row with its error. A killed run resumes if the request is the same, and the
     resulting file is identical to that of an uninterrupted run.
@@ -225,6 +225,8 @@ def _row(
     """Return the row of a recording, joined from its decoded pieces."""
     field, frame_sec = field_of(model.labels), model.frame_samples / SAMPLE_RATE
     row: dict[str, Any] = {"utterance_id": loaded.utterance_id, "audio_path": loaded.recording.audio_path}
+    if model.labels is not None:  # for whoever scores the text
+        row |= {"profile": model.labels.profile, "units": model.labels.units}
     if loaded.error is not None:
         return row | {field: "", "confidence": 0.0, "words": [], "error": loaded.error}
     hypotheses = [hypothesis for hypothesis, _ in decoded]

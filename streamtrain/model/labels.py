@@ -21,6 +21,7 @@ from streamtrain.model.ctc import CTCModel
 from streamtrain.model.vocab import CHANGE_CASE, Case, Vocab, vocab_of
 
 LABELS_NAME = "labels.json"
+MAX_LACKING = 0.001  # share of the labels' symbols that one symbol may have, and yet have no token
 _OURS = ("pasketti", "english")  # profiles of the models that were saved without labels.json
 
 
@@ -52,7 +53,8 @@ class Fit:
 def fit_vocab(vocab: Vocab, policy: LabelPolicy) -> Fit:
     """Return how a vocabulary serves labels: symbols are folded to its case if it has one and that finds more of them.
 
-    Symbols count as often as they occur in the training labels, if that is known, else each once.
+    Symbols count as often as they occur in the training labels, if that is known, else each once. A symbol that makes
+    up a thousandth of the labels, as a German ß, must be there: the model could never write it.
     """
     if policy.units == "tokens" and vocab.delimiter is not None:
         vocab = replace(vocab, delimiter=None, unwritten=(*vocab.unwritten, vocab.delimiter))
@@ -61,8 +63,12 @@ def fit_vocab(vocab: Vocab, policy: LabelPolicy) -> Fit:
     folded = replace(exact, case=case, writes="" if written == case else written)
     fitted = folded if _share(folded, policy) > _share(exact, policy) else exact
     share, lacking = _share(fitted, policy), tuple(symbol for symbol in policy.symbols if not _has(fitted, symbol))
+    counts = dict(zip(policy.symbols, policy.counts, strict=False))
+    common = [symbol for symbol in lacking if counts.get(symbol, 0) > MAX_LACKING * sum(policy.counts)]
     reason = ""
-    if share < 1 - MAX_FOREIGN:
+    if common:
+        reason = f"it lacks {policy.name(common)}, which the labels have often" + _other_case(fitted, common)
+    elif share < 1 - MAX_FOREIGN:
         reason = f"it has {share:.1%} of the labels' symbols, at least {1 - MAX_FOREIGN:.0%} are needed; it lacks "
         reason += policy.name(lacking) + _other_case(fitted, lacking)
     elif policy.units != "tokens" and vocab.delimiter is None:
@@ -84,7 +90,7 @@ def _has(vocab: Vocab, symbol: str) -> bool:
 def _share(vocab: Vocab, policy: LabelPolicy) -> float:
     counts = policy.counts or (1,) * len(policy.symbols)
     known = sum(count for symbol, count in zip(policy.symbols, counts, strict=True) if _has(vocab, symbol))
-    return known / max(sum(counts), 1)
+    return known / sum(counts) if counts else 1.0  # a set for scoring alone has no alphabet
 
 
 def _other_case(vocab: Vocab, lacking: Sequence[str]) -> str:
@@ -122,6 +128,18 @@ def take_labels(model: CTCModel, policy: LabelPolicy) -> None:
         raise StreamtrainError(
             f"the model writes {describe(model.labels)}, the labels are of {describe(policy)}",
             "build the shard set with the model's --profile and --units, or take another model",
+        )
+    elif "" not in (model.labels.digest, policy.digest) and model.labels.digest != policy.digest:
+        raise StreamtrainError(
+            f"profile {policy.profile!r} gave other texts when the model's labels were made than when these were",
+            "build the shard set again with the function that the model was trained with",
+        )
+    elif _share(model.vocab, policy) < 1 - MAX_FOREIGN:
+        lacking = tuple(symbol for symbol in policy.symbols if not _has(model.vocab, symbol))
+        raise StreamtrainError(
+            f"the model writes another alphabet: it has {_share(model.vocab, policy):.1%} of the labels' symbols, and "
+            f"lacks {policy.name(lacking)}",
+            "take a model that was trained on labels of this language",
         )
 
 

@@ -32,6 +32,7 @@ NEVER_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden
 MASKED_ATTENTION = "sdpa_always_masked"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_LAYERS = 1_000
+LACKING = ", but not"
 EXTRACTOR = ("processor_config.json", "preprocessor_config.json")  # Transformers 5 may write the first instead
 DOCUMENTS = ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", *EXTRACTOR)
 ENCODER = ("feature_extractor.", "feature_projection.", "encoder.")
@@ -164,7 +165,8 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
     if vocab is not None:
         network, random = _from_pretrained(name, settings | {"ctc_loss_reduction": "sum"})
         if not random or (choice == "own" and _is_headless(random)):
-            log.info("model %s keeps its vocabulary of %d tokens: %s", name, len(vocab), reason)
+            level = logging.WARNING if LACKING in reason else logging.INFO
+            log.log(level, "model %s keeps its vocabulary of %d tokens: %s", name, len(vocab), reason)
             return network, vocab
         reason = "it has no head" if _is_headless(random) else ", ".join(random.values())
         del network  # its memory, before it is loaded again
@@ -175,8 +177,9 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
         )
     torch.set_rng_state(random_state)  # the values of a new head do not depend on what was tried
     wanted = vocab_of(policy)
-    log.info("model %s gets a new head for the %d symbols of the labels: %s", name, len(policy.symbols), reason)
     network, random = _from_pretrained(name, settings | _ctc_settings(wanted))
+    level = logging.INFO if _is_headless(random) or choice == "new" else logging.WARNING  # its own head is lost
+    log.log(level, "model %s gets a new head for the %d symbols of the labels: %s", name, len(policy.symbols), reason)
     if not _is_headless(random):
         network.lm_head = torch.nn.Linear(network.lm_head.in_features, len(wanted))  # else its values count as loaded
         network._init_weights(network.lm_head)
@@ -208,7 +211,7 @@ def _own_vocab(name: str, policy: LabelPolicy) -> tuple[Vocab | None, str]:
             fit.reason
         )
     case = f", in {fit.vocab.case} case" if fit.vocab.case else ""
-    lacking = f", but not {policy.name(fit.lacking)}" if fit.lacking else ""
+    lacking = f"{LACKING} {policy.name(fit.lacking)}, which it will never write" if fit.lacking else ""
     return fit.vocab, f"it has {fit.share:.1%} of the labels' symbols{case}{lacking}"
 
 

@@ -352,6 +352,9 @@ def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpo
         raise TrainError("eval.split is 'unlabelled': its clips have no labels to score", "use eval.split=valid")
     if config.eval.split not in SPLITS:
         raise TrainError(f"eval.split is {config.eval.split!r}", f"the splits are {', '.join(SPLITS)}")
+    if config.eval.split == "test":
+        log.warning("eval.split is 'test': the best model is chosen by the test's own scores, which are then too good")
+    index.labels.check_digest(config.data.shards)
     metric, measured = config.eval.select.partition("/")[0], metrics_of(index)
     if metric not in measured:
         message = (

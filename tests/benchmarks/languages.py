@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -29,6 +30,7 @@ NARROW = [  # espeak's spelling → narrow IPA: diphthongs, affricates, a palata
     ("nj", "ɲ"), ("ɡnə", "ɲə"), ("ts", "t͡s"), ("pf", "p͡f"), ("tʃ", "t͡ʃ"), ("aɪ", "aɪ̯"), ("aʊ", "aʊ̯"), ("ɔø", "ɔʏ̯"),
 ]  # fmt: skip
 ASPIRATED = re.compile(r"(?<![^ ])([ptk])(?=ˈ)")
+MAX_RATE = 0.15
 Spelling = Callable[[Espeak, str], str]
 
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--steps", type=int, default=1600)
     options = parser.parse_args()
+    worst = 0.0
     for name, spell, column, settings in (
         ("german", lambda espeak, words: f"{words.capitalize()}!", "text", ["--profile", "text"]),
         ("narrow", narrow_ipa, "phonetic_text", ["--profile", "ipa", "--units", "segments"]),
@@ -46,8 +49,11 @@ def main() -> None:
         make_corpus(folder / "raw", options.minutes, spell, column)
         card = run(folder, settings, options.steps)
         metric = card["metric"]
+        worst = max(worst, float(card[metric]))
         print(f"{name}: {metric.upper()} {card[metric]:.4f}, CER {card['cer']:.4f}, WER {card['wer']:.4f} "
               f"on {card['clips']} clips, profile {card['profile']}, {card['units']}")  # fmt: skip
+    if worst > MAX_RATE:
+        raise SystemExit(f"an error rate of {worst:.4f}, at most {MAX_RATE} is expected")
 
 
 def narrow_ipa(espeak: Espeak, words: str) -> str:
@@ -82,7 +88,7 @@ def _clips(espeak: Espeak, child: Speaker, seconds: float, spell: Spelling) -> I
         yield sound, label
 
 
-def run(folder: Path, settings: list[str], steps: int) -> dict[str, object]:
+def run(folder: Path, settings: list[str], steps: int) -> dict[str, Any]:
     """Build, train and evaluate; return the scorecard."""
     shards, run_dir = folder / "shards", folder / "run"
     changes = [f"data.shards={shards}", f"train.run_dir={run_dir}", f"train.max_steps={steps}"]
@@ -92,7 +98,7 @@ def run(folder: Path, settings: list[str], steps: int) -> dict[str, object]:
         ["evaluate", "--ranks", 2, "--model", run_dir / "best", "--shards", shards, "--out", run_dir],
     ):
         subprocess.run([sys.executable, "-m", "streamtrain", *map(str, command)], check=True)
-    card: dict[str, object] = json.loads((run_dir / "scorecard.json").read_text("utf-8"))
+    card: dict[str, Any] = json.loads((run_dir / "scorecard.json").read_text("utf-8"))
     return card
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from sharding.cli import main
-from sharding.labels.profiles import ALLOWED
+from sharding.labels.profiles import ALLOWED, profile_of
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from tests.tools.corpus import make_corpus, read_manifest, write_manifest
@@ -124,7 +126,10 @@ def test_an_alphabet_may_come_from_a_file(tmp_path: Path, capsys: pytest.Capture
     assert "".join(read_index(open_store(tmp_path / "out")).labels.symbols) == "abdefgiklnoprstuzäöüß"
     file.write_text("a\n")
     assert build(corpus, "--out", tmp_path / "out", "--alphabet", file) == 1
-    assert "alphabet is file of 21 symbols there, requested file of 1 symbols" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(
+        "alphabet is file of 21 symbols, [0-9a-f]{16} there, requested file of 1 symbols, [0-9a-f]{16}", said
+    )
 
 
 @pytest.mark.parametrize(("labels", "arguments", "told"), [
@@ -175,3 +180,35 @@ def test_a_label_that_is_written_as_it_is_trained_is_kept_once(tmp_path: Path) -
     assert build(corpus, "--out", tmp_path / "out") == 0
     assert all(sample.written_text is None for _, sample in read_all(tmp_path / "out").values())
     assert json.loads((tmp_path / "out/index.json").read_bytes())["labels"]["profile"] == "pasketti"
+
+
+def test_symbols_that_are_rare_in_what_is_left_are_rare_too(tmp_path: Path) -> None:
+    """The clip with the one 'ñ' is left out, and without its two 'x' there are four of them."""
+    corpus = relabel(tmp_path / "de", SENTENCES)
+    rows = read_manifest(corpus)
+    for number, more in enumerate((" ñ xx", " x", " x", " xx")):
+        rows[number]["text"] += more
+    write_manifest(corpus, rows)
+    assert build(corpus, "--out", tmp_path / "out", "--valid-fraction", 0, "--max-reject-rate", 1) == 0
+    labels = read_index(open_store(tmp_path / "out")).labels
+    trained = [sample.text for _, sample in read_all(tmp_path / "out").values()]
+    assert not {"x", "ñ"} & set(labels.symbols)
+    assert len(trained) == len(rows) - 4
+    assert labels.counts == tuple(sum(text.count(symbol) for text in trained) for symbol in labels.symbols)
+
+
+def test_a_function_that_has_changed_stops_an_append_and_the_same_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ALLOWED, "")
+    monkeypatch.chdir(tmp_path)
+    corpus, more = relabel(tmp_path / "de", SENTENCES), relabel(tmp_path / "more", SENTENCES)
+    (tmp_path / "changing_form.py").write_text("def normalize(text):\n    return text.lower()\n")
+    arguments = ("--out", "out", "--profile", "changing_form:normalize")
+    assert build(corpus, *arguments) == 0
+    (tmp_path / "changing_form.py").write_text("def normalize(text):\n    return text.upper()  # now otherwise\n")
+    profile_of.cache_clear()
+    del sys.modules["changing_form"]
+    for command in ((corpus, *arguments), (more, *arguments, "--append")):
+        assert build(*command) == 1
+        assert "gives other texts than when these labels were made" in capsys.readouterr().err

@@ -144,10 +144,13 @@ def test_labels_are_folded_to_the_case_of_a_vocabulary_and_text_to_theirs() -> N
 
 def test_a_vocabulary_is_measured_by_how_often_symbols_occur() -> None:
     symbols = ("E", "T", "Ä")
-    rare = fit_vocab(UPPER, LabelPolicy("raw", "characters", symbols, (90, 6, 4)))
-    assert (rare.reason, rare.lacking, rare.share) == ("", ("Ä",), 0.96)
-    often = fit_vocab(UPPER, LabelPolicy("raw", "characters", symbols, (90, 4, 6))).reason
-    assert often == "it has 94.0% of the labels' symbols, at least 95% are needed; it lacks 'Ä' U+00C4"
+    rare = fit_vocab(UPPER, LabelPolicy("raw", "characters", symbols, (900, 99, 1)))
+    assert (rare.reason, rare.lacking, rare.share) == ("", ("Ä",), 0.999)
+    often = fit_vocab(UPPER, LabelPolicy("raw", "characters", symbols, (900, 98, 2))).reason
+    assert often == "it lacks 'Ä' U+00C4, which the labels have often"  # a letter that the model could never write
+    many = tuple(map(chr, range(0x400, 0x450)))  # each of them rare
+    all_rare = fit_vocab(UPPER, LabelPolicy("raw", "characters", ("E", *many), (1200, *(1 for _ in many)))).reason
+    assert all_rare.startswith("it has 93.8% of the labels' symbols, at least 95% are needed; it lacks 'Ѐ' U+0400")
     assert "66.7%" in fit_vocab(UPPER, LabelPolicy("raw", "characters", symbols)).reason
     wordless = replace(UPPER, delimiter=None)
     assert fit_vocab(wordless, LabelPolicy("raw", "characters", ("E",))).reason == "it has no token between words"
