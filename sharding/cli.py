@@ -36,6 +36,7 @@ from sharding.shardset.build_config import BuildConfig, MaxDuration, WordLLR, ch
 if TYPE_CHECKING:
     from sharding.audio.codec import Waveform
     from sharding.audio.vad import SpeechActivity
+    from sharding.build.pipeline import BuildResult
     from sharding.segment.evidence import Alignments
     from sharding.segment.split import Segment
     from sharding.sources.options import ManifestOptions
@@ -132,7 +133,6 @@ def build(
     """
     announce(f"building {out} of {shortened(sources)}")
     _check_scheduler(scheduler, dry_run)
-    from sharding.build.alphabet import RARE
     from sharding.build.pipeline import RunOptions
     from sharding.build.pipeline import build as build_shards
     from sharding.report.summary import render
@@ -148,10 +148,17 @@ def build(
     done = "would be built so; nothing was written" if dry_run else "built"
     same = "was built before from the same rows, and audio of the same sizes; nothing to do"
     print(f"{out}: {done if built.built else same}")
+    _check_rejected(out, built.rejected, max_reject_rate, _hint_of(built, dry_run))
+
+
+def _hint_of(built: "BuildResult", dry_run: bool) -> str:
+    """Return what to do if many clips were rejected."""
+    from sharding.build.alphabet import RARE
+
     hint = "look at the files named above" if dry_run else REJECTED_HINT
     if built.summary and any(reason.startswith(RARE) for reason in built.summary["reasons"]):
         hint += "; --min-symbol-count 1 keeps clips with rare symbols, if these are no typing errors"
-    _check_rejected(out, built.rejected, max_reject_rate, hint)
+    return hint
 
 
 def _profile_of(profile: str, track: Track | None) -> str:
