@@ -156,8 +156,8 @@ class BuildResult:
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
-    settings = keep_splits(open_store(out), settings)
     sources = _read_sources(locations, settings, run)
+    asked, settings = settings.splits, keep_splits(open_store(out), settings)
     settings, labels = settle_policy(settings, sources)
     store = open_store(out, dry_run=run.dry_run)
     check_output(open_store(out), locations)
@@ -167,7 +167,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
         scanned = scan(sources, labels, pool)
         _warn_of_labels(scanned, labels)
         orphans = find_orphans(scanned, pool)
-        settings = settle_splits(settings, scanned)
+        settings = settle_splits(settings, scanned, asked)
         base = _read_base(store, settings, labels)
         if base:
             check_presence(store, base)

@@ -24,15 +24,23 @@ def keep_splits(store: Store, settings: BuildConfig) -> BuildConfig:
     return replace(settings, splits=read_index_header(store).settings.get("splits", "hash"))
 
 
-def settle_splits(settings: BuildConfig, scanned: ScanResult) -> BuildConfig:
+def settle_splits(settings: BuildConfig, scanned: ScanResult, asked: str) -> BuildConfig:
     """Return the settings with a decision on whose splits count; of several sources, only some may publish theirs.
 
-    Raises ManifestError if official splits are asked for and a source or a row has none.
+    `asked` are the splits that the user asked for; `settings` may have those of an existing set. Raises ManifestError
+    if official splits are asked for and no source has them, or a row lacks one; or if the set was split by speaker
+    and a source publishes a test, which would be trained on.
     """
     has_splits = _have_splits(scanned)
+    if asked == "auto" and settings.splits == "hash" and has_splits.any():
+        place = scanned.sources[int(has_splits.argmax())].layout.transcripts
+        raise ManifestError(
+            f"{place}: has splits of its own, but the shard set was split by speaker, and would train on its test",
+            "--splits hash appends it so; to keep its splits, build a shard set of its own",
+        )
     if settings.splits == "auto":
         settings = replace(settings, splits="official" if has_splits.any() else "hash")
-    elif settings.splits == "official" and not has_splits.any():
+    elif asked == "official" and not has_splits.any():
         raise ManifestError(
             f"--splits official: the rows of {scanned.sources[0].layout.transcripts} have no split",
             "--columns split=COLUMN names theirs; --splits hash splits by speaker",

@@ -22,11 +22,16 @@ _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ‘＇", "'"))
 _IPA_TWINS = str.maketrans(
     {"ɡ": "g", "ǝ": "ə", "ꭓ": "χ", "ε": "ɛ", "∫": "ʃ", ":": "ː", "꞉": "ː", "∶": "ː", "：": "ː", "'": "ˈ", "’": "ʼ"}
 )
+_BLOCKS = (  # of letters of many scripts, all of them assigned long ago
+    *((0x21, 0x7F), (0xA1, 0x250), (0x250, 0x300), (0x3A3, 0x3CA), (0x400, 0x460), (0x5D0, 0x5EB), (0x621, 0x63B)),
+    *((0x641, 0x653), (0x780, 0x7B2), (0x905, 0x93A), (0x93E, 0x94E), (0xE01, 0xE3B), (0xE40, 0xE4F)),
+)
 _PROBE = (  # by which a profile is recognised: letters, marks, numbers and punctuation of many scripts
     "It's “Don’t” — A.B. 3½ €5 [laughs] (uh) x_y\tß İI ﬁ ǅ é e\u0301",
     "Ο ΟΔΟΣ Ёлка їжа العَرَبِيَّة می\u200cخواهم שָׁלוֹם ދިވެހި हिन्दी ไทย ภาษา 中文，字 ｶﾞ 한국어",
     "ˈt͡ʃaɪ̯ ˌkʰæ:t ɡ g ǝ ã a˥˩ pʼ b.d tʃ dʒ αε ꭓ ʤ ẽ ɝ",
     "h# sh iy hv ae dcl d ax-h q pau epi ux",
+    *(f"{' '.join(map(chr, range(first, last)))} {''.join(map(chr, range(first, last)))}" for first, last in _BLOCKS),
 )
 
 

@@ -329,6 +329,7 @@ def _label_column(row: Mapping[str, Any], profile: str) -> str:
     if profile:  # never a column of another profile: its labels may pass for this one's
         wanted = [profile_of(profile).field, *(column for column, usual in LABEL_COLUMNS.items() if usual == "text")]
         wanted += ["orthographic_text"] * (wanted[0] == "text")
+        wanted += ["phonetic_text"] * (wanted[0] == "text" and profile != "text")  # such as raw, or the user's own
     else:
         wanted = [*LABEL_COLUMNS]
     return next((column for column in wanted if column in row), wanted[0])

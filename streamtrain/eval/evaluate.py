@@ -22,7 +22,7 @@ from sharding.shardset.store import open_store
 from streamtrain.data.collate import Batch, silence_too_dense
 from streamtrain.data.dataset import ShardStream
 from streamtrain.distributed import PreemptedError, Preemption, World
-from streamtrain.eval.compare import compare
+from streamtrain.eval.compare import check_comparable, compare
 from streamtrain.eval.compare import render as render_comparison
 from streamtrain.eval.html import write_page
 from streamtrain.eval.metrics import EditCounts, TextEdits
@@ -78,6 +78,7 @@ def evaluate(
     ranks if `preemption` was requested on any rank.
     """
     rows = _find_labelled(stream.index, stream.store.url, split)
+    stream.index.labels.check_digest(stream.store.url)
     take_labels(model, stream.index.labels)
     batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
@@ -146,12 +147,11 @@ def evaluate_model(
     """
     baseline = None
     if compare_to is not None:
-        _, baseline = read_scorecard(compare_to)
+        baseline = read_scorecard(compare_to)
         if compare_to.resolve() == out.resolve():
             raise StreamtrainError(f"--compare-to {compare_to}: is --out itself", "name another model's evaluation")
     store = open_store(shards)
     index = read_index(store)
-    index.labels.check_digest(store.url)
     _find_labelled(index, store.url, split)  # before the model is loaded
     with world.on_main("check that the shards exist") as is_main:
         if is_main:
@@ -170,8 +170,10 @@ def evaluate_model(
             card = scorecard(evaluation, index, model=model_folder, shards=shards, split=split)
             write_scorecard(card, evaluation.clips, out)
             print(render(card))
-            comparison = compare(baseline, evaluation.clips, str(compare_to)) if baseline is not None else None
-            if comparison:
+            comparison = None
+            if baseline is not None:
+                check_comparable(baseline[0], card)
+                comparison = compare(baseline[1], evaluation.clips, str(compare_to), card["metric"])
                 print(render_comparison(comparison))
             clip_audio = _worst_clip_audio(card, evaluation, stream)
             write_page(card, evaluation.clips, clip_audio, out / "scorecard.html", comparison)

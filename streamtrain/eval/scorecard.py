@@ -75,6 +75,7 @@ class _Card(TypedDict):
 
     metric: Literal["cer", "per"]
     profile: str
+    units: str
     cer: Number
     wer: Number
     interval_95: tuple[Number, Number] | None

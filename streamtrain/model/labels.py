@@ -84,7 +84,9 @@ def case_of(symbols: Sequence[str]) -> Case:
 
 
 def _has(vocab: Vocab, symbol: str) -> bool:
-    return symbol in vocab.ids or CHANGE_CASE[vocab.case](symbol) in vocab.ids
+    """Return whether a symbol has a token, and comes out as it went in: not if its case is lost, as of a Turkish ı."""
+    number = vocab.ids.get(symbol, vocab.ids.get(CHANGE_CASE[vocab.case](symbol)))
+    return number is not None and vocab.decode([number]) == symbol.strip()
 
 
 def _share(vocab: Vocab, policy: LabelPolicy) -> float:

@@ -104,6 +104,9 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
             f"{model}: its labels are of profile {profile or 'unknown'}, not one of the challenge's",
             f"train on shards of profile {' or '.join(TRACKS.values())}",
         )
+    if loaded.labels and (foreign := set(loaded.labels.symbols) - set(PROFILES[profile].symbols)):
+        raise PackageError(f"{model}: writes symbols that are not allowed: {', '.join(sorted(foreign)[:10])}",
+                           f"train on shards of profile {profile} with its own alphabet and units")  # fmt: skip
     settings = {
         "field": field_of(loaded.labels),
         "normalize": loaded.normalize,

@@ -19,6 +19,8 @@ from sharding.shardset.store import open_store
 from sharding.sources.manifest import Source, Utterance, read_source
 from sharding.sources.options import ManifestOptions
 from sharding.sources.splits import split_of
+from tests.tools.commands import Command
+from tests.tools.corpus import make_corpus, read_manifest, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
 Row = dict[str, object]
@@ -629,3 +631,23 @@ def test_a_line_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "dev-clean/84/198/84-198.trans.txt").write_bytes(b"84-198-0000 A\n84-198-0001 \xff\n")
     with pytest.raises(ManifestError, match=r"84-198\.trans\.txt:2: not UTF-8"):
         read_source(tmp_path, ManifestOptions("word"))
+
+
+def test_a_published_test_is_not_appended_to_a_set_that_was_split_by_speaker(
+    tmp_path: Path, run_sharding: Command
+) -> None:
+    """It would be trained on; unless the user says that speakers decide."""
+    first, second, out = make_corpus(tmp_path / "first"), make_corpus(tmp_path / "second", seed=1), tmp_path / "out"
+    rows = [row | {"split": ("train", "dev", "test")[i % 3]} for i, row in enumerate(read_manifest(second))]
+    write_manifest(second, rows)
+    assert run_sharding("build", first, "--out", out).returncode == 0
+    refused = run_sharding("build", second, "--out", out, "--append")
+    assert refused.returncode == 1
+    assert "has splits of its own, but the shard set was split by speaker" in refused.stderr
+    done = run_sharding("build", second, "--out", out, "--append", "--splits", "hash")
+    assert done.returncode == 0, done.stderr
+    official = tmp_path / "official"
+    assert run_sharding("build", second, "--out", official).returncode == 0
+    done = run_sharding("build", first, "--out", official, "--append")  # a source without splits goes by speaker
+    assert done.returncode == 0, done.stderr
+    assert len(read_index(open_store(official)).split("test")) == len(rows) // 3
