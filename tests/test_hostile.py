@@ -415,7 +415,7 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(("path", "value", "words"), [
     (("shards", 0, "count"), -1, "greater than or equal to 0"), (("shards", 0, "bytes"), 10**30, "less than or equal"),
     (("shards", 0, "bucket"), 99, "there are 2"), (("shards", 0, "count"), 10**6, "the shards have"),
-    (("shards", 0, "split"), "test", "should match"), (("shards", 0, "mode"), 1, "'shards.0.mode' is unknown"),
+    (("shards", 0, "split"), "dev", "should match"), (("shards", 0, "mode"), 1, "'shards.0.mode' is unknown"),
     (("shards", 1), None, "'shards.1' is None"), (("shards",), {}, "'shards' is {}"),
     (("samples", "count"), 2**40, "the shards have"), (("samples",), [], "'samples' is"),
     (("duration_bins",), [2.0, 1.0], "must increase"), (("duration_bins",), [-1.0], "greater than 0"),

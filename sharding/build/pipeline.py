@@ -157,10 +157,10 @@ class BuildResult:
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
     sources = _read_sources(locations, settings, run)
+    check_output(open_store(out), locations)
     asked, settings = settings.splits, keep_splits(open_store(out), settings)
     settings, labels = settle_policy(settings, sources)
     store = open_store(out, dry_run=run.dry_run)
-    check_output(open_store(out), locations)
     first = _read_base(store, settings, labels)
     labels = first.labels if first else labels
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:

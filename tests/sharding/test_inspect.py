@@ -25,7 +25,7 @@ from sharding.shardset.index import ShardIndex, read_index
 from sharding.shardset.store import open_store
 from sharding.shardset.table import read_clips
 from tests.tools.commands import Command
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.seaweed import BUCKET, Seaweed
 from tests.tools.shard_sets import flip_byte
 
@@ -256,7 +256,7 @@ def test_the_report_of_a_build_has_the_same_plot_of_durations(
 def test_levels_and_symbols_are_those_of_the_tars(shards: Path) -> None:
     entries = read_index(open_store(shards)).shards
     with Workers(2) as pool:
-        jobs = [(str(shards), entry, "phonetic") for entry in entries]
+        jobs = [(str(shards), entry, PHONES) for entry in entries]
         measured = pool.map(measure_shard, jobs, [entry.count for entry in entries], "measuring")
     assert min(min(levels) for levels, _ in measured) == SILENCE_DB
     for entry, (levels, counts) in zip(entries, measured, strict=True):

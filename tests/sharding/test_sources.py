@@ -320,7 +320,7 @@ def test_a_row_that_alone_has_no_id_or_one_is_refused(corpus: Path, tmp_path: Pa
 @pytest.mark.parametrize(("row", "said"), [
     ({"audio_filepath": "x.wav", "duration": 1.5, "text": "kæt"},
      "field 'audio_path' is missing; the row has: audio_filepath, duration, text\n"
-     "hint: did you mean --columns audio_path=audio_filepath\n"),
+     "hint: rename 'audio_filepath' to 'audio_path', or use --columns audio_path=audio_filepath\n"),
     ({"wav": "x.wav", "ipa": "kæt"}, "hint: map the columns with --columns audio_path=COLUMN,text=COLUMN\n"),
     ({"wav": "x.wav", "orthographic_text": "cat"},
      "hint: map the columns with --columns audio_path=COLUMN\n"),

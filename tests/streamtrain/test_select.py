@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sharding.build.scan import speaker_hash
+from sharding.labels.policy import LabelPolicy, policy_of
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
 from streamtrain.config import GROUPS, METRICS, SELECTIONS, ConfigError, load_config, name_score
@@ -19,13 +20,13 @@ from streamtrain.data.dataset import ShardStream
 from streamtrain.data.plan import Perturbation
 from streamtrain.distributed import World
 from streamtrain.eval.evaluate import evaluate
-from streamtrain.eval.metrics import EditCounts
+from streamtrain.eval.metrics import EditCounts, TextEdits
 from streamtrain.eval.scorecard import ClipScore, Evaluation, groupings, scorecard
 from streamtrain.model.inference import scoring_mode
 from streamtrain.run_status import read_result
 from streamtrain.training.checkpoint import list_checkpoints, open_checkpoint
 from streamtrain.training.run_log import read_before, read_log
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.models import VOCAB, talkative
 from tests.tools.ports import free_port
 from tests.tools.training_runs import losses, read_rows, run, training
@@ -34,38 +35,39 @@ SCRAPED = r"'{}': ([0-9]+(.|e-)[0-9]+),?"  # SageMaker's metric definitions
 SCORED = ("train.max_steps=3", "train.checkpoint_every=1", "eval.every_steps=1")
 
 
-def scored(errors: dict[str, tuple[int, int]], words: bool = True, loss: float | None = 1.5) -> Evaluation:
+def scored(errors: dict[str, tuple[int, int]], labels: LabelPolicy = PHONES, loss: float | None = 1.5) -> Evaluation:
     """Clips of ten symbols and two words by corpus: how many clips, and the edits in each."""
     clips = tuple(
         ClipScore(f"{corpus}-{number}", f"{corpus}-child-{number % 3}", "", corpus, "5-7", 1.0, True, "a", "b", 0.5,
-                  EditCounts(edits, 0, 0, 10), EditCounts(edits % 3, 0, 0, 2) if words else None)
+                  EditCounts(edits, 0, 0, 10), EditCounts(edits % 3, 0, 0, 2), EditCounts(2 * edits, 0, 0, 30))
         for corpus, (count, edits) in errors.items()
         for number in range(count)
     )  # fmt: skip
     total = sum((clip.counts for clip in clips), EditCounts())
-    all_words = sum((clip.words for clip in clips if clip.words), EditCounts()) if words else None
-    return Evaluation(total, all_words, clips, "word" if words else "phonetic", {}, loss, len(clips))
+    words = sum((clip.words for clip in clips), EditCounts())
+    characters = sum((clip.characters for clip in clips if clip.characters), EditCounts())
+    return Evaluation(TextEdits(total, characters, words, words), clips, labels, {}, loss, len(clips))
 
 
 def test_pooled_and_mean_scores_of_unequal_corpora_may_rank_two_models_differently() -> None:
     """The pooled score hides the small corpus."""
     for_many = scored({"large": (90, 1), "small": (10, 9)})
     for_all = scored({"large": (90, 2), "small": (10, 3)})
-    assert [each.score("cer") for each in (for_many, for_all)] == pytest.approx([0.18, 0.21])
-    assert [each.score("cer/corpus") for each in (for_many, for_all)] == pytest.approx([0.5, 0.25])
+    assert [each.score("cer") for each in (for_many, for_all)] == pytest.approx([0.12, 0.14])
+    assert [each.score("cer/corpus") for each in (for_many, for_all)] == pytest.approx([1 / 3, 1 / 6])
 
 
 def test_each_score_that_a_configuration_may_name_is_computed_where_its_metric_is(tmp_path: Path) -> None:
     evaluation = scored({"large": (9, 1), "small": (4, 9)})
     assert set(GROUPS) == {"child", *groupings(evaluation.clips)}
+    phones = replace(evaluation, labels=policy_of("timit39"))
     for select in SELECTIONS:
-        score = evaluation.score(select)
-        assert (score is None) == select.startswith("per")
+        assert (evaluation.score(select) is None) == select.startswith("per")
+        assert phones.score(select) is not None
         assert load_config("zero2", [f"eval.select={select}"]).eval.select == select
-    without = replace(evaluation, words=None, loss=None)
-    assert {select for select in SELECTIONS if without.score(select) is not None} == {
-        select for select in SELECTIONS if select.startswith("cer")
-    }
+    assert replace(evaluation, loss=None).score("loss") is None
+    assert phones.score("per/corpus") == pytest.approx(0.5)
+    assert phones.score("cer/corpus") == pytest.approx(1 / 3)
     assert (name_score("wer/age_bucket"), name_score("cer"), name_score("loss")) == (
         "mean WER by age bucket",
         "CER",
@@ -78,10 +80,11 @@ def test_each_score_that_a_configuration_may_name_is_computed_where_its_metric_i
 
 
 def test_the_mean_that_selects_is_that_of_the_scorecard(work: Path) -> None:
-    evaluation = scored({"large": (9, 1), "small": (4, 9)})
+    evaluation = scored({"large": (9, 1), "small": (4, 9)}, policy_of("ipa", "segments"))
     card = scorecard(evaluation, read_index(open_store(work / "shards")))
-    assert {name: macro["cer"] for name, macro in card["macro"].items()} == {
-        name: evaluation.score(f"cer/{name}") for name in GROUPS
+    assert card["metric"] == "per"
+    assert {name: macro["rate"] for name, macro in card["macro"].items()} == {
+        name: evaluation.score(f"per/{name}") for name in GROUPS
     }
 
 
@@ -129,16 +132,16 @@ def test_each_evaluation_is_printed_as_transformers_trainer_prints_it_and_logged
     rows = [row for row in read_rows(work / "printed") if row["eval_cer"]]
     assert len(lines) == len(rows) + 1  # before training, too
     for line, row in zip(lines[1:], rows, strict=True):
-        values = {name: float(match[0]) for name in ("eval_loss", "eval_cer", "eval_runtime",
+        values = {name: float(match[0]) for name in ("eval_loss", "eval_wer", "eval_cer", "eval_runtime",
                   "eval_samples_per_second", "epoch") for match in re.findall(SCRAPED.format(name), line)}  # fmt: skip
         assert list(json.loads(line.replace("'", '"'))) == list(values)
-        for name in ("eval_loss", "eval_cer", "eval_runtime"):
+        for name in ("eval_loss", "eval_wer", "eval_cer", "eval_runtime"):
             assert values[name] == pytest.approx(float(row[name]), abs=5e-5)
         assert row["eval_score"] == row["eval_cer"]
-        assert (row["eval_wer"], row["eval_per"]) == ("", "")
+        assert row["eval_per"] == ""  # of characters
     assert values["epoch"] == 1
     last = read_log(work / "printed" / "log.csv")[-1]
-    assert json.loads((work / "printed" / "before.json").read_text()).keys() == {"loss", "cer"}
+    assert json.loads((work / "printed" / "before.json").read_text()).keys() == {"loss", "wer", "cer"}
     card = json.loads((work / "printed" / "scorecard.json").read_text())
     if card["step"] == last.step:
         assert (card["loss"], card["cer"]) == (last.eval_loss, last.eval_cer)
@@ -158,16 +161,16 @@ def test_the_best_model_is_that_of_the_chosen_score_and_another_choice_seeks_it_
     assert "eval.select was 'loss', is 'cer/child': the best score is reset" in done.stderr
     state = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state
     card = json.loads((folder / "scorecard.json").read_text())
-    assert (state.select, state.best_score) == ("cer/child", card["macro"]["child"]["cer"])
+    assert (state.select, state.best_score) == ("cer/child", card["macro"]["child"]["rate"])
     assert [row.eval_score for row in read_log(folder / "log.csv")] == [None, None, state.best_score]
     assert "best mean CER by child" in run([sys.executable, "-m", "streamtrain", "summary", folder]).stdout
 
 
-@pytest.mark.parametrize("select", ["wer", "per/corpus"])
+@pytest.mark.parametrize("select", ["per", "per/corpus"])
 def test_a_score_that_the_labels_do_not_have_stops_the_run_before_its_first_step(select: str, work: Path) -> None:
     done = run(training(work, "unscorable", f"eval.select={select}", ranks=1), expect=1)
     assert f"eval.select is '{select}', but the labels of {work / 'shards'} have no {select[:3].upper()}" in done.stderr
-    assert "choose another score: loss, cer, or a mean over groups" in done.stderr
+    assert "choose another score: loss, wer, cer, or a mean over groups" in done.stderr
     assert not (work / "unscorable").exists()
 
 

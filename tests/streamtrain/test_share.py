@@ -27,6 +27,7 @@ from streamtrain.config import ConfigError, load_config
 from streamtrain.data.plan import PlanPrefix, PlanSettings, plan_epoch, plan_remaining
 from streamtrain.data.share import take_share
 from tests.tools.commands import ROOT, run_module
+from tests.tools.corpus import PHONES
 from tests.tools.training_runs import losses, read_rows, run, training
 
 PER_SHARD = 20
@@ -48,7 +49,7 @@ def write_indexes(folder: Path, speakers: list[str], split: str = "train") -> Sh
         keys = tuple(f"clip-{number}" for number in range(start, start + len(names)))
         records.append(write_shard_index(store, ShardRecord(entry, keys, infos, table)))
     samples = join_samples([record.samples for record in records])
-    return ShardIndex((9.0,), {}, "", "", {}, tuple(record.entry for record in records), samples)
+    return ShardIndex((9.0,), {}, "", "", PHONES, {}, tuple(record.entry for record in records), samples)
 
 
 def seconds_of(index: ShardIndex) -> float:

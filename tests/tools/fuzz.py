@@ -222,12 +222,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
     clip = {"utterance_id": "a", "child_id": "c", "session_id": "", "corpus": "m", "age_bucket": "", "seconds": 1.0,
             "decoded": True, "reference": "kæt", "hypothesis": "kæp", "confidence": 0.9, "counts": counts,
             "words": counts}  # fmt: skip
-    said = {
-        "metric": "cer",
-        "profile": "pasketti",
-        "cer": 0.5,
-        "wer": 0.5,
-        "interval_95": [0.1, 0.9],
+    said = RATES | {
         "children": 2,
         "clips": 2,
         "split": "valid",
@@ -307,7 +302,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
     manifest, found = corpus / MANIFEST, {}
 
     def read_rows(path: Path) -> None:
-        source = read_source(path, ManifestOptions("phonetic"))
+        source = read_source(path, ManifestOptions("pasketti"))
         for row in range(len(source)):
             source.parse(row)
         find_recordings([str(path)])
@@ -336,7 +331,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    job = TarJob(str(folder), "theirs.tar", "valid", "phonetic", 25.0)
+    job = TarJob(str(folder), "theirs.tar", "valid", PHONES, 25.0)
     found["tar"] = Document(folder / "theirs.tar", partial(index_tar, job))
     with zipfile.ZipFile(folder / "audio.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(sound, "audio/one.flac")
@@ -385,7 +380,7 @@ def documents_of_layouts(folder: Path, sound: bytes) -> dict[str, Document]:
         (folder / name).write_bytes(sound)
 
     def read(location: Path) -> None:
-        source = read_source(location, ManifestOptions("phonetic"))
+        source = read_source(location, ManifestOptions("pasketti"))
         for row in range(len(source)):
             source.parse(row)
 
@@ -407,7 +402,7 @@ def read_parquet(folder: Path) -> None:
     """Read the rows, and the audio of each."""
     archives._open_column.cache_clear()  # the file is another one each time
     parquet._kept.clear()
-    source = read_source(folder, ManifestOptions("phonetic"))
+    source = read_source(folder, ManifestOptions("pasketti"))
     for row in range(len(source)):
         with suppress(AudioError), archives.open_audio(source.layout.audio, source.parse(row).audio_path) as (file, _):
             file.read()
