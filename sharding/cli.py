@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 from pydantic import Field
@@ -29,17 +29,22 @@ from sharding.command import (
 )
 from sharding.errors import AudioError, ManifestError, ShardError, StreamtrainError, counted
 from sharding.files.document import Fraction, Number
-from sharding.shardset.build_config import BuildConfig, MaxDuration, Track, WordLLR, checked
+from sharding.labels.profiles import TRACKS, allow_profile
+from sharding.labels.units import Units
+from sharding.shardset.build_config import BuildConfig, MaxDuration, WordLLR, checked
 
 if TYPE_CHECKING:
     from sharding.audio.codec import Waveform
+    from sharding.audio.vad import SpeechActivity
+    from sharding.build.pipeline import BuildResult
     from sharding.segment.evidence import Alignments
     from sharding.segment.split import Segment
-    from sharding.sources.manifest import ManifestOptions
+    from sharding.sources.options import ManifestOptions
 
 # Imports stay inside the commands, so that each tells at once what it begins.
 
 DEFAULTS = BuildConfig()
+Track = Literal["phonetic", "word"]
 DEFAULT_SOURCES = "data/raw/*"
 REJECTED_HINT = "report/ledger.jsonl.zst has the reason for each; the set is whole and can be used if they are right"
 REPORT_HINT = "copy it again, with all that is in report/; a set older than its sums gets them with the next --append"
@@ -64,22 +69,34 @@ class ReadingOptions:
 
     columns: Annotated[str, Parameter(metavar="FIELD=COLUMN,…")] = ""
     """The columns of a transcripts file that has other names, such as audio_path=path,text=sentence. Fields:
-    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes."""
+    utterance_id, audio_path, text, child_id, session_id, audio_duration_sec, age_bucket, md5_hash, filesize_bytes,
+    split; offset_sec and duration_sec, if a row is a range of a longer recording."""
     follow_links: bool = False
     """Also read audio that links lead to outside its source's folder, as git-annex and the Hugging Face cache lay it
     out: whoever made the links decides which files are read."""
     audio_root: Annotated[str, Parameter(metavar="FOLDER")] = ""
     """Take absolute audio paths, as NeMo's manifests have them, that lie below this folder, and look up relative ones
     in it instead of in the folder of their transcripts."""
+    labels: Literal["text", "phones"] = "text"
+    """Of a corpus with both, such as TIMIT: learn its sentences, or its phones."""
+    include_sa: bool = False
+    """Also read TIMIT's SA sentences: all speakers read the same two, those of the test as well."""
     alignments: Place | None = None
     """What `align` has written of shards of the same sources with the same --max-duration: segments of long recordings
     then get the words that a model heard in them."""
 
     def manifest_options(self) -> "ManifestOptions":
-        from sharding.sources.manifest import ManifestOptions, parse_columns
+        from sharding.sources.manifest import parse_columns
+        from sharding.sources.options import ManifestOptions
 
         columns = parse_columns(self.columns)
-        return ManifestOptions(columns=columns, follow_links=self.follow_links, audio_root=self.audio_root)
+        return ManifestOptions(
+            columns=columns,
+            follow_links=self.follow_links,
+            audio_root=self.audio_root,
+            labels=self.labels,
+            include_sa=self.include_sa,
+        )
 
 
 @app.command(group=SHARDS, help_epilogue="Example: streamtrain build data/raw/* --out data/shards --max-duration 25")
@@ -89,6 +106,7 @@ def build(
     *,
     out: OutFolder = "data/shards",
     config: BuildConfig = DEFAULTS,
+    track: Track | None = None,
     reading: ReadingOptions = ReadingOptions(),
     workers: Workers = CORES,
     append: bool = False,
@@ -99,9 +117,11 @@ def build(
     """Turn audio and labels into tar shards bucketed by duration.
 
     Args:
-        sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip,
-            Common Voice folders, or transcripts files.
+        sources: Folders with their transcripts (JSONL, CSV or TSV, also .gz and .zst) beside audio/ or audio.zip, or
+            transcripts files; corpora as they are published: Common Voice, LibriSpeech, Kaldi data folders, manifests
+            of NeMo, cuts of lhotse, TIMIT, datasets in parquet files.
         out: Folder or s3://bucket/prefix of the shard set.
+        track: The challenge's name of a profile: phonetic is pasketti, word is english.
         workers: Processes (default: the cores); the result is the same for any number.
         append: Add the sources' clips that are not in OUT yet; what is there stays as it is, bins, shards and
             validation speakers. A run that began before goes on with the clips it began with.
@@ -118,7 +138,7 @@ def build(
     from sharding.report.summary import render
 
     alignments = _read_alignments(reading.alignments)
-    config = checked(asdict(config) | {"alignments": alignments.digest})
+    config = checked(asdict(config) | {"alignments": alignments.digest, "profile": _profile_of(config.profile, track)})
     how = RunOptions(workers, reading.manifest_options(), dry_run, append, scheduler, alignments)
     built = build_shards(_find_sources(sources), out, config, how)
     if built.summary:
@@ -128,8 +148,24 @@ def build(
     done = "would be built so; nothing was written" if dry_run else "built"
     same = "was built before from the same rows, and audio of the same sizes; nothing to do"
     print(f"{out}: {done if built.built else same}")
+    _check_rejected(out, built.rejected, max_reject_rate, _hint_of(built, dry_run))
+
+
+def _hint_of(built: "BuildResult", dry_run: bool) -> str:
+    """Return what to do if many clips were rejected."""
+    from sharding.build.alphabet import RARE
+
     hint = "look at the files named above" if dry_run else REJECTED_HINT
-    _check_rejected(out, built.rejected, max_reject_rate, hint)
+    if built.summary and any(reason.startswith(RARE) for reason in built.summary["reasons"]):
+        hint += "; --min-symbol-count 1 keeps clips with rare symbols, if these are no typing errors"
+    return hint
+
+
+def _profile_of(profile: str, track: Track | None) -> str:
+    """Return the profile that --profile or --track names. Raises StreamtrainError if they name different ones."""
+    if track and profile not in ("", TRACKS[track]):
+        raise StreamtrainError(f"--track {track} is profile {TRACKS[track]!r}, --profile is {profile!r}", "give one")
+    return TRACKS[track] if track else profile
 
 
 def _read_alignments(path: str | None) -> "Alignments":
@@ -238,13 +274,15 @@ def _repair(shards: str, sources: Sequence[str], reading: ReadingOptions, decode
         print(f"{shards}: nothing is damaged")
 
 
-@app.command(group=SHARDS, help_epilogue="Example: streamtrain index s3://speech/tars --valid 'dev-*' --track word")
+@app.command(group=SHARDS, help_epilogue="Example: streamtrain index s3://speech/tars --valid 'dev-*' --profile text")
 def index(
     shards: Place,
     /,
     *,
     valid: Annotated[list[str], several("PATTERN")] = [],  # noqa: B006
-    track: Track = "phonetic",
+    profile: Annotated[str, Parameter(metavar="NAME")] = "text",
+    units: Units | None = None,
+    min_symbol_count: Annotated[int, Field(ge=1), WHOLE] = DEFAULTS.min_symbol_count,
     max_duration: MaxDuration = DEFAULTS.max_duration,
     workers: Workers = CORES,
     max_reject_rate: Fraction = 0.01,
@@ -253,19 +291,24 @@ def index(
 
     Args:
         shards: Folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in a json
-            as text, phonetic_text or orthographic_text.
+            as text, or in the profile's field: phonetic_text, orthographic_text.
         valid: Tars to validate on, by their names below that folder; each pattern must fit one (default: `*val*` and
             `*dev*`, if there are such).
-        track: What the labels are: IPA phones or written words.
+        profile: Normal form of the labels, as in `build`.
+        units: Symbols of a label, as in `build`.
+        min_symbol_count: As in `build`, for a profile that has no alphabet.
         max_duration: Longer samples are rejected, s.
         workers: Processes (default: the cores).
         max_reject_rate: Share of rejected samples above which the finished command fails.
     """
     announce(f"indexing the tars of {shards}")
     from sharding.build.external import index_tars
+    from sharding.labels.policy import policy_of
     from sharding.report.summary import render
 
-    made, summary, rejected = index_tars(shards, track, valid, max_duration, workers)
+    allow_profile(profile)
+    labels = policy_of(profile, units)
+    made, summary, rejected = index_tars(shards, labels, valid, max_duration, workers, min_symbol_count)
     print(render(summary, shards))
     print(f"{shards}: indexed, {counted(len(made.samples), 'sample')} in {counted(len(made.shards), 'tar')}")
     _check_rejected(shards, rejected, max_reject_rate, REJECTED_HINT)
@@ -303,6 +346,8 @@ def split(
     /,
     *,
     text: str = "",
+    profile: Annotated[str, Parameter(metavar="NAME")] = "pasketti",
+    units: Units | None = None,
     alignments: Place | None = None,
     max_duration: MaxDuration = DEFAULTS.max_duration,
     min_confidence: Fraction = DEFAULTS.min_confidence,
@@ -317,6 +362,8 @@ def split(
     Args:
         audio: Audio file.
         text: Its label, or a text file that holds it.
+        profile: Normal form of the label, as in `build`.
+        units: Symbols of the label, as in `build`.
         alignments: What `align` has written of it, and of others like it.
         max_duration: Longest segment, s.
         min_confidence: As in `build`, whose help explains when a segment keeps its words.
@@ -326,25 +373,35 @@ def split(
     """
     announce(f"cutting {audio}")
     from sharding.audio.codec import SAMPLE_RATE
-    from sharding.audio.vad import detect_speech, find_pauses
-    from sharding.labels.ipa import read_label
+    from sharding.audio.vad import detect_speech
+    from sharding.labels.policy import policy_of
     from sharding.segment.acoustic_model import example_of, fit
     from sharding.segment.split import LabelThresholds, split_recording
 
     waveform = _decode(audio)
     name, activity, aligned = Path(audio).stem, detect_speech(waveform), _read_alignments(alignments)
     gates = LabelThresholds(min_confidence, aligned.bound(max_false_accept), min_word_llr)
-    label, evidence = read_label(_text_of(text), "phonetic"), aligned.of(name)
-    model = fit([example_of(name, label, waveform)], "phonetic", max_false_accept)
-    segments = split_recording(name, waveform, label, max_duration, activity, evidence, model, gates)
+    allow_profile(profile)
+    labels = policy_of(profile, units)
+    label, evidence = labels.normalize(_text_of(text)), aligned.of(name)
+    labels = labels.with_symbols_of(label)
+    model = fit([example_of(name, label, waveform)], labels, max_false_accept)
+    segments = split_recording(name, waveform, label, max_duration, activity, evidence, model, gates, labels)
     print(f"{len(waveform) / SAMPLE_RATE:.2f} s in {counted(len(segments), 'segment')}")
     print("\n".join(map(_render_segment, segments)))
-    if plot:  # matplotlib takes a second to import
-        from sharding.files.writing import write
-        from sharding.report.plots import plot_split
+    if plot:
+        _draw_split(plot, name, waveform, activity, segments)
 
-        write(plot, plot_split(name, waveform, activity, find_pauses(activity), segments))
-        print(f"wrote {plot}")
+
+def _draw_split(
+    plot: Path, name: str, waveform: "Waveform", activity: "SpeechActivity", segments: Sequence["Segment"]
+) -> None:
+    from sharding.audio.vad import find_pauses
+    from sharding.files.writing import write
+    from sharding.report.plots import plot_split  # matplotlib takes a second to import
+
+    write(plot, plot_split(name, waveform, activity, find_pauses(activity), segments))
+    print(f"wrote {plot}")
 
 
 def _decode(audio: str) -> "Waveform":

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sharding.errors import StreamtrainError
 from sharding.pool import available_cores
@@ -14,6 +14,7 @@ from sharding.shardset.index import check_presence
 from streamtrain.config import Config
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
 from streamtrain.data.shard_set import ShardSet, as_shard_set
+from streamtrain.data.share import take_share
 
 if TYPE_CHECKING:
     from sharding.build.pipeline import BuildResult
@@ -35,6 +36,8 @@ def build(
     columns: str = "",
     audio_root: str = "",
     follow_links: bool = False,
+    labels: Literal["text", "phones"] = "text",
+    include_sa: bool = False,
     **settings: Any,
 ) -> "BuildResult":
     """Build a shard set from corpora. In a script, call it under `if __name__ == "__main__":`, as it starts processes.
@@ -44,12 +47,13 @@ def build(
         out: Folder or URL of the shard set.
         workers: Processes (default: the cores).
         append: Add clips that `out` lacks.
-        dry_run: Decode, check and plan everything, and write nothing.
+        dry_run: Check and plan everything, write nothing.
         alignments: Output of `align` on shards of the same sources.
         columns: Columns of a transcripts file with other names: "audio_path=path,text=sentence".
         audio_root: Folder of absolute audio paths.
         follow_links: Also read audio that links lead to outside its source's folder.
-        **settings: Settings of the bytes, such as `max_duration=25` (s), `track="word"`, `num_buckets=8`.
+        labels, include_sa: Sentences or phones of a corpus with both; also the SA sentences, of TIMIT.
+        **settings: Settings of the bytes, such as `max_duration=25` (s), `profile="text"`, `num_buckets=8`.
 
     Returns:
         The index, the summary, and the share of rejected clips.
@@ -63,17 +67,21 @@ def build(
     from sharding.build import pipeline
     from sharding.segment.evidence import NO_ALIGNMENTS, read_alignments
     from sharding.shardset.build_config import checked
-    from sharding.sources.manifest import ManifestOptions, parse_columns
+    from sharding.sources.manifest import parse_columns
+    from sharding.sources.options import ManifestOptions
 
+    _check_build(sources, workers)
+    aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
+    manifests = ManifestOptions("", parse_columns(columns), "", follow_links, audio_root, "auto", labels, include_sa)
+    options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
+    return pipeline.build([*map(Path, sources)], str(out), checked(settings | {"alignments": aligned.digest}), options)
+
+
+def _check_build(sources: Sequence[str | Path], workers: int | None) -> None:
     if isinstance(sources, str | Path) or not sources:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
     if workers is not None and workers < 1:
         raise StreamtrainError(f"workers is {workers}: at least 1 is expected")
-    aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
-    manifests = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root)
-    options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
-    config = checked(settings | {"alignments": aligned.digest})
-    return pipeline.build([Path(source) for source in sources], str(out), config, options)
 
 
 def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> EpochPlan:
@@ -93,7 +101,9 @@ def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> Epoch
     Example:
         >>> plan(shards, load_config("zero2")).steps
     """
-    return plan_epoch(as_shard_set(shards).index, PlanSettings.of(config), epoch)
+    shards = as_shard_set(shards)
+    index = take_share(shards.index, shards.store, config.data.fraction, config.data.hours)
+    return plan_epoch(index, PlanSettings.of(config), epoch)
 
 
 def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunResult":
@@ -107,14 +117,14 @@ def train(config: Config, resume: str = "auto", replan: bool = False) -> "RunRes
         replan: Accept changed batching settings at a resume.
 
     Returns:
-        How the run ended: `step`, `limit` (the setting that ended it), `best_cer` and `best_step`.
+        How the run ended: `step`, `limit` (the setting that ended it), `best_score` (of `eval.select`) and `best_step`.
 
     Raises:
         StreamtrainError: If the configuration, the data or a resume has a fault, or SIGTERM or Ctrl-C stopped the run.
             The same call then resumes it.
 
     Example:
-        >>> train(load_config("demo", ["train.max_steps=10"])).best_cer
+        >>> train(load_config("demo", ["train.max_steps=10"])).best_score
     """
     from streamtrain.distributed import join_group
     from streamtrain.run_status import read_result
@@ -151,15 +161,15 @@ def evaluate(
     Args:
         model: As `load_model` returns it.
         shards: As `open_shards` returns it, or its folder or URL.
-        split: "valid" or "train".
+        split: "valid", "test" or "train".
         batch_seconds: Padded seconds per forward.
         beam: Width of the prefix beam search; 0: the best path.
 
     Returns:
-        Integer counts of all clips (`total`), `cer`, `wer` (word track) and `clips` with their hypotheses.
+        Integer counts of all clips (`total`), `cer`, `wer`, `per`, `loss` and `clips` with their hypotheses.
 
     Raises:
-        StreamtrainError: If the split has no clips, the model is of another track, or shards are missing.
+        StreamtrainError: If the split has no clips, the model writes other labels, or shards are missing.
 
     Example:
         >>> evaluate(load_model("runs/zero2/best"), open_shards("data/shards")).cer

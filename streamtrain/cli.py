@@ -29,6 +29,7 @@ from sharding.command import (
 )
 from sharding.errors import StreamtrainError
 from sharding.files.writing import file_to_replace
+from sharding.labels.units import Units
 from streamtrain import ranks
 from streamtrain.launcher import LaunchOptions, count_ranks, is_rank, launch
 
@@ -134,17 +135,22 @@ def evaluate(*, options: ranks.EvaluateOptions, where: LaunchOptions = HERE) -> 
 
 
 @app.command(group=TRAINING, help_epilogue="Example: streamtrain summary runs/zero2")
-def summary(run_dir: Place, /) -> None:
+def summary(run_dir: Place, /, *, html: bool = False) -> None:
     """Show what a run has reached and where its files are; fail if it has not finished.
 
     Args:
         run_dir: The run's folder, such as runs/zero2.
+        html: Write report.html there too: its settings, data, curves, epochs, transcriptions, machines, wall time.
     """
     announce(f"reading {run_dir}")
     from streamtrain.run_status import check_mirrored, read_result
     from streamtrain.training.run_log import render_run
 
     folder = Path(run_dir)
+    if html:
+        from streamtrain.training.report import write_report
+
+        print(f"{write_report(folder)}: written")
     print(render_run(folder))
     check_mirrored(folder, read_result(folder))
 
@@ -226,18 +232,32 @@ def align(
 
 
 @app.command(group=MODELS, help_epilogue="Example: streamtrain score texts.jsonl data/raw/a/transcripts.jsonl")
-def score(predicted: Place, actual: Place, /, *, json: bool = False) -> None:
-    """Print the CER or WER of a submission, as the challenge scores it.
+def score(
+    predicted: Place,
+    actual: Place,
+    /,
+    *,
+    profile: Annotated[str, Parameter(metavar="NAME")] = "",
+    units: Units | None = None,
+    json: bool = False,
+) -> None:
+    """Print the error rates of texts, as the challenge scores them: over symbols, words and characters.
 
     Args:
-        predicted: JSONL with utterance_id and phonetic_text (CER) or orthographic_text (WER).
+        predicted: JSONL with utterance_id and phonetic_text (CER), orthographic_text (WER) or text.
         actual: JSONL with utterance_id and the same field, such as a transcripts file.
+        profile: Normal form in which they are compared, as in `build` (default: pasketti of phonetic_text, english of
+            orthographic_text, text of text).
+        units: Symbols of a text, as in `build`.
         json: Print JSON.
     """
     announce(f"scoring {predicted} by {actual}")
+    from sharding.labels.policy import policy_of
+    from sharding.labels.profiles import allow_profile
     from streamtrain.eval.score import render, score_files
 
-    result = score_files(Path(predicted), Path(actual))
+    allow_profile(profile)
+    result = score_files(Path(predicted), Path(actual), policy_of(profile, units) if profile else None)
     print(json_format.dumps(result) if json else render(result))
 
 
@@ -302,11 +322,11 @@ def package(
     from streamtrain.submission.package import package as pack
     from streamtrain.submission.package import rehearse, render
 
-    track = pack(model, out, batch_seconds)
+    profile = pack(model, out, batch_seconds)
     size = f", {out.stat().st_size / 2**20:,.1f} MB" if out.is_file() else ""
-    print(f"{out}: written{size}, {track} track")
+    print(f"{out}: written{size}, profile {profile}")
     if check is not None:
-        print(render(rehearse(out, check[0] if check else None, python), track))
+        print(render(rehearse(out, check[0] if check else None, python), profile))
 
 
 @app.command(group=HELP, help_epilogue="Example: streamtrain doctor s3://speech/shards")
@@ -353,6 +373,6 @@ def config(
 
 def _check_model(folder: Path) -> None:
     """Raise StreamtrainError if the folder holds no model."""
-    from streamtrain.model.vocab import load_vocab
+    from streamtrain.model.tokenizer import load_vocab
 
     load_vocab(folder)

@@ -45,6 +45,10 @@ class DataConfig(Section):
     """Maximum of a micro-batch, s, padding included: clips × longest."""
     device_batch_seconds: PositiveFloat | None = None
     """Maximum of a rank's merged micro-batches of a step, s; null: they are not merged."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training split to train on: whole speakers, the same ones each time; 0.1's are among 0.2's."""
+    hours: PositiveFloat | None = None
+    """Or the hours of it to train on, likewise; null: all."""
     shuffle_shards: PositiveInt = 4
     """Shards of a bucket shuffled together: more mix better, fewer need less cache."""
     length_jitter: float = Field(0.004, ge=0)
@@ -61,6 +65,12 @@ class DataConfig(Section):
     """Range such as [5, 40], dB: random SNR of coloured noise in each clip and epoch."""
     gain_db: float = Field(0.0, ge=0, le=60)
     """Maximum random gain, ±dB, if the model's inputs are not normalised."""
+
+    @model_validator(mode="after")
+    def _check_share(self) -> "DataConfig":
+        if self.fraction != 1 and self.hours is not None:
+            raise ValueError("give either data.fraction or data.hours, not both")
+        return self
 
     @model_validator(mode="after")
     def _check_device_batch(self) -> "DataConfig":
@@ -81,8 +91,8 @@ class ModelConfig(Section):
     """Model to start from: a hub name or a local folder."""
     scratch: dict[str, Any] | None = None
     """Or the fields of a Wav2Vec2Config, for a model with random weights."""
-    vocab: Literal["auto", "new"] = "auto"
-    """CTC head: auto keeps the model's if it has one, new replaces it."""
+    vocab: Literal["auto", "own", "new"] = "auto"
+    """Tokens and head: own are the model's, new are the labels'; auto: own if they cover 95 % of the labels."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Rate of all of the model's dropouts."""
     freeze_cnn: bool = True
@@ -144,11 +154,34 @@ class TrainConfig(Section):
     """Decides the order of clips, the augmentation and new weights."""
 
 
+METRICS, GROUPS = ("cer", "wer", "per"), ("child", "corpus", "age_bucket", "duration", "label_length")
+SELECTIONS = ("loss", *METRICS, *(f"{metric}/{group}" for metric in METRICS for group in GROUPS))
+
+
+def name_score(select: str) -> str:
+    """Return what the score of an `eval.select` is called: "CER", "mean WER by corpus", "loss"."""
+    metric, _, group = select.partition("/")
+    name = metric.upper() if metric in METRICS else metric
+    return f"mean {name} by {group.replace('_', ' ')}" if group else name
+
+
 class EvalConfig(Section):
     every_steps: PositiveInt = 500
     """Steps between evaluations; the last step is evaluated too."""
     split: str = "valid"
-    """Clips to score: valid or train."""
+    """Clips to score: valid, test or train."""
+    select: str = "cer"
+    """Score by which best/ is chosen: cer, wer, per or loss, or a mean over groups, such as cer/corpus or wer/child."""
+
+    @field_validator("select")
+    @classmethod
+    def _check_select(cls, value: str) -> str:
+        if value not in SELECTIONS:
+            groups = ", ".join(GROUPS)
+            raise ValueError(
+                f"give cer, wer, per or loss, or a mean over groups, such as cer/corpus (groups: {groups})"
+            )
+        return value
 
 
 class Config(Section):
@@ -193,6 +226,13 @@ class Config(Section):
             }
         )
 
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
 
 # Keys at the top of the engine's section that a test covers. DeepSpeed silently ignores unknown keys, and many known
 # ones change what a step computes.
@@ -270,10 +310,8 @@ def _find(path: str | Path) -> Path:
 def explain(config: Config | None) -> str:
     """Return a line for each key: its name, its value (default: the default's), and its meaning."""
     lines = []
-    for section, field in Config.model_fields.items():
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            continue
-        for key, one in field.annotation.model_fields.items():
+    for section, kind in SECTIONS.items():
+        for key, one in kind.model_fields.items():
             default = json.dumps(one.default)
             value = default if config is None else json.dumps(getattr(getattr(config, section), key))
             changed = "" if value == default else f" (default: {default})"
@@ -322,9 +360,4 @@ def _comparable(location: str) -> str:
 
 
 def _all_keys() -> list[str]:
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    keys = list(sections)
-    for name, section in sections.items():
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-    return keys
+    return [*Config.model_fields, *(f"{name}.{key}" for name, kind in SECTIONS.items() for key in kind.model_fields)]

@@ -61,7 +61,7 @@ class EvaluateOptions:
     """Folder for scorecard.json, scorecard.html and hypotheses.jsonl."""
     shards: Place = "data/shards"
     """Folder or URL of a shard set."""
-    split: Literal["valid", "train"] = "valid"
+    split: Literal["valid", "test", "train"] = "valid"
     """Clips to score."""
     batch_seconds: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 40.0
     """Padded seconds per forward: larger is faster and takes more memory."""
@@ -74,7 +74,7 @@ class EvaluateOptions:
         """Raise StreamtrainError if there is no such model or no such shard set."""
         from sharding.shardset.index import read_index_header
         from sharding.shardset.store import open_store
-        from streamtrain.model.vocab import load_vocab
+        from streamtrain.model.tokenizer import load_vocab
 
         load_vocab(self.model)
         read_index_header(open_store(self.shards))

@@ -13,6 +13,7 @@ from sharding.errors import StreamtrainError
 from sharding.files.document import STRICT, DocumentError, Number, Size, parse, read_document
 from sharding.files.writing import explaining, write_inside
 from streamtrain.atomic import aside_of, move_aside, recover_replaced
+from streamtrain.config import name_score
 
 RESULT_NAME = "finished.json"
 UNMIRRORED = "train.mirror lacks the newest checkpoint and best/, which this disk alone holds"
@@ -29,15 +30,17 @@ class RunResult:
 
     step: Size
     limit: str  # the setting that ended it, such as "train.max_steps=40"
-    best_cer: Number | None  # None if nothing was scored
+    best_score: Number | None  # None if nothing was scored
     best_step: Size | None
     unmirrored: str | None = None  # why train.mirror lacks the run's end
+    select: str = "cer"  # what `best_score` is: the run's `eval.select`
 
     def __str__(self) -> str:
         verdict = ": training did not improve the model" if self.best_step == 0 < self.step else ""
         best = "nothing was scored: best/ holds the last weights"
-        if self.best_cer is not None:
-            best = f"best CER {self.best_cer:.4f} at step {self.best_step or 0:,}{verdict}"
+        if self.best_score is not None:
+            name = name_score(self.select)
+            best = f"best {name} {self.best_score:.4f} at step {self.best_step or 0:,}{verdict}"
         unmirrored_note = f"; {UNMIRRORED}: {self.unmirrored}" if self.unmirrored else ""
         return f"finished at step {self.step:,}, by {self.limit}; {best}{unmirrored_note}"
 

@@ -44,7 +44,7 @@ WRITE_OTHERWISE = {  # than through sharding.files.writing
     "streamtrain.atomic": "whole folders",
     "streamtrain.training.checkpoint": "into a folder of that, and links",
     "streamtrain.infer.export": "likewise",
-    "streamtrain.model.vocab": "likewise",
+    "streamtrain.model.tokenizer": "likewise",
     "streamtrain.data.cache": "shards, range by range",
     "streamtrain.training.mirror": "a run folder, by renaming what was fetched whole",
     "streamtrain.infer.transcribe": "rows, which a kill does not undo",

@@ -38,11 +38,13 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.store import FolderStore, Store
 from sharding.shardset.verify import check_shard, find_faults
 from sharding.sources.archive import AudioRoot, open_audio
-from sharding.sources.manifest import ManifestOptions, read_row
+from sharding.sources.options import ManifestOptions
+from sharding.sources.tables import read_row
 from streamtrain.config import ModelConfig
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import load
 from streamtrain.model.pretrained import ModelError, load_model
+from tests.tools.corpus import PHONES
 from tests.tools.fuzz import LONGEST_SEC, MOST_BYTES, Document, make_documents, try_all
 from tests.tools.modules import MODULES, ROOT
 from tests.tools.tiny_model import make_tiny_model
@@ -52,15 +54,18 @@ KINDS = (
     "scorecard.json", "hypotheses.jsonl", "--config", "--set", "state.json", "vocab.json", "newest.json", "lock",
     "transcripts.jsonl", "transcripts.csv", "transcripts.tsv", "transcripts.jsonl.gz", "transcripts.csv.zst", "tar",
     "zip", "flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf", "SHA256SUMS", "config.json", "model.safetensors",
-    "processor_config.json", "vocab.json of others", "card's scorecard.json", "card's training.json",
-    "card's trained_on.json", "finished.json", "log.csv", "submission.json", "submission_format.jsonl",
-    "submission.jsonl", "transcribe's state",
+    "preprocessor_config.json", "tokenizer_config.json", "labels.json", "vocab.json of others", "card's scorecard.json",
+    "card's training.json", "card's trained_on.json", "finished.json", "log.csv", "submission.json",
+    "submission_format.jsonl", "submission.jsonl", "transcribe's state",
+    "cuts/cuts_dev.jsonl", "nemo/train.json", "kaldi/train/wav.scp", "kaldi/train/segments", "kaldi/train/text",
+    "libri/dev-clean/1/2/1-2.trans.txt", "cv/train.tsv", "cv/test.tsv",
+    "timit/TEST/DR1/FELC0/SX1.TXT", "parquet",
 )  # fmt: skip
 READ_IN_PART = {  # whatever else is in them
     "IndexHeader": "an index of any version", "_Holder": "a lock file, which may be another program's",
     "sharding.report.ledger": "its rows are kept as they are",
     "sharding.segment.evidence": "rows of `align`, which say more to people",
-    "_Rate": "one number of a scorecard", "_Card": "some of a scorecard",
+    "_ChildrenDocument": "whose each clip of a shard is", "_ChildColumn": "likewise", "_Card": "some of a scorecard",
     "_Group": "likewise", "_Validation": "likewise", "_Data": "for a model card", "_Training": "likewise",
     "_Settings": "one setting of main.py's",
 }  # fmt: skip
@@ -84,7 +89,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> FolderSto
 
 
 def check_first(store: Store) -> None:
-    check_shard(store, read_checked(store, read_index(store).shards[0]))
+    check_shard(store, read_checked(store, read_index(store).shards[0]), PHONES)
 
 
 def read_first(store: Store) -> None:
@@ -169,7 +174,8 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
     BOMBS[name](tmp_path / name)
     script = (
         "import re, sys, time\nfrom pathlib import Path\nfrom sharding.errors import ManifestError\n"
-        "from sharding.sources.manifest import ManifestOptions, read_source\n"
+        "from sharding.sources.manifest import read_source\n"
+        "from sharding.sources.options import ManifestOptions\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "start, before = time.process_time(), peak()\n"
         "try:\n    read_source(Path(sys.argv[1]), ManifestOptions())\n"
@@ -192,12 +198,12 @@ def test_transcripts_that_fill_a_machine_are_refused_in_words(name: str, tmp_pat
 ])  # fmt: skip
 def test_a_row_that_says_a_thing_twice_is_refused(line: bytes) -> None:
     with pytest.raises(ManifestError, match=r"'(phonetic_text|a)' occurs twice"):
-        read_row(line, 1, "rows.jsonl")
+        read_row(line, "rows.jsonl:1")
 
 
 def test_a_row_of_another_program_may_hold_what_is_no_number() -> None:
     """As pandas writes what is missing; a column that is read says so."""
-    assert list(read_row(b'{"text": "a:b", "snr": NaN, "gain": -Infinity}', 1, "rows.jsonl")) == ["text", "snr", "gain"]
+    assert list(read_row(b'{"text": "a:b", "snr": NaN, "gain": -Infinity}', "rows.jsonl:1")) == ["text", "snr", "gain"]
 
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -326,7 +332,7 @@ def test_a_file_much_larger_than_its_index_says_is_not_read(copied: Path) -> Non
     index = read_index(store)
     os.truncate(copied / index.shards[0].name, 2**40)
     with pytest.raises((ShardError, StoreError), match="1,099,511,627,776 bytes"):
-        check_shard(store, read_checked(store, index.shards[0]))
+        check_shard(store, read_checked(store, index.shards[0]), PHONES)
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------
@@ -409,11 +415,13 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(("path", "value", "words"), [
     (("shards", 0, "count"), -1, "greater than or equal to 0"), (("shards", 0, "bytes"), 10**30, "less than or equal"),
     (("shards", 0, "bucket"), 99, "there are 2"), (("shards", 0, "count"), 10**6, "the shards have"),
-    (("shards", 0, "split"), "test", "should match"), (("shards", 0, "mode"), 1, "'shards.0.mode' is unknown"),
+    (("shards", 0, "split"), "dev", "should match"), (("shards", 0, "mode"), 1, "'shards.0.mode' is unknown"),
     (("shards", 1), None, "'shards.1' is None"), (("shards",), {}, "'shards' is {}"),
     (("samples", "count"), 2**40, "the shards have"), (("samples",), [], "'samples' is"),
     (("duration_bins",), [2.0, 1.0], "must increase"), (("duration_bins",), [-1.0], "greater than 0"),
-    (("settings", "track"), "none", "'settings.track' is 'none'"), (("settings", "track"), ["a"], "'settings.track'"),
+    (("settings", "units"), "none", "'settings.units' is 'none'"), (("settings", "units"), ["a"], "'settings.units'"),
+    (("labels", "units"), "words", "'labels.units' is 'words'"), (("labels", "symbols"), [""], "'labels.symbols.0'"),
+    (("labels",), None, "'labels' is None"), (("labels", "digest"), "../x", "should match"),
     *((("settings", "max_duration"), value, "'settings.max_duration' is") for value in (None, "x", 0, -1, True)),
     *((("settings", "shard_mb"), value, "'settings.shard_mb' is") for value in (None, "x", 0, -1, 10**9)),
     (("settings", "num_buckets"), 0, "greater than"),

@@ -3,6 +3,8 @@
 import io
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import IO, Any, NamedTuple
@@ -17,6 +19,7 @@ from sharding.audio.containers import (
     READ_TO_THE_END,
     SIZED,
     UNKNOWN_LENGTH,
+    check_compression,
     check_mp3_length,
     check_sizes,
     check_whole,
@@ -41,6 +44,8 @@ MIXED_SEC = 0.2  # checked at a time: of two channels in opposition, at most abo
 MIN_ENERGY = 1e-4  # share of the energy of the loudest part: 40 dB below it is a pause, whose noise may cancel out
 FULL_SCALES = (1, 2**15, 2**23, 2**31)  # of floats, and of integers that were written as floats
 MAX_CLIPPED = 0.001  # share of the samples: single peaks, which are inaudible
+MAX_BEYOND_SEC = 0.05  # of a range's end behind that of its recording: times are rounded, and MP3 is padded
+MP3_LEAD_SEC = 1  # decoded before a range: frames that lean on earlier ones come out wrong, for 0.3 s at 8 kbit/s
 CONSTANT_PEAK = 1e-5  # a smaller swing carries no signal; about a third of a 16-bit step
 
 Waveform = npt.NDArray[np.float32]  # (samples,), 16 kHz, in [-1, 1]
@@ -85,7 +90,9 @@ def probe(file: IO[bytes]) -> AudioInfo:
         return AudioInfo(samples, True)
     _check_no_resource_fork()
     if head.startswith(READ_TO_THE_END):
-        file = io.BytesIO(cut_tail(head + file.read()))
+        whole = head + file.read()
+        check_compression(whole)
+        file = io.BytesIO(cut_tail(whole))
     file.seek(0)
     try:
         info = soundfile.info(file)
@@ -103,6 +110,77 @@ def probe(file: IO[bytes]) -> AudioInfo:
         samples=round(info.frames * SAMPLE_RATE / info.samplerate),
         passthrough=(info.format, info.subtype, info.samplerate, info.channels) == PASSED_THROUGH,
     )
+
+
+def probe_range(file: IO[bytes], offset_sec: float, duration_sec: float | None) -> AudioInfo:
+    """Return what the header of a recording declares of a range. Raises AudioError if there is no such range."""
+    with _open_seekable(file) as sound:
+        start, stop = _frames_of_range(sound, offset_sec, duration_sec)
+        return AudioInfo(round((stop - start) * SAMPLE_RATE / sound.samplerate), False)
+
+
+def decode_range(file: IO[bytes], offset_sec: float, duration_sec: float | None) -> Decoded:
+    """Decode a range of a recording alone, to its end if there is no duration. Raises AudioError.
+
+    The file is opened for each range, so that MP3 and Ogg decode to the same samples whatever was read before.
+    """
+    with _open_seekable(file) as sound:
+        start, stop = _frames_of_range(sound, offset_sec, duration_sec)
+        lead = min(start, MP3_LEAD_SEC * sound.samplerate) if sound.format == "MP3" else 0
+        samples = np.empty((lead + stop - start, sound.channels), np.float32)
+        try:
+            with _muted() if lead else nullcontext():
+                sound.seek(start - lead)
+                read = sound.buffer_read_into(samples, "float32")  # at once: soundfile seeks after each
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise AudioError(f"damaged: the range from {offset_sec:g} s does not decode") from error
+        if read < len(samples):
+            raise AudioError(f"cut off: {read} of {len(samples)} samples from {offset_sec:g} s on decode")
+        return _finish(samples[lead:], sound.samplerate, False, [])
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Drop what mpg123 prints on stderr, behind Python's back, of a lead's frames that lean on earlier ones."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _open_seekable(file: IO[bytes]) -> soundfile.SoundFile:
+    """Open a recording to decode parts of it; read it whole if libsndfile would misread its tags or its tail."""
+    _check_no_resource_fork()
+    head = file.read(flac.HEADER_BYTES)
+    if head.startswith((*READ_TO_THE_END, b"ID3")):
+        data = head + file.read()
+        file = io.BytesIO(cut_tail(data[skip_tags(data) :]))
+    file.seek(0)
+    try:
+        return soundfile.SoundFile(file)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise AudioError(_not_audio(error)) from error
+
+
+def _frames_of_range(sound: soundfile.SoundFile, offset_sec: float, duration_sec: float | None) -> tuple[int, int]:
+    """Return the first frame of a range and the one behind its last, at the recording's rate. Raises AudioError."""
+    rate, frames = sound.samplerate, sound.frames
+    if not 0 < frames < UNKNOWN_FRAMES:
+        raise AudioError("declares no length, so that no range of it can be found: convert it to FLAC or WAV")
+    start = round(offset_sec * rate)
+    stop = frames if duration_sec is None else round((offset_sec + duration_sec) * rate)
+    if stop > frames + MAX_BEYOND_SEC * rate or start >= frames:
+        beyond = f"the range from {offset_sec:g} s to {stop / rate:g} s leads beyond the recording's end"
+        raise AudioError(f"{beyond} at {frames / rate:.3f} s")
+    if stop <= start:
+        raise AudioError(f"the range from {offset_sec:g} s to {stop / rate:g} s is empty")
+    stop = min(stop, frames)
+    _check_header(stop - start, sound.channels, rate)
+    return start, stop
 
 
 def _check_no_resource_fork() -> None:
@@ -133,6 +211,7 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
             flac.check_md5(data, pcm.tobytes())
         return Decoded(pcm, True)
     _check_no_resource_fork()
+    check_compression(data)
     data = data[skip_tags(data) :]  # else libsndfile cuts as much off the end of a WAV or an AIFF
     try:
         file = soundfile.SoundFile(io.BytesIO(cut_tail(data)))
@@ -152,6 +231,11 @@ def decode_native(data: bytes, prove: bool = False) -> Decoded:
         raise AudioError("no samples")
     if streamed and UNKNOWN_LENGTH not in remarks:
         remarks.append(UNKNOWN_LENGTH)
+    return _finish(sound, rate, final, remarks)
+
+
+def _finish(sound: npt.NDArray[Any], rate: int, final: bool, remarks: Sequence[str]) -> Decoded:
+    """Mix, scale and resample decoded samples (samples, channels). Raises AudioError if they cannot be used."""
     mono, *mix_remarks = _mix(sound, rate)
     if not final:
         mono, *scale_remarks = _scale(mono)

@@ -21,6 +21,8 @@ AUDIO_SUFFIXES = (
 PROVED_ELSEWHERE = ("FLAC", "MP3", "HTK")  # by their frames or their MD5; the last by libsndfile
 UNKNOWN_BYTES = 0x7F00_0000  # writers to a pipe put this or more for a length: SoX in AIFF, others 2³² − 1
 SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -(?:i|s1) (\d{1,18})\b", re.MULTILINE)
+SPHERE_HEADER_BYTES = 1024
+SPHERE_COMPRESSION = re.compile(rb"^sample_coding -s\d+ \w+,([\w.-]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,12 @@ def check_whole(data: bytes, container: str) -> tuple[str, ...]:
     if joined := [match.start() for head in HEADS if (match := head.search(data, end))]:
         raise AudioError(f"several recordings in one file: another begins at byte {min(joined)}; split it")
     return remarks
+
+
+def check_compression(data: bytes) -> None:
+    """Raise AudioError if the samples of a SPHERE file are compressed: their size would look as if it were cut off."""
+    if data.startswith(b"NIST_1A\n") and (match := SPHERE_COMPRESSION.search(data, 0, SPHERE_HEADER_BYTES)):
+        raise AudioError(f"SPHERE file compressed by {match[1].decode()}: convert it, sph2pipe -f wav x.sph x.wav")
 
 
 def check_sizes(data: bytes) -> None:

@@ -11,7 +11,7 @@ from sharding.build.duration_buckets import bucket_of
 from sharding.build.scan import ClipTable, hash_128
 from sharding.segment.split import Segment
 from sharding.shardset.sample import escape_key, piece_key
-from sharding.shardset.schema import SPLITS
+from sharding.shardset.schema import HELD_OUT, SPLITS
 
 FLAC_RATIO = 0.54  # FLAC size of speech / size of its 16-bit PCM, to estimate shard sizes
 SAMPLE_OVERHEAD_BYTES = 2048  # about: tar headers, padding and JSON of a sample
@@ -32,8 +32,10 @@ PLANNED_DTYPE = np.dtype(
 )
 PlannedTable = npt.NDArray[np.void]  # (N,) of PLANNED_DTYPE
 Mask = npt.NDArray[np.bool_]
+Sides = npt.NDArray[np.uint8]  # (N,) the split of each clip, in SPLITS; unlabelled: published without labels
 Hashes = npt.NDArray[np.uint64]  # of speakers
 Segments = Mapping[int, Sequence[Segment]]  # of long recordings, by row of the clip
+TRAIN, VALID, UNLABELLED = map(SPLITS.index, ("train", "valid", "unlabelled"))
 PlannedShard = tuple[str, int, npt.NDArray[np.int64]]  # name, bucket, rows in the PlannedTable
 
 
@@ -72,9 +74,14 @@ def is_validation(speakers: Hashes, fraction: float, exceptions: SplitExceptions
     return valid if fallback is None else valid | (speakers == np.uint64(fallback))
 
 
-def list_samples(clips: ClipTable, whole: Mask, segments: Segments, valid: Mask) -> PlannedTable:
+def is_held_out(sides: Sides) -> Mask:
+    """Return which clips are scored, never trained on nor filtered by their labels, shape (N,)."""
+    return np.isin(sides, [SPLITS.index(split) for split in HELD_OUT])
+
+
+def list_samples(clips: ClipTable, whole: Mask, segments: Segments, sides: Sides) -> PlannedTable:
     """Return one sample per clip of `whole` and one per segment, without their buckets."""
-    return np.concatenate([_whole_clips(clips, np.flatnonzero(whole), valid), _segments_of(segments, valid)])
+    return np.concatenate([_whole_clips(clips, np.flatnonzero(whole), sides), _segments_of(segments, sides)])
 
 
 def assign_shards(
@@ -112,11 +119,10 @@ def _cut_evenly(
     return np.split(rows, np.minimum(starts, len(rows) - count + part)[1:])  # and leaves one for each part that follows
 
 
-def _whole_clips(clips: ClipTable, rows: npt.NDArray[np.int64], valid: Mask) -> PlannedTable:
+def _whole_clips(clips: ClipTable, rows: npt.NDArray[np.int64], sides: Sides) -> PlannedTable:
     members = np.zeros(len(rows), PLANNED_DTYPE)
     members["clip"], members["whole"] = rows, True
-    members["split"] = np.select([valid[rows], clips["fits"][rows]], [SPLITS.index("valid"), SPLITS.index("train")],
-                                 SPLITS.index("unlabelled"))  # fmt: skip
+    members["split"] = np.where(is_held_out(sides[rows]) | clips["fits"][rows], sides[rows], UNLABELLED)
     members["samples"], members["order"] = clips["samples"][rows], clips["key"][rows]
     passthrough = clips["passthrough"][rows]
     audio_bytes = np.where(passthrough, clips["bytes"][rows], _flac_bytes(members["samples"]))
@@ -125,12 +131,12 @@ def _whole_clips(clips: ClipTable, rows: npt.NDArray[np.int64], valid: Mask) -> 
     return members
 
 
-def _segments_of(segments: Segments, valid: Mask) -> PlannedTable:
+def _segments_of(segments: Segments, sides: Sides) -> PlannedTable:
     rows = [(clip, number, segment) for clip, parts in segments.items() for number, segment in enumerate(parts)]
     members = np.zeros(len(rows), PLANNED_DTYPE)
     for member, (clip, number, segment) in zip(members, rows, strict=True):
-        split = "valid" if valid[clip] else "unlabelled" if segment.label_status == "unlabelled" else "train"
-        member["clip"], member["piece"], member["split"] = clip, number, SPLITS.index(split)
+        side = UNLABELLED if segment.label_status == "unlabelled" and sides[clip] == TRAIN else sides[clip]
+        member["clip"], member["piece"], member["split"] = clip, number, side
         member["samples"] = segment.samples
         member["order"] = hash_128(piece_key(escape_key(segment.utterance_id), number))
     members["bytes"] = _flac_bytes(members["samples"]) + SAMPLE_OVERHEAD_BYTES

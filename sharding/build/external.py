@@ -2,8 +2,10 @@
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -13,15 +15,7 @@ from sharding.audio.codec import SAMPLE_RATE, Decoded, decode_native, frame_coun
 from sharding.build.place import has_index
 from sharding.errors import AudioError, ShardError
 from sharding.files.names import canonical_name, nfc
-from sharding.labels.ipa import (
-    SymbolCounts,
-    alphabet_of,
-    check_alphabet,
-    count_symbols,
-    ctc_frames_needed,
-    foreign_symbols,
-    name_symbols,
-)
+from sharding.labels.policy import LabelPolicy, SymbolCounts, check_alphabet, check_size, count_foreign
 from sharding.pool import Workers
 from sharding.report import files as report
 from sharding.report.ledger import LedgerPart, ledger_row, sum_tallies, write_ledger
@@ -53,7 +47,7 @@ class TarJob:
     url: str
     name: str
     split: str
-    track: str
+    labels: LabelPolicy
     max_duration: float
 
 
@@ -66,19 +60,28 @@ class TarResult:
 
 
 def index_tars(
-    url: str, track: str, valid: Sequence[str] | None, max_duration: float, workers: int
+    url: str,
+    labels: LabelPolicy,
+    valid: Sequence[str] | None,
+    max_duration: float,
+    workers: int,
+    min_symbol_count: int = 1,
 ) -> tuple[ShardIndex, Summary, float]:
     """Write the index of all tars below a folder or URL. Returns it, its summary, and the share of rejected samples.
 
-    Tars that match a pattern of `valid` form the validation split. Raises ShardError if there is no tar, an index
-    exists, a pattern matches no tar, or a key is duplicated; ManifestError if the labels use another alphabet.
+    Tars that match a pattern of `valid` form the validation split. If the policy has no alphabet, it is that of the
+    training labels, of symbols that occur at least `min_symbol_count` times. Raises ShardError if there is no tar, an
+    index exists, a pattern matches no tar, or a key is duplicated; ManifestError if the labels use another alphabet.
     """
     store = open_store(url)
     names = _list_tars(store, url)
     chosen = _choose_valid(url, names, valid)
     splits = ["valid" if name in chosen else "train" for name in names]
-    jobs = [TarJob(url, name, split, track, max_duration) for name, split in zip(names, splits, strict=True)]
     with Workers(workers) as pool:
+        if not labels.symbols:
+            trained = [name for name, split in zip(names, splits, strict=True) if split == "train"]
+            labels = _find_alphabet(url, trained, labels, min_symbol_count, pool)
+        jobs = [TarJob(url, name, split, labels, max_duration) for name, split in zip(names, splits, strict=True)]
         results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
     shards = [result.shard for result in results if result.shard]
     ledger = [result.ledger for result in results]
@@ -86,14 +89,17 @@ def index_tars(
     _check_names(url, "utterance_id", [(name, result.ids) for name, result in zip(names, results, strict=True)])
     for split, side in (("train", "training"), ("valid", "validation")):
         counts = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
-        check_alphabet(sum(counts, SymbolCounts()), side, track)
+        check_alphabet(sum(counts, SymbolCounts()), side, labels)
     tally = sum_tallies(ledger)
+    named = list(valid or VALID_TARS)
+    settings = {"profile": labels.profile, "max_duration": max_duration, "valid": named, EXTERNAL: True}
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
         duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
-        settings={"track": track, "max_duration": max_duration, "valid": list(valid or VALID_TARS), EXTERNAL: True},
+        settings=settings,
         settings_hash="",
         sources_hash=xxhash.xxh3_128_hexdigest("".join(shard.entry.checksum for shard in shards).encode()),
+        labels=labels,
         notes=tally.notes(_is_disjoint(shards), None, []),
         shards=tuple(shard.entry for shard in shards),
         samples=samples,
@@ -141,6 +147,26 @@ def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None
     return chosen
 
 
+def _find_alphabet(
+    url: str, names: Sequence[str], labels: LabelPolicy, min_symbol_count: int, pool: Workers
+) -> LabelPolicy:
+    """Return the policy with the symbols of the labels of these tars that are not rare."""
+    jobs = ((url, name, labels) for name in names)
+    counts = sum(pool.map(_count_symbols, jobs, [1] * len(names), "counting", unit="tar"), Counter[str]())
+    kept = {symbol: count for symbol, count in sorted(counts.items()) if symbol != " " and count >= min_symbol_count}
+    check_size(kept, labels)
+    return replace(labels, symbols=tuple(kept), counts=tuple(kept.values()))
+
+
+def _count_symbols(job: tuple[str, str, LabelPolicy]) -> Counter[str]:
+    url, name, labels = job
+    data, counts = open_store(url).read(name, MAX_TAR_BYTES), Counter[str]()
+    for _, start, end in _find_samples(data, f"{url}/{name}"):
+        with suppress(ShardError):  # reported when the tar is indexed
+            counts.update(labels.symbols_of(sample_from_bytes(data[start:end], labels).text))
+    return counts
+
+
 def index_tar(job: TarJob) -> TarResult:
     """Decode every sample of a tar and write the tar's `.idx.zst`. Raises ShardError if the tar has no sample."""
     store = open_store(job.url)
@@ -151,12 +177,13 @@ def index_tar(job: TarJob) -> TarResult:
         sample, seconds, reason = None, 0.0, None
         remarks: tuple[str, ...] = ()
         try:
-            sample = sample_from_bytes(raw, job.track)
-            symbols += count_symbols(sample.text, f"{job.url}/{job.name}: {key}", alphabet_of(job.track))
+            sample = sample_from_bytes(raw, job.labels)
+            symbols += count_foreign(sample.text, f"{job.url}/{job.name}: {key}", job.labels)
             decoded = _decode(sample, job)
             samples, remarks = len(decoded.sound), (*decoded.remarks, *sample.remarks)
             seconds = samples / SAMPLE_RATE
-            rows.append((0, start, len(raw), samples, len(sample.text), xxhash.xxh3_64_intdigest(raw)))
+            length = len(job.labels.symbols_of(sample.text))
+            rows.append((0, start, len(raw), samples, length, xxhash.xxh3_64_intdigest(raw)))
             keys.append(sample.key)
             ids.append(sample.utterance_id)
             speakers.append(SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id))
@@ -181,12 +208,11 @@ def _decode(sample: Sample, job: TarJob) -> Decoded:
     if len(decoded.sound) > job.max_duration * SAMPLE_RATE:
         raise AudioError(f"longer than {job.max_duration:g} s: `build` splits long recordings")
     if job.split == "train":
-        alphabet = alphabet_of(job.track)
         if not sample.text:
             raise AudioError("no label")
-        if foreign := foreign_symbols(sample.text, alphabet):
-            raise AudioError(f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}")
-        if ctc_frames_needed(sample.text) > frame_count(len(decoded.sound)):
+        if foreign := job.labels.why_foreign(sample.text):
+            raise AudioError(foreign)
+        if job.labels.frames_needed(sample.text) > frame_count(len(decoded.sound)):
             raise AudioError("label needs more frames than the clip has")
         if is_constant(decoded.pcm):
             raise AudioError("constant signal with a label")

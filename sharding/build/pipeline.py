@@ -20,14 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from sharding.audio.codec import SAMPLE_RATE
+from sharding.build.alphabet import settle_alphabet, settle_policy
 from sharding.build.assign import (
+    TRAIN,
+    VALID,
     Mask,
     PlannedShard,
     PlannedTable,
     Segments,
+    Sides,
     SplitExceptions,
     assign_shards,
     choose_exceptions,
+    is_held_out,
     is_validation,
     list_samples,
 )
@@ -36,6 +41,13 @@ from sharding.build.duration_buckets import fit_bins
 from sharding.build.lock import BuildLock, exclusive_build
 from sharding.build.place import PIECES, check_output
 from sharding.build.scan import ScanResult, find_orphans, hash_128, hash_sources, scan
+from sharding.build.splits import (
+    count_shared_speakers,
+    describe_layouts,
+    keep_splits,
+    publishing,
+    settle_splits,
+)
 from sharding.build.write import (
     BuildContext,
     ClipRow,
@@ -49,7 +61,8 @@ from sharding.build.write import (
 )
 from sharding.errors import ManifestError, ShardError
 from sharding.files.writing import remove
-from sharding.labels.ipa import SymbolCounts, check_alphabet, read_label
+from sharding.labels.policy import LabelPolicy
+from sharding.labels.profiles import allow_profile
 from sharding.pool import Workers, available_cores
 from sharding.report import files as report
 from sharding.report.ledger import LedgerPart, LedgerRow, Tally, rejected_row, same_rows, sum_tallies, write_ledger
@@ -60,6 +73,7 @@ from sharding.segment.split import LabelThresholds
 from sharding.shardset.build_config import BuildConfig
 from sharding.shardset.index import (
     INDEX_NAME,
+    PackedIndex,
     ShardIndex,
     archived_index_name,
     check_presence,
@@ -73,9 +87,11 @@ from sharding.shardset.object_store import BucketStore
 from sharding.shardset.sample import escape_key, whole_key
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import FolderStore, Store, open_store
-from sharding.sources.manifest import ManifestOptions, Source, read_source
+from sharding.sources.manifest import Source, read_source
+from sharding.sources.options import ManifestOptions
 
 LABELS_SAMPLED, MIN_WORDS, ONE_SYMBOL_SHARE = 100, 50, 0.9  # when to warn of blanks between phones
+IPA_LETTER, MIN_IPA_SHARE = re.compile("[ɐ-ʯˈˌː]"), 0.02  # when to warn that labels may be phones
 FIT_SEC = 2_400.0  # of labelled speech, to train the acoustic model
 FIT_MIN_SEC = 120.0  # at least: a model trained on less would memorise its own mistakes
 FIT_MAX_CLIP_SEC = 600.0  # longer recordings are not trained on
@@ -99,22 +115,32 @@ class BuildTask:
 
     scan: ScanResult
     settings: BuildConfig
+    labels: LabelPolicy
     base: ShardIndex | None = None
     alignments: Alignments = NO_ALIGNMENTS
 
     @cached_property
     def exceptions(self) -> SplitExceptions:
-        """Choose among the speakers of labelled clips; exceptions of a `base` keep their side."""
-        clips, fraction = self.scan.clips, self.settings.valid_fraction
+        """Choose among the speakers of labelled clips to split; exceptions of a `base` keep their side."""
+        clips, fraction = self.scan.clips[~self.published], self.settings.valid_fraction
         exceptions = SplitExceptions() if self.base is None else _exceptions_of(self.base)
         if self.base is not None and self.base.notes["validation"]["clips"]:
             return exceptions
         return choose_exceptions(clips["speaker"][clips["fits"]], fraction, exceptions.kept_in_training)
 
     @cached_property
-    def valid(self) -> Mask:
-        """Return which clips are in the validation split, shape (N,)."""
-        return is_validation(self.scan.clips["speaker"], self.settings.valid_fraction, self.exceptions)
+    def published(self) -> Mask:
+        """Return which clips have their split from their corpus, shape (N,); others are split by speaker."""
+        mask: Mask = publishing(self.scan, self.settings)[self.scan.clips["source"]]
+        return mask
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Return the split of each clip, shape (N,), in SPLITS."""
+        clips = self.scan.clips
+        valid = is_validation(clips["speaker"], self.settings.valid_fraction, self.exceptions)
+        by_speaker = np.where(valid, np.uint8(VALID), np.uint8(TRAIN))
+        return np.where(self.published, clips["split"] - np.uint8(1), by_speaker)
 
 
 @dataclass(frozen=True)
@@ -130,30 +156,35 @@ class BuildResult:
 
 def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOptions) -> BuildResult:
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
-    options = replace(run.manifest_options, track=settings.track, group_by=settings.group_by)
-    sources = [_with_absolute_path(read_source(location, options)) for location in locations]
-    store = open_store(out, dry_run=run.dry_run)
+    sources = _read_sources(locations, settings, run)
     check_output(open_store(out), locations)
+    asked, settings = settings.splits, keep_splits(open_store(out), settings)
+    settings, labels = settle_policy(settings, sources)
+    store = open_store(out, dry_run=run.dry_run)
+    first = _read_base(store, settings, labels)
+    labels = first.labels if first else labels
     with ClusterWorkers(run.scheduler) if run.scheduler else Workers(run.workers) as pool:
-        scanned = scan(sources, settings.track, pool)
-        _warn_of_spaced_phones(scanned, settings.track)
+        scanned = scan(sources, labels, pool)
+        _warn_of_labels(scanned, labels)
         orphans = find_orphans(scanned, pool)
-        base = _read_base(store, settings)
+        settings = settle_splits(settings, scanned, asked)
+        base = _read_base(store, settings, labels)
         if base:
             check_presence(store, base)
         if base and not run.append:
             return _result_of_existing(store, base, scanned)  # before locking: OUT may be read-only
         with nullcontext(BuildLock()) if run.dry_run else exclusive_build(store) as lease:
-            base = _read_base(store, settings)  # another build may have finished since
+            base = _read_base(store, settings, labels)  # another build may have finished since
             if base and not run.append:
                 return _result_of_existing(store, base, scanned)
+            if base and base.labels != labels:  # it was not there when the labels were scanned
+                raise ShardError(f"{store.url}: another build has finished since", "give the same command again")
             known = _find_known(store, base, scanned) if base else np.zeros(len(scanned.clips), bool)
             scanned = scanned.select(~known)
             if base and not len(scanned.clips):
                 report.restore_archived(store, base)
                 return BuildResult(base, report.read_summary(store, base), 0.0, built=False, known=len(known))
-            task = BuildTask(scanned, settings, base, run.alignments)
-            _check_labels(task)
+            task = _settle_task(BuildTask(scanned, settings, labels, base, run.alignments), pool)
             old_rows, old_orphans = report.archive_report(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, task, run)
             tally = sum_tallies(ledger)
@@ -161,7 +192,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             if base:
                 ledger.insert(0, _keep_ledger_rows(old_rows, scanned))
                 tally = sum_tallies(ledger)
-            index = _index(plan, results, tally)
+            index = _index(plan, results, tally, store)
             orphans = sorted({*old_orphans, *orphans})
             unchanged = orphans == old_orphans and same_rows(ledger, old_rows)
             if base and unchanged and len(index.samples) == len(base.samples):
@@ -170,33 +201,48 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             packed = pack_index(index)
             summary = report.publish(store, ledger, tally, packed.index, orphans, scanned.ignored_fields)
             lease.check()
-            if base:  # runs that started with it find it there
-                store.write(archived_index_name(base.digest), store.read(INDEX_NAME))
-            write_index(store, packed)  # last: its presence means that all other files are complete
-            if base:
-                report.drop_archived(store, base)
+            _publish(store, packed, base)
             return BuildResult(packed.index, summary, rejected, known=int(known.sum()))
 
 
-def _check_labels(task: BuildTask) -> None:
-    """Raise ManifestError if the training or the validation labels use another alphabet."""
-    clips, track = task.scan.clips, task.settings.track
-    for side, members in (("training", ~task.valid), ("validation", task.valid)):
-        symbols, foreign = (int(clips[name][members].sum()) for name in ("symbols", "foreign"))
-        if foreign:
-            place, utterance = task.scan.find(int(np.argmax(np.where(members, clips["foreign"], 0))))
-            worst = (foreign, place, read_label(utterance.text, track))
-            check_alphabet(SymbolCounts(symbols, foreign, worst), side, track)
+def _publish(store: Store, packed: PackedIndex, base: ShardIndex | None) -> None:
+    """Write the index last: its presence means that all other files are complete."""
+    if base:  # runs that started with it find it there
+        store.write(archived_index_name(base.digest), store.read(INDEX_NAME))
+    write_index(store, packed)
+    if base:
+        report.drop_archived(store, base)
 
 
-def _warn_of_spaced_phones(scanned: ScanResult, track: str) -> None:
-    """Warn if a sample of the labels has a blank after each phone, which makes every phone a word."""
+def _read_sources(locations: Sequence[Path], settings: BuildConfig, run: RunOptions) -> list[Source]:
+    allow_profile(settings.profile)  # which the user has named
+    options = replace(
+        run.manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
+    )
+    return [_with_absolute_path(read_source(location, options)) for location in locations]
+
+
+def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
+    """Return the task with its alphabet, and without the clips whose symbols are too rare for it."""
+    training, held_out = task.sides == TRAIN, is_held_out(task.sides)
+    few = task.settings.min_symbol_count
+    scanned, labels = settle_alphabet(task.scan, training, held_out, task.labels, few, pool)
+    return replace(task, scan=scanned, labels=labels)
+
+
+def _warn_of_labels(scanned: ScanResult, policy: LabelPolicy) -> None:
+    """Warn if a sample of the labels has a blank after each phone, so that each is a word, or is IPA read as text."""
     chosen = np.unique(np.linspace(0, len(scanned.clips) - 1, LABELS_SAMPLED).astype(int))
-    labels = (read_label(scanned.find(row)[1].text, track) for row in chosen.tolist())
+    labels = [policy.normalize(scanned.find(row)[1].text) for row in chosen.tolist()]
     lengths = [len(word) for label in labels for word in label.split()]
-    if track == "phonetic" and len(lengths) >= MIN_WORDS and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
+    if policy.units != "tokens" and len(lengths) >= MIN_WORDS and lengths.count(1) > ONE_SYMBOL_SHARE * len(lengths):
         print(f"{lengths.count(1):,} of {len(lengths):,} words in the labels are one symbol: are the phones separated "
-              "by blanks? Each is then learned as a word, with the blank", file=sys.stderr)  # fmt: skip
+              "by blanks? Each is then learned as a word, with the blank; --units tokens learns phones",
+              file=sys.stderr)  # fmt: skip
+    symbols = "".join(labels)
+    if policy.profile == "text" and len(IPA_LETTER.findall(symbols)) > MIN_IPA_SHARE * len(symbols):
+        print("the labels look like IPA, and are read as text: --profile ipa keeps all of it but twins of letters, "
+              "pasketti is the challenge's", file=sys.stderr)  # fmt: skip
 
 
 def _make_shards(
@@ -207,7 +253,7 @@ def _make_shards(
         layouts = tuple(source.layout for source in task.scan.sources)
         out, scratch = store.url if store.remote else os.path.abspath(store.url), f"{scratch}/{lease.token}"
         token = lease.token if run.scheduler else ""  # local workers die with the build
-        context = BuildContext(out, scratch, layouts, task.settings.track, run.dry_run, token)
+        context = BuildContext(out, scratch, layouts, task.labels, run.dry_run, token)
         plan, ledger = plan_build(task, context, pool)
         _delete_unfinished(store, plan, lease)
         results = write_shards(plan, plan.shards, pool)
@@ -249,12 +295,12 @@ def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[S
     clips, settings, base = task.scan.clips, task.settings, task.base
     usable, refused = _drop_refused(task)
     long = usable & (clips["samples"] > round(settings.max_duration * SAMPLE_RATE))
-    labelled = usable & clips["fits"] & ~task.valid
+    labelled = usable & clips["fits"] & (task.sides == TRAIN)
     acoustic_model = unpack_model(base.acoustic_model) if base and base.acoustic_model else None
     if acoustic_model is None and (labelled & long).any():
         acoustic_model = _fit_acoustic_model(task, context, pool, labelled, long)
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
-    members = list_samples(clips, usable & ~long, segments, task.valid)
+    members = list_samples(clips, usable & ~long, segments, task.sides)
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     first_numbers = _next_numbers(base) if base else None
     shards = assign_shards(
@@ -274,13 +320,13 @@ def write_shards(plan: ShardPlan, shards: Sequence[PlannedShard], pool: Workers)
 
 def _drop_refused(task: BuildTask) -> tuple[Mask, LedgerPart]:
     """Return which clips are usable, shape (N,), and the ledger rows of those that the scan refused."""
-    valid = task.valid
-    usable, rows = np.ones(len(valid), bool), []
+    held_out = is_held_out(task.sides)
+    usable, rows = np.ones(len(held_out), bool), []
     for row, refusal in task.scan.refusals.items():
-        if not (refusal.in_training and valid[row]):
+        if not (refusal.in_training and held_out[row]):
             usable[row] = False
             seconds = int(task.scan.clips["samples"][row]) / SAMPLE_RATE
-            rows.append(rejected_row(refusal.utterance, "valid" if valid[row] else "train", refusal.reason, seconds))
+            rows.append(rejected_row(refusal.utterance, SPLITS[task.sides[row]], refusal.reason, seconds))
     return usable, write_ledger(sorted(rows, key=lambda row: str(row["utterance_id"])))
 
 
@@ -302,7 +348,7 @@ def _fit_acoustic_model(
     chosen = np.array(list(rows))
     jobs = zip(repeat(context), _read_rows(task.scan, chosen), strict=False)
     examples = pool.map(read_example, jobs, [1] * len(chosen), "learning")
-    return fit([example for example in examples if example], settings.track, settings.max_false_accept)
+    return fit([example for example in examples if example], task.labels, settings.max_false_accept)
 
 
 def _cut_long(
@@ -311,7 +357,7 @@ def _cut_long(
     """Split the long recordings, longest first. Returns their segments and their ledger rows."""
     clips, settings, alignments, rows = task.scan.clips, task.settings, task.alignments, np.flatnonzero(long)
     rows = rows[np.lexsort((*clips["id"][rows].T, -clips["samples"][rows].astype(np.int64)))]
-    splits = np.where(task.valid[rows], "valid", "train").tolist()
+    splits = [SPLITS[side] for side in task.sides[rows].tolist()]
     max_gap = alignments.bound(settings.max_false_accept)
     thresholds = LabelThresholds(settings.min_confidence, max_gap, settings.min_word_llr)
     jobs = (
@@ -321,7 +367,7 @@ def _cut_long(
             split,
             settings.max_duration,
             alignments.of(row.parse(context.layouts).utterance_id) if alignments.by_id else None,
-            None if split == "valid" else acoustic_model,  # validation keeps the label of the whole recording
+            acoustic_model if split == "train" else None,  # else the whole recording keeps its label
             thresholds,
         )
         for row, split in zip(_read_rows(task.scan, rows), splits, strict=True)
@@ -334,17 +380,19 @@ def _cut_long(
 def _read_rows(scanned: ScanResult, clips: npt.NDArray[np.integer]) -> list[ClipRow]:
     sources = scanned.sources
     places = scanned.clips[["source", "row", "bytes", "samples"]][clips].tolist()
-    return [ClipRow(index, int(sources[index].numbers[row]), sources[index].line(row), size, samples)
+    return [ClipRow(index, sources[index].line(row), sources[index].place(row), size, samples)
             for index, row, size, samples in places]  # fmt: skip
 
 
-def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> ShardIndex:
+def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally, store: Store) -> ShardIndex:
     """Return the index of the base, if there is one, and the new shards."""
     task, fallback = plan.task, plan.task.exceptions.fallback_speaker
     clips, exceptions, base = task.scan.clips, task.exceptions, task.base
     shards = [result.made for result in results if result.made]
     samples = join_samples([table for _, table in shards])
-    disjoint = bool(clips["named"][~clips["refused"]].all())
+    shared = count_shared_speakers(task.scan, task.sides, task.settings, store, base)
+    disjoint = bool(clips["named"][~clips["refused"]].all()) and not shared
+    splitting = {"layouts": describe_layouts(task.scan, task.settings, base), "shared_speakers": shared}
     if base:  # its samples keep their rows
         samples["shard"] += len(base.shards)
         samples = np.concatenate([base.samples, samples])
@@ -354,11 +402,13 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
         settings=asdict(task.settings),
         settings_hash=task.settings.hash,
         sources_hash=hash_sources(clips, base.sources_hash if base else ""),
+        labels=task.labels,
         notes=tally.notes(
             disjoint,
             None if fallback is None else f"{fallback:016x}",
             [f"{speaker:016x}" for speaker in exceptions.kept_in_training],
-        ),
+        )
+        | {name: note for name, note in splitting.items() if note},
         shards=(base.shards if base else ()) + tuple(entry for entry, _ in shards),
         samples=samples,
         base=base.digest if base else "",
@@ -369,7 +419,7 @@ def _index(plan: ShardPlan, results: Sequence[ShardResult], tally: Tally) -> Sha
 # --- the existing shard set -------------------------------------------------------------------------------------
 
 
-def _read_base(store: Store, settings: BuildConfig) -> ShardIndex | None:
+def _read_base(store: Store, settings: BuildConfig, labels: LabelPolicy) -> ShardIndex | None:
     """Return the index of an existing shard set, or None. Raises ShardError if it was built with other settings."""
     if not store.exists(INDEX_NAME):
         return None
@@ -380,6 +430,7 @@ def _read_base(store: Store, settings: BuildConfig) -> ShardIndex | None:
     if differences:
         message = f"{store.url}: holds a shard set built with other settings: {'; '.join(differences)}"
         raise ShardError(message, "choose another --out, or use the same settings")
+    index.labels.check_digest(store.url)
     return index
 
 
@@ -407,6 +458,8 @@ def _find_known(store: Store, base: ShardIndex, scanned: ScanResult) -> Mask:
         mask[row] = corpus is not None
         if corpus not in (None, corpora[source]):
             place, utterance = scanned.find(row)
+            if corpus == utterance.corpus:  # of a part of its source
+                continue
             raise ManifestError(
                 f"{place}: utterance_id {utterance.utterance_id!r} already exists in {store.url}, in corpus {corpus!r}",
                 "every clip needs a unique id; rename those of the corpus to append",

@@ -14,6 +14,7 @@ import xxhash
 from sharding.build.lock import exclusive_build
 from sharding.build.pipeline import BuildTask, ShardPlan, plan_build, write_shards
 from sharding.build.scan import ScanResult, hash_128, scan
+from sharding.build.splits import check_splits
 from sharding.build.write import BuildContext
 from sharding.errors import MissingError, ShardError
 from sharding.pool import Workers
@@ -24,7 +25,8 @@ from sharding.shardset.sample import whole_key
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import Faults, find_faults
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 
 
 def repair(
@@ -52,13 +54,19 @@ def repair(
             if settings.alignments != alignments.digest:
                 message = f"{url}: was built with {'other' if alignments.digest else 'a file of'} alignments"
                 raise ShardError(message, "name that file: --alignments FILE")
-            manifest_options = replace(manifest_options, track=settings.track, group_by=settings.group_by)
+            header.labels.check_digest(url)
+            manifest_options = replace(
+                manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
+            )
             sources = [read_source(location, manifest_options) for location in locations]
             with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
                 layouts = tuple(source.layout for source in sources)
-                context = BuildContext(url, scratch, layouts, settings.track, dry_run=True)
-                builds = _separate_builds(store, scan(sources, settings.track, pool), faults)
-                plans = [plan_build(BuildTask(clips, settings, base, alignments), context, pool)[0]
+                context = BuildContext(url, scratch, layouts, header.labels, dry_run=True)
+                scanned = scan(sources, header.labels, pool)
+                if settings.splits == "official":
+                    check_splits(scanned)
+                builds = _separate_builds(store, scanned, faults)
+                plans = [plan_build(BuildTask(clips, settings, header.labels, base, alignments), context, pool)[0]
                          for base, clips in builds]  # fmt: skip
                 _rewrite(plans, damaged, pool)
             if left := find_faults(url, replace(header, shards=tuple(damaged.values())), with_audio, workers):

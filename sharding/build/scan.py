@@ -13,14 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sharding.audio.codec import AudioInfo, frame_count, probe
+from sharding.audio.codec import AudioInfo, frame_count, probe, probe_range
 from sharding.errors import AudioError, ManifestError
 from sharding.files.names import canonical_name
-from sharding.labels.ipa import alphabet_of, count_symbols, ctc_frames_needed, foreign_symbols, name_symbols, read_label
+from sharding.labels.policy import LabelPolicy, SymbolCounts, count_foreign
 from sharding.pool import Workers, count_done
 from sharding.shardset.sample import escape_key
+from sharding.shardset.schema import SPLITS
 from sharding.sources.archive import AudioRoot, actual_path, list_audio, open_audio
 from sharding.sources.manifest import Layout, Source, Utterance, printable
+from sharding.sources.splits import split_of
 
 CHUNK, CHUNKS_PER_WORKER = 256, 8  # maximum rows per task; minimum tasks per worker, if there are enough rows
 
@@ -32,7 +34,9 @@ CLIP_DTYPE = np.dtype(
         ("key", "<u8", 2),  # xxh3-128 of its key: the order within a bucket
         ("content", "<u8", 2),  # xxh3-128 of all values of the row, with the size of the audio
         ("path", "<u8"),  # xxh3-64 of the audio path, as the file is actually named
+        ("range", "<u8"),  # xxh3-64 of the range of it that the clip is, 0: all of it
         ("speaker", "<u8"),  # first 8 bytes of the SHA-256 of the speaker, by which validation is split
+        ("split", "u1"),  # as published: its number in SPLITS + 1, NO_SPLIT or UNKNOWN_SPLIT
         ("named", "?"),  # whether the speaker is a child, or a group that the user chose
         ("fits", "?"),  # has a label that CTC can emit in the frames of the clip
         ("symbols", "<u4"),  # number in its label
@@ -43,6 +47,7 @@ CLIP_DTYPE = np.dtype(
         ("bytes", "<u8"),  # of the audio file
     ]
 )
+NO_SPLIT, UNKNOWN_SPLIT = 0, 255
 ClipTable = npt.NDArray[np.void]  # (N,) of CLIP_DTYPE
 
 
@@ -74,11 +79,10 @@ class ScanResult:
         """Return the file and line of a clip's row, and the row."""
         number, row = self.clips[["source", "row"]][clip].item()
         source = self.sources[number]
-        line = int(source.numbers[row])
-        return f"{source.layout.transcripts}:{line}", source.layout.parse(source.line(row), line)[0]
+        return source.place(row), source.parse(row)
 
 
-def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
+def scan(sources: Sequence[Source], labels: LabelPolicy, pool: Workers) -> ScanResult:
     """Scan every row of every source; refuse audio that several rows name.
 
     Raises ManifestError if a row is malformed or an id is duplicated.
@@ -87,11 +91,11 @@ def scan(sources: Sequence[Source], track: str, pool: Workers) -> ScanResult:
     chunks = [(number, start) for number, source in enumerate(sources) for start in range(0, len(source), chunk)]
     sizes = [min(chunk, len(sources[number]) - start) for number, start in chunks]
 
-    def jobs() -> Iterator[tuple[Layout, str, list[tuple[int, bytes]]]]:
+    def jobs() -> Iterator[tuple[Layout, LabelPolicy, list[tuple[bytes, str]]]]:
         for number, start in chunks:
             source = sources[number]
             rows = range(start, min(start + chunk, len(source)))
-            yield source.layout, track, [(int(source.numbers[row]), source.line(row)) for row in rows]
+            yield source.layout, labels, [(source.line(row), source.place(row)) for row in rows]
 
     parts = pool.map(_scan_chunk, jobs(), sizes, "examining")
     clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
@@ -141,13 +145,13 @@ def speaker_hash(speaker: str) -> int:
 # --- in the workers ---------------------------------------------------------------------------------------------
 
 
-def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
-    layout, track, rows = job
+def _scan_chunk(job: tuple[Layout, LabelPolicy, list[tuple[bytes, str]]]) -> ScanResult:
+    layout, labels, rows = job
     clips, refusals, ignored = [], {}, frozenset[str]()
-    for row, (number, line) in enumerate(rows):
-        utterance, unused = layout.parse(line, number)
+    for row, (line, place) in enumerate(rows):
+        utterance, unused = layout.parse(line, place)
         ignored |= unused
-        clip, refusal = _scan_one(utterance, layout.audio, track)
+        clip, refusal = _scan_one(utterance, layout.audio, labels)
         clips.append(clip)
         if refusal:
             refusals[row] = refusal
@@ -155,9 +159,9 @@ def _scan_chunk(job: tuple[Layout, str, list[tuple[int, bytes]]]) -> ScanResult:
     return ScanResult(np.array(clips, CLIP_DTYPE), refusals, ignored)
 
 
-def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple[object, ...], Refusal | None]:
+def _scan_one(utterance: Utterance, audio: AudioRoot, labels: LabelPolicy) -> tuple[tuple[object, ...], Refusal | None]:
     """Return the clip's row of the table, without its position, and its refusal, if it is refused."""
-    text = read_label(utterance.text, track)
+    text = labels.normalize(utterance.text)
     refusal, info, size = None, AudioInfo(0, False), 0
     try:
         with open_audio(audio, utterance.audio_path) as (file, size):
@@ -165,14 +169,13 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
                 raise AudioError("audio file is empty (0 bytes)")
             if utterance.filesize_bytes not in (None, size):
                 raise AudioError(f"size is {size} bytes, the manifest says {utterance.filesize_bytes}")
-            info = probe(file)
+            offset, length = utterance.offset_sec, utterance.duration_sec
+            info = probe(file) if offset is None else probe_range(file, offset, length)
     except AudioError as error:
         refusal = Refusal(utterance, error.message)
-    alphabet = alphabet_of(track)
-    counts = count_symbols(text, "", alphabet)
-    if (foreign := foreign_symbols(text, alphabet)) and not refusal:
-        reason = f"label has symbols outside the alphabet: {name_symbols(foreign, alphabet)}"
-        refusal = Refusal(utterance, reason, in_training=True)
+    counts = count_foreign(text, "", labels) if labels.symbols else SymbolCounts(len(labels.symbols_of(text)))
+    if counts.foreign and not refusal:
+        refusal = Refusal(utterance, str(labels.why_foreign(text)), in_training=True)
     clip = {
         "source": 0,
         "row": 0,
@@ -180,9 +183,11 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
         "key": hash_128(escape_key(utterance.utterance_id)),
         "content": hash_128(repr((tuple(utterance), size))),
         "path": _hash_path(actual_path(audio, utterance.audio_path)),
+        "range": _hash_range(utterance),
         "speaker": speaker_hash(utterance.speaker),
+        "split": _number_split(utterance.split),
         "named": bool(utterance.group or utterance.child_id),
-        "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(text),
+        "fits": bool(text) and frame_count(info.samples) >= labels.frames_needed(text),
         "symbols": counts.symbols,
         "foreign": counts.foreign,
         "refused": refusal is not None and not refusal.in_training,
@@ -191,6 +196,16 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, track: str) -> tuple[tuple
         "bytes": size,
     }
     return tuple(clip[name] for name in CLIP_DTYPE.names or ()), refusal
+
+
+def _number_split(name: str) -> int:
+    split = split_of(name)
+    return NO_SPLIT if not name else UNKNOWN_SPLIT if split is None else SPLITS.index(split) + 1
+
+
+def _hash_range(utterance: Utterance) -> int:
+    span = repr((utterance.offset_sec, utterance.duration_sec))
+    return 0 if utterance.offset_sec is None else xxhash.xxh3_64_intdigest(span.encode()) or 1
 
 
 def _list_audio(layout: Layout) -> tuple[list[str], npt.NDArray[np.uint64]]:
@@ -222,21 +237,36 @@ def _check_ids(scanned: ScanResult) -> None:
 
 
 def _refuse_shared_audio(scanned: ScanResult) -> ScanResult:
-    """Refuse clips if several rows name their audio: each label is then of a part of it, or one of them is wrong.
+    """Refuse clips if several rows name their audio, or the same range of it.
 
-    The rows may also be on both sides of the split, and validation would then use training audio.
+    Each label is then of a part of it, or one of them is wrong. The rows may also be on both sides of the split, and
+    validation would then use training audio.
     """
     clips, sources = scanned.clips, scanned.sources
-    roots = [source.layout.audio for source in sources]  # several transcripts may share one
-    firsts = np.array([roots.index(root) for root in roots], np.uint64)
-    files = np.column_stack([firsts[clips["source"]], clips["path"]])
-    order = np.lexsort(files.T)
-    equal = (files[order[1:]] == files[order[:-1]]).all(axis=1)
-    rows = defaultdict[tuple[AudioRoot, str], dict[int, Utterance]](dict)
-    for row in order[np.append(equal, False) | np.append(False, equal)].tolist():
+    rows = defaultdict[tuple[object, ...], dict[int, Utterance]](dict)
+    for row, by_range in _find_shared_audio(scanned):
         layout, utterance = sources[int(clips["source"][row])].layout, scanned.find(row)[1]
-        rows[layout.audio, _plain(actual_path(layout.audio, utterance.audio_path))][row] = utterance
-    shared = {row: Refusal(utterance, f"{len(group)} rows name this audio file; cut it into one file per row")
-              for group in rows.values() if len(group) > 1 for row, utterance in group.items()}  # fmt: skip
+        span = (utterance.offset_sec, utterance.duration_sec) if by_range else ()
+        rows[layout.audio, _plain(actual_path(layout.audio, utterance.audio_path)), *span][row] = utterance
+    shared = dict[int, Refusal]()
+    for key, group in rows.items():
+        named = "this range of this audio file" if len(key) > 2 else "this audio file; cut it into one file per row"
+        if len(group) > 1:
+            shared |= {row: Refusal(one, f"{len(group)} rows name {named}") for row, one in group.items()}
     clips["refused"][list(shared)] = True
     return replace(scanned, refusals=scanned.refusals | shared)
+
+
+def _find_shared_audio(scanned: ScanResult) -> Iterator[tuple[int, bool]]:
+    """Yield the clips whose audio file others have too, and whether all of these are ranges, but some the same."""
+    clips, roots = scanned.clips, [source.layout.audio for source in scanned.sources]  # several may share one
+    firsts = np.array([roots.index(root) for root in roots], np.uint64)
+    files = np.column_stack([firsts[clips["source"]], clips["path"], clips["range"]])
+    order = np.lexsort(files.T[::-1])
+    equal = files[order[1:]] == files[order[:-1]]
+    same_file, same_range = equal[:, :2].all(axis=1), equal.all(axis=1)
+    group = np.cumsum(np.append(False, ~same_file))
+    has_whole = (np.bincount(group, clips["range"][order] == 0) > 0)[group]
+    for same, by_range, chosen in ((same_file, False, has_whole), (same_range, True, ~has_whole)):
+        rows = order[(np.append(same, False) | np.append(False, same)) & chosen]
+        yield from ((row, by_range) for row in rows.tolist())

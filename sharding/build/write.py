@@ -13,12 +13,21 @@ from typing import NamedTuple
 import soundfile
 import soxr
 
-from sharding.audio.codec import SAMPLE_RATE, decode, decode_native, encode, is_constant
+from sharding.audio.codec import SAMPLE_RATE, Decoded, decode_native, decode_range, encode, frame_count, is_constant
 from sharding.build.lock import check_token
 from sharding.errors import AudioError, MissingError, ShardError
-from sharding.labels.ipa import label_remarks, read_label
+from sharding.labels.policy import LabelPolicy
 from sharding.pool import count_done
-from sharding.report.ledger import NO_LABEL, TOO_DENSE, LedgerPart, LedgerRow, ledger_row, rejected_row, write_ledger
+from sharding.report.ledger import (
+    NO_LABEL,
+    PUBLISHED_WITHOUT,
+    TOO_DENSE,
+    LedgerPart,
+    LedgerRow,
+    ledger_row,
+    rejected_row,
+    write_ledger,
+)
 from sharding.segment.acoustic_model import PhoneGMM, TrainingExample, example_of
 from sharding.segment.evidence import Evidence
 from sharding.segment.split import LabelThresholds, Segment, split_recording
@@ -31,7 +40,7 @@ from sharding.shardset.index import (
     write_shard,
 )
 from sharding.shardset.sample import METADATA, Sample, escape_key, piece_key
-from sharding.shardset.schema import ShardEntry
+from sharding.shardset.schema import HELD_OUT, ShardEntry
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import check_shard
 from sharding.sources.archive import open_audio
@@ -47,7 +56,7 @@ class BuildContext:
     out: str  # URL of the shard set
     scratch: str  # URL of the place for segments not yet in a shard
     layouts: tuple[Layout, ...]
-    track: str
+    labels: LabelPolicy
     dry_run: bool  # do all the work, but write nothing
     token: str = ""  # of the build that holds OUT; empty if workers cannot outlive their build
     encoder_versions: tuple[int, str, str] = ENCODER_VERSIONS
@@ -58,13 +67,13 @@ class ClipRow:
     """Hold an unparsed row of a source, to be sent to a worker, and what the scan found."""
 
     source: int
-    number: int  # line number
     line: bytes
+    place: str  # its file and line
     size: int  # bytes of the clip's audio file
     samples: int  # of the clip at 16 kHz, by its header
 
     def parse(self, layouts: Sequence[Layout]) -> Utterance:
-        return layouts[self.source].parse(self.line, self.number)[0]
+        return layouts[self.source].parse(self.line, self.place)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,27 +125,31 @@ def read_example(job: tuple[BuildContext, ClipRow]) -> TrainingExample | None:
     context, row = job
     utterance = row.parse(context.layouts)
     try:
-        waveform, _ = decode(_read_audio(context, row, utterance), prove=not utterance.md5_hash)
+        waveform = _decode(context, row, utterance)[1].waveform
     except AudioError:  # reported when the recording is cut or written
         return None
     finally:
         count_done()
-    return example_of(utterance.utterance_id, read_label(utterance.text, context.track), waveform)
+    return example_of(utterance.utterance_id, context.labels.normalize(utterance.text), waveform)
 
 
 def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
     """Write the segments of a long recording as FLAC files to the scratch place. Return them, none if it is refused."""
     utterance = job.row.parse(job.context.layouts)
-    text = read_label(utterance.text, job.context.track)
+    text = job.context.labels.normalize(utterance.text)
     try:
-        decoded = decode_native(_read_audio(job.context, job.row, utterance), prove=not utterance.md5_hash)
+        decoded = _decode(job.context, job.row, utterance)[1]
     except AudioError as error:
         row = rejected_row(utterance, job.split, error.message, job.row.samples / SAMPLE_RATE)
         return (), write_ledger([row])
     finally:
         count_done()
     name, waveform, model = utterance.utterance_id, decoded.waveform, job.acoustic_model
-    segments = tuple(split_recording(name, waveform, text, job.max_duration, None, job.evidence, model, job.thresholds))
+    label = "" if job.split == "unlabelled" else text
+    cut = split_recording(
+        name, waveform, label, job.max_duration, None, job.evidence, model, job.thresholds, job.context.labels
+    )
+    segments = tuple(cut)
     _check_worker(open_store(job.context.out), job.context)
     scratch, rows = open_store(job.context.scratch), []
     for number, segment in enumerate(segments):
@@ -146,7 +159,7 @@ def cut_recording(job: CutJob) -> tuple[tuple[Segment, ...], LedgerPart]:
         row = {"key": sample.key} | asdict(segment) | {"text": sample.text, "label_status": sample.label_status}
         del row["utterance_id"]
         rows.append(row)
-    remarks = (*decoded.remarks, *label_remarks(utterance.text, job.context.track))
+    remarks = (*decoded.remarks, *job.context.labels.remarks(utterance.text))
     row = ledger_row(utterance, job.split, "split", segments[-1].end_sec, pieces=rows, remarks=remarks)
     return segments, write_ledger([row])
 
@@ -164,7 +177,16 @@ def make_shard(job: ShardJob) -> ShardResult:
         contents = _read_samples(job, clips, refused, remarks)
         first = next(contents, None)
         if first is not None:
-            shard = write_shard(store, job.name, job.bucket, chain([first], contents), inputs_digest, refused, remarks)
+            shard = write_shard(
+                store,
+                job.name,
+                job.bucket,
+                chain([first], contents),
+                job.context.labels,
+                inputs_digest,
+                refused,
+                remarks,
+            )
         else:
             remove_shard(store, job.name)  # left by another plan
     else:
@@ -213,12 +235,19 @@ def _ledger_row(
 ) -> LedgerRow:
     """Return the ledger row of a clip; its length, the reason of its refusal and remarks on its audio are by key."""
     utterance, key = clip.utterance, clip.template.key
-    split, seconds = "valid" if job.split == "valid" else "train", lengths[key] / SAMPLE_RATE
+    split, seconds = job.split if job.split in HELD_OUT else "train", lengths[key] / SAMPLE_RATE
     if key in refused:
         return rejected_row(utterance, split, refused[key], seconds)
-    reason = (TOO_DENSE if clip.template.parent_text else NO_LABEL) if job.split == "unlabelled" else None
-    remarks = (*audio_remarks.get(key, ()), *label_remarks(utterance.text, job.context.track))
+    reason = _why_unlabelled(clip, job.context.labels) if job.split == "unlabelled" else None
+    remarks = (*audio_remarks.get(key, ()), *job.context.labels.remarks(utterance.text))
     return ledger_row(utterance, split, "written", seconds, reason=reason, key=key, remarks=remarks)
+
+
+def _why_unlabelled(clip: Clip, labels: LabelPolicy) -> str:
+    text = clip.template.parent_text
+    if not text:
+        return NO_LABEL
+    return TOO_DENSE if frame_count(clip.row.samples) < labels.frames_needed(text) else PUBLISHED_WITHOUT
 
 
 def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequence[Clip]) -> ShardRecord | None:
@@ -227,7 +256,7 @@ def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequ
         shard = read_shard_index(store, job.name)
         if shard.inputs_digest != inputs_digest:
             return None
-        check_shard(store, shard, job.context.track)
+        check_shard(store, shard, job.context.labels)
     except (ShardError, MissingError):
         return None
     for clip in clips:
@@ -242,31 +271,35 @@ def _reuse_finished(store: Store, job: ShardJob, inputs_digest: str, clips: Sequ
 
 def _digest_inputs(job: ShardJob, clips: Sequence[Clip]) -> str:
     """Return the SHA-256 of all that determines the shard's bytes: clips, cuts and encoder versions."""
-    lines = [str((ENCODER_VERSIONS, job.name, job.context.track))]
+    labels = job.context.labels
+    lines = [str((ENCODER_VERSIONS, job.name, labels.profile, labels.units, labels.digest))]
     lines += [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _parse(job: ShardJob, row: ClipRow, piece: SegmentRef | None) -> Clip:
     utterance = row.parse(job.context.layouts)
-    text = read_label(utterance.text, job.context.track)
+    text = job.context.labels.normalize(utterance.text)
     if piece:
-        template = _segment_sample(utterance, text, piece, "valid" if job.split == "valid" else "train")
+        template = _segment_sample(utterance, text, piece, job.split)
     elif job.split == "unlabelled":
         template = _bare_sample(utterance, status="unlabelled", parent=text)
     else:
         template = _bare_sample(utterance, text=text)
+    if utterance.text != text and (piece is None or piece.number == 0):  # of a recording's segments, the first has it
+        template = replace(template, written_text=utterance.text)
     return Clip(row, piece, utterance, template)
 
 
 def _segment_sample(utterance: Utterance, text: str, ref: SegmentRef, split: str) -> Sample:
     whole, segment = _bare_sample(utterance), ref.segment
-    status = "reference" if split == "valid" else segment.label_status
+    held_out = split in HELD_OUT
+    status = "reference" if held_out else "unlabelled" if split == "unlabelled" else segment.label_status
     return replace(
         whole,
         key=piece_key(whole.key, ref.number),
         utterance_id=f"{whole.utterance_id}+{ref.number:03d}",
-        text="" if split == "valid" else segment.text,
+        text="" if held_out else segment.text,
         label_status=status,
         parent_id=whole.utterance_id,
         parent_text=text if status == "unlabelled" or (status == "reference" and ref.number == 0) else None,
@@ -288,22 +321,29 @@ def _read_sample(job: ShardJob, clip: Clip) -> tuple[Sample, int, tuple[str, ...
     if piece:
         audio = open_store(job.context.scratch).read(f"{template.key}.flac")
         return replace(template, audio=audio), piece.segment.samples, ()
-    data = _read_audio(job.context, row, utterance)
-    decoded = decode_native(data, prove=not utterance.md5_hash)
+    data, decoded = _decode(job.context, row, utterance)
     pcm = decoded.pcm
     if job.split == "train" and template.text and is_constant(pcm):
         raise AudioError("constant signal with a label")
     return replace(template, audio=data if decoded.passthrough else encode(pcm)), len(pcm), decoded.remarks
 
 
-def _read_audio(context: BuildContext, row: ClipRow, utterance: Utterance) -> bytes:
-    """Return the bytes of a clip. Raises AudioError if their size or the md5 is not that of scan and manifest."""
-    with open_audio(context.layouts[row.source].audio, utterance.audio_path) as (file, _):
-        data = file.read()
-    if len(data) != row.size:  # its duration bucket may have changed
-        raise AudioError(f"changed during the build, from {row.size} bytes to {len(data)}")
-    if utterance.md5_hash:
-        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if md5 != utterance.md5_hash:
-            raise AudioError(f"md5 is {md5}, the manifest says {utterance.md5_hash}")
-    return data
+def _decode(context: BuildContext, row: ClipRow, utterance: Utterance) -> tuple[bytes, Decoded]:
+    """Return the bytes of a clip's file, and its sound: of a range of a recording, no other part is read.
+
+    Raises AudioError if the file cannot be decoded, or its size or its md5 is not that of scan and manifest.
+    """
+    whole = utterance.offset_sec is None
+    with open_audio(context.layouts[row.source].audio, utterance.audio_path) as (file, size):
+        data = file.read() if whole or utterance.md5_hash else b""
+        size = len(data) if whole else size
+        if size != row.size:  # its duration bucket may have changed
+            raise AudioError(f"changed during the build, from {row.size} bytes to {size}")
+        if utterance.md5_hash:
+            md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+            if md5 != utterance.md5_hash:
+                raise AudioError(f"md5 is {md5}, the manifest says {utterance.md5_hash}")
+        if utterance.offset_sec is not None:
+            file.seek(0)
+            return b"", decode_range(file, utterance.offset_sec, utterance.duration_sec)
+    return data, decode_native(data, prove=not utterance.md5_hash)

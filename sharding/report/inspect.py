@@ -11,6 +11,7 @@ import pandas as pd
 
 from sharding.audio.codec import decode
 from sharding.errors import AudioError, ShardError
+from sharding.labels.policy import LabelPolicy
 from sharding.pool import Workers, count_done
 from sharding.shardset.index import ShardIndex, read_checked
 from sharding.shardset.schema import ShardEntry
@@ -119,7 +120,7 @@ def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> N
     durations, rates, loudness, symbols = PLOTS
     out.write(durations, plots.plot_durations(index))  # without audio, so first: fails early if `out` is not writable
     out.write(rates, plots.plot_symbol_rates(index))
-    jobs = [(store.url, shard, index.track) for shard in index.shards]
+    jobs = [(store.url, shard, index.labels) for shard in index.shards]
     with Workers(workers) as pool:
         measured = pool.map(measure_shard, jobs, [shard.count for shard in index.shards], "measuring")
     levels = np.concatenate([np.zeros(0), *(levels for levels, _ in measured)])  # (N,), in the order of index.samples
@@ -127,16 +128,16 @@ def write_plots(store: Reader, index: ShardIndex, out: Store, workers: int) -> N
     out.write(symbols, plots.plot_symbols(index, sum((counts for _, counts in measured), Counter())))
 
 
-def measure_shard(job: tuple[str, ShardEntry, str]) -> tuple[npt.NDArray[np.float64], Counter[str]]:
+def measure_shard(job: tuple[str, ShardEntry, LabelPolicy]) -> tuple[npt.NDArray[np.float64], Counter[str]]:
     """Return the level of each clip of a shard, dBFS, and the count of each symbol in its labels."""
-    store, shard, track = open_store(job[0]), *job[1:]
+    store, shard, labels = open_store(job[0]), *job[1:]
     levels, counts = [], Counter[str]()
-    for sample in check_shard(store, read_checked(store, shard), track):
+    for sample in check_shard(store, read_checked(store, shard), labels):
         count_done()
         try:
             waveform, _ = decode(sample.audio)
         except AudioError as error:
             raise ShardError(f"{store.url}/{shard.name}: {sample.key}: {error.message}") from error
         levels.append(10 * math.log10(max(float(np.mean(waveform**2)), 10 ** (SILENCE_DB / 10))))
-        counts.update(sample.text)
+        counts.update(labels.symbols_of(sample.text))
     return np.array(levels), counts

@@ -22,6 +22,7 @@ FATES = ("written", "split", "rejected")
 MAX_LISTED = 10  # files that the summary names
 CONFIDENCE_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)  # bin edges of the reliability table
 NO_LABEL = "no label: kept, not trained on"
+PUBLISHED_WITHOUT = "published as unlabelled: kept, not trained on"
 TOO_DENSE = "label needs more frames than the clip has: kept without it"
 MAX_UNPACKING = 400  # times the packed size: consecutive rows of rejected clips compress to a hundredth
 
@@ -74,7 +75,7 @@ def ledger_row(
         "source": utterance.corpus,
         "utterance_id": utterance.utterance_id,
         "audio_path": utterance.audio_path,
-        "split": split,  # train | valid, chosen by speaker
+        "split": split,  # train | valid | test, chosen by speaker or as published
         "fate": fate,
         "reason": reason,
         "seconds": round(seconds, 4),
@@ -105,6 +106,7 @@ class Tally:
     pass1_counts: Counter[int] = field(default_factory=Counter)  # segments labelled in pass 2, by confidence of pass 1
     pass1_wrong: Counter[int] = field(default_factory=Counter)  # of these, those with other words in pass 1
     validation: Counter[str] = field(default_factory=Counter)  # "clips" and "rejected" of the validation split
+    test: Counter[str] = field(default_factory=Counter)  # likewise of the test split
     worst: list[dict[str, Any]] = field(default_factory=list)
     declared_off: list[dict[str, Any]] = field(default_factory=list)
 
@@ -119,7 +121,8 @@ class Tally:
         self.seconds[fate] += seconds
         self.corpora[row["source"]] += 1
         self.remarks.update(row.get("remarks", ()))
-        self.validation["clips"] += row["split"] == "valid"
+        held_out = {"valid": self.validation, "test": self.test}.get(row["split"], Counter[str]())
+        held_out["clips"] += 1
         for segment in row["pieces"]:
             if segment["label_status"] == "unlabelled":
                 self.unlabelled_pieces[str(segment["reason"]).partition(":")[0]] += 1
@@ -131,7 +134,7 @@ class Tally:
                 self.pass1_wrong[edge] += not pass1["right"]
         if fate == "rejected":
             self.reasons[row["reason"]] += 1
-            self.validation["rejected"] += row["split"] == "valid"
+            held_out["rejected"] += 1
             self.worst.append(
                 {name: row[name] for name in ("source", "utterance_id", "audio_path", "reason", "seconds")}
             )
@@ -154,6 +157,7 @@ class Tally:
                 "clips": self.validation["clips"],
                 "rejected": self.validation["rejected"],
             },
+            **({"test": {name: self.test[name] for name in ("clips", "rejected")}} if self.test else {}),
         }
 
 

@@ -12,12 +12,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from sharding.audio.codec import SAMPLE_RATE, Waveform
 from sharding.audio.vad import HOP, Pause, SpeechActivity
 from sharding.errors import counted
-from sharding.labels.ipa import alphabet_of
 from sharding.segment.split import Segment
 from sharding.shardset.index import ShardIndex
 from sharding.shardset.schema import SPLITS
 
-COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "unlabelled": "#909090"}
+COLOURS = {"train": "#33658a", "valid": "#f6ae2d", "test": "#9e2a2b", "unlabelled": "#909090"}
 DPI = 120
 STRIP_SEC = 30.0
 Numbers = npt.NDArray[np.float64]  # (N,), one for each row of ShardIndex.samples
@@ -61,7 +60,7 @@ def plot_symbols(index: ShardIndex, counts: Mapping[str, int]) -> bytes:
 
     A validation label may have symbols outside the alphabet, which are drawn last and paler.
     """
-    alphabet = sorted(alphabet_of(index.track), key=lambda symbol: (-counts.get(symbol, 0), symbol))
+    alphabet = sorted(index.labels.alphabet, key=lambda symbol: (-counts.get(symbol, 0), symbol))
     outside = sorted(set(counts) - set(alphabet))
     symbols = alphabet + outside
     heights = [counts.get(symbol, 0) for symbol in symbols]

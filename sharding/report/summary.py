@@ -21,6 +21,7 @@ from sharding.sources.archive import MISSING
 from sharding.sources.manifest import printable
 
 ORPHANS_NAME = "report/orphans.txt"
+SHOWN_SYMBOLS, RAREST = 80, 8  # of an alphabet
 Summary = dict[str, Any]  # summary.json
 
 
@@ -45,10 +46,12 @@ def summarize(tally: Tally, index: ShardIndex, orphans: Sequence[str], ignored_f
         "orphan_rows": tally.reasons[MISSING],
         "ignored_fields": sorted(ignored_fields),
         "declared_off": sorted(tally.declared_off, key=lambda row: str(row["utterance_id"])),
+        "labels": index.labels.document(),
         "duration_bins": list(index.duration_bins),
         "splits": {split: _split_row(index, split) for split in SPLITS},
         "notes": index.notes,
         "aligned": bool(index.settings.get("alignments")),  # built with alignments of a model (pass 2)
+        "official_splits": index.settings.get("splits") == "official",
         "valid_fraction": index.settings.get("valid_fraction"),  # None: tars of other programs
     }
 
@@ -70,6 +73,7 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
             f"{split:>12} {row['samples']:9,} {row['hours']:8.2f} {row['shards']:7,} {row['mb']:8.1f}"
             f" {row['bucket_padding']:18.1%}"
         )
+    lines += _render_labels(summary["labels"])
     lines += [f"{count:6,} rejected: {reason}" for reason, count in list(summary["reasons"].items())[:MAX_LISTED]]
     lines += _list_longest_rejected(summary, dry)
     lines += [f"{count:6,} noted: {remark}" for remark, count in summary["remarks"].items()]
@@ -89,10 +93,33 @@ def render(summary: Summary, url: str, dry: bool = False) -> str:
         lines.append(
             f"{count:,} declared durations are off by more than {DURATION_TOLERANCE_SEC} s; the measured ones are used"
         )
-    lines += _warn_about_splits(summary)
-    if not notes["validation"]["disjoint_by_speaker"]:
-        lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
+    lines += _warn_about_splits(summary) + _explain_splits(notes)
     return "\n".join(map(printable, lines))
+
+
+def _render_labels(labels: dict[str, Any]) -> list[str]:
+    """Return the profile and the alphabet, with its rarest symbols, among which typing errors show."""
+    symbols = labels["symbols"]
+    shown = " ".join(symbols[:SHOWN_SYMBOLS]) + (f" and {len(symbols) - SHOWN_SYMBOLS:,} more"
+                                                  if len(symbols) > SHOWN_SYMBOLS else "")  # fmt: skip
+    lines = [f"labels: profile {labels['profile']}, {counted(len(symbols), 'symbol')} of {labels['units']}: {shown}"]
+    if labels["counts"]:
+        rarest = sorted(zip(labels["counts"], symbols, strict=True))[:RAREST]
+        lines.append("rarest symbols: " + ", ".join(f"{symbol} {count:,} ×" for count, symbol in rarest))
+    return lines
+
+
+def _explain_splits(notes: dict[str, Any]) -> list[str]:
+    """Return how each corpus was split, unless all were by speaker, and the speakers in several splits."""
+    lines = [f"{corpus}: {layout}" for corpus, layout in notes.get("layouts", {}).items()]
+    shared = notes.get("shared_speakers")
+    if shared:
+        more = ", …" if shared["count"] > len(shared["examples"]) else ""
+        lines.append(f"{counted(shared['count'], 'speaker')} in several of the published splits, so that scores are "
+                     f"too optimistic: {', '.join(shared['examples'])}{more}")  # fmt: skip
+    elif not notes["validation"]["disjoint_by_speaker"]:
+        lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
+    return lines
 
 
 def _warn_about_splits(summary: Summary) -> list[str]:
@@ -104,6 +131,9 @@ def _warn_about_splits(summary: Summary) -> list[str]:
         lines.append("there is nothing to train on: no clip is labelled, or all labelled clips are for validation")
     if not valid and fraction == 0:
         lines.append("there is nothing to validate on, because of --valid-fraction 0: training will compute no score")
+    elif not valid and summary["official_splits"]:
+        lines.append("there is nothing to validate on, training will compute no score: the published splits have no "
+                     "validation; --splits hash splits by speaker")  # fmt: skip
     elif not valid and fraction is None:
         lines.append("there is nothing to validate on, training will compute no score: name some tars with --valid")
     elif not valid and train:
@@ -113,7 +143,7 @@ def _warn_about_splits(summary: Summary) -> list[str]:
             "hint: --group-by COLUMN splits by another column, such as the session; --valid-fraction 0 if this is "
             "intended; to score afterwards, build a set of other speakers with --valid-fraction 1",
         ]
-    if train and fraction and valid > 2 * fraction * (train + valid):
+    if not summary["official_splits"] and train and fraction and valid > 2 * fraction * (train + valid):
         lines.append(f"validation has {valid / (train + valid):.0%} of the labelled clips, --valid-fraction asks for "
                      f"{fraction:.0%}: there are few speakers, or their shares are very unequal")  # fmt: skip
     return lines

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform
 from sharding.audio.vad import MAX_STOP_SEC, Stretch, detect_speech, find_pauses, find_stretches, one_thread
-from sharding.labels.ipa import alphabet_of
+from sharding.labels.policy import LabelPolicy
+from sharding.labels.units import Units, split_symbols
 from sharding.segment.evidence import Evidence, choose_max_gap, hash_label
 
 if TYPE_CHECKING:
@@ -59,10 +60,15 @@ class TrainingExample:
 class PhoneGMM:
     """Model each symbol id by a Gaussian. Id 0 is silence, which is CTC's blank; spaces have no id."""
 
-    alphabet: str
+    alphabet: tuple[str, ...]
+    units: Units
     mean: Floats  # (symbols, D)
     precision: Floats  # (symbols, D): 1 / variance
     max_gap: float = 0.0  # nats, largest lead of the best path over a label in half a second
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {symbol: number for number, symbol in enumerate(self.alphabet, 1)}
 
     @property
     def blank(self) -> int:
@@ -74,8 +80,8 @@ class PhoneGMM:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a normalised label; symbols outside the alphabet share the id of any speech."""
-        other = len(self.alphabet) + 1
-        return [self.alphabet.find(symbol) + 1 or other for symbol in text if symbol != " "]
+        ids, other = self._ids, len(self.alphabet) + 1
+        return [ids.get(symbol, other) for symbol in split_symbols(text, self.units) if symbol != " "]
 
     @one_blas_thread  # type: ignore[untyped-decorator]
     def log_probs(self, features: Floats, quiet: npt.NDArray[np.bool_], scale: float) -> "torch.Tensor":
@@ -95,7 +101,10 @@ class PhoneGMM:
     def pack(self) -> dict[str, Any]:
         """Return the model as it is stored in an index, so that a repair needs no training."""
         values = np.stack([self.mean, self.precision]).astype("<f4")
-        return {"alphabet": self.alphabet, "max_gap": self.max_gap, "values": b64encode(values.tobytes()).decode()}
+        packed = {"max_gap": self.max_gap, "values": b64encode(values.tobytes()).decode()}
+        if self.units == "characters":
+            return {"alphabet": "".join(self.alphabet), **packed}
+        return {"alphabet": list(self.alphabet), "units": self.units, **packed}
 
     @one_thread()
     def align(self, text: str, waveform: Waveform, stretches: Sequence[Stretch], cuts: Sequence[int]) -> Evidence:
@@ -104,7 +113,7 @@ class PhoneGMM:
 
         label = hash_label(text)
         failed = Evidence(label, tuple(cuts), (), (), (), (), (), (), (), (), "not aligned")
-        if len(waveform) // FRAME_SAMPLES * len(text) > MAX_LATTICE:
+        if len(waveform) // FRAME_SAMPLES * len(split_symbols(text, self.units)) > MAX_LATTICE:
             return failed
         features, quiet = mfcc_features(waveform, stretches)
         log_probs = self.log_probs(features, quiet, DECODE_SCALE)
@@ -132,7 +141,8 @@ class PhoneGMM:
 def unpack_model(packed: dict[str, Any]) -> PhoneGMM:
     """Return the model that `PhoneGMM.pack` stored."""
     values = np.frombuffer(b64decode(packed["values"]), "<f4").reshape(2, len(packed["alphabet"]) + 2, -1)
-    return PhoneGMM(packed["alphabet"], values[0], values[1], packed["max_gap"])
+    units = packed.get("units", "characters")
+    return PhoneGMM(tuple(packed["alphabet"]), units, values[0], values[1], packed["max_gap"])
 
 
 def example_of(name: str, text: str, waveform: Waveform) -> TrainingExample:
@@ -180,9 +190,9 @@ def _mel_bands() -> Floats:
 
 
 @one_thread()
-def fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float) -> PhoneGMM | None:
+def fit(examples: Sequence[TrainingExample], policy: LabelPolicy, max_false_accept: float) -> PhoneGMM | None:
     """Return a model trained on these examples, or None if they have no usable speech."""
-    alphabet = "".join(sorted(alphabet_of(track) - {" "}))
+    alphabet = tuple(sorted(policy.symbols))
     usable = [
         example
         for example in examples
@@ -191,7 +201,7 @@ def fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float
     if not usable:
         return None
     stats = _Statistics(len(alphabet) + 2, usable[0].features.shape[1])
-    model = PhoneGMM(alphabet, *np.zeros((2, *stats.values.shape), np.float32))  # for its encode()
+    model = PhoneGMM(alphabet, policy.units, *np.zeros((2, *stats.values.shape), np.float32))  # for its encode()
     for example in usable:
         speech, ids = np.flatnonzero(~example.quiet), np.array(model.encode(example.text))
         occupancy = np.zeros((len(example.quiet), len(alphabet) + 2))
@@ -199,12 +209,12 @@ def fit(examples: Sequence[TrainingExample], track: str, max_false_accept: float
         occupancy[example.quiet, 0] = 1.0
         stats.add(occupancy, example.features)
     for _ in tqdm(range(ROUNDS), desc="    training", unit="round", leave=False, disable=None):  # None: on a terminal
-        model, stats = stats.estimate(alphabet), _Statistics(*stats.values.shape)
+        model, stats = stats.estimate(model), _Statistics(*stats.values.shape)
         for example in usable:
             stats.add(_occupancy(model, example), example.features)
         if not stats.frames[1:].sum():  # no label could be aligned
             return None
-    model = stats.estimate(alphabet)
+    model = stats.estimate(model)
     return _calibrate(model, usable, max_false_accept)
 
 
@@ -225,14 +235,15 @@ class _Statistics:
         self.values += (weights @ rows).numpy()
         self.squares += (weights @ rows.square()).numpy()
 
-    def estimate(self, alphabet: str) -> PhoneGMM:
+    def estimate(self, previous: PhoneGMM) -> PhoneGMM:
+        """Return the model with the means and precisions of what was accumulated."""
         mean, square = (totals[1:].sum(axis=0) / self.frames[1:].sum() for totals in (self.values, self.squares))
         variance = square - mean**2  # of all speech
         count = (self.frames + PRIOR_FRAMES)[:, None]
         means = (self.values + PRIOR_FRAMES * mean) / count
         variances = (self.squares + PRIOR_FRAMES * square) / count - means**2
         precision = 1 / np.maximum(variances, MIN_VARIANCE * np.maximum(variance, 1e-6))
-        return PhoneGMM(alphabet, means.astype(np.float32), precision.astype(np.float32))
+        return replace(previous, mean=means.astype(np.float32), precision=precision.astype(np.float32))
 
 
 def _occupancy(model: PhoneGMM, example: TrainingExample) -> npt.NDArray[np.float64]:

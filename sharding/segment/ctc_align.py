@@ -32,7 +32,7 @@ CERTAIN_NATS = 999.0  # evidence for or against a word is clipped to this
 
 
 class Spelling(Protocol):
-    """Map symbols to ids: one id per symbol, and one or none for the space between words."""
+    """Map symbols to ids: one id per symbol of the labels' units, and one or none for the space between words."""
 
     @property
     def blank(self) -> int: ...
@@ -75,9 +75,10 @@ class Lattice:
         ids = spelling.encode(text)
         self.words = text.split()
         space = len(spelling.encode(" "))  # symbols between two words
-        starts = np.cumsum([0, *(len(word) + space for word in self.words)])[:-1]
+        sizes = [len(spelling.encode(word)) for word in self.words]
+        starts = np.cumsum([0, *(size + space for size in sizes)])[:-1]
         self.firsts = torch.as_tensor(2 * starts + 1, device=device)  # states of the words' first symbols …
-        lengths = [2 * len(word) - 2 for word in self.words]
+        lengths = [2 * size - 2 for size in sizes]
         self.lasts = self.firsts + torch.as_tensor(lengths, dtype=torch.int64, device=device)  # … and of their last
         self.labels = torch.full((2 * len(ids) + 1,), spelling.blank_inside, device=device)
         self.labels[0] = self.labels[-1] = spelling.blank

@@ -12,11 +12,12 @@ import numpy as np
 
 from sharding.audio.codec import SAMPLE_RATE, Waveform, frame_count
 from sharding.audio.vad import MAX_STOP_SEC, SpeechActivity, Stretch, detect_speech, find_pauses, find_stretches
-from sharding.labels.ipa import ctc_frames_needed
+from sharding.labels.policy import LabelPolicy
 from sharding.segment.acoustic_model import PhoneGMM
 from sharding.segment.cuts import MAX_DURATION_SEC, Cut, find_cuts
 from sharding.segment.evidence import Evidence
 
+PHONES = LabelPolicy()
 MIN_BETWEEN = 0.01  # floor of the probability that a cut in a pause falls between words; lower ones are not trusted
 RATE_FACTOR = 2.0  # largest ratio of the symbols per second of a segment to those of its recording, or the reverse
 
@@ -76,6 +77,7 @@ def split_recording(
     evidence: Evidence | None = None,
     acoustic_model: PhoneGMM | None = None,
     thresholds: LabelThresholds = LabelThresholds(),
+    labels: LabelPolicy = PHONES,
 ) -> list[Segment]:
     """Return segments of at most `max_duration` seconds that tile the recording to the sample, with words if certain.
 
@@ -99,12 +101,12 @@ def split_recording(
     if evidence and not mismatch:
         by, decisions = "alignment", assign(evidence, thresholds.max_gap)
     else:
-        by, decisions = "acoustic_model", pass1 or [_no_label(text, activity, len(waveform))] * (len(ends) - 1)
+        by, decisions = "acoustic_model", pass1 or [_no_label(text, activity, len(waveform), labels)] * (len(ends) - 1)
     if mismatch:
         decisions = [replace(label, refused=label.refused and f"{label.refused} ({mismatch})") for label in decisions]
     forced = [False, *(cut.forced for cut in cuts), False]
     segments = [
-        _segment(utterance_id, start, end, label, forced[place] or forced[place + 1], by)
+        _segment(utterance_id, start, end, label, forced[place] or forced[place + 1], by, labels)
         for place, (start, end, label) in enumerate(zip(ends, ends[1:], decisions, strict=False))
     ]
     if by == "acoustic_model" or pass1 is None:
@@ -112,11 +114,11 @@ def split_recording(
     return [_compare_with_pass1(*pair) for pair in zip(segments, pass1, strict=True)]
 
 
-def _no_label(text: str, activity: SpeechActivity, samples: int) -> LabelDecision:
+def _no_label(text: str, activity: SpeechActivity, samples: int, labels: LabelPolicy) -> LabelDecision:
     """Return the decision for each segment of a recording that pass 1 could not align."""
     if not text.strip():
         return LabelDecision("", float(activity.silent), None if activity.silent else "speech without a label")
-    if frame_count(samples) < ctc_frames_needed(text):
+    if frame_count(samples) < labels.frames_needed(text):
         return LabelDecision("", 0.0, "the label needs more frames than the recording has")
     return LabelDecision("", 0.0, "too few labels to train the acoustic model, or the recording is too long")
 
@@ -188,11 +190,13 @@ def _weakness(
     return None
 
 
-def _segment(utterance_id: str, start: int, end: int, label: LabelDecision, forced: bool, by: str) -> Segment:
+def _segment(
+    utterance_id: str, start: int, end: int, label: LabelDecision, forced: bool, by: str, labels: LabelPolicy
+) -> Segment:
     refused = label.refused
     if refused is None and forced and by == "acoustic_model":
         refused = "a cut is outside any pause"
-    if refused is None and frame_count(end - start) < ctc_frames_needed(label.text):
+    if refused is None and frame_count(end - start) < labels.frames_needed(label.text):
         refused = "the label needs more frames than the segment has"
     return Segment(
         utterance_id,

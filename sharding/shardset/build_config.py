@@ -12,11 +12,12 @@ from pydantic import Field, TypeAdapter
 from sharding.command import WHOLE
 from sharding.errors import StreamtrainError
 from sharding.files.document import STRICT, Count, DocumentError, Fraction, Number, validate
+from sharding.labels.units import Units
 from sharding.segment.cuts import MAX_DURATION_SEC, MIN_PIECE_SEC
 from sharding.segment.evidence import MAX_FALSE_ACCEPT
 from sharding.segment.split import LabelThresholds
 
-Track = Literal["phonetic", "word"]
+Splits = Literal["auto", "official", "hash"]
 WordLLR = Annotated[Number, Field(ge=-1_000, le=1_000)]
 MaxDuration = Annotated[Number, Field(ge=2 * MIN_PIECE_SEC, le=86_400)]  # s; below, maybe no way but tiny segments
 
@@ -38,8 +39,22 @@ class BuildConfig:
     """Size of a shard, MiB; larger suits object stores."""
     min_shards_per_bucket: Annotated[Count, Field(ge=1, le=100_000), WHOLE] = 1
     """Shards in each bucket at least, as far as it has clips: ranks × workers feeds them all."""
-    track: Track = "phonetic"
-    """Labels to train on: IPA phones (phonetic_text) or written words (orthographic_text)."""
+    profile: Annotated[str, Parameter(metavar="NAME")] = ""
+    """Normal form of the labels, which is trained and scored: pasketti (the challenge's phones), english (letters),
+    text (words of any language), ipa (narrow IPA), raw (as written), timit39, or a function of yours, as
+    my_module:normalize. If none is given: the usual one of the corpus's layout."""
+    units: Units | None = None
+    """Symbols of a label: characters, segments (an IPA letter with its diacritics and ties), or tokens separated by
+    blanks. If none is given: the profile's."""
+    alphabet: Annotated[str, Parameter(metavar="profile|data|FILE")] = ""
+    """Symbols that may be trained on: those of the profile; those of the training labels; or those of a file, one a
+    line. If none is given: the profile's if it has an alphabet, else the data's."""
+    min_symbol_count: Annotated[Count, Field(ge=1), WHOLE] = 5
+    """Times that a symbol must occur in the training labels to be in the alphabet of the data; clips with rarer ones
+    are left out, and listed."""
+    splits: Splits = "auto"
+    """official: each clip's split as its corpus publishes it; hash: by speaker, see --valid-fraction; auto: official
+    where a source has splits. Sources without any are split by speaker."""
     group_by: Annotated[str, Parameter(metavar="COLUMN")] = ""
     """Keep all clips of one value of this column on one side, training or validation. If none is given: of one
     child_id, else of one session_id, else each clip by itself."""

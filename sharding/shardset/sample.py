@@ -19,7 +19,7 @@ from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import ShardError
 from sharding.files.document import parse_row
 from sharding.files.names import canonical_name, canonical_speaker, name_of, nfc
-from sharding.labels.ipa import TRACKS, label_remarks, read_label
+from sharding.labels.policy import LabelPolicy
 
 BLOCK = 512  # bytes of a tar block
 AUDIO_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES)
@@ -51,6 +51,7 @@ class Sample:
     pieces: int = 1
     start_sec: float | None = None  # in that recording, likewise the end
     end_sec: float | None = None
+    written_text: str | None = None  # the label as it was written, if it is another than `text`
     remarks: tuple[str, ...] = ()  # on a label from another writer; not stored in a shard
 
     @property
@@ -91,8 +92,8 @@ def sample_to_bytes(sample: Sample) -> bytes:
     return b"".join([*_member(f"{sample.key}.flac", sample.audio), *_member(f"{sample.key}.json", document)])
 
 
-def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
-    """Parse the tar members of a sample; labels of other writers are normalised for the track.
+def sample_from_bytes(raw: bytes, labels: LabelPolicy) -> Sample:
+    """Parse the tar members of a sample; labels of other writers are normalised by the policy.
 
     Raises ShardError if the bytes are not a sample.
     """
@@ -105,7 +106,7 @@ def sample_from_bytes(raw: bytes, track: str = "phonetic") -> Sample:
             if unknown := document.keys() - _JSON_FIELDS:
                 raise TypeError(f"{key}.json: {min(unknown)!r} is unknown")
             return Sample(key=key, audio=bodies["flac"], **document)
-        return _external_sample(key, bodies, document, track)
+        return _external_sample(key, bodies, document, labels)
     except (ValueError, TypeError, LookupError, RecursionError, tarfile.TarError) as error:
         raise ShardError(f"these bytes are not a sample: {error}") from error
 
@@ -136,7 +137,7 @@ def _bodies(raw: bytes) -> tuple[str, dict[str, bytes]]:
     return key, bodies
 
 
-def _external_sample(key: str, bodies: Mapping[str, bytes], document: Mapping[str, Any], track: str) -> Sample:
+def _external_sample(key: str, bodies: Mapping[str, bytes], document: Mapping[str, Any], labels: LabelPolicy) -> Sample:
     audio = [extension for extension in AUDIO_EXTENSIONS if extension in bodies]
     if not audio:
         raise ValueError(f"{key} has no audio, only {', '.join(bodies)}")
@@ -144,12 +145,12 @@ def _external_sample(key: str, bodies: Mapping[str, bytes], document: Mapping[st
         raise ValueError(f"{key} has {len(audio)} audio files, {', '.join(audio)}")
     if not {"txt", "json"} & bodies.keys():
         raise ValueError(f"{key} has no label, only {', '.join(bodies)}")
-    values: dict[str, Any] = {name: document.get(name) for name in ("text", TRACKS[track])}
+    values: dict[str, Any] = {name: document.get(name) for name in ("text", labels.field)}
     values |= {name: name_of(document.get(name)) for name in METADATA}
     values = {name: "" if value is None else value for name, value in values.items()}
     _check_strings(values, values)
-    texts = values[TRACKS[track]] or values["text"], bodies.get("txt", b"").decode("utf-8-sig")
-    label, *others = {label for text in texts if (label := read_label(text, track))} or {""}
+    texts = values[labels.field] or values["text"], bodies.get("txt", b"").decode("utf-8-sig")
+    label, *others = {label for text in texts if (label := labels.normalize(text))} or {""}
     if others:
         raise ValueError(f"{key} has two labels, {label!r} and {others[0]!r}")
     return Sample(
@@ -162,7 +163,7 @@ def _external_sample(key: str, bodies: Mapping[str, bytes], document: Mapping[st
         session_id=canonical_speaker(values["session_id"]),
         corpus=canonical_name(values["corpus"]),
         age_bucket=canonical_name(values["age_bucket"]),
-        remarks=label_remarks("".join(texts), track),
+        remarks=labels.remarks("".join(texts)),
     )
 
 

@@ -1,17 +1,19 @@
 """Describe the index documents of a shard set as types that validate them when they are read."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.document import STRICT, Count, DocumentError, Hash, Number, Size, validate
-from sharding.shardset.build_config import BUILD_CONFIG, Track
+from sharding.labels.units import Units
+from sharding.shardset.build_config import BUILD_CONFIG
 
 EXTERNAL = "written by others"  # key in the settings of a set whose tars another program wrote
-SPLITS = ("train", "valid", "unlabelled")
+SPLITS = ("train", "valid", "test", "unlabelled")
+HELD_OUT = ("valid", "test")  # never trained on, nor filtered by their labels
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # xxh3-64, hexadecimal
 Digest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # SHA-256, hexadecimal; empty: none
 
@@ -42,7 +44,7 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 _ExternalDuration = Annotated[Number, Field(ge=0.01, le=86_400)]
 _ExternalSettings = TypedDict(
     "_ExternalSettings",
-    {"track": Track, "max_duration": _ExternalDuration, "valid": list[str], "written by others": Literal[True]},
+    {"profile": str, "max_duration": _ExternalDuration, "valid": list[str], "written by others": Literal[True]},
     total=False,
 )
 _ExternalSettings.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
@@ -57,16 +59,40 @@ class _Validation(TypedDict):
     rejected: Size
 
 
+class _Test(TypedDict):
+    clips: Size
+    rejected: Size
+
+
+class _SharedSpeakers(TypedDict):
+    count: Size
+    examples: list[str]
+
+
 class _Notes(TypedDict):
     clips: Size
     rejected: Size
     validation: _Validation
+    test: NotRequired[_Test]  # older sets have none of these
+    layouts: NotRequired[dict[str, str]]
+    shared_speakers: NotRequired[_SharedSpeakers]
+
+
+class _Labels(TypedDict):
+    """Describe the fields of `LabelPolicy`."""
+
+    profile: str
+    units: Units
+    symbols: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast()]
+    counts: Annotated[list[Size], FailFast()]
+    digest: Checksum
 
 
 class _AcousticModel(TypedDict):
-    alphabet: str
+    alphabet: str | list[str]  # a list unless the units are characters
     max_gap: Number
     values: str
+    units: NotRequired[Units]
 
 
 class _SamplesDocument(TypedDict):
@@ -94,6 +120,7 @@ class IndexDocument:
     settings: dict[str, Any]  # of a build, or of tars of others
     settings_hash: Digest
     sources_hash: str
+    labels: _Labels
     notes: _Notes
     samples: _SamplesDocument
     shards: Annotated[tuple[ShardEntry, ...], FailFast()]
@@ -135,7 +162,19 @@ class ShardDocument:
     remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
+class _ChildColumn(TypedDict):
+    child_id: Annotated[list[str], FailFast()]
+
+
+class _ChildrenDocument(TypedDict):
+    """Describe the fields of `ShardDocument` that tell whose each clip is."""
+
+    keys: Annotated[list[str], FailFast()]
+    speakers: _ChildColumn
+
+
 HEADER, INDEX, SHARD = TypeAdapter(IndexHeader), TypeAdapter(IndexDocument), TypeAdapter(ShardDocument)
+CHILDREN = TypeAdapter(_ChildrenDocument)
 
 
 def check_document(document: IndexDocument) -> None:

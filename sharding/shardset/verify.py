@@ -10,6 +10,7 @@ import xxhash
 
 from sharding.audio.codec import decode
 from sharding.errors import AudioError, ShardError, StreamtrainError, UnreachableError
+from sharding.labels.policy import LabelPolicy
 from sharding.pool import Workers, count_done
 from sharding.shardset.index import (
     INDEX_NAME,
@@ -43,7 +44,7 @@ class _Job:
     url: str
     shard: ShardEntry
     rows: SampleTable | None  # of the shard in the sample columns of the index; None: not compared
-    track: str
+    labels: LabelPolicy
     with_audio: bool
 
 
@@ -54,7 +55,7 @@ def find_faults(url: str, index: ShardIndex, with_audio: bool, workers: int) -> 
     """
     ends = np.cumsum([shard.count for shard in index.shards])
     rows = np.split(index.samples, ends[:-1]) if len(index.samples) else [None] * len(index.shards)
-    jobs = [_Job(url, shard, part, index.track, with_audio) for shard, part in zip(index.shards, rows, strict=True)]
+    jobs = [_Job(url, shard, part, index.labels, with_audio) for shard, part in zip(index.shards, rows, strict=True)]
     with Workers(min(workers, max(len(jobs), 1))) as pool:
         faults = pool.map(_fault_of, jobs, [shard.count for shard in index.shards], "verifying")
     return {shard.name: fault for shard, fault in zip(index.shards, faults, strict=True) if fault}
@@ -64,7 +65,7 @@ def _fault_of(job: _Job) -> Fault | None:
     store, where = open_store(job.url), f"{job.url}/{job.shard.name}"
     try:
         record = read_checked(store, job.shard)
-        samples = check_shard(store, record, job.track)
+        samples = check_shard(store, record, job.labels)
     except UnreachableError:
         raise
     except StreamtrainError as error:
@@ -89,7 +90,7 @@ def _compare_columns(where: str, shard_rows: SampleTable, set_rows: SampleTable)
     return None
 
 
-def check_shard(store: Reader, record: ShardRecord, track: str = "phonetic") -> list[Sample]:
+def check_shard(store: Reader, record: ShardRecord, labels: LabelPolicy) -> list[Sample]:
     """Read the tar of a shard and return its samples. Raises ShardError if it differs from its own index."""
     shard = record.entry
     data = store.read(shard.name, limit=shard.bytes + 2**20)  # a small excess is reported as a wrong checksum
@@ -101,8 +102,8 @@ def check_shard(store: Reader, record: ShardRecord, track: str = "phonetic") -> 
     checksums = [xxhash.xxh3_64_intdigest(part) for part in parts]
     if checksums != record.samples["checksum"].tolist():
         raise ShardError(f"{where}: its samples differ in position or bytes from its index", VERIFY_HINT)
-    samples = [sample_from_bytes(part, track) for part in parts]
-    if [len(sample.text) for sample in samples] != record.samples["label_length"].tolist():
+    samples = [sample_from_bytes(part, labels) for part in parts]
+    if [len(labels.symbols_of(sample.text)) for sample in samples] != record.samples["label_length"].tolist():
         raise ShardError(f"{where}: the lengths of its labels differ from its index", VERIFY_HINT)
     if tuple(sample.key for sample in samples) != record.keys or len(samples) != shard.count:
         raise ShardError(f"{where}: its keys differ from its index", VERIFY_HINT)

@@ -1,4 +1,4 @@
-"""Open the bytes of a clip, in a folder or in a zip. Neither is trusted, and every refusal has a reason."""
+"""Open the bytes of a clip: a file, a member of a zip, a row of parquet. None is trusted; refusals have a reason."""
 
 import functools
 import io
@@ -18,6 +18,7 @@ from typing import IO
 from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import AudioError, ManifestError
 from sharding.files.names import nfc
+from sharding.sources.parquet import AUDIO_IN_ROW, AudioColumn
 
 AUDIO_FOLDER = "audio"
 ARCHIVE = "audio.zip"
@@ -52,7 +53,7 @@ def open_audio(root: AudioRoot, audio_path: str) -> Iterator[tuple[IO[bytes], in
     if _leads_outside(audio_path):
         raise AudioError(ABSOLUTE if audio_path.startswith("/") else OUTSIDE)
     try:
-        opened = _open_by_any_form(root, audio_path)
+        opened = (_open_row if ".parquet:" in audio_path else _open_by_any_form)(root, audio_path)
         with opened[0]:
             yield opened
     except (FileNotFoundError, NotADirectoryError, KeyError) as error:
@@ -69,7 +70,7 @@ def find_audio(folder: Path, audio_paths: Sequence[str], follow_links: bool = Fa
 
     Raises ManifestError if none of them is there, or if all are links that lead outside and must not be followed.
     """
-    inside = [path for path in audio_paths if not _leads_outside(path)]
+    inside = [_file_of(path) for path in audio_paths if not _leads_outside(path)]
     for below in ("", AUDIO_FOLDER, "clips"):
         directory = str(folder / below)
         existing = [match for path in inside for match in _spell_on_disk(directory, path)[:1]]
@@ -214,6 +215,14 @@ def _decomposed(place: str) -> Mapping[str, list[str]]:
 
 def _open_file(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
     """Open a file, then check what was opened: it cannot be swapped in between, and the path is walked only once."""
+    descriptor, size = _open_regular(root, path)
+    if size > MAX_FILE_BYTES:
+        os.close(descriptor)
+        raise AudioError(f"audio file is {size} bytes, at most {MAX_FILE_BYTES} are accepted")
+    return os.fdopen(descriptor, "rb", buffering=0), size
+
+
+def _open_regular(root: AudioRoot, path: str) -> tuple[int, int]:
     descriptor = os.open(f"{root.path}/{path}", os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe blocks forever
     try:
         if not root.follow_links and not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_real(root.path)):
@@ -221,12 +230,30 @@ def _open_file(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise AudioError("audio_path is not a file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise AudioError(f"audio file is {status.st_size} bytes, at most {MAX_FILE_BYTES} are accepted")
-        return os.fdopen(descriptor, "rb", buffering=0), status.st_size
+        return descriptor, status.st_size
     except AudioError:
         os.close(descriptor)
         raise
+
+
+def _file_of(path: str) -> str:
+    """Return the file that an audio path leads to: a parquet file, if it names a row of one."""
+    match = AUDIO_IN_ROW.fullmatch(path)
+    return match[1] if match else path
+
+
+def _open_row(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
+    match = AUDIO_IN_ROW.fullmatch(path)
+    if match is None or _is_archive(root.path):
+        return _open_by_any_form(root, path)
+    audio = _open_column(root, match[1], match[2]).read(int(match[3]))
+    return io.BytesIO(audio), len(audio)
+
+
+@functools.lru_cache(maxsize=64)
+def _open_column(root: AudioRoot, path: str, column: str) -> AudioColumn:
+    descriptor, _ = _open_regular(root, path)
+    return AudioColumn((root.path, path, column), os.fdopen(descriptor, "rb", buffering=0), column)
 
 
 @functools.cache

@@ -10,18 +10,19 @@ import json
 import os
 import string
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
 from sharding.errors import ManifestError
-from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular
+from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular, parse_row
 
 READ_BYTES = 2**20
 ROW_BYTES = 16  # only shorter lines are checked for being blank: no row is that short
@@ -42,13 +43,50 @@ class Lines:
     text: bytes
     starts: npt.NDArray[np.int64]  # (rows,) where the line of each row begins in `text`
     ends: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]  # line numbers in the user's file, from 1
+    numbers: npt.NDArray[np.int64]  # line numbers in the user's files, from 1
+    files: tuple[str, ...] = ()  # the user's files …
+    file_numbers: npt.NDArray[np.uint32] | None = None  # (rows,) … and which of them a row is from; None: the only one
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def line(self, row: int) -> bytes:
         return self.text[self.starts[row] : self.ends[row]]
+
+    def place(self, row: int) -> str:
+        """Return the file and the line of a row, for messages."""
+        return f"{self.files[0 if self.file_numbers is None else self.file_numbers[row]]}:{self.numbers[row]}"
+
+
+class PlacedRow(NamedTuple):
+    """Hold a row that the reader of a layout yields, and its place in the user's files."""
+
+    file: str
+    line: int  # from 1
+    values: dict[str, Any]  # by our names of the fields; any other keys are columns of the user
+
+
+def pack_rows(rows: Iterable[PlacedRow]) -> Lines:
+    """Return rows as JSON Lines, which take less memory than objects."""
+    text, starts, numbers, file_numbers = io.BytesIO(), array("q"), array("q"), array("I")
+    files: dict[str, int] = {}
+    for file, number, values in rows:
+        starts.append(text.tell())
+        text.write(_write_json(values))
+        numbers.append(number)
+        file_numbers.append(files.setdefault(file, len(files)))
+    begins = np.array(starts, np.int64)
+    ends = np.append(begins[1:], text.tell()) - 1
+    return Lines(
+        text.getvalue(), begins, ends[: len(begins)], np.array(numbers, np.int64), tuple(files), np.array(file_numbers)
+    )
+
+
+def _write_json(values: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which is rejected, with its place, when the row is parsed
+        return json.dumps(values).encode() + b"\n"
 
 
 def is_table(path: Path) -> bool:
@@ -57,23 +95,73 @@ def is_table(path: Path) -> bool:
 
 def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
     """Read the rows of a transcripts file; in a table, `number_columns` become numbers. Raises ManifestError."""
+    data = _read_data(path)
+    if is_table(path):
+        text, numbers = _pack_table(path, data, number_columns)
+        lines = replace(_find_lines(text), numbers=numbers)
+    else:
+        lines = _find_lines(data)
+    for row in np.flatnonzero(lines.ends - lines.starts > LINE_BYTES)[:1]:
+        raise ManifestError(f"{path}:{lines.numbers[row]}: a row of more than {LINE_BYTES:,} bytes")
+    return replace(lines, files=(str(path),))
+
+
+def read_table(path: Path, number_columns: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the cells of each row of a CSV or TSV, by the names of its columns.
+
+    Raises ManifestError.
+    """
+    return _parse_table(path, _read_data(path), number_columns)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the object of each line of a JSON Lines file. Raises ManifestError."""
+    lines = read_lines(path, ())
+    return ((int(lines.numbers[row]), read_row(lines.line(row), lines.place(row))) for row in range(len(lines)))
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """Return the object on the first line of a file, an empty one if there is none."""
     try:
         with open_regular(path) as file:
-            data = _read_whole(_unpack(file, path.suffix.lower()), os.fstat(file.fileno()).st_size)
+            return parse_row(next(_unpack(file, path.suffix.lower()), b"").partition(b"\n")[0])
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, DocumentError):  # reported when the file is read
+        return {}
+
+
+def read_row(line: bytes, place: str) -> dict[str, Any]:
+    """Parse one line of a transcripts file. Raises ManifestError with its place."""
+    try:
+        return parse_row(line)
+    except DocumentError as error:
+        hint = "one JSON object per line is expected, in UTF-8"
+        raise ManifestError(f"{place}: {error}", hint) from error
+
+
+def read_text(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number of each line that is not blank, and the line. Raises ManifestError."""
+    text = _decode(path, _read_data(path))
+    return ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _read_data(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return _read_whole(_unpack(file, path.suffix.lower()), os.fstat(file.fileno()).st_size)
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise ManifestError(f"{path}: damaged ({error})", "the copy may be incomplete") from error
     except DocumentError as error:
         raise ManifestError(f"{path}: {error}", "is it a transcripts file?") from error
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror or error}") from error
-    if is_table(path):
-        text, numbers = _read_table(path, data, number_columns)
-        lines = replace(_find_lines(text), numbers=numbers)
-    else:
-        lines = _find_lines(data)
-    for row in np.flatnonzero(lines.ends - lines.starts > LINE_BYTES)[:1]:
-        raise ManifestError(f"{path}:{lines.numbers[row]}: a row of more than {LINE_BYTES:,} bytes")
-    return lines
+
+
+def _decode(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ManifestError(f"{path}:{line}: not UTF-8: {error.reason}", NOT_UTF8) from error
 
 
 def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
@@ -116,18 +204,25 @@ def _bare_suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".zst")), "")
 
 
-def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
-    """Return the rows of a CSV or TSV as JSON Lines, and their line numbers; the header decides a CSV's delimiter.
+def _pack_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """Return the rows of a CSV or TSV as JSON Lines, and their line numbers."""
+    text, numbers = io.BytesIO(), array("q")
+    for number, row in _parse_table(path, data, number_columns):
+        text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        numbers.append(number)
+        if text.tell() > max(FREE_BYTES, max_unpacked(len(data), TABLE_TIMES)):
+            problem = f"its {len(row):,} column names would be repeated {len(numbers):,} times"
+            raise ManifestError(f"{path}:{number}: not a table: {problem}", NOT_A_TABLE)
+    return text.getvalue(), np.array(numbers, np.int64)
+
+
+def _parse_table(path: Path, data: bytes, number_columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a CSV or TSV with their line numbers; the header decides a CSV's delimiter.
 
     Quotes in a TSV are plain characters, as Common Voice writes it.
     """
     csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
-    try:
-        table = io.StringIO(data.decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ManifestError(f"{path}:{line}: not UTF-8: {error.reason}", NOT_UTF8) from error
-    plain = _bare_suffix(path) == ".tsv"
+    table, plain = io.StringIO(_decode(path, data), newline=""), _bare_suffix(path) == ".tsv"
     reader = csv.reader(
         table,
         delimiter="\t" if plain else _find_delimiter(data),
@@ -135,7 +230,7 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
         strict=not plain,
         skipinitialspace=not plain,
     )
-    text, numbers, start = io.BytesIO(), [], 1
+    start = 1
     try:
         names = [name.strip() for name in next(reader, [])]
         duplicates = [name for name, count in Counter(names).items() if name and count > 1]
@@ -147,16 +242,11 @@ def _read_table(path: Path, data: bytes, number_columns: Collection[str]) -> tup
                 separated = f"separated by {reader.dialect.delimiter!r}"
                 raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}, {separated}")
             if cells:  # else a blank line
-                row = {name: _number(cell) if name in number_columns else cell
-                       for name, cell in zip(names, cells, strict=True)}  # fmt: skip
-                text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                numbers.append(start)
-                if text.tell() > max(FREE_BYTES, max_unpacked(len(data), TABLE_TIMES)):
-                    raise csv.Error(f"its {len(names):,} column names would be repeated {len(numbers):,} times")
+                yield start, {name: _number(cell) if name in number_columns else cell
+                              for name, cell in zip(names, cells, strict=True)}  # fmt: skip
             start = reader.line_num + 1
     except csv.Error as error:
         raise ManifestError(f"{path}:{start}: not a table: {error}", NOT_A_TABLE) from error
-    return text.getvalue(), np.array(numbers, np.int64)
 
 
 def _find_delimiter(data: bytes) -> str:

@@ -214,7 +214,7 @@ def _merge(ordered: list[int], clips: list[int], longest: list[int], cap: int) -
 
 
 def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows: Rows | None = None) -> EpochPlan:
-    """Plan each labelled training clip but the `seen_rows` exactly once, in steps of M micro-batches under the cap.
+    """Plan each training clip of the index but the `seen_rows` exactly once, in steps of M micro-batches under the cap.
 
     Raises PlanError if a clip alone exceeds the cap, or if there is no clip to train on.
     """
@@ -235,9 +235,10 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows:
         lengths = length_at(lengths, speeds)
     random = np.random.default_rng([settings.seed, epoch])
     unseen = None
-    if seen_rows is not None:
-        unseen = np.ones(len(lengths), bool)
-        unseen[seen_rows] = False
+    if seen_rows is not None or index.share is not None:
+        unseen = np.zeros(len(lengths), bool)
+        unseen[train] = True
+        unseen[[] if seen_rows is None else seen_rows] = False
     numbers = sorted({shard.bucket for shard in index.shards if shard.split == "train"})
     buckets = [_cut_bucket(index, lengths, unseen, bucket, cap, settings, random) for bucket in numbers]
     batches = _interleave([batches for batches in buckets if batches], random)

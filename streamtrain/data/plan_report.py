@@ -29,6 +29,7 @@ from streamtrain.data.plan import (
     shard_schedule,
     valid_world_sizes,
 )
+from streamtrain.data.share import take_share
 
 COLOURS = ("#33658a", "#86bbd8", "#5b8c5a", "#c8553d")
 
@@ -60,7 +61,8 @@ def report_plan(shards: str | None, config: str, overrides: list[str], cluster: 
         raise PlanError(f"epoch {epoch}: epochs are counted from 0")
     settings = load_config(config, overrides)
     shards = shards or settings.data.shards
-    index = read_index(open_store(shards))
+    store = open_store(shards)
+    index = take_share(read_index(store), store, settings.data.fraction, settings.data.hours)
     per_step = settings.train.micro_batches_per_step
     check_world_size(cluster.world_size, per_step)
     plan, following = (plan_epoch(index, PlanSettings.of(settings), number) for number in (epoch, epoch + 1))

@@ -13,6 +13,7 @@ from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import ShardStream, WorkerShard
 from streamtrain.data.plan import EpochPlan, PlanError, PlanSettings, plan_epoch
 from streamtrain.data.shard_set import ShardSet, as_shard_set
+from streamtrain.data.share import take_share
 from streamtrain.distributed import World
 from streamtrain.model.vocab import Vocab, vocab_of
 
@@ -27,7 +28,9 @@ class ShardDataset(IterableDataset[Batch]):
         rank: This process among `world_size` that share an epoch; each gets equally many batches.
         world_size: Number of such processes.
         speed_factors: Each clip is played at a random one of them.
-        vocab: Ids of the symbols (default: those of the shard set's track).
+        fraction: Share of the training split to iterate over, as `data.fraction`: whole speakers.
+        hours: Or its hours, as `data.hours`.
+        vocab: Ids of the symbols (default: those of the shard set's labels).
         normalize: Give each clip zero mean and unit variance, as models with `do_normalize` need it.
 
     Raises:
@@ -55,6 +58,8 @@ class ShardDataset(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         speed_factors: Sequence[float] = (),
+        fraction: float = 1.0,
+        hours: float | None = None,
         vocab: Vocab | None = None,
         normalize: bool = False,
     ) -> None:
@@ -62,8 +67,11 @@ class ShardDataset(IterableDataset[Batch]):
         if not 0 <= rank < world_size:
             raise PlanError(f"rank is {rank}: from 0 to {world_size - 1} is expected")
         self._settings = PlanSettings(batch_seconds, world_size, seed=seed, speed_factors=tuple(speed_factors))
-        self._shards, self._world, self._normalize = as_shard_set(shards), World(rank, world_size), normalize
-        self._vocab = vocab or vocab_of(self._shards.index.track)
+        shards = as_shard_set(shards)
+        index = take_share(shards.index, shards.store, fraction, hours)
+        self._shards = ShardSet(shards.url, shards.store, index)
+        self._world, self._normalize = World(rank, world_size), normalize
+        self._vocab = vocab or vocab_of(self._shards.index.labels)
         self._pid = os.getpid()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # seen by workers
         self._planned: tuple[int, EpochPlan] | None = None

@@ -1,9 +1,10 @@
 """Compare two models on the same clips: score differences with intervals, and the clips that changed most."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sharding.errors import StreamtrainError
 from streamtrain.eval.metrics import Resampling
@@ -15,7 +16,7 @@ LISTED = 5  # ids listed in an error message
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Hold the CER of a group of clips before and after."""
+    """Hold the error rate of a group of clips before and after."""
 
     group: str
     name: str
@@ -44,11 +45,12 @@ class Comparison:
     """Hold the score differences between two models; `other` names the one before."""
 
     other: str
+    metric: str  # cer | per, of the groups
     rows: tuple[Difference, ...]  # for all clips first, then for each group
     changed: tuple[Change, ...]
 
 
-def compare(before: Sequence[ClipScore], after: Sequence[ClipScore], other: str) -> Comparison:
+def compare(before: Sequence[ClipScore], after: Sequence[ClipScore], other: str, metric: str = "cer") -> Comparison:
     """Compare two scores. Speakers are drawn once for both, so variation common to both cancels out. Raises
     StreamtrainError if the two are not of the same clips with the same labels."""
     labels = [{clip.utterance_id: clip.reference for clip in clips} for clips in (before, after)]
@@ -74,12 +76,22 @@ def compare(before: Sequence[ClipScore], after: Sequence[ClipScore], other: str)
         for old in [before_by_id[new.utterance_id]]
     ]
     changed = sorted((item for item in changes if item.edits), key=lambda item: (-abs(item.edits), item.utterance_id))
-    return Comparison(other, tuple(rows), tuple(changed[:CHANGED_CLIPS]))
+    return Comparison(other, metric, tuple(rows), tuple(changed[:CHANGED_CLIPS]))
 
 
 def compare_folders(before: Path, after: Path) -> Comparison:
-    """Compare the scorecards in two folders."""
-    return compare(read_scorecard(before)[1], read_scorecard(after)[1], str(before))
+    """Compare the scorecards in two folders. Raises StreamtrainError if they are not of the same profile and units."""
+    (card, clips), (new_card, new_clips) = read_scorecard(before), read_scorecard(after)
+    check_comparable(card, new_card)
+    return compare(clips, new_clips, str(before), new_card["metric"])
+
+
+def check_comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise StreamtrainError if two scorecards count other things."""
+    kinds = [f"{card['metric'].upper()} of profile {card['profile']} in {card['units']}" for card in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise StreamtrainError(f"the two scores are a {kinds[0]} and a {kinds[1]}",
+                               "score both models on one shard set")  # fmt: skip
 
 
 def _differences(name: str, groups: Groups, before: dict[str, ClipScore], draws: Resampling) -> list[Difference]:
@@ -111,7 +123,7 @@ def render(comparison: Comparison) -> str:
     if total.interval_95 is not None:
         low, high = total.interval_95
         if high < 0 or low > 0:
-            lines.append(f"the CER after is {'lower' if high < 0 else 'higher'}")
+            lines.append(f"the {comparison.metric.upper()} after is {'lower' if high < 0 else 'higher'}")
         else:
             lines.append("no clear difference: the interval contains 0")
     if comparison.changed:

@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sharding.files.writing import write_inside
+from sharding.labels.policy import LabelPolicy
 from streamtrain.eval.compare import Comparison
 from streamtrain.eval.metrics import Floats
 from streamtrain.eval.scorecard import ClipScore, count_confusions, render_interval, warnings
@@ -29,14 +30,33 @@ def _name_symbol(symbol: str) -> str:
     return {" ": "␣", "": NOTHING}.get(symbol, symbol)
 
 
+def render_duration(seconds: float) -> str:
+    """Return a time as people read it: "1 h 05 min", "3 min 20 s", "1.5 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
 FILTERS: dict[str, Callable[..., str]] = {  # of the template
     "base64": lambda data: base64.b64encode(data).decode(),
+    "duration": render_duration,
     "interval": lambda bounds: f"95 %: {_range(bounds)}" if bounds else "no interval: too few children",
     "number": "{:,}".format,
     "range": _range,
     "rate": "{:.4f}".format,
     "symbol": _name_symbol,
 }
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Return a page: a template with its values, which are escaped."""
+    environment = Environment(
+        loader=PackageLoader("streamtrain.eval"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= FILTERS
+    return environment.get_template(name).render(**values)
 
 
 def write_page(
@@ -47,20 +67,18 @@ def write_page(
     comparison: Comparison | None = None,
 ) -> None:
     """Write the page. `clip_audio` has the FLAC pieces of the worst clips by id, if they could be read."""
-    rows, columns, counts = confusion_matrix(count_confusions(clips, card["track"]))
-    environment = Environment(
-        loader=PackageLoader("streamtrain.eval"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= FILTERS
-    page = environment.get_template("scorecard.html").render(
+    labels = LabelPolicy(card["profile"], card["units"])
+    rows, columns, counts = confusion_matrix(count_confusions(clips, labels))
+    page = render_template(
+        "scorecard.html",
         card=card,
-        children=sorted(card["by_child"], key=lambda row: -row["cer"])[:SHOWN_CHILDREN],
+        children=sorted(card["by_child"], key=lambda row: -row["rate"])[:SHOWN_CHILDREN],
         clip_audio=clip_audio,
         comparison=comparison,
         confusions=_draw(rows, columns, counts),
         full_bars={name: _full_bar(groups) for name, groups in card["groups"].items()},
         interval=render_interval(card),
+        metric=card["metric"].upper(),
         shown_symbols=_shown_symbols_note([*rows, *columns]),
         titles=TITLES,
         warnings=warnings(card),
@@ -70,7 +88,7 @@ def write_page(
 
 def _full_bar(groups: Sequence[Mapping[str, Any]]) -> float:
     """Return the rate that a bar of full width stands for: the highest rate or end of an interval."""
-    return float(max(1e-9, *(rate for row in groups for rate in (row["cer"], *(row["interval_95"] or ())))))
+    return float(max(1e-9, *(rate for row in groups for rate in (row["rate"], *(row["interval_95"] or ())))))
 
 
 def confusion_matrix(confusions: Counter[tuple[str, str]]) -> tuple[list[str], list[str], Floats]:

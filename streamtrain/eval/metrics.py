@@ -9,7 +9,8 @@ from rapidfuzz.distance import Levenshtein
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from sharding.files.document import STRICT, Size
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
+from sharding.labels.policy import LabelPolicy
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,6 +54,35 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCoun
         deletions += operation.tag == "delete"
         insertions += operation.tag == "insert"
     return EditCounts(substitutions, deletions, insertions, len(reference))
+
+
+@dataclass(frozen=True, slots=True)
+class TextEdits:
+    """Hold the edits of texts, over each kind of unit. Like `EditCounts` they add up."""
+
+    symbols: EditCounts = EditCounts()  # of the policy: characters, or phones without the blanks between words
+    characters: EditCounts = EditCounts()
+    words: EditCounts = EditCounts()  # as the profile compares them
+    plain_words: EditCounts = EditCounts()  # separated by blanks
+
+    def __add__(self, other: "TextEdits") -> "TextEdits":
+        return TextEdits(
+            self.symbols + other.symbols,
+            self.characters + other.characters,
+            self.words + other.words,
+            self.plain_words + other.plain_words,
+        )
+
+    @classmethod
+    def of(cls, reference: str, hypothesis: str, policy: LabelPolicy) -> "TextEdits":
+        """Count the edits between two texts, in the normal form of a policy's profile."""
+        texts = policy.compare(reference), policy.compare(hypothesis)
+        characters = count_edits(*texts)
+        symbols = count_edits(*map(policy.scored_symbols, texts))
+        plain = count_edits(*(text.split() for text in texts))
+        spoken = policy.profile == "english"  # of the texts as they are: the scorer's own normal form reads numbers
+        words = count_edits(spoken_words(reference), spoken_words(hypothesis)) if spoken else plain
+        return cls(symbols, characters, words, plain)
 
 
 def sum_edits(

@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -28,9 +29,9 @@ from sharding.files.document import (
 )
 from sharding.files.names import UNKNOWN, age_order
 from sharding.files.writing import write_inside
-from sharding.labels.ipa import normalize
+from sharding.labels.policy import LabelPolicy
 from sharding.shardset.index import ShardIndex
-from streamtrain.eval.metrics import EditCounts, Floats, Resampling
+from streamtrain.eval.metrics import EditCounts, Floats, Resampling, TextEdits
 
 DURATION_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, upper edges of the groups
 LENGTH_EDGES = (5, 10, 20, 40, 80)  # symbols, likewise
@@ -60,7 +61,8 @@ class ClipScore:
     hypothesis: str
     confidence: Number
     counts: EditCounts  # over symbols
-    words: EditCounts | None  # over words as the challenge compares them; word track only
+    words: EditCounts  # as the profile compares them
+    characters: EditCounts | None = None  # if the symbols are others
 
     @property
     def speaker(self) -> str:
@@ -68,63 +70,102 @@ class ClipScore:
         return self.child_id or self.session_id or self.utterance_id
 
 
-class _Rate(TypedDict):
-    cer: Number
-
-
-class _Card(_Rate):
+class _Card(TypedDict):
     """Describe the fields that other modules read from a scorecard."""
 
-    cer_interval_95: tuple[Number, Number] | None
+    metric: Literal["cer", "per"]
+    profile: str
+    units: str
+    cer: Number
+    wer: Number
+    interval_95: tuple[Number, Number] | None
     children: Size
     clips: Size
     split: str
 
 
-_RATE, _CARD, _CLIP = TypeAdapter(_Rate), TypeAdapter(_Card), TypeAdapter(ClipScore)
+_CARD, _CLIP, _METRICS = TypeAdapter(_Card), TypeAdapter(ClipScore), TypeAdapter(dict[str, Number])
+
+COUNTS: dict[str, Callable[[ClipScore], EditCounts]] = {  # of a clip, by the metric whose rate they make
+    "wer": attrgetter("words"),
+    "per": attrgetter("counts"),
+    "cer": lambda clip: clip.characters or clip.counts,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Hold the total over all ranks and, on every rank, the clips in it."""
 
-    total: EditCounts
-    words: EditCounts | None  # word track only
+    edits: TextEdits
     clips: tuple[ClipScore, ...]  # sorted by id
-    track: str
+    labels: LabelPolicy
     rows: dict[str, tuple[int, ...]]  # rows of the index by clip id: its pieces in order
+    loss: float | None = None  # CTC loss in nats ÷ label symbols, over `loss_clips`; None if there are none
+    loss_clips: int = 0  # without those that were split, that did not decode, or whose label needs more frames
+
+    @property
+    def total(self) -> EditCounts:
+        """Return the edits over symbols."""
+        return self.edits.symbols
 
     @property
     def cer(self) -> float:
         """Return the pooled character error rate."""
-        return self.total.rate
+        return self.edits.characters.rate
 
     @property
-    def wer(self) -> float | None:
-        """Return the pooled word error rate; None on the phonetic track."""
-        return self.words.rate if self.words else None
+    def wer(self) -> float:
+        """Return the pooled word error rate, of words as the profile compares them."""
+        return self.edits.words.rate
+
+    @property
+    def per(self) -> float | None:
+        """Return the pooled error rate of phones or other tokens; None if the units are characters."""
+        return self.total.rate if self.labels.metric == "per" else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the loss and the pooled error rates that this evaluation has, by the names that logs give them."""
+        found = {"loss": self.loss, "wer": self.wer, "per": self.per, "cer": self.cer}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def score(self, select: str) -> float | None:
+        """Return the score that `eval.select` names, such as "cer" or "cer/corpus"; None if there is none."""
+        metric, _, name = select.partition("/")
+        if not name or metric not in self.metrics:
+            return self.metrics.get(metric)
+        groups = _by_speaker(self.clips) if name == "child" else groupings(self.clips)[name]
+        return _mean_rate(groups, COUNTS[metric])
+
+
+def metrics_of(index: ShardIndex) -> tuple[str, ...]:
+    """Return the metrics that the labels of a shard set can be scored by."""
+    return ("loss", "wer", "cer") if index.labels.metric == "cer" else ("loss", "wer", "per", "cer")
 
 
 def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
     """Return the scorecard as it is written. `index` has the counts of rejected validation clips."""
     total, clips = evaluation.total, evaluation.clips
     draws = Resampling(clip.speaker for clip in clips)
-    by_child = group(clips, lambda clip: clip.speaker)
+    by_child = _by_speaker(clips)
     groups = groupings(clips)
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
-    words = evaluation.words
-    word_fields = (
-        {"wer": words.rate, "word_edits": words.edits, "reference_words": words.reference_length} if words else {}
-    )
+    words, plain = evaluation.edits.words, evaluation.edits.plain_words
+    rates = {"cer": evaluation.cer, "wer": evaluation.wer}
+    rates |= {} if evaluation.per is None else {"per": evaluation.per}
+    rates |= {} if words == plain else {"wer_plain": plain.rate}
     return (
         context
+        | {"profile": evaluation.labels.profile, "units": evaluation.labels.units, "metric": evaluation.labels.metric}
+        | rates
         | {
-            "track": evaluation.track,
-            "cer": total.rate,
-            "cer_interval_95": draws.interval(draws.rates(*sums({"all": list(clips)}, draws.speakers))[:, 0]),
+            "interval_95": draws.interval(draws.rates(*sums({"all": list(clips)}, draws.speakers))[:, 0]),
             "edits": total.edits,
             "reference_length": total.reference_length,
             "clips": len(clips),
+            "loss": evaluation.loss,
+            "loss_clips": evaluation.loss_clips,
             "substitutions": total.substitutions,
             "deletions": total.deletions,
             "insertions": total.insertions,
@@ -136,15 +177,21 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             "calibration": _calibration(clips),
             "confusions": [
                 {"reference": reference, "hypothesis": hypothesis, "count": count}
-                for (reference, hypothesis), count in count_confusions(clips, evaluation.track).most_common()
+                for (reference, hypothesis), count in count_confusions(clips, evaluation.labels).most_common()
                 if reference != hypothesis
             ][:CONFUSIONS],
             "worst": [asdict(clip) for clip in worst],
             "undecodable": [clip.utterance_id for clip in clips if not clip.decoded],
-            "validation": index.notes.get("validation", {}),
+            "validation": index.notes.get("validation", {}) | _test_notes(index, context.get("split")),
+            "word_edits": words.edits,
+            "reference_words": words.reference_length,
         }
-        | word_fields
     )
+
+
+def _test_notes(index: ShardIndex, split: str | None) -> dict[str, Any]:
+    """Return the counts of the test split, if that was scored."""
+    return dict(index.notes.get("test", {})) if split == "test" else {}
 
 
 def write_scorecard(card: dict[str, Any], clips: Sequence[ClipScore], folder: Path) -> None:
@@ -166,27 +213,31 @@ def read_scorecard(folder: Path) -> tuple[dict[str, Any], list[ClipScore]]:
         ) from error
 
 
-def read_rate(path: Path) -> float:
-    """Return the CER in a scorecard file. Raises StreamtrainError if it has none."""
+def read_metrics(path: Path) -> dict[str, float]:
+    """Return the scores that a run wrote before its training. Raises StreamtrainError if they cannot be read."""
     try:
-        return parse(read_document(path), _RATE)["cer"]
+        return parse(read_document(path), _METRICS)
     except (OSError, ValueError) as error:
         raise StreamtrainError(f"{path}: no score ({reason_of(error)})", "train first") from error
 
 
 def render(card: dict[str, Any]) -> str:
     """Return the scorecard as text for a terminal."""
-    macro = ", ".join(f"by {name.replace('_', ' ')} {card['macro'][name]['cer']:.4f}" for name in ("child", "corpus"))
+    macro = ", ".join(f"by {name.replace('_', ' ')} {card['macro'][name]['rate']:.4f}" for name in ("child", "corpus"))
+    metric = card["metric"]
     lines = [
-        f"CER {card['cer']:.4f}  ({render_interval(card)})   "
+        f"{metric.upper()} {card[metric]:.4f}  ({render_interval(card)})   "
         f"{card['edits']:,} edits ÷ {card['reference_length']:,} symbols, {card['clips']:,} clips",
         f"{card['substitutions']:,} substitutions, {card['deletions']:,} deletions, {card['insertions']:,} insertions"
-        f"   macro CER: {macro}",
+        f"   macro {metric.upper()}: {macro}",
     ]
-    if "wer" in card:
-        lines[0] += f"\nWER {card['wer']:.4f}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
+    plain = f" (of plain words {card['wer_plain']:.4f})" if "wer_plain" in card else ""
+    lines[0] += f"\nWER {card['wer']:.4f}{plain}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
+    lines[0] += f"   profile {card['profile']}, {card['units']}"
+    if card["loss"] is not None:
+        lines.append(f"loss {card['loss']:.4f} nats per symbol, {counted(card['loss_clips'], 'clip')}")
     for title, rows in card["groups"].items():
-        lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['cer']:.3f} ({row['clips']})" for row in rows))
+        lines.append(f"{title:>12}  " + "   ".join(f"{row['name']} {row['rate']:.3f} ({row['clips']})" for row in rows))
     calibration = (f"{row['name']} right {row['accuracy']:.3f} ({row['clips']})" for row in card["calibration"])
     lines.append(f"{'confidence':>12}  " + "   ".join(calibration))
     return "\n".join(lines + warnings(card))
@@ -200,14 +251,15 @@ def warnings(card: dict[str, Any]) -> list[str]:
         notes.append(f"{clips} did not decode: scored as silence, see scorecard.json")
     lost = card["validation"].get("rejected", 0)
     if lost:
-        notes.append(f"the build rejected {counted(lost, 'validation clip')}: not in this score")
+        kind = "test" if card.get("split") == "test" else "validation"
+        notes.append(f"the build rejected {counted(lost, f'{kind} clip')}: not in this score")
     if not card["validation"].get("disjoint_by_speaker", True):
         notes.append("validation is not disjoint by speaker: this score is too optimistic")
     return notes
 
 
 def render_interval(card: dict[str, Any]) -> str:
-    interval = card["cer_interval_95"]
+    interval = card["interval_95"]
     if not interval:
         return "one child: no interval"
     return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f} over {card['children']} children"
@@ -236,8 +288,12 @@ def group(
     return {name: groups[name] for name in sorted(groups, key=order)}
 
 
-def total_of(clips: Iterable[ClipScore]) -> EditCounts:
-    return sum((clip.counts for clip in clips), EditCounts())
+def _by_speaker(clips: Iterable[ClipScore]) -> Groups:
+    return group(clips, lambda clip: clip.speaker)
+
+
+def total_of(clips: Iterable[ClipScore], counts: Callable[[ClipScore], EditCounts] = COUNTS["per"]) -> EditCounts:
+    return sum(map(counts, clips), EditCounts())
 
 
 def sums(groups: Groups, speakers: Sequence[str]) -> tuple[Floats, Floats]:
@@ -256,7 +312,7 @@ def _rows(groups: Groups, draws: Resampling | None) -> list[dict[str, Any]]:
     rows = []
     for column, (name, clips) in enumerate(groups.items()):
         counts, speakers = total_of(clips), len({clip.speaker for clip in clips})
-        row = {"name": name, "cer": counts.rate, "edits": counts.edits, "reference_length": counts.reference_length,
+        row = {"name": name, "rate": counts.rate, "edits": counts.edits, "reference_length": counts.reference_length,
                "clips": len(clips)}  # fmt: skip
         if draws is not None and rates is not None:
             known = speakers > 1
@@ -281,17 +337,17 @@ def _macro(groups: Groups, draws: Resampling) -> dict[str, Any]:
     elif min(map(len, speakers)) > 1:
         means = draws.rates(*sums(groups, draws.speakers)).mean(axis=1)  # NaN if a draw lacks a group
         interval = draws.interval(means) if np.isnan(means).mean() <= MAX_LACKING else None
-    return {"cer": _mean_rate(groups), "interval_95": interval}
+    return {"rate": _mean_rate(groups), "interval_95": interval}
 
 
 def _macro_by_child(by_child: Groups, draws: Resampling) -> dict[str, Any]:
     rates = np.array([total_of(by_child[speaker]).rate for speaker in draws.speakers])
     means = draws.times @ rates / max(len(rates), 1)
-    return {"cer": _mean_rate(by_child), "interval_95": draws.interval(means)}
+    return {"rate": _mean_rate(by_child), "interval_95": draws.interval(means)}
 
 
-def _mean_rate(groups: Groups) -> float:
-    return sum(total_of(clips).rate for clips in groups.values()) / len(groups)
+def _mean_rate(groups: Groups, counts: Callable[[ClipScore], EditCounts] = COUNTS["per"]) -> float:
+    return sum(total_of(clips, counts).rate for clips in groups.values()) / len(groups)
 
 
 def _edged_groups(
@@ -304,7 +360,7 @@ def _edged_groups(
 
 
 def _calibration(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
-    """Return mean confidence and accuracy (1 − CER) of the clips, grouped by confidence."""
+    """Return mean confidence and accuracy (1 − error rate) of the clips, grouped by confidence."""
     groups = _edged_groups(clips, lambda clip: clip.confidence, CONFIDENCE_EDGES)
     return [
         {"name": name, "clips": len(members), "confidence": sum(clip.confidence for clip in members) / len(members),
@@ -313,11 +369,13 @@ def _calibration(clips: Iterable[ClipScore]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def count_confusions(clips: Iterable[ClipScore], track: str) -> Counter[tuple[str, str]]:
+def count_confusions(clips: Iterable[ClipScore], labels: LabelPolicy) -> Counter[tuple[str, str]]:
     """Count symbol pairs (reference, hypothesis): ("a", "a") correct, ("a", "") a deletion, ("", "a") an insertion."""
     pairs: Counter[tuple[str, str]] = Counter()
     for clip in clips:
-        reference, hypothesis = normalize(clip.reference, track), normalize(clip.hypothesis, track)
+        reference, hypothesis = (
+            labels.scored_symbols(labels.compare(text)) for text in (clip.reference, clip.hypothesis)
+        )
         for run in Levenshtein.opcodes(reference, hypothesis):  # a run of equal symbols, or of one kind of edit
             expected, decoded = reference[run.src_start : run.src_end], hypothesis[run.dest_start : run.dest_end]
             pairs.update(zip_longest(expected, decoded, fillvalue=""))

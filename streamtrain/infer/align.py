@@ -15,7 +15,7 @@ import zstandard
 from tqdm import tqdm
 
 from sharding.audio.codec import FRAME_SAMPLES, SAMPLE_RATE, Waveform, decode
-from sharding.errors import AudioError, ShardError, StreamtrainError
+from sharding.errors import AudioError, ShardError
 from sharding.files.writing import written
 from sharding.segment.ctc_align import GAP_FRAMES, NEAR_FRAMES, AlignError, align, deletion_gaps, word_llrs, worst_gaps
 from sharding.shardset.index import ShardIndex, read_index
@@ -27,6 +27,7 @@ from streamtrain.infer.inputs import read_pieces, rows_of_recordings
 from streamtrain.model.ctc import CTCModel, count_frames
 from streamtrain.model.decode import join_texts
 from streamtrain.model.inference import batched_log_probs, chunk_by_memory
+from streamtrain.model.labels import take_labels
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -78,11 +79,7 @@ def align_shards(model_folder: Path, shards: str, out: Path, batch_seconds: floa
     index = read_index(store)
     model = load_trained(model_folder).to(World().device)
     warn_unless_finished(model_folder)
-    if model.vocab.track != index.track:
-        raise StreamtrainError(
-            f"the model writes the {model.vocab.track} track, the labels are of the {index.track} track",
-            "align with a model of the same track",
-        )
+    take_labels(model, index.labels)
     groups = list(rows_of_recordings(store, index))
     count = 0
     loaded = read_ahead(lambda group: _load(store, index, *group), iter(groups), READERS)

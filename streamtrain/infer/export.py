@@ -6,7 +6,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, Literal, NotRequired
 
 import torch
 from pydantic import TypeAdapter
@@ -15,9 +15,11 @@ from typing_extensions import TypedDict
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError, counted
 from sharding.files.document import DocumentError, Number, Size, parse, read_document
+from sharding.labels.policy import LabelPolicy
 from streamtrain.atomic import new_folder
 from streamtrain.eval.scorecard import render_interval, warnings
 from streamtrain.model.ctc import CTCModel
+from streamtrain.model.labels import describe
 from streamtrain.model.pretrained import load_trained, save_model
 from streamtrain.run_status import warn_unless_finished
 
@@ -35,7 +37,7 @@ CARD_SETTINGS = frozenset(  # the settings that a model card lists, if they are 
 
 class _Group(TypedDict):
     name: str
-    cer: Number
+    rate: Number
     clips: Size
     interval_95: NotRequired[tuple[Number, Number] | None]  # earlier scorecards had none
 
@@ -48,9 +50,13 @@ class _Validation(TypedDict):
 class _Card(TypedDict):
     """Describe the fields of a scorecard that a model card uses."""
 
+    metric: Literal["cer", "per"]
+    profile: str
+    units: str
     cer: Number
-    cer_interval_95: tuple[Number, Number] | None
-    wer: NotRequired[Number]
+    wer: Number
+    per: NotRequired[Number]
+    interval_95: tuple[Number, Number] | None
     children: Size
     clips: Size
     split: str
@@ -109,7 +115,7 @@ def export_model(source: Path, out: Path) -> float:
         for name, copied in RUN_FILES.items():
             if (run / name).is_file():
                 shutil.copyfile(run / name, partial / copied)
-        (partial / "README.md").write_text(_model_card(partial, run.name, model.vocab.track), encoding="utf-8")
+        (partial / "README.md").write_text(_model_card(partial, run.name, model.labels), encoding="utf-8")
         return verify(model, partial)
 
 
@@ -141,13 +147,13 @@ def verify(model: CTCModel, folder: Path) -> float:
     return difference
 
 
-def _model_card(folder: Path, name: str, track: str) -> str:
+def _model_card(folder: Path, name: str, labels: LabelPolicy | None) -> str:
     """Return a model card in the Hugging Face hub's form, from the run's files in `folder`."""
     card, config = _read(folder / "scorecard.json", _CARD), _read(folder / "training.json", _TRAINING)
     data = _read(folder / "trained_on.json", _DATA)
-    speech = "phones (IPA)" if track == "phonetic" else "words, in letters"
+    writes = f"It writes {describe(labels)}. " if labels else ""
     head = f"---\nlibrary_name: transformers\npipeline_tag: automatic-speech-recognition\n{_metrics(card, name)}---\n"
-    about = f"# {name}\n\nA CTC recogniser of {speech}, trained with streamtrain. Its input is 16 kHz, one channel.\n"
+    about = f"# {name}\n\nA CTC recogniser, trained with streamtrain. {writes}Its input is 16 kHz, one channel.\n"
     use = (
         "```python\nfrom transformers import pipeline\n\n"
         'print(pipeline("automatic-speech-recognition", ".")("clip.flac")["text"])  # decoded by ffmpeg\n```\n'
@@ -167,7 +173,9 @@ def _read(path: Path, schema: TypeAdapter[Any]) -> dict[str, Any]:
 def _metrics(card: dict[str, Any], name: str) -> str:
     if not card:
         return ""
-    rates = "".join(f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in ("cer", "wer") if kind in card)
+    rates = "".join(
+        f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in ("cer", "wer", "per") if kind in card
+    )
     return (
         f"model-index:\n- name: {name}\n  results:\n  - task:\n      type: automatic-speech-recognition\n"
         f"    dataset:\n      name: {json.dumps(card['shards'])}\n      type: streamtrain\n"
@@ -191,15 +199,15 @@ def _time(hours: float) -> str:
 def _scores(card: dict[str, Any]) -> str:
     if not card:
         return "Not scored.\n"
-    summary = f"CER {card['cer']:.4f} ({render_interval(card)})"
-    summary += f", WER {card['wer']:.4f}" if "wer" in card else ""
-    lines = [f"| {'':20} | CER | 95 % interval | clips |", "|---|---:|---:|---:|"]
+    metric = card["metric"]
+    summary = f"{metric.upper()} {card[metric]:.4f} ({render_interval(card)}), WER {card['wer']:.4f}"
+    lines = [f"| {'':20} | {metric.upper()} | 95 % interval | clips |", "|---|---:|---:|---:|"]
     for title, rows in card["groups"].items():
         for row in rows:
             bounds = row.get("interval_95")
             interval = f"{bounds[0]:.4f} – {bounds[1]:.4f}" if bounds else ""
             lines.append(
-                f"| {title.replace('_', ' ')} {row['name']} | {row['cer']:.4f} | {interval} | {row['clips']:,} |"
+                f"| {title.replace('_', ' ')} {row['name']} | {row['rate']:.4f} | {interval} | {row['clips']:,} |"
             )
     head = f"{summary} on {counted(card['clips'], 'clip')} of split `{card['split']}` of `{card['shards']}`."
     return "\n".join([head, "", *lines, *(f"\n**{line}**" for line in warnings(card))]) + "\n"

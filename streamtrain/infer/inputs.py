@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from sharding.audio.codec import decode_range, encode
 from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import AudioError, StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, read_document
@@ -22,12 +23,13 @@ from sharding.shardset.index import INDEX_NAME, ShardIndex, read_index, read_key
 from sharding.shardset.sample import Sample, whole_key
 from sharding.shardset.store import Reader, Store, open_store
 from sharding.sources.archive import AudioRoot, is_audio, list_files, open_audio, walk_files
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.data.cache import read_verified
 
 MANIFEST = re.compile(r"(?i)\.(jsonl|csv|tsv)(\.gz|\.zst)?$")
 SHOWN_KINDS = 5  # suffixes of files without audio, in a message
-FIELDS = ("utterance_id", "audio_path")  # read from a manifest
+FIELDS = ("utterance_id", "audio_path", "audio_duration_sec", "offset_sec", "duration_sec")  # read from a manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +161,13 @@ def _object(store: Reader, name: str, utterance_id: str) -> Recording:
     return Recording(utterance_id, f"{store.url}/{name}", lambda: [AudioChunk(store.read(name, LARGE_BYTES))])
 
 
-def _member(root: AudioRoot, name: str, utterance_id: str) -> Recording:
+def _member(
+    root: AudioRoot, name: str, utterance_id: str, offset_sec: float | None = None, duration_sec: float | None = None
+) -> Recording:
     def load() -> list[AudioChunk]:
         with open_audio(root, name) as (file, size):
+            if offset_sec is not None:
+                return [AudioChunk(encode(decode_range(file, offset_sec, duration_sec).sound))]
             return [AudioChunk(file.read(size))]
 
     return Recording(_printable(utterance_id), _printable(f"{root.path}/{name}"), load)
@@ -176,9 +182,9 @@ def _in_store(store: Store) -> Iterator[Recording]:
 def _in_manifest(path: Path, options: ManifestOptions) -> Iterator[Recording]:
     """Yield the recordings of a transcripts file with the ids and paths of a build; no label is needed."""
     source = read_source(path, options)
-    for row, number in enumerate(source.numbers.tolist()):
-        utterance_id, audio_path = source.layout.locate(source.line(row), number)
-        yield _member(source.layout.audio, audio_path, utterance_id)
+    for row in range(len(source)):
+        clip = source.layout.locate(source.line(row), source.place(row))
+        yield _member(source.layout.audio, clip.audio_path, clip.utterance_id, clip.offset_sec, clip.duration_sec)
 
 
 def _in_shards(store: Reader) -> Iterator[Recording]:

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import soundfile
 
 from sharding.errors import AudioError, StreamtrainError
-from sharding.labels.ipa import TRACKS
 from streamtrain.distributed import own_device
 from streamtrain.infer.inputs import AudioChunk, Recording
 from streamtrain.infer.transcribe import DecodingOptions, LoadedRecording, decode_recordings, load
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.decode import Word
+from streamtrain.model.labels import field_of
 from streamtrain.model.pretrained import load_trained
 
 
@@ -42,7 +42,7 @@ class Recogniser:
 
     Example:
         >>> model = load_model("runs/zero2/best")
-        >>> model.transcribe("clip.flac").text, model.network.vocab.track
+        >>> model.transcribe("clip.flac").text, model.network.labels.profile
     """
 
     def __init__(self, network: CTCModel) -> None:
@@ -79,7 +79,7 @@ class Recogniser:
         (row,) = decode_recordings(self.network, [loaded], DecodingOptions(beam=max(beam, nbest), nbest=nbest))
         words = (Word(word["word"], word["start"], word["end"], word["confidence"]) for word in row["words"])
         texts = (hypothesis["text"] for hypothesis in row.get("nbest", ()))
-        return Transcription(row[TRACKS[self.network.vocab.track]], row["confidence"], tuple(words), tuple(texts))
+        return Transcription(row[field_of(self.network.labels)], row["confidence"], tuple(words), tuple(texts))
 
 
 def load_model(folder: str | Path) -> Recogniser:

@@ -21,7 +21,6 @@ from sharding.errors import AudioError, MissingError, ShardError, StreamtrainErr
 from sharding.files.document import LARGE_BYTES, STRICT, Size, parse, parse_json, read_document
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, file_to_replace, open_lock_file, sibling, sync, write_inside, written
-from sharding.labels.ipa import TRACKS
 from sharding.segment.cuts import split_at_pauses
 from sharding.shardset.sample import escape_key
 from streamtrain.data.dataset import read_ahead
@@ -30,6 +29,7 @@ from streamtrain.infer.inputs import Recording
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.decode import Hypothesis, Word, join_nbest, join_texts, word_timestamps
 from streamtrain.model.inference import LogProbs, chunk_by_memory, decode_waveforms
+from streamtrain.model.labels import field_of
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -66,9 +66,9 @@ def transcribe(
 ) -> int:
     """Write a JSONL row per recording; return how many failed.
 
-    Fields: `utterance_id` (a file's stem), `audio_path`, `phonetic_text` (on the word track `orthographic_text`),
-    `confidence`, `words` (each with its `start` and `end` in seconds and its confidence), `error`; and `nbest`, the
-    best hypotheses of a beam.
+    Fields: `utterance_id` (a file's stem), `audio_path`, the text under the name that its profile has for it
+    (`phonetic_text`, `orthographic_text`, `text`), that `profile` and the `units`, `confidence`, `words` (each with its
+    `start` and `end` in seconds and its confidence), `error`; and `nbest`, the best hypotheses of a beam.
 
     A recording that cannot be read gets a row with its error. A killed run resumes if the request is the same, and the
     resulting file is identical to that of an uninterrupted run.
@@ -79,7 +79,7 @@ def transcribe(
     warn_unless_finished(model_folder)
     if options.log_probs:
         write_inside(options.log_probs / "vocab.json", (model_folder / "vocab.json").read_bytes())
-    with closing(Progress(out, _digest(model_folder, model.normalize, recordings, options))) as progress:
+    with closing(Progress(out, _digest(model_folder, model, recordings, options))) as progress:
         left = recordings[progress.rows :]
         failed, errors = progress.failed, list[str]()
         with tqdm(total=len(recordings), initial=progress.rows, unit="file", desc="transcribing") as bar:
@@ -223,15 +223,17 @@ def _row(
     loaded: LoadedRecording, decoded: Sequence[tuple[Hypothesis, LogProbs]], model: CTCModel, options: DecodingOptions
 ) -> dict[str, Any]:
     """Return the row of a recording, joined from its decoded pieces."""
-    track, frame_sec = model.vocab.track, model.frame_samples / SAMPLE_RATE
+    field, frame_sec = field_of(model.labels), model.frame_samples / SAMPLE_RATE
     row: dict[str, Any] = {"utterance_id": loaded.utterance_id, "audio_path": loaded.recording.audio_path}
+    if model.labels is not None:  # for whoever scores the text
+        row |= {"profile": model.labels.profile, "units": model.labels.units}
     if loaded.error is not None:
-        return row | {TRACKS[track]: "", "confidence": 0.0, "words": [], "error": loaded.error}
+        return row | {field: "", "confidence": 0.0, "words": [], "error": loaded.error}
     hypotheses = [hypothesis for hypothesis, _ in decoded]
     samples = [len(waveform) for _, waveform in loaded.pieces]
     shares = [count / sum(samples) for count in samples]
     row |= {
-        TRACKS[track]: join_texts([hypothesis.text for hypothesis in hypotheses]),
+        field: join_texts([hypothesis.text for hypothesis in hypotheses]),
         "confidence": round(sum(item.confidence * share for item, share in zip(hypotheses, shares, strict=True)), 4),
         "words": [
             _timed(word, start)
@@ -259,14 +261,14 @@ def _timed(word: Word, start_sec: float) -> dict[str, Any]:
     }
 
 
-def _digest(model: Path, normalize: bool, recordings: Sequence[Recording], options: DecodingOptions) -> str:
+def _digest(folder: Path, model: CTCModel, recordings: Sequence[Recording], options: DecodingOptions) -> str:
     """Return a digest of everything that determines the rows."""
     state = xxhash.xxh3_128()
-    for name in ("config.json", "model.safetensors", "vocab.json"):
-        with open(model / name, "rb") as file:
+    for name in ("config.json", "model.safetensors"):
+        with open(folder / name, "rb") as file:
             while data := file.read(2**23):
                 state.update(data)
     for recording in recordings:
         state.update(f"{recording.utterance_id}\0{recording.audio_path}\0{recording.stamp}\n".encode())
-    state.update(repr((options, normalize)).encode())
+    state.update(repr((options, model.normalize, model.vocab, field_of(model.labels))).encode())
     return state.hexdigest()

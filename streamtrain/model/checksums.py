@@ -11,7 +11,7 @@ from sharding.files.writing import write_inside
 SUMS_NAME = "SHA256SUMS"
 HEX_DIGITS = 64  # followed by two blanks and the name
 DECISIVE = re.compile(  # names of files that decide what a model computes or outputs
-    r"[^.].*\.(safetensors|bin)|([^.].*\.index|([^.].*)?config|vocab|tokenizer|added_tokens|special_tokens_map)\.json"
+    r"[^.].*\.(safetensors|bin)|([^.].*\.index|([^.].*)?config|vocab|labels|tokenizer|added_tokens|special_tokens_map)\.json"
 )
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 if TYPE_CHECKING:
+    from sharding.labels.policy import LabelPolicy
     from streamtrain.model.vocab import Vocab
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every shape: 8 ms per layer
@@ -82,10 +83,11 @@ def _zero_padding(hidden: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 class CTCModel(nn.Module):
     """Wrap a Transformers CTC network (wav2vec2, HuBERT, WavLM) with its output vocabulary."""
 
-    def __init__(self, network: Any, vocab: "Vocab", normalize: bool) -> None:
+    def __init__(self, network: Any, vocab: "Vocab", normalize: bool, labels: "LabelPolicy | None" = None) -> None:
         super().__init__()
         self.network = network
         self.vocab = vocab
+        self.labels = labels  # what its outputs are, None: not known
         self.normalize = normalize  # whether inputs are scaled to zero mean and unit variance
         self.encoder_frozen = False  # whether only the head gets gradients
         config = network.config
@@ -282,7 +284,7 @@ def count_frames(samples: torch.Tensor, geometry: Sequence[tuple[int, int]]) -> 
     return samples
 
 
-def ctc_sum(
+def ctc_losses(
     log_probs: torch.Tensor,
     frames: torch.Tensor,
     targets: torch.Tensor,
@@ -290,7 +292,7 @@ def ctc_sum(
     weights: torch.Tensor,
     blank: int,
 ) -> torch.Tensor:
-    """Return the CTC loss in nats, summed over the clips of weight 1: (B, T, V), (B,), (B, L), (B,), (B,) → ().
+    """Return the CTC loss of each clip in nats, 0 at weight 0: (B, T, V), (B,), (B, L), (B,), (B,) → (B,).
 
     Graves et al. 2006. In fp32, with true lengths; a silent row (weight 0) adds nothing and gets no gradient.
     """
@@ -299,7 +301,19 @@ def ctc_sum(
     losses = F.ctc_loss(
         log_probs.transpose(0, 1), targets, frames, active_lengths, blank=blank, reduction="none", zero_infinity=False
     )
-    return torch.where(active.to(losses.device, non_blocking=True), losses, 0.0 * log_probs.sum()).sum()
+    return torch.where(active.to(losses.device, non_blocking=True), losses, 0.0 * log_probs.sum())
+
+
+def ctc_sum(
+    log_probs: torch.Tensor,
+    frames: torch.Tensor,
+    targets: torch.Tensor,
+    target_lengths: torch.Tensor,
+    weights: torch.Tensor,
+    blank: int,
+) -> torch.Tensor:
+    """Return the sum of `ctc_losses`: (B, T, V), (B,), (B, L), (B,), (B,) → ()."""
+    return ctc_losses(log_probs, frames, targets, target_lengths, weights, blank).sum()
 
 
 def _masked_norm(norm: nn.GroupNorm) -> MaskedGroupNorm:

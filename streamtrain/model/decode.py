@@ -12,6 +12,8 @@ import torch
 
 from streamtrain.model.vocab import Vocab
 
+END = -1  # of a path, in place of an id
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
@@ -72,18 +74,19 @@ def word_timestamps(log_probs: npt.NDArray[np.floating], text: str, vocab: Vocab
     if _spell(path, vocab) != text:  # the text is from a beam, not from the best path
         path = best_alignment(log_probs, vocab.encode(text), vocab.blank)
     scores = np.take_along_axis(log_probs, path[:, None], axis=-1)[:, 0]
-    silent, space = (vocab.blank, vocab.unknown), vocab.space
+    space, tokens = vocab.space, vocab.units == "tokens"
     words: list[Word] = []
-    symbols: list[str] = []
+    symbols: list[int] = []  # of the current word
     frames: list[int] = []
-    for frame, symbol in enumerate([*path.tolist(), space]):
-        if symbol == space and symbols:
+    for frame, symbol in enumerate([*path.tolist(), END]):
+        begins = frame == 0 or symbol != path[frame - 1]  # and does not last
+        if symbols and (symbol in (space, END) or (tokens and begins and symbol in vocab.written)):
             start, end = frames[0] * frame_sec, (frames[-1] + 1) * frame_sec
-            words.append(Word("".join(symbols), start, end, float(np.exp(scores[frames].mean()))))
+            words.append(Word(vocab.decode(symbols), start, end, float(np.exp(scores[frames].mean()))))
             symbols, frames = [], []
-        elif symbol not in (*silent, space):
-            if not frames or frame == 0 or symbol != path[frame - 1]:
-                symbols.append(vocab.tokens[symbol])
+        if symbol in vocab.written and symbol != space:
+            if begins:
+                symbols.append(symbol)
             frames.append(frame)
     return words
 

@@ -7,19 +7,22 @@ import math
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from sharding.errors import StreamtrainError
-from sharding.files.document import DocumentError, parse, parse_json, read_document
+from sharding.files.document import DocumentError, parse_json, read_document
+from sharding.labels.policy import LabelPolicy, policy_of
 from streamtrain.config import ModelConfig
 from streamtrain.model.checksums import check_sums, write_sums
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.vocab import Vocab, load_vocab, save_vocab, vocab_of
+from streamtrain.model.labels import fit_vocab, read_labels, save_labels
+from streamtrain.model.tokenizer import fit_to_head, load_vocab, read_vocab, save_vocab
+from streamtrain.model.vocab import Vocab, vocab_of
 from streamtrain.startup import collect_as_usual
 
 log = logging.getLogger("streamtrain")
@@ -29,7 +32,8 @@ NEVER_RUN = ("add_adapter", "conv_pos_batch_norm", "return_dict", "output_hidden
 MASKED_ATTENTION = "sdpa_always_masked"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_LAYERS = 1_000
-EXTRACTOR = ("processor_config.json", "preprocessor_config.json")  # the current name, and that of older models
+LACKING = ", but not"
+EXTRACTOR = ("processor_config.json", "preprocessor_config.json")  # Transformers 5 may write the first instead
 DOCUMENTS = ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", *EXTRACTOR)
 ENCODER = ("feature_extractor.", "feature_projection.", "encoder.")
 ACTIVE_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "feat_proj_dropout", "final_dropout")
@@ -39,20 +43,22 @@ class ModelError(StreamtrainError):
     """Report a model that cannot be loaded, or not trained as it is."""
 
 
-def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
-    """Return a pretrained encoder with a CTC head for the symbols of a track, or a model from scratch, for training.
+def load_model(config: ModelConfig, policy: LabelPolicy | None = None) -> CTCModel:
+    """Return a pretrained encoder with a CTC head for the symbols of labels, or a model from scratch, for training.
 
-    A model with all of these symbols in its vocabulary keeps it, and its head. Raises ModelError if weights of a
-    pretrained model are missing, or if it has a head that cannot be kept and `model.vocab` is not "new".
+    A model whose vocabulary has at least 95 % of these symbols keeps it, and its head, unless `model.vocab` is "new".
+    Labels are by default the challenge's phones. Raises ModelError if weights of a pretrained model are missing, or if
+    `model.vocab` is "own" and cannot be kept.
     """
+    policy = policy or policy_of("pasketti")
     settings: dict[str, Any] = dict.fromkeys(ACTIVE_DROPOUTS, config.dropout)
     # A share above 0 makes Transformers create the embedding of masked frames; the masks are drawn in this package
     settings |= {"layerdrop": 0.0, "apply_spec_augment": False, "mask_feature_prob": 0.0, "mask_time_prob": 0.05}
     if config.scratch is not None:
-        vocab = vocab_of(track)
+        vocab = vocab_of(policy)
         network = _from_scratch(config.scratch, settings | _ctc_settings(vocab))
     else:
-        network, vocab = _load_for_training(str(config.pretrained), settings, vocab_of(track), config.vocab)
+        network, vocab = _load_for_training(str(config.pretrained), settings, policy, config.vocab)
     if config.freeze_cnn:
         network.freeze_feature_encoder()
     if config.mask_time_prob == 0:
@@ -62,7 +68,7 @@ def load_model(config: ModelConfig, track: str = "phonetic") -> CTCModel:
     make_graph_static(network)
     normalize = config.pretrained is None or _normalizes(config.pretrained) is not False  # wav2vec2's own default
     collect_as_usual()
-    return CTCModel(network, vocab, normalize).train()
+    return CTCModel(network, vocab, normalize, policy).train()
 
 
 def make_graph_static(network: Any) -> None:
@@ -91,7 +97,7 @@ def copy_of(model: CTCModel, weights: dict[str, torch.Tensor]) -> CTCModel:
     with torch.device("meta"):
         network = type(model.network)(config)
     network.load_state_dict(weights, assign=True)
-    return CTCModel(network, model.vocab, model.normalize).eval()
+    return CTCModel(network, model.vocab, model.normalize, model.labels).eval()
 
 
 def load_trained(folder: str | Path) -> CTCModel:
@@ -99,26 +105,25 @@ def load_trained(folder: str | Path) -> CTCModel:
     folder = Path(folder)
     log.info("loading the model %s", folder)
     check_sums(folder)
-    vocab, (network, untrained) = load_vocab(folder), _from_pretrained(str(folder), {})
+    published, (network, untrained) = load_vocab(folder), _from_pretrained(str(folder), {})
     if untrained:
         raise ModelError(
             f"model {str(folder)!r} has no CTC head of its own: {', '.join(untrained.values())}",
             "give the complete folder of a trained model",
         )
-    if len(vocab) != network.lm_head.out_features or vocab.blank != network.config.pad_token_id:
-        raise ModelError(
-            f"{folder / 'vocab.json'}: {len(vocab)} symbols, blank {vocab.blank}; the model has "
-            f"{network.lm_head.out_features} and {network.config.pad_token_id}",
-            "the vocabulary is another model's: take both from one folder",
-        )
+    vocab = fit_to_head(published, network.lm_head.out_features)
+    if vocab is None or vocab.blank != network.config.pad_token_id:
+        reason = _why_unlike(published, network.lm_head.out_features, network.config.pad_token_id)
+        raise ModelError(f"{folder}: {reason}", "take both from one folder")
     normalize = _normalizes(str(folder))
     if normalize is None:
         raise ModelError(
-            f"model {str(folder)!r} has no {EXTRACTOR[0]}: whether its inputs are normalised is not known",
+            f"model {str(folder)!r} has no {EXTRACTOR[1]}: whether its inputs are normalised is not known",
             "give the complete folder of a trained model",
         )
+    labels = read_labels(folder, vocab)
     collect_as_usual()
-    return CTCModel(network, vocab, normalize).eval()
+    return CTCModel(network, fit_vocab(vocab, labels).vocab if labels else vocab, normalize, labels).eval()
 
 
 def save_model(model: CTCModel, folder: Path) -> None:
@@ -129,6 +134,8 @@ def save_model(model: CTCModel, folder: Path) -> None:
     # With the weight names in memory: by default Transformers restores those of the file that it has read
     model.network.save_pretrained(folder, save_original_format=False)
     save_vocab(model.vocab, folder, model.normalize, attention_mask=model.uses_attention_mask)
+    if model.labels is not None:
+        save_labels(model.labels, folder)
     write_sums(folder)
     for path in folder.iterdir():
         set_default_mode(path)
@@ -150,49 +157,83 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
     }
 
 
-def _load_for_training(name: str, settings: dict[str, Any], wanted: Vocab, choice: str) -> tuple[Any, Vocab]:
-    """Return a pretrained network and its vocabulary: its own if it holds all `wanted`, else those with a new head."""
+def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy, choice: str) -> tuple[Any, Vocab]:
+    """Return a pretrained network and its vocabulary: its own with its head, or that of the labels with a new head."""
     check_sums(Path(name))
-    tokens, own_vocab = _vocab_of_pretrained(name)
-    keep_head = choice == "auto" and own_vocab is not None and set(wanted.tokens) <= set(own_vocab.tokens)
-    vocab = own_vocab if own_vocab is not None and keep_head else wanted
-    network, random = _from_pretrained(name, settings | _ctc_settings(vocab))
-    if all(f"lm_head.{part} is missing" in random.values() for part in ("weight", "bias")):
-        return network, vocab  # an encoder without a head: the head is new
-    if choice == "auto" and (random or not keep_head):
-        cause = ", ".join(random.values()) if keep_head else f"the shard set's symbols are {_shorten(wanted.tokens)}"
+    vocab, reason = (None, "model.vocab is new") if choice == "new" else _own_vocab(name, policy)
+    random_state = torch.get_rng_state()
+    if vocab is not None:
+        network, random = _from_pretrained(name, settings | {"ctc_loss_reduction": "sum"})
+        if not random or (choice == "own" and _is_headless(random)):
+            level = logging.WARNING if LACKING in reason else logging.INFO
+            log.log(level, "model %s keeps its vocabulary of %d tokens: %s", name, len(vocab), reason)
+            return network, vocab
+        reason = "it has no head" if _is_headless(random) else ", ".join(random.values())
+        del network  # its memory, before it is loaded again
+    if choice == "own":
         raise ModelError(
-            f"model {name!r} is a CTC model: its head outputs its own symbols "
-            f"({_shorten(tokens) or 'not listed'}) and cannot be kept: {cause}",
-            "to train its encoder with a new head, --set model.vocab=new; or build the shard set for the track that "
-            "the model outputs",
+            f"model {name!r}: its vocabulary cannot be kept: {reason}",
+            "model.vocab=new trains its encoder with a new head; or build the shard set with another --profile",
         )
-    if choice == "new":
-        network.lm_head = torch.nn.Linear(network.lm_head.in_features, len(vocab))  # else its values count as loaded
+    torch.set_rng_state(random_state)  # the values of a new head do not depend on what was tried
+    wanted = vocab_of(policy)
+    network, random = _from_pretrained(name, settings | _ctc_settings(wanted))
+    level = logging.INFO if _is_headless(random) or choice == "new" else logging.WARNING  # its own head is lost
+    log.log(level, "model %s gets a new head for the %d symbols of the labels: %s", name, len(policy.symbols), reason)
+    if not _is_headless(random):
+        network.lm_head = torch.nn.Linear(network.lm_head.in_features, len(wanted))  # else its values count as loaded
         network._init_weights(network.lm_head)
-    return network, vocab
+    return network, wanted
+
+
+def _is_headless(random: dict[str, str]) -> bool:
+    return all(f"lm_head.{part} is missing" in random.values() for part in ("weight", "bias"))
+
+
+def _own_vocab(name: str, policy: LabelPolicy) -> tuple[Vocab | None, str]:
+    """Return the vocabulary of a model in a folder or on the hub if it serves the labels, and how well or why not."""
+    from transformers import AutoConfig
+
+    try:
+        published = read_vocab(partial(_find, name), "vocab.json")
+        _check_documents(Path(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        vocab = fit_to_head(published, config.vocab_size)
+    except StreamtrainError as error:
+        return None, error.message
+    except Exception as error:  # Transformers raises errors of any type
+        return None, str(error).split("\n")[0]
+    if vocab is None or vocab.blank != config.pad_token_id:
+        return None, _why_unlike(published, config.vocab_size, config.pad_token_id)
+    fit = fit_vocab(vocab, policy)
+    if fit.reason:
+        return None, f"its own vocabulary ({_shorten([token for token in vocab.tokens if token])}) does not serve: " + (
+            fit.reason
+        )
+    case = f", in {fit.vocab.case} case" if fit.vocab.case else ""
+    lacking = f"{LACKING} {policy.name(fit.lacking)}, which it will never write" if fit.lacking else ""
+    return fit.vocab, f"it has {fit.share:.1%} of the labels' symbols{case}{lacking}"
+
+
+def _why_unlike(vocab: Vocab, outputs: int, blank: int | None) -> str:
+    return (
+        f"vocab.json: {len(vocab)} symbols, blank {vocab.blank}; the model has {outputs} and {blank}: the vocabulary "
+        "is another model's"
+    )
+
+
+def _find(name: str, file: str) -> Path | None:
+    """Return a file of a model in a folder or on the hub; None if there is none, or none in the cache if offline."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None
 
 
 def _shorten(tokens: Sequence[str]) -> str:
     return " ".join(tokens[:12]) + (" …" if len(tokens) > 12 else "")
-
-
-def _vocab_of_pretrained(name: str) -> tuple[list[str], Vocab | None]:
-    """Return the tokens of a model, in a folder or on the hub, and its vocabulary if it can be used unchanged."""
-    from transformers import AutoConfig
-    from transformers.utils import cached_file
-
-    try:
-        path = Path(cached_file(name, "vocab.json"))
-        tokens = list(parse(read_document(path), TypeAdapter(dict[str, Any])))
-        blank = AutoConfig.from_pretrained(name, trust_remote_code=False).pad_token_id
-    except (OSError, ValueError, TypeError):
-        return [], None
-    try:
-        vocab = load_vocab(path.parent)
-    except StreamtrainError:
-        return tokens, None
-    return tokens, vocab if vocab.blank == blank else None
 
 
 def _from_scratch(scratch: dict[str, Any], settings: dict[str, Any]) -> Any:

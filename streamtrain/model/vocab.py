@@ -1,26 +1,42 @@
-"""Convert phones or letters to ids and back. The vocabulary is saved with the model, as Transformers' tokenizer."""
+"""Convert labels to ids and back. This file is copied unchanged into a submission, and needs no other library."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
-from sharding.audio.codec import SAMPLE_RATE
-from sharding.errors import StreamtrainError, reason_of
-from sharding.labels.ipa import LETTERS, SYMBOLS
+from sharding.labels.units import Units, join_symbols, split_symbols
 
-BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # the CTC blank is the tokenizer's padding token
+if TYPE_CHECKING:
+    from sharding.labels.policy import LabelPolicy
+
+BLANK, UNKNOWN, SPACE = "[PAD]", "[UNK]", "|"  # of our own vocabularies; CTC's blank is the tokenizer's padding token
+Case = Literal["", "upper", "lower"]
+CHANGE_CASE: dict[str, Callable[[str], str]] = {"": str, "upper": str.upper, "lower": str.lower}
 
 
 @dataclass(frozen=True)
 class Vocab:
-    """Hold the tokens of a model; `tokens[i]` is the token of id i."""
+    """Hold the tokens of a model; `tokens[i]` is the token of id i, "" of an output that has none.
+
+    Example:
+        >>> vocab = Vocab(("<pad>", "<s>", "<unk>", "|", "A", "B"), "<pad>", "<unk>", "|", ("<s>",), case="upper")
+        >>> vocab.encode("a b")
+        [4, 3, 5]
+    """
 
     tokens: tuple[str, ...]
+    blank_token: str = BLANK
+    unknown_token: str | None = UNKNOWN
+    delimiter: str | None = SPACE  # between words; None: of labels without words, such as blank-separated tokens
+    unwritten: tuple[str, ...] = ()  # other special tokens, such as <s>
+    units: Units = "characters"
+    case: Case = ""  # that of the tokens, if symbols are folded to it
+    writes: Case = ""  # that of decoded text, if it is not as in the tokens
 
     @property
     def blank(self) -> int:
-        return self.tokens.index(BLANK)
+        return self.tokens.index(self.blank_token)
 
     @property
     def blank_inside(self) -> int:
@@ -28,78 +44,54 @@ class Vocab:
         return self.blank
 
     @property
-    def space(self) -> int:
-        return self.tokens.index(SPACE)
+    def space(self) -> int | None:
+        return None if self.delimiter is None else self.tokens.index(self.delimiter)
 
     @property
     def unknown(self) -> int:
-        return self.tokens.index(UNKNOWN)
+        """Return the id of a symbol without a token; if there is none for these, that of silence."""
+        return self.tokens.index(self.unknown_token or self.blank_token)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def track(self) -> str:
-        """Return the track that the model outputs: phonetic if it has all phones, else word."""
-        return "phonetic" if set(SYMBOLS) <= set(self.tokens) else "word"
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Return the id of each symbol that can be written, the blank between words included."""
+        special = {"", self.blank_token, self.unknown_token, self.delimiter, *self.unwritten}
+        ids = {token: number for number, token in enumerate(self.tokens) if token not in special}
+        return ids if self.space is None else ids | {" ": self.space}
+
+    @cached_property
+    def written(self) -> dict[int, str]:
+        """Return the symbol of each id that is written."""
+        return {number: symbol for symbol, number in self.ids.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Return one id per symbol of a normalised label, so that its length is known without encoding it."""
-        ids = self._ids()
-        return [ids.get(SPACE if symbol == " " else symbol, ids[UNKNOWN]) for symbol in text]
+        """Return one id for each symbol of a normalised label."""
+        ids, unknown, fold = self.ids, self.unknown, CHANGE_CASE[self.case]
+        return [ids.get(symbol, ids.get(fold(symbol), unknown)) for symbol in self.split(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of collapsed ids, without blank and unknown."""
-        text = "".join(self.tokens[i] for i in ids if self.tokens[i] not in (BLANK, UNKNOWN))
-        return " ".join(text.replace(SPACE, " ").split())
+        """Return the text of collapsed ids, without special tokens."""
+        text = join_symbols([self.written[i] for i in ids if i in self.written], self.units)
+        return CHANGE_CASE[self.writes](text)
 
-    def _ids(self) -> dict[str, int]:
-        return {token: number for number, token in enumerate(self.tokens)}
-
-
-def vocab_of(track: str) -> Vocab:
-    """Return all symbols of the phonetic or the word track: the same for each corpus, so that models are comparable."""
-    symbols = sorted(LETTERS - {" "}) if track == "word" else SYMBOLS
-    return Vocab((BLANK, SPACE, *symbols, UNKNOWN))
+    def split(self, text: str) -> Sequence[str]:
+        """Return the symbols of a normalised label, in order."""
+        return split_symbols(text, self.units)
 
 
-def load_vocab(model: Path) -> Vocab:
-    """Return the vocabulary of a saved model. Raises StreamtrainError if its `vocab.json` is not valid."""
-    from pydantic import TypeAdapter  # a submission, which has no pydantic, reads a vocabulary that this has checked
-
-    from sharding.files.document import Count, parse, read_document
-
-    path = model / "vocab.json"
-    try:
-        ids = parse(read_document(path), TypeAdapter(dict[str, Count]))
-    except (OSError, ValueError) as error:
-        raise StreamtrainError(
-            f"{path}: no vocabulary ({reason_of(error)})", "give the folder of a trained model, such as RUN/best"
-        ) from error
-    tokens = tuple(sorted(ids, key=ids.__getitem__))
-    if [ids[token] for token in tokens] != list(range(len(tokens))) or not {BLANK, UNKNOWN, SPACE} <= set(tokens):
-        raise StreamtrainError(f"{path}: ids must run from 0 and include {BLANK}, {UNKNOWN} and {SPACE}")
-    return Vocab(tokens)
+def vocab_of(policy: "LabelPolicy") -> Vocab:
+    """Return the symbols of a shard set's labels as a vocabulary: one alphabet, one vocabulary, in the same order."""
+    blank, unknown, delimiter = (_unlike(name, policy.symbols) for name in (BLANK, UNKNOWN, SPACE))
+    if policy.units == "tokens":
+        return Vocab((blank, *policy.symbols, unknown), blank, unknown, None, units=policy.units)
+    return Vocab((blank, delimiter, *policy.symbols, unknown), blank, unknown, delimiter, units=policy.units)
 
 
-def save_vocab(vocab: Vocab, folder: Path, do_normalize: bool, attention_mask: bool) -> None:
-    """Write the tokenizer and feature extractor with which Transformers' ASR pipeline runs the model."""
-    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "vocab.json"
-    ids = {token: i for i, token in enumerate(vocab.tokens)}
-    path.write_text(json.dumps(ids, ensure_ascii=False, indent=1), encoding="utf-8")
-    tokenizer = Wav2Vec2CTCTokenizer(
-        str(path),
-        bos_token=None,
-        eos_token=None,
-        unk_token=UNKNOWN,
-        pad_token=BLANK,
-        word_delimiter_token=SPACE,
-        clean_up_tokenization_spaces=False,
-    )
-    extractor = Wav2Vec2FeatureExtractor(
-        sampling_rate=SAMPLE_RATE, do_normalize=do_normalize, return_attention_mask=attention_mask
-    )
-    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+def _unlike(name: str, symbols: Sequence[str]) -> str:
+    """Return a special token's name, in angle brackets if it is a symbol of the labels."""
+    while name in symbols:
+        name = f"<{name}>"
+    return name

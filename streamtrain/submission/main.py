@@ -57,10 +57,10 @@ class Clip(NamedTuple):
 def main() -> None:
     started = time.monotonic()
     data = Path("data") if Path("data").is_dir() else HERE / "data"
-    settings = json.loads((HERE / "submission.json").read_text())
+    settings = json.loads((HERE / "submission.json").read_text(encoding="utf-8"))
     names = [str(row["utterance_id"]) for row in read_rows(data / "submission_format.jsonl")]
     paths = find_audio(data, names)
-    model = load_model(HERE / "model", settings["normalize"])
+    model = load_model(HERE / "model", settings)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"ready: on {model.device.type} after {time.monotonic() - started:.2f} s, {versions}", flush=True)
     texts = dict.fromkeys(names, "")
@@ -88,11 +88,13 @@ def main() -> None:
     print(f"done: {counts}, {speech_sec:.1f} s of speech, {seconds:.2f} s", flush=True)
 
 
-def load_model(folder: Path, normalize: bool) -> CTCModel:
+def load_model(folder: Path, settings: dict[str, Any]) -> CTCModel:
     """Return the model in fp32, on a GPU if there is one. `package` has checked its files."""
-    ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings["vocab"].items()
+    }
     network = transformers.AutoModelForCTC.from_pretrained(folder).float()
-    model = CTCModel(network, Vocab(tuple(sorted(ids, key=ids.__getitem__))), normalize)
+    model = CTCModel(network, Vocab(**fields), settings["normalize"])
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

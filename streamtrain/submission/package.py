@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,13 @@ from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.errors import StreamtrainError, counted
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_row, read_document
 from sharding.files.writing import written
-from sharding.labels.ipa import TRACKS, alphabet_of, foreign_symbols, name_symbols
+from sharding.labels.policy import policy_of
+from sharding.labels.profiles import PROFILES, TRACKS
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.sample import escape_key
 from sharding.shardset.store import open_store
 from streamtrain.eval.score import score_files
+from streamtrain.model.labels import field_of
 from streamtrain.model.pretrained import load_trained
 from streamtrain.run_status import warn_unless_finished
 
@@ -38,7 +40,7 @@ RUNTIME = ("torch", "transformers", "soundfile", "numpy", "safetensors", "soxr")
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.json")
 TAKEN_ALONG = {  # a submission reads audio, cuts, infers and decodes with the same files
     "sharding": ("__init__.py", "errors.py", "audio/__init__.py", "audio/codec.py", "audio/containers.py",
-                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "labels/__init__.py", "labels/ipa.py",
+                 "audio/flac.py", "audio/libflac.py", "audio/vad.py", "labels/__init__.py", "labels/units.py",
                  "segment/__init__.py", "segment/cuts.py"),
     "streamtrain": ("__init__.py", "model/__init__.py", "model/batches.py", "model/ctc.py", "model/decode.py",
                     "model/inference.py", "model/vocab.py"),
@@ -89,18 +91,31 @@ class Rehearsal:
 
 
 def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
-    """Write `out`, a zip with main.py at its root and the model beside it. Returns the model's track.
+    """Write `out`, a zip with main.py at its root and the model beside it. Returns the profile of its texts.
 
     `batch_seconds` are the padded seconds of a forward; None: chosen by the machine. Raises StreamtrainError if the
     folder holds no complete model.
     """
     loaded = load_trained(model)
     warn_unless_finished(model)
-    track = loaded.vocab.track
-    settings = {"field": TRACKS[track], "normalize": loaded.normalize, "batch_seconds": batch_seconds}
+    profile = loaded.labels.profile if loaded.labels else ""
+    if profile not in TRACKS.values():
+        raise PackageError(
+            f"{model}: its labels are of profile {profile or 'unknown'}, not one of the challenge's",
+            f"train on shards of profile {' or '.join(TRACKS.values())}",
+        )
+    if loaded.labels and (foreign := set(loaded.labels.symbols) - set(PROFILES[profile].symbols)):
+        raise PackageError(f"{model}: writes symbols that are not allowed: {', '.join(sorted(foreign)[:10])}",
+                           f"train on shards of profile {profile} with its own alphabet and units")  # fmt: skip
+    settings = {
+        "field": field_of(loaded.labels),
+        "normalize": loaded.normalize,
+        "batch_seconds": batch_seconds,
+        "vocab": asdict(loaded.vocab),
+    }
     files = {
         "main.py": (HERE / "main.py").read_bytes(),
-        "submission.json": json.dumps(settings, indent=1).encode(),
+        "submission.json": json.dumps(settings, ensure_ascii=False, indent=1).encode(),
     }
     for name, parts in TAKEN_ALONG.items():
         files |= {f"{name}/{part}": (_folder_of(name) / part).read_bytes() for part in parts}
@@ -113,7 +128,7 @@ def package(model: Path, out: Path, batch_seconds: float | None = None) -> str:
                 archive.open(_member(f"model/{name}"), "w", force_zip64=True) as target,
             ):
                 shutil.copyfileobj(source, target)
-    return track
+    return profile
 
 
 def _folder_of(name: str) -> Path:
@@ -173,8 +188,8 @@ def rehearse(archive: Path, data: str | None = None, python: str = sys.executabl
         )
 
 
-def render(done: Rehearsal, track: str) -> str:
-    rate = "" if done.rate is None else f", {'WER' if track == 'word' else 'CER'} {done.rate:.4f}"
+def render(done: Rehearsal, profile: str) -> str:
+    rate = "" if done.rate is None else f", {'WER' if profile == 'english' else 'CER'} {done.rate:.4f}"
     if done.left_out:
         rate += f" without {counted(done.left_out, 'recording')} that the build split"
     within = "within" if done.projected_sec < LIMIT_SEC else "ABOVE"
@@ -229,13 +244,12 @@ def _check_rows(folder: Path, field: str) -> int:
             f"{len(actual):,} rows, {len(wanted):,} wanted; surplus {list(surplus)[:3]}, lacking {list(missing)[:3]}, "
             "or in another order"
         )
-    alphabet = alphabet_of(next(track for track, name in TRACKS.items() if name == field))
+    labels = policy_of(next(profile for profile in TRACKS.values() if PROFILES[profile].field == field))
     for row in rows:
         if row.keys() != {"utterance_id", field} or not isinstance(row[field], str):
             raise PackageError(f"a row is {row}, utterance_id and {field} are wanted")
-        if foreign := foreign_symbols(row[field], alphabet):
-            named = name_symbols(foreign, alphabet)
-            raise PackageError(f"{row['utterance_id']}: symbols that are not allowed: {named}")
+        if foreign := labels.foreign(row[field]):
+            raise PackageError(f"{row['utterance_id']}: symbols that are not allowed: {labels.name(foreign)}")
     return len(rows)
 
 
@@ -273,8 +287,8 @@ def _lay_out(folder: Path, data: str | None, field: str) -> tuple[Path | None, i
         return None, 0
     store = open_store(data)
     index = read_index(store)
-    if TRACKS[index.track] != field:
-        raise PackageError(f"{data}: its labels are of the {index.track} track, the model outputs {field}")
+    if index.labels.field != field or index.labels.profile not in TRACKS.values():
+        raise PackageError(f"{data}: its labels are of profile {index.labels.profile!r}, the model outputs {field}")
     rows = index.split("valid")
     selected = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), REHEARSED_CLIPS)).astype(int))]
     samples = [read_sample(store, index, row) for row in selected.tolist()]

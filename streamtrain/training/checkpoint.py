@@ -73,8 +73,9 @@ class RunState:
     step_in_epoch: Count = 0
     completed: tuple[PlanPrefix, ...] = ()  # plans by which this epoch was trained before it was re-planned
     split: str = ""  # of the scores below
+    select: str = "cer"  # what they are
     evaluated: Annotated[int, Field(strict=True, ge=-1)] = -1  # step of the last evaluation
-    best_cer: Number | None = None
+    best_score: Number | None = None
     best_step: Count | None = None
     evaluations_since_best: Count = 0
     skipped: Count = 0  # steps with a gradient that was not finite

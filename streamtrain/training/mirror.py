@@ -44,6 +44,7 @@ FILES = (
     "before.json",
     "config.json",
     "trained_on.json",
+    "environment.json",
     "curves.png",
     "scorecard.json",
     "hypotheses.jsonl",

@@ -16,7 +16,7 @@ import torch
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, open_lock_file, remove, write_inside
-from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index
+from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index, read_sample
 from sharding.shardset.schema import SPLITS
 from sharding.shardset.store import Store, open_store
 from streamtrain.atomic import recover_replaced
@@ -25,11 +25,14 @@ from streamtrain.data.collate import SILENT_SAMPLES, Batch
 from streamtrain.data.dataset import open_stream
 from streamtrain.data.loader import LoaderProcesses, loader_memory
 from streamtrain.data.plan import PLANNER_VERSION, EpochPlan, PlanSettings, plan_epoch, shortest_lengths
+from streamtrain.data.share import take_share
 from streamtrain.distributed import World
+from streamtrain.eval.scorecard import metrics_of
 from streamtrain.model.checksums import ChecksumError, check_sums
 from streamtrain.model.ctc import CTCModel, ctc_sum
 from streamtrain.model.hub import needs_hub, why_unreachable
 from streamtrain.model.inference import scoring_mode
+from streamtrain.model.labels import check_symbols, describe, fit_vocab
 from streamtrain.model.pretrained import load_model
 from streamtrain.run_status import discard_result, reopened
 from streamtrain.training.checkpoint import (
@@ -44,6 +47,7 @@ from streamtrain.training.checkpoint import (
     read_checkpoint,
     resume_state,
 )
+from streamtrain.training.environment import add_start, describe_start
 from streamtrain.training.memory import Memory, evaluation_shapes, largest_shapes, probe, render
 from streamtrain.training.mirror import PART, Mirror
 from streamtrain.training.schedule import make_schedule
@@ -57,6 +61,7 @@ ORDER_CHECK_LENGTHS = {  # samples of each clip in the batches on which the orde
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
+CHECKED_LABELS = 200  # whose symbols are looked up in a vocabulary that lacks some of the alphabet
 LOCK_NAME = ".lock"
 LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv", "finished.json")  # a run's folder has at least one of them
 LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to exit
@@ -80,7 +85,10 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         if checkpoint is not None:
             index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
         data_identity = index.digest, checkpoint.path.name if checkpoint else ""
-        _check_ranks_agree(world, json.dumps([config.resume_key, config.eval.split]), *data_identity)
+        _check_ranks_agree(
+            world, json.dumps([config.resume_key, config.eval.split, config.eval.select]), *data_identity
+        )
+        index = _take_share(index, store, config, world)
         _check_run(run, index, config, checkpoint, resume)
         state = RunState(config.resume_key, index.digest, PLANNER_VERSION)
         if checkpoint is not None:
@@ -88,15 +96,20 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         plans = Plans(index, config, state)
         _check_ranks_agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index, checkpoint, plans.total_steps, world)
+        with world.on_main("look up the labels' symbols") as is_main:
+            if is_main:
+                _check_symbols(engine.model, index, store)
         if checkpoint is not None:
             log.info("resumed at step %d from %s", state.step, found)
             if state.config != checkpoint.state.config:
                 log.info("re-planned: %d of %d steps are left", plans.total_steps - state.step, plans.total_steps)
         state = _keep_scores(state, config, run, world)
         _probe_unless_done(config, index, plans, state, engine)
+        start = describe_start(world, state.step)
         with world.on_main("prepare the run folder") as is_main:
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)
+                add_start(run, start)
         model, neighbourhood = engine.model, world.find_neighbours()
         make = partial(open_stream, index, config.data, model.vocab, model.normalize, neighbourhood)
         stream = LoaderProcesses(make) if _loads_in_processes(config, world) else make()
@@ -104,13 +117,20 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
 
 
 def _keep_scores(state: RunState, config: Config, run: Path, world: World) -> RunState:
-    """Return the state for `eval.split`, without its best score if that is of another split or best/ is missing."""
-    scored = state.split in ("", config.eval.split)
-    if not scored and state.best_cer is not None:
-        log.info("eval.split was %r, is %r: the best score is reset", state.split, config.eval.split)
-    if not world.gather((run / "best").is_dir())[0] or not scored:  # resumed into a new run folder, maybe
-        state = replace(state, best_cer=None, best_step=None, evaluated=-1, evaluations_since_best=0)
-    return replace(state, split=config.eval.split)
+    """Return the state for `eval.split` and `eval.select`, without its best score if that is of others.
+
+    The score is dropped too if best/ is missing.
+    """
+    pairs = [
+        ("split", state.split or config.eval.split, config.eval.split),
+        ("select", state.select, config.eval.select),
+    ]
+    differ = [pair for pair in pairs if pair[1] != pair[2]]
+    for name, was, now in differ if state.best_score is not None else ():
+        log.info("eval.%s was %r, is %r: the best score is reset", name, was, now)
+    if not world.gather((run / "best").is_dir())[0] or differ:  # resumed into a new run folder, maybe
+        state = replace(state, best_score=None, best_step=None, evaluated=-1, evaluations_since_best=0)
+    return replace(state, split=config.eval.split, select=config.eval.select)
 
 
 def _probe_unless_done(config: Config, index: ShardIndex, plans: Plans, state: RunState, engine: Engine) -> None:
@@ -171,17 +191,34 @@ def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[fl
         )
 
 
+def _check_symbols(model: CTCModel, index: ShardIndex, store: Store) -> None:
+    """Raise TrainError if more than 5 % of the symbols of the labels have no token in the model's vocabulary.
+
+    The model was chosen by the alphabet alone if the index does not count its symbols: then labels are read.
+    """
+    rows = index.split("train")
+    if index.labels.counts or not fit_vocab(model.vocab, index.labels).lacking:
+        return
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), CHECKED_LABELS)).astype(int))]
+    told = check_symbols(model.vocab, [read_sample(store, index, row).text for row in chosen.tolist()])
+    if told is not None:
+        raise TrainError(f"{store.url}: {told}", "--set model.vocab=new trains a new head for the labels' symbols")
+
+
 def _describe(index: ShardIndex, shards: str) -> dict[str, object]:
     """Return what a model card reports about the data."""
     rows = index.split("train")
     hours = float(index.samples["samples"][rows].sum(dtype=np.int64)) / SAMPLE_RATE / 3600
     rejected = index.notes.get("validation", {}).get("rejected", 0)
-    return {"shards": shards, "index": index.digest, "clips": len(rows), "hours": round(hours, 3), "rejected": rejected}
+    whole = sum(shard.seconds for shard in index.shards if shard.split == "train") / 3600
+    return {"shards": shards, "index": index.digest, "clips": len(rows), "hours": round(hours, 3),
+            "of_hours": round(whole, 3), "labels": describe(index.labels), "rejected": rejected}  # fmt: skip
 
 
 def find_batch_seconds(config: Config, world: World) -> None:
     """Print the largest `data.batch_seconds` that fits the memory of every rank, forward and backward."""
-    index = read_index(open_store(config.data.shards))
+    store = open_store(config.data.shards)
+    index = _take_share(read_index(store), store, config, world)
     plan = plan_epoch(index, PlanSettings.of(config), 0)
     engine = _start_engine(config, index, None, plan.steps, world)
     summary, memory = _probe(engine, plan, index, config)
@@ -210,6 +247,15 @@ def _probe(engine: Engine, plan: EpochPlan, index: ShardIndex, config: Config) -
 
 def _loads_in_processes(config: Config, world: World) -> bool:
     return world.device.type == "cuda" and config.data.workers > 0
+
+
+def _take_share(index: ShardIndex, store: Store, config: Config, world: World) -> ShardIndex:
+    """Return the index with the clips that `data.fraction` or `data.hours` leaves, as rank 0 finds them."""
+    share = None
+    with world.on_main("choose the clips to train on") as is_main:
+        if is_main:
+            share = take_share(index, store, config.data.fraction, config.data.hours).share
+    return replace(index, share=world.gather(share)[0])
 
 
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:
@@ -270,7 +316,7 @@ def _start_engine(
     log.info("model: %s", config.model.pretrained or "from scratch")
     _check_hub(config.model.pretrained, world)
     torch.manual_seed(config.train.seed)  # the weights of a new head, or of a model from scratch
-    model = load_model(config.model, index.track)
+    model = load_model(config.model, index.labels)
     _check_frames(model, index, config.data.speed_factors)
     if config.data.gain_db and model.normalize:
         log.info("data.gain_db has no effect on this model, which brings each clip to the same loudness")
@@ -306,6 +352,15 @@ def _check_run(run: Path, index: ShardIndex, config: Config, checkpoint: Checkpo
         raise TrainError("eval.split is 'unlabelled': its clips have no labels to score", "use eval.split=valid")
     if config.eval.split not in SPLITS:
         raise TrainError(f"eval.split is {config.eval.split!r}", f"the splits are {', '.join(SPLITS)}")
+    if config.eval.split == "test":
+        log.warning("eval.split is 'test': the best model is chosen by the test's own scores, which are then too good")
+    index.labels.check_digest(config.data.shards)
+    metric, measured = config.eval.select.partition("/")[0], metrics_of(index)
+    if metric not in measured:
+        message = (
+            f"eval.select is {config.eval.select!r}, but the labels of {config.data.shards} have no {metric.upper()}"
+        )
+        raise TrainError(message, f"choose another score: {', '.join(measured)}, or a mean over groups")
     if not len(index.split(config.eval.split)):
         log.warning("the shard set has no clips in split %r: nothing is scored during training, and the weights of "
                     "the last step are saved, however good they are", config.eval.split)  # fmt: skip

@@ -1,19 +1,26 @@
-"""Log a run: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`."""
+"""Log a run: a progress bar with ETA, `log.csv`, TensorBoard events, `curves.png`, `samples.txt`; and how it ended."""
 
 import csv
 import io
+import json
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from sharding.errors import StreamtrainError, counted
+from sharding.files.document import DocumentError, parse, read_document
 from sharding.files.writing import append, explaining, write_inside
-from streamtrain.eval.scorecard import SCORECARD, Evaluation, read_rate, read_scorecard, render_interval
+from streamtrain.config import load_config, name_score
+from streamtrain.eval.scorecard import SCORECARD, Evaluation, read_metrics, read_scorecard, render_interval
 from streamtrain.run_status import RESULT_NAME, read_result
+from streamtrain.training.curves import Curves
+from streamtrain.training.step_row import StepRow
 
 LINE_EVERY_SEC = 60.0  # if the output is not a terminal
 SAMPLES_SHOWN = 8
@@ -22,24 +29,10 @@ SILENT_MODEL = (
     "train.warmup_steps, lower model.dropout"
 )
 RANKS_SHOWN = 64  # in TensorBoard
+BEFORE = "before.json"  # scores before the first step
 
 
-@dataclass(frozen=True)
-class StepRow:
-    """Describe one optimizer step, a row of log.csv."""
-
-    step: int
-    epoch: int
-    loss: float  # nats per label symbol, over the whole step
-    lr: float
-    grad_norm: float
-    seconds: float  # duration of the step, waiting included
-    audio_sec_per_sec: float  # true seconds of speech trained on, per second
-    padding: float  # 1 − true ÷ padded seconds
-    data_wait: float  # share of the step spent waiting for data, by the rank that waited longest
-    silent: int  # clips that did not decode, on all ranks
-    skipped: int  # 1 if the gradient was not finite, so that the step changed nothing
-    cer: float | None  # if an evaluation followed the step
+_SETTINGS = TypeAdapter(dict[str, dict[str, Any]])
 
 
 @dataclass(frozen=True)
@@ -59,15 +52,23 @@ class RankRow:
 
 
 class RunLog:
-    """Write the log of a run, on rank 0. Rows of steps that a resumed run will repeat are dropped."""
+    """Write the log of a run, on rank 0. Rows of steps that a resumed run will repeat are dropped.
 
-    def __init__(self, run_dir: Path, total_steps: int, done_steps: int) -> None:
+    `select` is the run's `eval.select`; if it was another before, `reselected`, earlier scores by it are dropped too.
+    """
+
+    def __init__(
+        self, run_dir: Path, total_steps: int, done_steps: int, select: str = "cer", reselected: bool = False
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._folder = run_dir
         self._log = run_dir / "log.csv"
+        self._select = select
         self.rows = [row for row in read_log(self._log) if row.step <= done_steps]
+        if reselected:
+            self.rows = [replace(row, eval_score=None) for row in self.rows]
         self._rewrite()
         self._drop_samples_from(done_steps + 1)
         self._ranks = run_dir / "ranks.csv"
@@ -87,9 +88,8 @@ class RunLog:
     def step(self, row: StepRow) -> None:
         self.rows.append(row)
         append(self._log, _csv([_cells(row)]))
-        self._draw(
-            {f"train/{name}": value for name, value in asdict(row).items() if name not in ("step", "cer")}, row.step
-        )
+        shown = {name: value for name, value in asdict(row).items() if name != "step" and not name.startswith("eval_")}
+        self._draw({f"train/{name}": value for name, value in shown.items()}, row.step)
         self._show(row)
 
     def _show(self, row: StepRow) -> None:
@@ -114,28 +114,37 @@ class RunLog:
             shown = {name: value for name, value in asdict(row).items() if name not in ("step", "rank")}
             self._draw({f"rank{row.rank}/{name}": value for name, value in shown.items()}, row.step)
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        total, clips = evaluation.total, evaluation.clips
-        words = f", WER {evaluation.words.rate:.4f}" if evaluation.words else ""
-        self.message(f"step {step}: CER {total.rate:.4f}{words} on {counted(len(clips), 'clip')}")
+    def evaluated(self, step: int, evaluation: Evaluation, epoch: float, seconds: float) -> None:
+        """Log an evaluation after `epoch` epochs that took `seconds`."""
+        metrics, clips = evaluation.metrics, evaluation.clips
+        scores = metrics | {self._select: evaluation.score(self._select)}
+        text = ", ".join(f"{name_score(name)} {score:.4f}" for name, score in scores.items() if score is not None)
+        self.message(f"step {step}: {text} on {counted(len(clips), 'clip')}")
+        self.message(_trainer_line(metrics, len(clips), epoch, seconds))
         if not any(clip.hypothesis for clip in clips):
             self.message(SILENT_MODEL)
         if self.rows and self.rows[-1].step == step:
-            self.rows[-1] = replace(self.rows[-1], cer=total.rate)
+            values: dict[str, Any] = {f"eval_{name}": value for name, value in metrics.items()}
+            score = scores[self._select]
+            self.rows[-1] = replace(self.rows[-1], **values, eval_score=score, eval_runtime=seconds)
             self._rewrite()
             self.draw_curves()
-        self._draw({"valid/cer": total.rate}, step)
+        elif step == 0:
+            known = {name: score for name, score in scores.items() if score is not None}
+            write_inside(self._folder / BEFORE, json.dumps(known))
+        self._draw({f"valid/{name}": score for name, score in scores.items() if score is not None}, step)
         self._drop_samples_from(step)  # a run may be resumed at a step that was already scored
         shown = clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN]
         texts = "".join(f"reference   {clip.reference}\nhypothesis  {clip.hypothesis}\n\n" for clip in shown)
-        append(self._folder / "samples.txt", f"--- step {step}, CER {total.rate:.4f}\n{texts}")
+        metric = evaluation.labels.metric
+        append(self._folder / "samples.txt", f"--- step {step}, {metric.upper()} {metrics[metric]:.4f}\n{texts}")
 
     def draw_curves(self) -> None:
-        before = self._folder / "before.json"
-        plot_curves(self.rows, self._folder / "curves.png", read_rate(before) if before.is_file() else None)
+        write_inside(self._folder / "curves.png", Curves(self.rows, read_before(self._folder), self._select).png())
 
     def message(self, line: str) -> None:
         self._bar.write(line)
+        sys.stdout.flush()  # a pipe holds lines back, and who reads it waits for them
 
     def close(self) -> None:
         self._bar.close()
@@ -156,6 +165,21 @@ class RunLog:
     def _rewrite(self) -> None:
         names: list[object] = [field.name for field in fields(StepRow)]
         write_inside(self._log, _csv([names, *map(_cells, self.rows)]))
+
+
+def _trainer_line(metrics: Mapping[str, float], clips: int, epoch: float, seconds: float) -> str:
+    """Return the scores as Transformers' Trainer prints them, which services such as SageMaker read.
+
+    Their patterns take no number such as 1.5e-05, which Python prints from the fifth decimal on.
+    """
+    values = {f"eval_{name}": value for name, value in metrics.items()}
+    values |= {"eval_runtime": seconds, "eval_samples_per_second": clips / max(seconds, 1e-9), "epoch": epoch}
+    return str({name: round(float(value), 4) for name, value in values.items()})
+
+
+def read_before(run: Path) -> dict[str, float]:
+    """Return the scores of a run before its first step, by name; {} if it has none."""
+    return read_metrics(run / BEFORE) if (run / BEFORE).is_file() else {}
 
 
 def read_log(path: Path) -> list[StepRow]:
@@ -200,35 +224,6 @@ def _not_a_log(path: Path, error: Exception) -> StreamtrainError:
     )
 
 
-def plot_curves(rows: Sequence[StepRow], path: Path, cer_before: float | None = None) -> None:
-    """Draw loss, CER (the gradient's norm if nothing was scored), learning rate and throughput over the steps."""
-    from matplotlib.figure import Figure
-
-    steps = [row.step for row in rows]
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    (loss, score), (rate, speed) = figure.subplots(2, 2)
-    loss.plot(steps, [row.loss for row in rows], color="#33658a", linewidth=0.8)
-    loss.set(title="loss, nats per symbol", yscale="log")
-    evaluated = [(row.step, row.cer) for row in rows if row.cer is not None]
-    if evaluated:
-        evaluated = [*([] if cer_before is None else [(0, cer_before)]), *evaluated]
-        score.plot(*zip(*evaluated, strict=True), marker="o", color="#c8553d")
-        score.annotate(f"{evaluated[-1][1]:.3f}", evaluated[-1], textcoords="offset points", xytext=(-4, 6), ha="right")
-        score.set(title="validation CER", ylim=(0, 1.15 * max(cer for _, cer in evaluated) or 1))  # room for the number
-    else:
-        score.plot(steps, [row.grad_norm for row in rows], color="#c8553d", linewidth=0.8)
-        score.set(title="gradient norm", yscale="log")
-    rate.plot(steps, [row.lr for row in rows], color="#5b8c5a")
-    rate.set(title="learning rate", xlabel="step")
-    speed.plot(steps, [row.audio_sec_per_sec for row in rows], color="#86608e", linewidth=0.8)
-    speed.set(title="audio-seconds per second", xlabel="step", ylim=(0, None))
-    for axes in (loss, score, rate, speed):
-        axes.grid(alpha=0.25)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_inside(path, picture.getvalue())
-
-
 def _csv(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -245,15 +240,19 @@ def render_run(run_dir: Path) -> str:
     if (run_dir / RESULT_NAME).is_file() and not (run_dir / SCORECARD).exists():
         return _render_unscored(run_dir)
     card, clips = read_scorecard(run_dir)
-    before, page = run_dir / "before.json", run_dir / "scorecard.html"
-    cer_before = f"{read_rate(before):.3f}" if before.is_file() else "?"
+    before, page = read_before(run_dir), run_dir / "scorecard.html"
+    metric = card["metric"]
+    scores = [
+        f"{metric.upper()} {card[metric]:.4f}, {render_interval(card)}; before training {_rate(before, metric)}",
+        f"WER {card['wer']:.4f}; before training {_rate(before, 'wer')}",
+    ]
     result = f"\n  {read_result(run_dir)}" if (run_dir / RESULT_NAME).is_file() else ""
     samples = "\n".join(
         f"    {clip.utterance_id}\n      reference   {clip.reference}\n      hypothesis  {clip.hypothesis}"
         for clip in clips[:: max(1, len(clips) // 4)][:4]
     )
     return f"""
-  CER {card["cer"]:.4f}, {render_interval(card)}; before training {cer_before}
+  {f"{chr(10)}  ".join(scores)}
   ({counted(card["clips"], "clip")} of split {card["split"]}){result}
 
   A few transcriptions
@@ -263,12 +262,32 @@ def render_run(run_dir: Path) -> str:
   Every step   {run_dir / "log.csv"}      tensorboard --logdir {run_dir / "tensorboard"}
   Scorecard    {page if page.is_file() else run_dir / "scorecard.json"}
   Model        {run_dir / "best"}      (Transformers: AutoModelForCTC.from_pretrained, or pipeline)
+{_after_the_demo(run_dir)}"""
 
+
+def _rate(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.3f}" if name in metrics else "?"
+
+
+def _after_the_demo(run_dir: Path) -> str:
+    """Return what to do next if the run is of the demo's model, else nothing."""
+    settings = read_settings(run_dir)
+    if settings.get("model", {}).get("scratch") != load_config("demo").model.scratch:
+        return ""
+    return f"""
   Next, with a corpus of your own (after `source .venv/bin/activate`)
     streamtrain transcribe {run_dir / "best"} some.flac --out out.jsonl
     streamtrain build data/raw/* --out data/shards
     streamtrain train --config zero2
 """
+
+
+def read_settings(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the sections of a run's configuration; {} if it cannot be read."""
+    try:
+        return parse(read_document(run_dir / "config.json"), _SETTINGS)
+    except (OSError, DocumentError):
+        return {}
 
 
 def _render_unscored(run_dir: Path) -> str:

@@ -1,6 +1,5 @@
 """Run the training loop: plan, stream, step, evaluate, save. Every number that decides a step is known before it."""
 
-import json
 import logging
 import math
 import time
@@ -17,7 +16,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StoreError, StreamtrainError
-from sharding.files.writing import write_inside
 from sharding.shardset.index import ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import keyed_random
@@ -36,8 +34,9 @@ from streamtrain.run_status import RunResult, check_mirrored, write_result
 from streamtrain.training.checkpoint import RunState, save_checkpoint
 from streamtrain.training.mirror import Mirror
 from streamtrain.training.noise import RoomNoise, augment_batch
-from streamtrain.training.run_log import RankRow, RunLog, StepRow
+from streamtrain.training.run_log import RankRow, RunLog
 from streamtrain.training.spec_augment import Spans, SpecAugment
+from streamtrain.training.step_row import StepRow
 from streamtrain.training.zero_engine import Engine
 
 log = logging.getLogger("streamtrain")
@@ -134,7 +133,9 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._update_sec = 0.0  # duration of the previous optimizer update
         self._rank_stats = np.zeros((world.size, 3 + len(fields(StreamCounts))))  # since they were last written
-        self.monitor = RunLog(self.run_dir, plans.total_steps, state.step) if world.main else None
+        select, reselected = config.eval.select, saved is not None and saved.select != config.eval.select
+        log_place = self.run_dir, plans.total_steps, state.step
+        self.monitor = RunLog(*log_place, select, reselected) if world.main else None
 
     def run(self) -> None:
         """Train to the last step. Evaluate and save on the way, at the end, and if asked to stop."""
@@ -159,7 +160,7 @@ class Trainer:
         """Write and log why the run ended, as its last act. Raise StreamtrainError if the mirror is incomplete."""
         state, patience = self.state, self.config.train.patience
         limit = self.plans.limit if state.step == self.plans.total_steps else f"train.patience={patience}"
-        result = RunResult(state.step, limit, state.best_cer, state.best_step, unmirrored)
+        result = RunResult(state.step, limit, state.best_score, state.best_step, unmirrored, self.config.eval.select)
         log.info("%s", result)
         write_result(self.run_dir, result)
         check_mirrored(self.run_dir, result)
@@ -269,7 +270,6 @@ class Trainer:
             data_wait=float((all_ranks[:, 1] / all_ranks[:, 2]).max()),
             silent=int(all_ranks[:, 3 + SILENT].sum()),
             skipped=int(norm is None),
-            cer=None,
         )
         return row, asked
 
@@ -347,23 +347,33 @@ class Trainer:
             if self._finished:
                 self._save_unscored()
             return
-        model = self.engine.scored_copy()
+        model, started = self.engine.scored_copy(), time.perf_counter()
         evaluation = evaluate(
             model, self.stream, settings.split, self.config.data.batch_seconds, self.world, self._preemption
         )
-        cer = evaluation.total.rate
         if self.monitor is not None:
-            self.monitor.evaluated(state.step, evaluation)
-        if state.step == 0 and self.world.main:
-            write_inside(self.run_dir / "before.json", json.dumps({"cer": cer}))
-        if state.best_cer is not None and cer >= state.best_cer:
+            self.monitor.evaluated(state.step, evaluation, self._epochs_done, time.perf_counter() - started)
+        score = evaluation.score(settings.select)
+        if score is None and state.best_score is None:
+            raise TrainError(
+                f"eval.select is {settings.select!r}, but no clip of split {settings.split!r} has such a score",
+                "a loss needs clips that were not split, and as many frames as symbols; or use eval.select=cer",
+            )
+        if state.best_score is not None and (score is None or score >= state.best_score):
             since = state.evaluations_since_best + 1
             self.state = replace(state, evaluated=state.step, evaluations_since_best=since)
             if since == self.config.train.patience:
                 log.info("no better score in %d evaluations: training ends here, at step %d", since, state.step)
             return
-        self.state = replace(state, evaluated=state.step, best_cer=cer, best_step=state.step, evaluations_since_best=0)
+        best = replace(state, evaluated=state.step, best_score=score, best_step=state.step)
+        self.state = replace(best, evaluations_since_best=0)
         self._save_best(model, evaluation)
+
+    @property
+    def _epochs_done(self) -> float:
+        """Return how many epochs were trained, such as 1.5. The last one may have no plan: its number is not needed."""
+        state = self.state
+        return state.epoch + (state.step_in_epoch and state.step_in_epoch / self.plans.epoch(state.epoch).steps)
 
     def _save_unscored(self) -> None:
         """Save the weights of the last step as `best/`."""

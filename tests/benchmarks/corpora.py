@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from sharding.labels.ipa import SYMBOLS
+from sharding.labels.pasketti import SYMBOLS
 from tests.tools.corpus import MANIFEST, SAMPLE_RATE, Row, describe, write_manifest
 
 FINAL = ("FLAC", "PCM_16", SAMPLE_RATE, 1)  # what the build stores as it is

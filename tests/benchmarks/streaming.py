@@ -29,6 +29,7 @@ import soundfile
 from sharding.audio import libflac
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.build.duration_buckets import bucket_of, fit_bins
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import SAMPLE_DTYPE, ShardIndex, read_index
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import open_store
@@ -37,6 +38,7 @@ from tests.benchmarks.corpora import flac_corpus
 from tests.benchmarks.report import Line, Quoted, machine, say
 from tests.benchmarks.sharding import CORPUS
 from tests.benchmarks.timing import ROOT, WORK, resident_peak, speak_demo
+from tests.tools.corpus import PHONES
 from tests.tools.seaweed import BUCKET, find_weed, running_seaweed
 
 RESULT = WORK / "streaming.json"
@@ -91,7 +93,7 @@ def pasketti_index(clips: int, shard_mb: float = 64, num_buckets: int = 8) -> Sh
         )
         for b, n, count, total in zip(bucket[starts].tolist(), number[starts].tolist(), counts, totals, strict=True)
     )
-    return ShardIndex(bins, {}, "", "", {}, shards, table)
+    return ShardIndex(bins, {}, "", "", PHONES, {}, shards, table)
 
 
 def steps_of(plan: EpochPlan) -> list[Step]:
@@ -231,7 +233,7 @@ def stream_of(shards: Path, index: ShardIndex, workers: int) -> Any:
     from streamtrain.distributed import World
     from streamtrain.model.vocab import vocab_of
 
-    return ShardStream(index, open_store(shards), vocab_of("phonetic"), False, World(), workers)
+    return ShardStream(index, open_store(shards), vocab_of(policy_of("pasketti")), False, World(), workers)
 
 
 def pad(clips: list[tuple[np.ndarray, str]]) -> tuple[Any, int]:
@@ -380,7 +382,7 @@ def epoch_speed(shards: str, cache_dir: str | None) -> float:
     index = read_index(store)
     plan = plan_epoch(index, replace(REAL, batch_seconds=60), 0)
     stream = ShardStream(
-        index, open_for_reading(index, store, cache_dir, 10.0), vocab_of("phonetic"), False, World(), 1
+        index, open_for_reading(index, store, cache_dir, 10.0), vocab_of(policy_of("pasketti")), False, World(), 1
     )
     started, seconds = 0.0, 0
     for item in stream.epoch(plan):

@@ -22,6 +22,7 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
+from sharding.labels.policy import policy_of
 from streamtrain.model.vocab import vocab_of
 from tests.benchmarks.corpora import transcripts
 
@@ -32,7 +33,7 @@ class Clips(Dataset[dict[str, Any]]):
     """Normalised clips with their labels, decoded beforehand: which spares the reference what ours does on the way."""
 
     def __init__(self, corpus: Path) -> None:
-        vocab = vocab_of("phonetic")
+        vocab = vocab_of(policy_of("pasketti"))
         self.rows = []
         for line in transcripts(corpus).read_text("utf-8").splitlines():
             row = json.loads(line)

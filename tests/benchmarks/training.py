@@ -19,10 +19,12 @@ import torch
 from transformers import Wav2Vec2Config
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.labels.ipa import SYMBOLS
+from sharding.labels.pasketti import SYMBOLS
+from sharding.labels.policy import policy_of
 from streamtrain.model.pretrained import ACTIVE_DROPOUTS
 from streamtrain.model.vocab import vocab_of
-from streamtrain.training.run_log import RunLog, StepRow, read_log
+from streamtrain.training.run_log import RunLog, read_log
+from streamtrain.training.step_row import StepRow
 from tests.benchmarks.report import Line, Quoted, machine, say
 from tests.benchmarks.timing import ROOT, WORK
 
@@ -108,7 +110,7 @@ def run_ours(shards: Path) -> list[Step]:
 def run_reference(corpus: Path, sampling: str, epochs: int) -> list[Step]:
     """So many epochs of the Trainer; the last is counted."""
     with TemporaryDirectory(dir=WORK) as home:
-        vocab = vocab_of("phonetic")
+        vocab = vocab_of(policy_of("pasketti"))
         model = MODEL | SAME | {"vocab_size": len(vocab), "pad_token_id": vocab.blank}
         (Path(home) / "model.json").write_text(json.dumps(model))
         lines = said(["-m", "tests.benchmarks.trainer", corpus, f"{home}/model.json", sampling, epochs]).splitlines()

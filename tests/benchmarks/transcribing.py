@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 import torch
 
-from sharding.labels.ipa import SYMBOLS, normalize_ipa
+from sharding.labels.pasketti import SYMBOLS, normalize_ipa
 from streamtrain.config import ModelConfig
 from streamtrain.eval.metrics import count_edits
 from streamtrain.model.pretrained import load_model, save_model

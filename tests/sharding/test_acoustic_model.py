@@ -1,6 +1,7 @@
 """The sounds of a corpus, learned from its own labels, tell which words lie where, and which labels are wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from sharding.audio.codec import FRAME_SAMPLES
 from sharding.audio.vad import Stretch
+from sharding.labels.policy import LabelPolicy, policy_of
+from sharding.labels.units import Units
 from sharding.segment.acoustic_model import (
     DECODE_SCALE,
     PAUSE_NATS,
@@ -68,7 +71,7 @@ def words_before(seed: int, words: list[str], second: float) -> int:
 def sounds() -> PhoneGMM:
     corpus = {f"{seed}": words_of(seed, 40) for seed in range(9)}
     examples = [example_of(name, " ".join(words), said(int(name), words)) for name, words in corpus.items()]
-    learned = fit(examples, "phonetic", max_false_accept=0.02)
+    learned = fit(examples, policy_of("pasketti"), max_false_accept=0.02)
     assert learned is not None
     return learned
 
@@ -115,7 +118,7 @@ def test_what_is_learned_does_not_depend_on_threads_and_leaves_them_as_they_were
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            learned.append(fit(examples, "phonetic", 0.02))
+            learned.append(fit(examples, policy_of("pasketti"), 0.02))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -146,19 +149,45 @@ def test_a_pause_is_likelier_between_words_than_within_one(phrases: list[str], a
     assert two - one == pytest.approx(PAUSE_NATS if apart else 0.0, abs=0.5)
 
 
+@pytest.mark.parametrize("units", ["segments", "tokens"])
+def test_symbols_of_several_characters_are_learned_as_single_ones_are(units: Units) -> None:
+    """Each phone written as two letters and a diacritic: the model is the same, and survives being packed."""
+    spelt = {symbol: f"{symbol}ʰ" for symbol in SPOKEN}
+    join = {"segments": "", "tokens": " "}[units]
+    plain = [example_of(f"{seed}", " ".join(words_of(seed, 40)), said(seed, words_of(seed, 40))) for seed in range(2)]
+    examples = [
+        replace(each, text=" ".join(join.join(spelt[symbol] for symbol in word) for word in each.text.split()))
+        for each in plain
+    ]
+    one = fit(examples, LabelPolicy("ipa", units, tuple(spelt.values())), 0.02)
+    other = fit(plain, LabelPolicy("ipa", "characters", tuple(SPOKEN)), 0.02)
+    assert one is not None
+    assert other is not None
+    if units == "segments":
+        np.testing.assert_array_equal(one.mean, other.mean)
+        assert one.max_gap == other.max_gap
+    assert one.encode(examples[0].text) == other.encode(plain[0].text)
+    kept = unpack_model(json.loads(json.dumps(one.pack())))
+    assert (kept.alphabet, kept.units) == (tuple(sorted(spelt.values())), units)
+    assert other.pack().keys() == {"alphabet", "max_gap", "values"}
+    assert other.pack()["alphabet"] == "".join(sorted(SPOKEN))
+    sound = said(0, words_of(0, 40))
+    assert kept.align(examples[0].text, sound, [Stretch(0, len(sound), True)], [len(sound) // 2]).error is None
+
+
 def test_every_frame_is_learned_from_once(sounds: PhoneGMM) -> None:
     example = example_of("parent", "kætɪʃumtə", recite(["kætɪ", "ʃumtə"], 0, np.random.default_rng(3)))
     assert _occupancy(sounds, example).sum(axis=1) == pytest.approx(np.ones(len(example.quiet)), abs=1e-5)
 
 
 def test_nothing_is_learned_from_nothing(sounds: PhoneGMM) -> None:
-    assert fit([], "phonetic", 0.02) is None
-    assert fit([example_of("mute", "", said(0, ["kæt"]))], "phonetic", 0.02) is None
+    assert fit([], policy_of("pasketti"), 0.02) is None
+    assert fit([example_of("mute", "", said(0, ["kæt"]))], policy_of("pasketti"), 0.02) is None
     crowded = example_of("crowded", " ".join(words_of(0, 60) * 40), said(0, words_of(0, 60)))
     burst = example_of("burst", "kæt", np.full(16_000, 1e30, np.float32))
     for useless in (crowded, burst):
-        assert fit([useless], "phonetic", 0.02) is None
-    mute = fit([example_of("silence", "kæt", np.zeros(16_000, np.float32))], "phonetic", 0.02)
+        assert fit([useless], policy_of("pasketti"), 0.02) is None
+    mute = fit([example_of("silence", "kæt", np.zeros(16_000, np.float32))], policy_of("pasketti"), 0.02)
     assert mute is not None
     assert np.isfinite(mute.precision).all()
     words = words_of(0, 60)

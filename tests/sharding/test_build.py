@@ -27,14 +27,25 @@ from sharding.build.assign import SplitExceptions, choose_exceptions, is_validat
 from sharding.build.scan import speaker_hash
 from sharding.cli import main
 from sharding.errors import ManifestError
-from sharding.labels.ipa import SymbolCounts, alphabet_of, check_alphabet, count_symbols, ctc_frames_needed
+from sharding.labels.policy import SymbolCounts, check_alphabet, count_foreign
+from sharding.labels.units import ctc_frames_needed
 from sharding.report.ledger import ledger_row, write_ledger
 from sharding.report.summary import _commonest_first, _suggest_alignment
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from sharding.sources.manifest import Utterance
 from tests.tools.commands import ROOT, Command
-from tests.tools.corpus import MANIFEST, SAMPLE_RATE, describe, make_corpus, read_manifest, say, write_manifest
+from tests.tools.corpus import (
+    MANIFEST,
+    PHONES,
+    SAMPLE_RATE,
+    WORDS,
+    describe,
+    make_corpus,
+    read_manifest,
+    say,
+    write_manifest,
+)
 from tests.tools.shard_sets import SMALL_SHARDS, assert_balanced, digest_of, read_all, read_ledger, read_summary
 
 TEXT = "kæt sæt"
@@ -642,16 +653,17 @@ def test_labels_of_another_alphabet_end_the_build_whichever_side_has_them(
     command = ["build", str(folder), "--out", str(tmp_path / "out"), "--workers", "1", "--valid-fraction", "1e-9"]
     assert main(command) == 1
     said = capsys.readouterr().err
-    assert "'What about the bus' has symbols outside the alphabet of the phonetic track: 'W' U+0057, 'a' U+0061" in said
-    assert f"% of all symbols in the labels for {side} are foreign, at most 5% are accepted" in said
-    assert "hint: --track word" in said
+    assert "'What about the bus' has symbols outside the alphabet of profile pasketti: 'W' U+0057, 'a' U+0061" in said
+    name = "training" if side == "training" else "validation and test"
+    assert f"% of all symbols in the labels for {name} are foreign, at most 5% are accepted" in said
+    assert "hint: --profile english if the labels are English words" in said
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_the_alphabet_of_the_word_track_is_told_in_letters() -> None:
-    counts = count_symbols("été", "row 1", alphabet_of("word"))
-    with pytest.raises(ManifestError, match="must be written in abcdefghijklmnopqrstuvwxyz and the apostrophe: other"):
-        check_alphabet(counts, "training", "word")
+def test_the_alphabet_of_english_is_told_in_letters() -> None:
+    counts = count_foreign("été", "row 1", WORDS)
+    with pytest.raises(ManifestError, match="the alphabet is 'abcdefghijklmnopqrstuvwxyz"):
+        check_alphabet(counts, "training", WORDS)
 
 
 def test_one_segment_is_counted_as_one() -> None:
@@ -662,9 +674,9 @@ def test_one_segment_is_counted_as_one() -> None:
 @pytest.mark.parametrize(("foreign", "refused"), [(0, False), (5, False), (6, True)])
 def test_a_twentieth_of_foreign_symbols_is_the_most(foreign: int, refused: bool) -> None:
     labels = ["k" * (100 - foreign), "q" * foreign]
-    counts = sum((count_symbols(text, "here", alphabet_of("phonetic")) for text in labels), SymbolCounts())
+    counts = sum((count_foreign(text, "here", PHONES) for text in labels), SymbolCounts())
     with pytest.raises(ManifestError, match="here: 'qqqqqq'") if refused else nullcontext():
-        check_alphabet(counts, "training", "phonetic")
+        check_alphabet(counts, "training", PHONES)
 
 
 def test_pieces_without_a_label_are_told_by_reason_with_the_commands_that_come_next(

@@ -3,6 +3,7 @@
 import io
 import struct
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.audio.codec import SAMPLE_RATE, decode, decode_native, encode, frame_count, probe
+from sharding.audio.codec import (
+    SAMPLE_RATE,
+    decode,
+    decode_native,
+    decode_range,
+    encode,
+    frame_count,
+    probe,
+    probe_range,
+)
 from sharding.errors import AudioError
 from tests.tools.corpus import say
 
@@ -209,6 +219,33 @@ def test_bytes_that_are_no_audio_are_refused_not_crashed_on(data: bytes) -> None
     for head in (b"", b"fLaC", b"RIFF\x00\x01\x00\x00WAVE", b"OggS", b"ID3"):
         with pytest.raises(AudioError):
             decode(head + data, prove=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("WAV", {"subtype": "PCM_24"}),
+        ("FLAC", {"subtype": "PCM_16"}),
+        ("OGG", {"subtype": "VORBIS"}),
+        ("NIST", {"subtype": "PCM_16"}),
+        ("W64", {"subtype": "PCM_16"}),
+        ("MP3", {"bitrate_mode": "CONSTANT", "compression_level": 0.99}),  # 8 kbit/s: a frame leans on many
+        ("MP3", {"bitrate_mode": "VARIABLE", "compression_level": 0.5}),
+    ],
+)
+def test_a_range_has_the_samples_that_the_whole_has_there(kind: str, options: dict[str, Any]) -> None:
+    time = np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE
+    rng = np.random.default_rng(0)
+    sound = 0.3 * np.sin(440 * time) * (np.sin(3 * time) > 0) + 0.02 * rng.standard_normal(len(time))
+    file = io.BytesIO()
+    soundfile.write(file, sound, SAMPLE_RATE, format=kind, **options)
+    whole = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")[0]
+    for start, stop in ((0, 16_000), (7_001, 27_003), (47_999, 95_999), (100_001, len(whole))):
+        span = (start / SAMPLE_RATE, (stop - start) / SAMPLE_RATE if stop < len(whole) else None)
+        assert probe_range(io.BytesIO(file.getvalue()), *span).samples == stop - start
+        again = decode_range(io.BytesIO(file.getvalue()), *span)
+        assert np.abs(again.sound - whole[start:stop]).max() < 1e-6, (start, stop)
+        assert not again.passthrough
 
 
 def test_frames_are_those_of_the_convolutions() -> None:

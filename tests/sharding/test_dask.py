@@ -25,7 +25,7 @@ from sharding.pool import die_with_parent
 from sharding.shardset.store import FolderStore, open_store
 from sharding.sources.archive import AudioRoot, list_audio, open_audio
 from tests.tools.commands import ROOT, Command
-from tests.tools.corpus import describe, make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, describe, make_corpus, read_manifest, write_manifest
 from tests.tools.seaweed import BUCKET, Seaweed, find_weed
 from tests.tools.shard_sets import digest_of, read_ledger
 
@@ -277,7 +277,7 @@ def test_half_a_wish_for_a_cluster_is_refused_in_a_line(
 
 
 def a_job(out: Path, token: str, made_by: tuple[int, str, str] = ENCODER_VERSIONS) -> ShardJob:
-    context = BuildContext(str(out), "", (), "phonetic", False, token, made_by)
+    context = BuildContext(str(out), "", (), PHONES, False, token, made_by)
     return ShardJob(context, "train/b00-00000.tar", 0, "train", ())
 
 

@@ -16,7 +16,7 @@ import webdataset
 
 from sharding.audio.codec import SAMPLE_RATE, decode, encode
 from sharding.cli import main
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
 from sharding.shardset.index import read_index, read_keys, read_sample
 from sharding.shardset.store import open_store
 from streamtrain.data.dataset import ShardStream
@@ -59,12 +59,12 @@ def test_tars_with_labels_of_another_alphabet_are_refused(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "TEXTS", ["what is that", "a boy"])
     write_tars(tmp_path / "tars", "flac", "txt", clips=2)
-    assert main(["index", str(tmp_path / "tars"), "--workers", "1"]) == 1
+    assert main(["index", "--profile", "pasketti", str(tmp_path / "tars"), "--workers", "1"]) == 1
     said = capsys.readouterr().err
     assert "train-0000.tar: train-000: 'what is that' has symbols outside the alphabet" in said
-    assert "--track word" in said
+    assert "--profile english" in said
     assert not (tmp_path / "tars" / "index.json").exists()
-    assert main(["index", str(tmp_path / "tars"), "--workers", "1", "--track", "word"]) == 0
+    assert main(["index", str(tmp_path / "tars"), "--workers", "1", "--profile", "english"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["flac", "wav", "mp3", "ogg"])
@@ -74,7 +74,7 @@ def test_tars_of_shard_writer_are_indexed_and_stream(
 ) -> None:
     written = write_tars(tmp_path / "tars", kind, label)
     before = {path: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
-    done = run_sharding("index", tmp_path / "tars")
+    done = run_sharding("index", "--profile", "pasketti", tmp_path / "tars")
     assert done.returncode == 0, done.stderr
     assert "16 samples in 4 tars" in done.stdout
     assert {path: path.read_bytes() for path in before} == before
@@ -107,7 +107,7 @@ def test_keys_with_folders_and_dots_stay_apart_and_every_other_rate_is_brought_t
             info = tarfile.TarInfo(name)
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
-    assert run_sharding("index", tmp_path).returncode == 0
+    assert run_sharding("index", "--profile", "pasketti", tmp_path).returncode == 0
     store = open_store(tmp_path)
     index = read_index(store)
     assert sorted(read_keys(store, index).tolist()) == ["a%2Fone", "b%2Fone"]
@@ -133,7 +133,7 @@ def test_what_cannot_be_trained_on_is_left_out_with_its_reason(run_sharding: Com
     with webdataset.ShardWriter(str(tmp_path / "train-%d.tar"), verbose=0) as writer:
         for key, members in clips.items():
             writer.write({"__key__": key} | members)
-    done = run_sharding("index", tmp_path, "--max-reject-rate", 0.5)
+    done = run_sharding("index", "--profile", "pasketti", tmp_path, "--max-reject-rate", 0.5)
     assert done.returncode == 1
     assert "85.7% of the clips were rejected" in done.stderr
     for reason in ("no label", "deaf has no audio, only txt", "cut off", "outside the alphabet: 'λ'",
@@ -155,7 +155,7 @@ def test_what_cannot_be_trained_on_is_left_out_with_its_reason(run_sharding: Com
 def test_what_is_no_shard_set_is_told(prepare: Any, said: str, run_sharding: Command, tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     prepare(tmp_path / "tars")
-    done = run_sharding("index", tmp_path / "tars")
+    done = run_sharding("index", "--profile", "pasketti", tmp_path / "tars")
     assert done.returncode == 1
     assert said in done.stderr
     assert not (tmp_path / "tars/index.json").exists()
@@ -178,7 +178,7 @@ def test_one_key_with_two_sounds_or_two_labels_is_rejected(run_sharding: Command
     members |= {"b.flac": sound, "b.txt": b"bd", "b.json": b'{"phonetic_text": "db"}'}
     members |= {"c.flac": sound, "c.txt": b"bd", "c.json": b'{"phonetic_text": "bd", "text": "bead"}'}
     (tmp_path / "x.tar").write_bytes(plain_tar(members))
-    done = run_sharding("index", tmp_path, "--max-reject-rate", 1)
+    done = run_sharding("index", "--profile", "pasketti", tmp_path, "--max-reject-rate", 1)
     assert "3 clips in" in done.stdout
     assert "= 1 written" in done.stdout
     for reason in ("a has 2 audio files, flac, wav", "b has two labels"):
@@ -200,7 +200,7 @@ def test_tars_that_evaluation_would_stop_at_are_not_indexed(
     members = {f"{key}.{kind}": body for key, document in enumerate(documents)
                for kind, body in {"flac": sound, "txt": b"bd", "json": document.encode()}.items()}  # fmt: skip
     (tmp_path / "x.tar").write_bytes(plain_tar(members) if members else bytes(10_240))
-    done = run_sharding("index", tmp_path)
+    done = run_sharding("index", "--profile", "pasketti", tmp_path)
     assert done.returncode == 1
     assert told in done.stderr
 
@@ -232,7 +232,7 @@ def test_a_tar_that_is_not_whole_is_refused_and_named(
     tar: bytes, said: str, run_sharding: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "train.tar").write_bytes(tar)
-    done = run_sharding("index", tmp_path)
+    done = run_sharding("index", "--profile", "pasketti", tmp_path)
     assert done.returncode == 1
     assert "train.tar: " in done.stderr
     assert said in done.stderr
@@ -248,7 +248,7 @@ def test_odd_labels_are_rejected_and_names_of_any_length_read(run_sharding: Comm
     (tmp_path / "train.tar").write_bytes(
         plain_tar(members | {f"{long}.flac": good, f"{long}.text": b"", f"{long}.txt": "k@æt".encode()})
     )
-    done = run_sharding("index", tmp_path, "--max-reject-rate", 1)
+    done = run_sharding("index", "--profile", "pasketti", tmp_path, "--max-reject-rate", 1)
     assert done.returncode == 0, done.stderr
     assert "= 1 written + 0 split + 5 rejected" in done.stdout
     assert "1 noted: '@' is left out of the label, as by the official scorer" in done.stdout
@@ -257,20 +257,21 @@ def test_odd_labels_are_rejected_and_names_of_any_length_read(run_sharding: Comm
 def test_an_index_that_is_there_is_not_overwritten(small_shards: Path, run_sharding: Command, tmp_path: Path) -> None:
     out = shutil.copytree(small_shards, tmp_path / "shards")
     before = (out / "index.json").read_bytes()
-    done = run_sharding("index", out)
+    done = run_sharding("index", "--profile", "pasketti", out)
     assert done.returncode == 1
     assert "already has an index.json" in done.stderr
     assert (out / "index.json").read_bytes() == before
     (out / "index.json").unlink()
     assert (
-        run_sharding("index", out, "--valid", "valid/*", "--max-reject-rate", 1).returncode == 0
+        run_sharding("index", "--profile", "pasketti", out, "--valid", "valid/*", "--max-reject-rate", 1).returncode
+        == 0
     )  # ours are tars, too
     assert run_sharding("verify", out, "--decode").returncode == 0
 
 
 def test_damaged_tars_of_others_cannot_be_made_again(run_sharding: Command, tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", "flac", "txt")
-    assert run_sharding("index", tmp_path / "tars").returncode == 0
+    assert run_sharding("index", "--profile", "pasketti", tmp_path / "tars").returncode == 0
     path = sorted((tmp_path / "tars").glob("*.tar"))[0]
     path.write_bytes(path.read_bytes()[:-2000])
     assert run_sharding("verify", tmp_path / "tars").returncode == 1
@@ -289,7 +290,7 @@ def test_the_ledger_says_of_a_sound_what_that_of_a_build_says(tmp_path: Path) ->
         soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
         members |= {f"{name}.wav": file.getvalue(), f"{name}.txt": "kæt".encode()}
     (tmp_path / "train.tar").write_bytes(plain_tar(members))
-    main(["index", str(tmp_path), "--workers", "1"])
+    main(["index", "--profile", "pasketti", str(tmp_path), "--workers", "1"])
     rows = {row["key"]: (row["reason"], row["remarks"]) for row in read_ledger(tmp_path)}
     assert rows == {
         "hushed": ("constant signal with a label", []),
@@ -298,7 +299,7 @@ def test_the_ledger_says_of_a_sound_what_that_of_a_build_says(tmp_path: Path) ->
     }
 
 
-@pytest.mark.parametrize("arguments", [[], ["--track", "word"]])
+@pytest.mark.parametrize("arguments", [[], ["--profile", "english"]])
 def test_a_folder_of_a_shard_set_is_not_indexed_over(
     arguments: list[str], small_shards: Path, run_sharding: Command, tmp_path: Path
 ) -> None:
@@ -306,7 +307,7 @@ def test_a_folder_of_a_shard_set_is_not_indexed_over(
     copy = tmp_path / "set"
     shutil.copytree(small_shards, copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    done = run_sharding("index", copy / "train", *arguments)
+    done = run_sharding("index", "--profile", "pasketti", copy / "train", *arguments)
     assert done.returncode == 1
     assert "of a shard set, whose indexes would be overwritten\nhint: " in done.stderr
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before

@@ -30,7 +30,7 @@ from sharding.shardset.sample import Sample, escape_key, piece_key, sample_from_
 from sharding.shardset.store import Store, open_store
 from sharding.shardset.verify import check_shard
 from tests.tools.commands import Command
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.shard_sets import flip_byte
 
 STRANGE_IDS = ["a.b", "a/b", "../a", "a b", "über", "a%2Eb", "a+000", "con\tcat", "x" * 300, "x" * 299 + "y", "."]
@@ -90,7 +90,7 @@ def test_a_sample_comes_back_as_it_was(audio: bytes, text: str, name: str, paren
     if parent is not None:
         sample = Sample(piece_key(escape_key(name), piece), audio, "", "unlabelled", name, parent_id=parent,
                         parent_text=text, piece=piece, pieces=10, start_sec=0.5, end_sec=1.25)  # fmt: skip
-    assert sample_from_bytes(sample_to_bytes(sample)) == sample
+    assert sample_from_bytes(sample_to_bytes(sample), PHONES) == sample
 
 
 @given(st.binary(max_size=3000), st.integers(0, 1535))
@@ -99,7 +99,7 @@ def test_bytes_that_are_no_sample_are_refused_not_crashed_on(junk: bytes, cut: i
     for damaged in (junk, raw[:cut] + junk, junk + raw):
         if damaged != raw:
             with pytest.raises(ShardError):
-                sample_from_bytes(damaged)
+                sample_from_bytes(damaged, PHONES)
 
 
 def test_the_columns_of_a_shard_and_of_the_index_agree(small_shards: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_columns_of_a_shard_and_of_the_index_agree(small_shards: Path) -> No
         assert shard.entry == entry
         rows = index.samples[index.samples["shard"] == number]
         assert all((shard.samples[name] == rows[name]).all() for name in columns)
-        samples = check_shard(store, shard)
+        samples = check_shard(store, shard, PHONES)
         assert [sample.key for sample in samples] == list(shard.keys)
         speakers = [SpeakerInfo(sample.corpus, sample.age_bucket, sample.child_id) for sample in samples]
         assert speakers == list(shard.speakers)
@@ -148,7 +148,7 @@ def test_verify_names_the_file_with_a_flipped_byte(
 def check_all(store: Store) -> None:
     index = read_index(store)
     for shard in index.shards:
-        check_shard(store, read_checked(store, shard))
+        check_shard(store, read_checked(store, shard), PHONES)
     if faults := check_report(store, index):
         raise ShardError("\n".join(faults))
 

@@ -25,7 +25,7 @@ from sharding.shardset.index import ShardIndex, read_index
 from sharding.shardset.store import open_store
 from sharding.shardset.table import read_clips
 from tests.tools.commands import Command
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.seaweed import BUCKET, Seaweed
 from tests.tools.shard_sets import flip_byte
 
@@ -132,7 +132,7 @@ def test_json_says_what_a_plain_reader_counts_in_the_tars(shards: Path, document
     wanted = count_by_hand(shards)
     seen = {
         "totals": {"total": document["totals"]},
-        "by_split": {row["split"]: row for row in document["by_split"]},
+        "by_split": {row["split"]: row for row in document["by_split"] if row["samples"]},
         "by_bucket": {(row["split"], row["bucket"]): row for row in document["by_bucket"]},
         "by_corpus": {row["corpus"]: row for row in document["by_corpus"]},
         "by_age": {row["age_bucket"]: row for row in document["by_age"]},
@@ -173,7 +173,8 @@ def test_the_terminal_shows_the_same_numbers_aligned(shards: Path, document: Row
 
 def test_an_empty_split_has_a_row_of_zeros(small_shards: Path, run_sharding: Command) -> None:
     document = inspect_json(run_sharding, small_shards)
-    row = document["by_split"][2]
+    assert [row["split"] for row in document["by_split"]] == ["train", "valid", "test", "unlabelled"]
+    row = document["by_split"][3]
     assert [row[name] for name in ("split", "samples", "hours", "mean_seconds")] == ["unlabelled", 0, 0, None]
     assert "unlabelled" not in {row["split"] for row in document["by_bucket"]}
     assert re.search(r"^unlabelled +0 +0 +0\.00 +– ", run_sharding("inspect", small_shards).stdout, re.MULTILINE)
@@ -231,7 +232,7 @@ def test_a_plot_is_a_png_with_something_in_it(name: str, size: tuple[int, int], 
 
 def test_a_plot_of_nothing_has_none_of_the_colours(tmp_path: Path, shards: Path) -> None:
     whole = read_index(open_store(shards))
-    none = ShardIndex(whole.duration_bins, {}, "", "", {}, (), whole.samples[:0])
+    none = ShardIndex(whole.duration_bins, {}, "", "", whole.labels, {}, (), whole.samples[:0])
     pictures = {
         "durations.png": plots.plot_durations(none),
         "symbols_per_second.png": plots.plot_symbol_rates(none),
@@ -255,7 +256,7 @@ def test_the_report_of_a_build_has_the_same_plot_of_durations(
 def test_levels_and_symbols_are_those_of_the_tars(shards: Path) -> None:
     entries = read_index(open_store(shards)).shards
     with Workers(2) as pool:
-        jobs = [(str(shards), entry, "phonetic") for entry in entries]
+        jobs = [(str(shards), entry, PHONES) for entry in entries]
         measured = pool.map(measure_shard, jobs, [entry.count for entry in entries], "measuring")
     assert min(min(levels) for levels, _ in measured) == SILENCE_DB
     for entry, (levels, counts) in zip(entries, measured, strict=True):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from tests.tools.commands import Command
 from tests.tools.corpus import MANIFEST, make_corpus, read_manifest, write_manifest
 
@@ -148,7 +149,7 @@ def test_windows_line_ends_byte_order_mark_and_blank_lines_are_read(corpus: Path
     text = (corpus / MANIFEST).read_bytes()
     (corpus / MANIFEST).write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n\r\n"))
     source = read_source(corpus, ManifestOptions())
-    rows = [source.layout.parse(source.line(row), 0)[0].utterance_id for row in range(len(source))]
+    rows = [source.parse(row).utterance_id for row in range(len(source))]
     assert rows == [row["utterance_id"] for row in map(json.loads, text.splitlines())]
     assert source.numbers.tolist() == [1, 3, 5]
 

@@ -19,9 +19,10 @@ from sharding.cli import _find_sources, main
 from sharding.files.names import age_order, canonical_name, name_of
 from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
 from sharding.shardset.store import open_store
-from sharding.sources.manifest import ManifestOptions, Utterance, read_source
+from sharding.sources.manifest import Utterance, read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.infer.inputs import find_recordings
-from tests.tools.corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
+from tests.tools.corpus import MANIFEST, PHONES, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
 NFC, NFD = "Zo\u00eb", "Zoe\u0308"
@@ -39,7 +40,7 @@ def build(*sources: object, out: Path, code: int = 0) -> dict[str, str | None]:
 
 def parse(folder: Path, rows: list[Row], group_by: str = "") -> list[Utterance]:
     source = read_source(write_manifest(folder, rows), ManifestOptions(group_by=group_by))
-    return [source.layout.parse(source.line(row), row + 1)[0] for row in range(len(source))]
+    return [source.parse(row) for row in range(len(source))]
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_what_is_there_is_no_pattern(tmp_path: Path) -> None:
 def test_tars_validate_by_their_names(patterns: list[str] | None, valid: list[str], tmp_path: Path) -> None:
     for number, name in enumerate(("my-val.tar", "set1.tar", "set[1].tar", f"{NFD}.tar", "._set1.tar")):
         (tmp_path / name).write_bytes(tar({f"c{number}.flac": FLAC, f"c{number}.txt": b"k"}) if name[0] != "." else b"")
-    index, _, _ = index_tars(str(tmp_path), "phonetic", patterns, 25.0, 1)
+    index, _, _ = index_tars(str(tmp_path), PHONES, patterns, 25.0, 1)
     assert [shard.name for shard in index.shards if shard.split == "valid"] == valid
     assert len(index.shards) == 4  # what macOS leaves beside a file is none
 
@@ -163,14 +164,14 @@ def test_a_pattern_chooses_every_tar_that_fits_it(pattern: str, tmp_path: Path) 
     """Also two whose names look the same: none of them may be trained on unsaid."""
     for number, name in enumerate((NFC, NFD)):
         (tmp_path / f"{name}.tar").write_bytes(tar({f"c{number}.flac": FLAC, f"c{number}.txt": b"k"}))
-    index, _, _ = index_tars(str(tmp_path), "phonetic", [pattern], 25.0, 1)
+    index, _, _ = index_tars(str(tmp_path), PHONES, [pattern], 25.0, 1)
     assert [shard.split for shard in index.shards] == ["valid", "valid"]
 
 
 def test_a_pattern_that_no_tar_fits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Misspelt, it would leave nothing to validate on."""
     (tmp_path / "train.tar").write_bytes(tar({"c0.flac": FLAC, "c0.txt": b"k"}))
-    assert main(["index", str(tmp_path), "--valid", "*dve*"]) == 1
+    assert main(["index", "--profile", "pasketti", str(tmp_path), "--valid", "*dve*"]) == 1
     assert "no tar matches --valid '*dve*'\nhint: there are train.tar" in capsys.readouterr().err
 
 
@@ -190,7 +191,7 @@ def tar(members: Mapping[str, bytes], form: int = tarfile.USTAR_FORMAT, encoding
 def index_one(folder: Path, data: bytes) -> tuple[ShardIndex, dict[str, str | None]]:
     """Index a tar in this process; with the reason of each sample's rejection."""
     (folder / "train.tar").write_bytes(data)
-    assert main(["index", str(folder), "--workers", "1", "--max-reject-rate", "1"]) == 0
+    assert main(["index", "--profile", "pasketti", str(folder), "--workers", "1", "--max-reject-rate", "1"]) == 0
     index = read_index(open_store(folder))
     return index, {row["utterance_id"]: row["reason"] for row in read_ledger(folder)}
 
@@ -275,7 +276,7 @@ def test_a_child_of_two_spellings_makes_validation_tars_not_disjoint(tmp_path: P
     for split, name in (("train", NFC), ("val", f"{NFD} ")):
         document = json.dumps({"text": "k", "child_id": name}).encode()
         (tmp_path / f"{split}.tar").write_bytes(tar({f"{split}.flac": FLAC, f"{split}.json": document}))
-    index, _, _ = index_tars(str(tmp_path), "phonetic", None, 25.0, 1)
+    index, _, _ = index_tars(str(tmp_path), PHONES, None, 25.0, 1)
     assert index.notes["validation"]["disjoint_by_speaker"] is False
 
 

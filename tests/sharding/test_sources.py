@@ -23,13 +23,14 @@ from hypothesis import strategies as st
 from sharding.audio.codec import encode
 from sharding.cli import main
 from sharding.errors import ManifestError
-from sharding.labels.ipa import LETTERS, foreign_symbols, name_symbols, normalize_words
+from sharding.labels.pasketti import normalize_words
 from sharding.shardset.index import read_index
 from sharding.shardset.store import open_store
 from sharding.sources.archive import AudioRoot, find_audio, open_audio
-from sharding.sources.manifest import ManifestOptions, Utterance, read_source
+from sharding.sources.manifest import Utterance, read_source
+from sharding.sources.options import ManifestOptions
 from tests.tools.commands import Command
-from tests.tools.corpus import MANIFEST, Row, describe, make_corpus, read_manifest, say, write_manifest
+from tests.tools.corpus import MANIFEST, WORDS, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
 
 TEXT = "kæt sæt"
@@ -108,7 +109,7 @@ def rename(rows: Iterable[Row], **columns: str) -> list[Row]:
 
 def parse_all(path: Path, reading: ManifestOptions = ManifestOptions()) -> list[Utterance]:  # noqa: B008
     source = read_source(path, reading)
-    return [source.layout.parse(source.line(row), int(source.numbers[row]))[0] for row in range(len(source))]
+    return [source.parse(row) for row in range(len(source))]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_a_csv_makes_the_same_bytes_as_json_lines(
     write_csv(rename(rows, **names), folder / "clips.csv")
     (folder / "clips.csv").write_bytes(b"\xef\xbb\xbf" + (folder / "clips.csv").read_bytes())
     columns = "audio_path=path,text=sentence,audio_duration_sec=length"
-    out = build(run_sharding, folder, "--columns", columns, out=tmp_path / "out")
+    out = build(run_sharding, folder, "--profile", "pasketti", "--columns", columns, out=tmp_path / "out")
     assert all_of(out) == all_of(plain_build)
     assert read_summary(out)["ignored_fields"] == ["note"]
 
@@ -210,7 +211,6 @@ BAD_TABLES: dict[str, tuple[str, str]] = {  # what is in the file, and what is s
     ),
     "a misspelt id": (ROW.replace("utterance_id", "uterance_id"), "hint: did you mean 'utterance_id'?"),
     "a foreign column": (ROW.replace("audio_path", "wav"), "map the columns with --columns audio_path=COLUMN"),
-    "another track": (ROW.replace("phonetic", "orthographic"), "hint: use --track word for these labels"),
     "a path twice": (
         "audio_path,phonetic_text\naudio/meadow-0000.flac,k\n\naudio/meadow-0000.wav,k\n",
         "x.csv:4: utterance_id 'audio/meadow-0000' was seen before, at ",
@@ -247,13 +247,13 @@ def test_a_table_of_excel_is_read_whatever_parts_its_cells_and_its_paths(delimit
     with open(tmp_path / "x.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
     source = read_source(tmp_path / "x.csv", ManifestOptions())
-    utterance, _ = source.layout.parse(source.line(0), 2)
+    utterance = source.parse(0)
     assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Übung/1.wav", TEXT, "Jörg, 5")
     with open_audio(source.layout.audio, utterance.audio_path) as (_, size):
         assert size > 0
     source = read_source(tmp_path / "x.csv", ManifestOptions(columns={"audio_duration_sec": "Dauer; s, etwa"}))
     with pytest.raises(ManifestError, match=r"(?s)'2,58', a number.*leave the column out: audio is measured"):
-        source.layout.parse(source.line(0), 2)
+        source.parse(0)
 
 
 def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
@@ -268,7 +268,7 @@ def test_the_recipe_of_the_readme_makes_a_table_that_a_build_takes(
     (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "csv.writer" in code)
     exec(recipe)
     source = read_source(folder, ManifestOptions())
-    utterance, _ = source.layout.parse(source.line(0), 2)
+    utterance = source.parse(0)
     assert (utterance.audio_path, utterance.text, utterance.child_id) == ("Zoë/1.wav", TEXT, "Zoë")
 
 
@@ -319,11 +319,11 @@ def test_a_row_that_alone_has_no_id_or_one_is_refused(corpus: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("row", "said"), [
     ({"audio_filepath": "x.wav", "duration": 1.5, "text": "kæt"},
-     "fields 'audio_path' and 'phonetic_text' are missing; the row has: audio_filepath, duration, text\n"
-     "hint: map the columns with --columns audio_path=audio_filepath,text=text\n"),
+     "field 'audio_path' is missing; the row has: audio_filepath, duration, text\n"
+     "hint: rename 'audio_filepath' to 'audio_path', or use --columns audio_path=audio_filepath\n"),
     ({"wav": "x.wav", "ipa": "kæt"}, "hint: map the columns with --columns audio_path=COLUMN,text=COLUMN\n"),
     ({"wav": "x.wav", "orthographic_text": "cat"},
-     "hint: use --track word for these labels; map the columns with --columns audio_path=COLUMN\n"),
+     "hint: map the columns with --columns audio_path=COLUMN\n"),
 ])  # fmt: skip
 def test_all_fields_that_are_missing_are_told_at_once(row: Row, said: str, tmp_path: Path, refuse: Refuse) -> None:
     (tmp_path / "corpus").mkdir()
@@ -446,10 +446,10 @@ def make_common_voice(folder: Path, clips: int = 16, clients: int = 8) -> Path:
     return folder
 
 
-def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Command, tmp_path: Path) -> None:
+def test_validated_clips_of_common_voice_are_split_by_speaker(run_sharding: Command, tmp_path: Path) -> None:
     folder = make_common_voice(tmp_path / "en")
     arguments = ("--track", "word", "--group-by", "client_id", "--valid-fraction", 0.4, "--max-reject-rate", 1)
-    out = build(run_sharding, folder, *arguments, out=tmp_path / "out")
+    out = build(run_sharding, folder, *arguments, "--splits", "hash", out=tmp_path / "out")
     samples = read_all(out)
     stored = {sample.utterance_id: (split, sample) for split, sample in samples.values()}
     fates = {row["utterance_id"]: (row["split"], row["fate"], row["reason"]) for row in read_ledger(out)}
@@ -468,7 +468,7 @@ def test_a_common_voice_folder_is_built_as_it_was_published(run_sharding: Comman
         names[5]: "an ice cream please", names[9]: "the quick brown fox",
     }  # fmt: skip
     for number, symbols in ((3, "7"), (4, "ç")):  # refused in training, kept as it is where it validates
-        reason = f"label has symbols outside the alphabet: {name_symbols(symbols, LETTERS)}"
+        reason = f"label has symbols outside the alphabet: {WORDS.name(symbols)}"
         assert fates[names[number]] in (("train", "rejected", reason), ("valid", "written", None))
     for name, (_, sample) in stored.items():
         info = soundfile.info(io.BytesIO(sample.audio))
@@ -494,7 +494,8 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
             read_manifest(corpus)]  # fmt: skip
     (folder / "train_word_transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "._train_word_transcripts.jsonl").write_bytes(b"\0what macOS leaves on other disks")
-    assert Path(read_source(folder, ManifestOptions("word")).layout.transcripts).name == "train_word_transcripts.jsonl"
+    words = read_source(folder, ManifestOptions("english")).layout
+    assert Path(words.transcripts).name == "train_word_transcripts.jsonl"
     assert Path(read_source(folder, ManifestOptions()).layout.transcripts).name == MANIFEST
 
 
@@ -514,7 +515,7 @@ def test_the_word_track_takes_the_word_transcripts(corpus: Path, tmp_path: Path)
 )
 def test_words_become_letters_apostrophes_and_spaces(text: str, expected: str, foreign: str) -> None:
     assert normalize_words(text) == expected
-    assert foreign_symbols(expected, LETTERS) == foreign
+    assert "".join(WORDS.foreign(expected)) == foreign
 
 
 @given(st.text())

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from sharding.audio.vad import HOP, VAD_WINDOW, Stretch, detect_speech, find_pauses, find_stretches
+from sharding.labels.policy import policy_of
 from sharding.report.ledger import Tally, ledger_row
 from sharding.report.plots import DPI
 from sharding.segment.acoustic_model import example_of, fit
@@ -196,7 +197,7 @@ def heard(text: str, cuts: list[int], words_before: list[int], probability: floa
 def test_what_sounds_say_is_checked_where_a_model_has_labelled() -> None:
     words = [word for number in range(30) for word in ("kætɪ", "ʃuzən", "dɑgzɪ")]
     waveform, text = recite(words, 0, np.random.default_rng(5)), " ".join(words)
-    sounds = fit([example_of("parent", text, waveform)], "phonetic", max_false_accept=1.0)
+    sounds = fit([example_of("parent", text, waveform)], policy_of("pasketti"), max_false_accept=1.0)
     first = split_recording("parent", waveform, text, acoustic_model=sounds)
     assert {segment.by for segment in first} == {"acoustic_model"}
     assert all(segment.pass1 is None for segment in first)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 import sharding.segment.ctc_align
 from sharding.audio.codec import CONV_LAYERS, SAMPLE_RATE
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
+from sharding.labels.policy import policy_of
 from sharding.segment.ctc_align import CERTAIN_NATS, AlignError, align, word_llrs
 from sharding.segment.evidence import read_alignments
 from sharding.shardset.index import read_index, read_sample
@@ -197,6 +199,25 @@ def test_blocks_change_nothing(seed: int, frames: int) -> None:
     assert times == sorted(times)
 
 
+@settings(max_examples=40)
+@given(st.sampled_from(LABELS), st.integers(0, 9999), st.integers(5, 12))
+def test_symbols_of_several_characters_align_as_single_ones_do(text: str, seed: int, frames: int) -> None:
+    """Segments as characters; a label of tokens as one whose words have one character and no blank between them."""
+    segments = Vocab((BLANK, SPACE, "kʰ", "t͡ʃ", UNKNOWN), units="segments")
+    log_probs = torch.from_numpy(frames_of(seed, frames)).float()
+    spelt = text.replace("a", "kʰ").replace("b", "t͡ʃ")
+    one, other = align(log_probs, text, VOCAB, [3]), align(log_probs, spelt, segments, [3])
+    assert [replace(word, text="") for word in one.words] == [replace(word, text="") for word in other.words]
+    assert [word.text for word in other.words] == spelt.split()
+    assert (one.log_prob, one.before.tolist()) == (other.log_prob, other.before.tolist())
+    assert word_llrs(log_probs, one.words, VOCAB) == word_llrs(log_probs, other.words, segments)
+    tokens = Vocab((BLANK, "|", "aa", "b#", UNKNOWN), delimiter=None, units="tokens")
+    joined = text.replace(" ", "")
+    apart = align(log_probs, " ".join({"a": "aa", "b": "b#"}[symbol] for symbol in joined), tokens)
+    assert apart.log_prob == align(log_probs, joined, VOCAB).log_prob
+    assert [word.text for word in apart.words] == [{"a": "aa", "b": "b#"}[symbol] for symbol in joined]
+
+
 def test_no_frames_and_no_label() -> None:
     with pytest.raises(AlignError, match="there are no frames"):
         align(torch.zeros(0, len(VOCAB)), "a", VOCAB)
@@ -335,11 +356,14 @@ def test_a_model_of_the_other_track_is_refused(
 ) -> None:
     folder, _, _ = rows
     network = make_network("wav2vec2, group norm")
-    vocab = vocab_of("word")
+    vocab = vocab_of(policy_of("english"))
     network.lm_head = type(network.lm_head)(network.lm_head.in_features, len(vocab))
     network.config.vocab_size = len(vocab)
     other = save(CTCModel(network, vocab, normalize=True).eval(), tmp_path / "words")
     done = run_module("streamtrain", "align", other, folder / "shards", "--out", tmp_path / "out.jsonl.zst")
     assert done.returncode == 1
-    assert "the model writes the word track, the labels are of the phonetic track" in done.stderr
+    assert (
+        "the model writes profile english in characters, the labels are of profile pasketti in characters"
+        in done.stderr
+    )
     assert not list(tmp_path.glob("*.zst"))

@@ -28,11 +28,11 @@ config = st.load_config("configs/zero2.json", [
 print(st.plan(shards, config).steps)
 result = ThreadPoolExecutor().submit(st.train, config).result()
 assert st.train(config) == result  # nothing was left to do
-print(result.step, result.best_cer)
+print(result.step, result.best_score)
 assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()
 model = st.load_model(f"{run}/best")
 evaluation = st.evaluate(model, st.open_shards(shards))
-assert evaluation.cer == result.best_cer, (evaluation.cer, result.best_cer)
+assert evaluation.cer == result.best_score, (evaluation.cer, result.best_score)
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 print("end")
 """

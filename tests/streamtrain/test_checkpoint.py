@@ -21,7 +21,7 @@ from sharding.shardset.store import open_store
 from streamtrain.atomic import recover_replaced
 from streamtrain.config import load_config
 from streamtrain.data.plan import PlanPrefix, PlanSettings, plan_remaining
-from streamtrain.eval.metrics import EditCounts
+from streamtrain.eval.metrics import EditCounts, TextEdits
 from streamtrain.eval.scorecard import Evaluation
 from streamtrain.training.checkpoint import (
     CheckpointError,
@@ -37,7 +37,7 @@ from streamtrain.training.checkpoint import (
 from streamtrain.training.run_log import RunLog
 from streamtrain.training.zero_engine import FullState
 from tests.tools.commands import own_mounts
-from tests.tools.corpus import make_corpus
+from tests.tools.corpus import PHONES, make_corpus
 from tests.tools.seaweed import Seaweed
 from tests.tools.training_runs import (
     AUGMENTED,
@@ -231,7 +231,7 @@ def test_a_run_that_is_asked_to_stop_while_it_evaluates_evaluates_again(work: Pa
     process.wait()
     wait_for_all(everyone)
     run(training(work, folder.name, *settings))
-    assert [bool(row["cer"]) for row in read_rows(folder)] == [True, True]
+    assert [bool(row["eval_cer"]) for row in read_rows(folder)] == [True, True]
     assert json.loads((folder / "before.json").read_text())["cer"] > 0
 
 
@@ -302,8 +302,8 @@ def test_a_checkpoint_that_a_kill_caught_while_it_was_replaced_is_put_back(tmp_p
     only.rename(tmp_path / ".step-0000001.old")
     recover_replaced(tmp_path, "step-*")
     assert find_checkpoint("auto", tmp_path) == only
-    save_checkpoint(parts(1), state(1, best_cer=0.5), tmp_path, keep=1)
-    assert open_checkpoint(only).state.best_cer == 0.5
+    save_checkpoint(parts(1), state(1, best_score=0.5), tmp_path, keep=1)
+    assert open_checkpoint(only).state.best_score == 0.5
     assert not list(tmp_path.glob(".step-*"))
 
 
@@ -512,7 +512,7 @@ def test_the_best_score_of_one_split_is_never_that_of_another(work: Path, finish
     card, before = (json.loads((each / "scorecard.json").read_text()) for each in (folder, finished))
     assert (card["split"], before["split"]) == ("train", "valid")
     state = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state
-    assert (state.split, state.best_cer) == ("train", card["cer"])
+    assert (state.split, state.best_score) == ("train", card["cer"])
 
 
 def test_a_model_is_not_overwritten_by_a_run_that_lost_its_checkpoints(work: Path, finished: Path) -> None:
@@ -562,12 +562,12 @@ def test_a_damaged_log_stops_the_run_in_words(name: str, work: Path, finished: P
 
 
 def test_each_evaluation_stands_in_the_samples_once_wherever_a_run_is_resumed(tmp_path: Path) -> None:
-    nothing = Evaluation(EditCounts(reference_length=1), None, (), "phonetic", {})
+    nothing = Evaluation(TextEdits(EditCounts(reference_length=1)), (), PHONES, {})
 
     def go_on(done: int, scored: list[int]) -> list[int]:
         monitor = RunLog(tmp_path, 9, done)
         for step in scored:
-            monitor.evaluated(step, nothing)
+            monitor.evaluated(step, nothing, 0.5, 0.1)
         monitor.close()
         told = (tmp_path / "samples.txt").read_text()
         return [int(step) for step in re.findall(r"--- step (\d+), CER", told)]

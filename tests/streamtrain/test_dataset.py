@@ -17,7 +17,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.audio.codec import SAMPLE_RATE, decode, encode
 from sharding.errors import ShardError, StoreError
-from sharding.labels.ipa import ctc_frames_needed
+from sharding.labels.units import ctc_frames_needed
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import Sample
 from sharding.shardset.store import FolderStore

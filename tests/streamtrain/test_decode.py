@@ -136,6 +136,25 @@ def test_a_word_lasts_from_its_first_symbol_to_its_last() -> None:
     assert word_timestamps(log_probs[:1], "", VOCAB, 0.5) == []
 
 
+def test_a_word_of_tokens_is_a_token_and_one_of_segments_has_several() -> None:
+    tokens = Vocab((BLANK, "aa", "h#", UNKNOWN), delimiter=None, units="tokens")
+    path = [1, 1, 0, 1, 2, 2, 3, 2, 0]
+    log_probs = np.full((len(path), len(tokens)), -9.0)
+    log_probs[np.arange(len(path)), path] = np.log(0.9)
+    found = [(word.text, word.start, word.end) for word in word_timestamps(log_probs, "aa aa h# h#", tokens, 1.0)]
+    assert found == [("aa", 0, 2), ("aa", 3, 4), ("h#", 4, 6), ("h#", 7, 8)]
+    (hypothesis,) = greedy(torch.from_numpy(log_probs)[None], torch.tensor([len(path)]), tokens)
+    assert hypothesis.text == prefix_beam(log_probs, tokens, 4)[0].text == "aa aa h# h#"
+    shouted = Vocab((BLANK, SPACE, "A", "T͡S", UNKNOWN), units="segments", case="upper", writes="lower")
+    path = [3, 2, 1, 0, 3]
+    log_probs = np.full((len(path), len(shouted)), -9.0)
+    log_probs[np.arange(len(path)), path] = np.log(0.9)
+    found = [(word.text, word.start, word.end) for word in word_timestamps(log_probs, "t͡sa t͡s", shouted, 1.0)]
+    assert found == [("t͡sa", 0, 2), ("t͡s", 4, 5)]
+    beam = [word.text for word in word_timestamps(log_probs, "t͡s a", shouted, 1.0)]  # not the best path
+    assert beam == ["t͡s", "a"]
+
+
 def test_a_text_that_pieces_spell_in_two_ways_is_listed_once() -> None:
     pieces = [[Alternative("a", -1.0), Alternative("", -1.5)], [Alternative("a", -2.0), Alternative("", -2.6)]]
     joined = [(one.text, round(one.log_prob, 6)) for one in join_nbest(pieces)]

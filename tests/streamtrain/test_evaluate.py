@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,21 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from sharding.errors import StreamtrainError
-from sharding.labels.ipa import SYMBOLS, normalize_ipa
+from sharding.labels.pasketti import SYMBOLS, normalize_ipa
 from sharding.shardset.index import read_index, read_sample
 from sharding.shardset.store import open_store
+from streamtrain.api import build
 from streamtrain.config import ModelConfig
 from streamtrain.distributed import World
 from streamtrain.eval import html as page
 from streamtrain.eval.compare import compare
 from streamtrain.eval.evaluate import evaluate_model
-from streamtrain.eval.metrics import EditCounts, count_edits
+from streamtrain.eval.metrics import EditCounts, TextEdits, count_edits
 from streamtrain.eval.scorecard import ClipScore, Evaluation, count_confusions, scorecard
 from streamtrain.model.pretrained import load_model, save_model
 from tests.tools.commands import run_module
-from tests.tools.corpus import make_corpus
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
+from tests.tools.page import Page
 from tests.tools.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,25 @@ def test_every_recording_is_scored_once_against_its_whole_label(shards: Path, mo
     assert card["cer"] == counted.edits / counted.reference_length
 
 
+def test_the_test_split_is_scored_apart_and_by_the_command_as_well(model: Path, tmp_path: Path) -> None:
+    folder = make_corpus(tmp_path / "raw", clips=12, children=4, long_clips=3)
+    splits = ("train", "dev", "test")
+    rows = [row | {"split": splits[number % 3]} for number, row in enumerate(read_manifest(folder))]
+    rows[2] |= {"filesize_bytes": 3}  # so that it is rejected
+    out = build([write_manifest(folder, rows)], tmp_path / "shards").index
+    assert out.notes["test"] == {"clips": 5, "rejected": 1}
+    options = ("--shards", tmp_path / "shards", "--split", "test", "--out", tmp_path / "test")
+    done = run_module("streamtrain", "evaluate", "--model", model, *options)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "test/scorecard.json").read_text())
+    scored = [json.loads(line) for line in (tmp_path / "test/hypotheses.jsonl").read_text().splitlines()]
+    wanted = {row["utterance_id"]: row["phonetic_text"] for row in rows[5::3]}
+    assert {row["utterance_id"]: row["reference"] for row in scored} == wanted
+    assert any(row["seconds"] > 25 for row in scored)  # of which only the whole label is known
+    assert card["validation"]["rejected"] == 1
+    assert "the build rejected 1 test clip: not in this score" in done.stdout
+
+
 def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Path, tmp_path: Path) -> None:
     card, _ = score(model, shards, tmp_path)
     groups = card["groups"]
@@ -89,11 +109,11 @@ def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Pa
     macro = card["macro"]
     assert isinstance(macro, dict)
     for name, group in [*groups.items(), ("child", card["by_child"])]:
-        assert macro[name]["cer"] == pytest.approx(sum(row["cer"] for row in group) / len(group))
+        assert macro[name]["rate"] == pytest.approx(sum(row["rate"] for row in group) / len(group))
         if macro[name]["interval_95"] is not None:
             low, high = macro[name]["interval_95"]
             assert low <= high
-            rates = [row["cer"] for row in group]
+            rates = [row["rate"] for row in group]
             assert name != "child" or min(rates) - 1e-9 <= low <= high <= max(rates) + 1e-9
         assert sum(row["edits"] for row in group) == card["edits"]
     assert sum(row["clips"] for row in card["calibration"]) == card["clips"]  # type: ignore[attr-defined]
@@ -128,30 +148,10 @@ def test_the_page_opens_without_a_network_and_lets_the_worst_clips_be_heard(
     assert f"{card['cer']:.4f}" in page.text
 
 
-class Page(HTMLParser):
-    """What a page shows, what it loads, and which elements it leaves open."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.sources, self.open = "", list[str](), list[str]()
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_shows_names_as_they_are_written(shards: Path, tmp_path: Path) -> None:
     name = "<b>\"a\" & 'b'</b>"
-    clip = ClipScore(name, name, "", name, name, 1.0, True, name, name, 0.5, count_edits(name, name), None)
-    evaluation = Evaluation(clip.counts, None, (clip,), "phonetic", {})
+    clip = ClipScore(name, name, "", name, name, 1.0, True, name, name, 0.5, count_edits(name, name), EditCounts())
+    evaluation = Evaluation(TextEdits(clip.counts), (clip,), PHONES, {})
     card = scorecard(evaluation, read_index(open_store(shards)), model=name, shards=name, split="valid")
     page.write_page(card, [clip], {}, tmp_path / "page.html", compare([clip], [clip], name))
     shown = Page((tmp_path / "page.html").read_text("utf-8"))
@@ -203,29 +203,29 @@ def test_the_mean_of_corpora_is_drawn_with_every_corpus_in_it(shards: Path) -> N
     """Children of a corpus who are all alike leave nothing to chance, however few they are beside the others."""
     clips = [
         ClipScore(f"{corpus}{child}", f"{corpus}{child}", "", corpus, "5-7", 1.0, True, "a" * 10, "", 0.5,
-                  EditCounts(deletions=edits, reference_length=10), None)
+                  EditCounts(deletions=edits, reference_length=10), EditCounts())
         for corpus, children, edits in (("many", 20, 1), ("few", 3, 5))
         for child in range(children)
     ]  # fmt: skip
     total = sum((clip.counts for clip in clips), EditCounts())
     index = read_index(open_store(shards))
-    card = scorecard(Evaluation(total, None, tuple(clips), "phonetic", {}), index)
-    assert card["macro"]["corpus"]["cer"] == pytest.approx(0.3)
+    card = scorecard(Evaluation(TextEdits(total, total), tuple(clips), PHONES, {}), index)
+    assert card["macro"]["corpus"]["rate"] == pytest.approx(0.3)
     assert card["macro"]["corpus"]["interval_95"] == pytest.approx((0.3, 0.3))
-    low, high = card["cer_interval_95"]
+    low, high = card["interval_95"]
     assert low < card["cer"] < high  # how many of which corpus are drawn is left to chance there
-    alone = Evaluation(total, None, tuple(clips[:21]), "phonetic", {})  # one child of the other corpus
+    alone = Evaluation(TextEdits(total, total), tuple(clips[:21]), PHONES, {})  # one child of the other corpus
     assert scorecard(alone, index)["macro"]["corpus"]["interval_95"] is None
 
 
 def test_ages_are_ordered_as_ages_wherever_they_are_shown(shards: Path) -> None:
     ages = ["3-4", "5-7", "8-11", "12+", ""]
     clips = [
-        ClipScore(age, age, "", "kids", age, 1.0, True, "kæt", "kæt", 0.5, count_edits("kæt", "kæt"), None)
+        ClipScore(age, age, "", "kids", age, 1.0, True, "kæt", "kæt", 0.5, count_edits("kæt", "kæt"), EditCounts())
         for age in sorted(ages)
     ]  # fmt: skip
     total = EditCounts(reference_length=15)
-    card = scorecard(Evaluation(total, None, tuple(clips), "phonetic", {}), read_index(open_store(shards)))
+    card = scorecard(Evaluation(TextEdits(total, total), tuple(clips), PHONES, {}), read_index(open_store(shards)))
     shown = [*ages[:4], "unknown"]
     assert [row["name"] for row in card["groups"]["age_bucket"]] == shown
     assert [row.name for row in compare(clips, clips, "").rows if row.group == "age_bucket"] == shown
@@ -245,10 +245,12 @@ def test_another_score_to_compare_with_is_looked_at_before_the_work(shards: Path
 @given(st.lists(st.tuples(*[st.text(SYMBOLS[:5] + " ", max_size=9).map(normalize_ipa)] * 2), max_size=6))
 def test_confusions_add_up_to_what_was_said_and_what_was_edited(texts: list[tuple[str, str]]) -> None:
     clips = [
-        ClipScore("", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), None)
+        ClipScore(
+            "", "", "", "", "", 1.0, True, reference, hypothesis, 0.5, count_edits(reference, hypothesis), EditCounts()
+        )
         for reference, hypothesis in texts
     ]
-    confusions = count_confusions(clips, "phonetic")
+    confusions = count_confusions(clips, PHONES)
     total = sum((clip.counts for clip in clips), EditCounts())
     assert sum(count for (said, _), count in confusions.items() if said) == total.reference_length
     assert sum(count for (said, heard), count in confusions.items() if said != heard) == total.edits

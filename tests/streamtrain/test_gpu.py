@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from streamtrain.model.ctc import CTCModel
-from streamtrain.training.run_log import StepRow, read_log
+from streamtrain.training.run_log import read_log
+from streamtrain.training.step_row import StepRow
 from tests.benchmarks.timing import ROOT
 from tests.tools.models import FAMILIES, VOCAB, make_network
 from tests.tools.stream_sets import write_set

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from sharding.errors import AudioError, StreamtrainError
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import read_index, read_keys
 from sharding.shardset.sample import whole_key
 from sharding.shardset.store import open_store
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.infer.inputs import find_recordings
-from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.model.tokenizer import save_vocab
+from streamtrain.model.vocab import vocab_of
 from tests.tools.commands import run_module
 from tests.tools.corpus import make_corpus, read_manifest
 from tests.tools.seaweed import Seaweed
@@ -95,7 +98,7 @@ def test_tars_of_others_are_taken_clip_by_clip(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     members = [f"clip+{number:03d}.{kind}" for number in range(3) for kind in ("flac", "txt")]
     subprocess.run(["tar", "-cf", tmp_path / "tars" / "a.tar", *members], cwd=tmp_path / "theirs", check=True)
-    assert run_module("sharding", "index", tmp_path / "tars").returncode == 0
+    assert run_module("sharding", "index", tmp_path / "tars", "--profile", "pasketti").returncode == 0
     assert sorted(bytes_of(tmp_path / "tars")) == [f"clip+{number:03d}" for number in range(3)]
 
 
@@ -195,7 +198,7 @@ def test_a_manifest_names_and_finds_clips_as_a_build_does(
     if "audio_root" in options:
         options = {"audio_root": str(root)}
     built = read_source(folder / "rows.jsonl", ManifestOptions(**options))
-    wanted = [built.layout.parse(built.line(number), number)[0].utterance_id for number in range(3)]
+    wanted = [built.parse(number).utterance_id for number in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = find_recordings([str(folder / "rows.jsonl")], **options)
     assert [one.utterance_id for one in found] == wanted
@@ -205,7 +208,7 @@ def test_a_manifest_names_and_finds_clips_as_a_build_does(
 
 def test_what_tells_how_manifests_are_read_is_refused_where_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.flac").write_bytes(b"sound")
-    save_vocab(vocab_of("phonetic"), tmp_path / "model", do_normalize=True, attention_mask=False)
+    save_vocab(vocab_of(policy_of("pasketti")), tmp_path / "model", do_normalize=True, attention_mask=False)
     for option in (("--audio-root", tmp_path), ("--columns", "audio_path=path")):
         command = ("transcribe", tmp_path / "model", tmp_path / "a.flac", "--out", tmp_path / "out.jsonl", *option)
         assert "no source is a transcripts file" in run_module("streamtrain", *command).stderr

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.labels.ipa import SYMBOLS, normalize_ipa, normalize_words
-from streamtrain.eval.metrics import EditCounts, Resampling, count_edits, spoken_words
+from sharding.labels.pasketti import SYMBOLS, normalize_ipa, normalize_words
+from sharding.labels.policy import policy_of
+from sharding.labels.timit import PHONES as PHONES_OF_THE_DISC
+from sharding.labels.timit import fold_to_39
+from streamtrain.eval.metrics import EditCounts, Resampling, TextEdits, count_edits, spoken_words
 
 VECTORS = Path(__file__).parents[3] / "shared" / "scoring_vectors.jsonl"
 
@@ -183,3 +186,39 @@ TOKENS = [
 def test_a_label_as_it_is_stored_is_scored_as_the_one_that_was_written(tokens: list[str]) -> None:
     written = " ".join(tokens)
     assert spoken_words(normalize_words(written)) == spoken_words(written)
+
+
+PHONE_LABELS = st.lists(st.sampled_from(PHONES_OF_THE_DISC), min_size=1, max_size=12).map(" ".join)
+
+
+@given(st.lists(st.tuples(PHONE_LABELS, PHONE_LABELS), min_size=1, max_size=5))
+def test_the_phone_error_rate_is_that_of_jiwer_on_folded_tokens(pairs: list[tuple[str, str]]) -> None:
+    """Of a reference in the 61 phones of the disc, and of a hypothesis in the 48 that a model writes."""
+    policy = policy_of("timit39")
+    pairs = [(said, policy.normalize(heard)) for said, heard in pairs if fold_to_39(said)]
+    edits = sum((TextEdits.of(*pair, policy) for pair in pairs), TextEdits())
+    folded = [(fold_to_39(said), fold_to_39(heard)) for said, heard in pairs]
+    wanted = jiwer.process_words([said for said, _ in folded], [heard for _, heard in folded]) if folded else None
+    assert edits.symbols.reference_length == sum(len(said.split()) for said, _ in folded)
+    assert edits.symbols.edits == (wanted.substitutions + wanted.deletions + wanted.insertions if wanted else 0)
+    assert edits.symbols == edits.words
+
+
+@given(st.lists(st.tuples(*[st.text("aäbß' ,.!", min_size=1, max_size=12)] * 2), min_size=1, max_size=5))
+def test_word_and_character_error_rates_are_those_of_jiwer_on_the_normal_form(pairs: list[tuple[str, str]]) -> None:
+    policy = policy_of("text")
+    pairs = [pair for pair in pairs if policy.compare(pair[0])]
+    edits = sum((TextEdits.of(*pair, policy) for pair in pairs), TextEdits())
+    if pairs:
+        said, heard = zip(*[tuple(map(policy.compare, pair)) for pair in pairs], strict=True)
+        assert edits.words.rate == pytest.approx(jiwer.wer(list(said), list(heard)), abs=1e-12)
+        assert edits.characters.rate == pytest.approx(jiwer.cer(list(said), list(heard)), abs=1e-12)
+    assert edits.symbols == edits.characters
+
+
+def test_a_phone_error_rate_counts_segments_and_no_blanks_between_words() -> None:
+    policy = policy_of("ipa", "segments")
+    edits = TextEdits.of("t͡ʃaɪ̯ kʰæt", "taɪ̯ kʰæ", policy)
+    assert (edits.symbols.edits, edits.symbols.reference_length) == (2, 6)
+    assert edits.characters.reference_length == len("t͡ʃaɪ̯ kʰæt")
+    assert (edits.words.edits, edits.words.reference_length) == (2, 2)

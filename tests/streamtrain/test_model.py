@@ -568,12 +568,12 @@ def two_files(folder: Path) -> None:
     torch.save(make_network("wav2vec2, layer norm").state_dict(), folder / "pytorch_model.bin")
 
 
-def half_of(name: str, found: str = "processor_config.json") -> Callable[[Path], None]:
-    """The first half of a file, which lies there under another name, as older models have it."""
+def half_of(name: str, found: str = "preprocessor_config.json") -> Callable[[Path], None]:
+    """The first half of a file, which lies there under another name, as Transformers 5 may write it."""
 
     def damage(folder: Path) -> None:
         document = json.loads((folder / found).read_text())
-        text = json.dumps(document if name == found else document["feature_extractor"])
+        text = json.dumps(document if name == found else {"feature_extractor": document})
         (folder / found).unlink()
         (folder / name).write_text(text[: len(text) // 2])
 
@@ -581,7 +581,7 @@ def half_of(name: str, found: str = "processor_config.json") -> Callable[[Path],
 
 
 def without_an_extractor(folder: Path) -> None:
-    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -591,7 +591,7 @@ def without_an_extractor(folder: Path) -> None:
         (two_files, r"model.safetensors and pytorch_model.bin hold different weights \(\S+\): move away the one"),
         (half_of("processor_config.json"), r"cannot be loaded: (pre)?processor_config.json: not JSON"),
         (half_of("preprocessor_config.json"), r"cannot be loaded: (pre)?processor_config.json: not JSON"),
-        (without_an_extractor, "has no processor_config.json: whether its inputs are normalised is not known"),
+        (without_an_extractor, "has no preprocessor_config.json: whether its inputs are normalised is not known"),
     ],
 )
 def test_a_model_without_checksums_is_not_taken_for_another(

@@ -63,6 +63,7 @@ indices = st.builds(
     num_buckets=st.integers(1, 6),
     valid=st.integers(0, 3),
     unlabelled=st.integers(0, 3),
+    test=st.integers(0, 3),
 )
 epochs = st.integers(0, 5)
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import StreamtrainError
+from sharding.labels.policy import policy_of
 from streamtrain.config import load_config
 from streamtrain.distributed import World
 from streamtrain.infer.export import save_best
 from streamtrain.model import hub
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.model.tokenizer import save_vocab
+from streamtrain.model.vocab import vocab_of
 from streamtrain.run_status import RunResult, discard_result, read_result, warn_unless_finished, write_result
 from streamtrain.training.run import _check_best, _lock_run, train
 from streamtrain.training.trainer import TrainError
@@ -31,7 +33,9 @@ from tests.tools.training_runs import ROOT, environment, read_rows, run, start, 
 
 def test_a_run_does_not_go_on_beside_a_best_model_that_is_damaged(tmp_path: Path) -> None:
     best = tmp_path / "best"
-    save_best(CTCModel(make_network("wav2vec2, group norm"), vocab_of("phonetic"), normalize=True).eval(), best)
+    save_best(
+        CTCModel(make_network("wav2vec2, group norm"), vocab_of(policy_of("pasketti")), normalize=True).eval(), best
+    )
     _check_best(tmp_path, has_checkpoint=True, resume="auto")
     with open(best / "model.safetensors", "r+b") as file:
         file.seek(-7, 2)
@@ -80,7 +84,7 @@ def test_a_command_tells_what_it_begins_before_long_imports_and_ctrl_c_ends_it_t
     library: str, command: str, opening: str, small_shards: Path, tmp_path: Path
 ) -> None:
     """The library in whose import Ctrl-C is pressed makes an error of its own of it, as some do."""
-    save_vocab(vocab_of("phonetic"), tmp_path / "MODEL", do_normalize=True, attention_mask=False)
+    save_vocab(vocab_of(policy_of("pasketti")), tmp_path / "MODEL", do_normalize=True, attention_mask=False)
     (tmp_path / "SHARDS").symlink_to(small_shards)
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -197,7 +201,7 @@ def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(work: Path, tmp
         assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_cer": 0.1, "best_step": 0}'])
+@pytest.mark.parametrize("content", ["", "{}", "[3]", '{"step": -1, "limit": "", "best_score": 0.1, "best_step": 0}'])
 def test_a_finish_that_is_damaged_is_none(content: str, tmp_path: Path) -> None:
     write_result(tmp_path, RunResult(40, "train.epochs=3", 0.25, 20))
     assert str(read_result(tmp_path)) == "finished at step 40, by train.epochs=3; best CER 0.2500 at step 20"
@@ -211,7 +215,7 @@ def test_idle_threads_give_their_core_away_soon_and_their_number_is_told(
     chosen: dict[str, str], spins: str, small_shards: Path, tmp_path: Path
 ) -> None:
     """libgomp tells at its start how often a thread looks for work before it sleeps."""
-    save_vocab(vocab_of("phonetic"), tmp_path, do_normalize=True, attention_mask=False)
+    save_vocab(vocab_of(policy_of("pasketti")), tmp_path, do_normalize=True, attention_mask=False)
     command = [sys.executable, "launch/evaluate.py", "--model", tmp_path, "--shards", small_shards, "--out", tmp_path]
     done = run(command, expect=1, OMP_DISPLAY_ENV="verbose", **chosen)
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -14,13 +14,15 @@ import pytest
 import soundfile
 
 from sharding.audio.codec import SAMPLE_RATE, encode
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import join_samples, pack_index, read_index, read_sample, write_index, write_shard
 from sharding.shardset.sample import escape_key
 from sharding.shardset.store import open_store
 from streamtrain.infer.inputs import find_recordings
 from streamtrain.infer.transcribe import transcribe
 from streamtrain.model.ctc import CTCModel
-from streamtrain.model.vocab import save_vocab, vocab_of
+from streamtrain.model.tokenizer import save_vocab
+from streamtrain.model.vocab import vocab_of
 from streamtrain.submission.package import TAKEN_ALONG, PackageError, package, rehearse, render
 from tests.tools.commands import ROOT, run_module
 from tests.tools.corpus import make_corpus, sound
@@ -98,7 +100,7 @@ def read(path: Path) -> list[Row]:
 
 def test_the_word_track_writes_words(tmp_path: Path) -> None:
     network = make_network("wav2vec2, group norm")
-    vocab = vocab_of("word")
+    vocab = vocab_of(policy_of("english"))
     network.lm_head = type(network.lm_head)(network.lm_head.in_features, len(vocab))
     network.config.vocab_size = len(vocab)
     folder = save(CTCModel(network, vocab, normalize=True).eval(), tmp_path / "best")
@@ -106,7 +108,7 @@ def test_the_word_track_writes_words(tmp_path: Path) -> None:
     done = run_module("streamtrain", *command, lay_out(tmp_path / "data", "orthographic_text"))
     assert done.returncode == 0, done.stderr
     assert "words.zip: written" in done.stdout
-    assert "word track" in done.stdout
+    assert "profile english" in done.stdout
     assert "3 unread, 0 in part" in done.stdout
 
 
@@ -238,7 +240,7 @@ def test_ids_may_be_anything(model: Path, small_shards: Path, tmp_path: Path) ->
     made = [
         write_shard(open_store(tmp_path / "shards"), f"valid/b00-0000{number}.tar", 0,
                     [(replace(read_sample(store, index, row), key=escape_key(name), utterance_id=name),
-                      int(index.samples["samples"][row]))])
+                      int(index.samples["samples"][row]))], index.labels)
         for number, (row, name) in enumerate(zip(rows, ("a/b", "../../escaped"), strict=False))
     ]  # fmt: skip
     tables = [shard.samples.copy() for shard in made]
@@ -257,7 +259,7 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_written(model: 
     ):  # fmt: skip
         folder = shutil.copytree(model, tmp_path / lacking, ignore=shutil.ignore_patterns("SHA256SUMS"))
         if lacking == "its own":
-            save_vocab(vocab_of("word"), folder, True, True)
+            save_vocab(vocab_of(policy_of("english")), folder, True, True)
         else:
             (folder / lacking).unlink()
         done = run_module("streamtrain", "package", folder, "--out", tmp_path / "submission.zip")

@@ -22,7 +22,8 @@ import yaml
 from sharding.audio.codec import SAMPLE_RATE, encode
 from sharding.cli import main
 from sharding.errors import StreamtrainError
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import (
     join_samples,
     pack_index,
@@ -38,16 +39,18 @@ from sharding.shardset.verify import check_shard
 from streamtrain.config import ModelConfig
 from streamtrain.data.patience import GRACE_SEC
 from streamtrain.distributed import PREEMPTED
-from streamtrain.eval.metrics import EditCounts, spoken_words
+from streamtrain.eval.metrics import EditCounts, TextEdits, spoken_words
 from streamtrain.eval.scorecard import ClipScore, Evaluation
 from streamtrain.model.ctc import CTCModel
 from streamtrain.model.pretrained import load_model, save_model
 from streamtrain.model.vocab import vocab_of
+from streamtrain.run_status import read_result
 from streamtrain.training.checkpoint import list_checkpoints, load_state, open_checkpoint
 from streamtrain.training.run import _check_frames
-from streamtrain.training.run_log import RankRow, RunLog, StepRow, read_log, render_run
+from streamtrain.training.run_log import RankRow, RunLog, read_log, render_run
+from streamtrain.training.step_row import StepRow
 from streamtrain.training.trainer import TrainError
-from tests.tools.corpus import make_corpus, read_manifest, write_manifest
+from tests.tools.corpus import PHONES, make_corpus, read_manifest, write_manifest
 from tests.tools.models import SLOW, TINY, make_network
 from tests.tools.ports import free_port
 from tests.tools.seaweed import BUCKET, SECRET_KEY, Seaweed
@@ -74,12 +77,12 @@ def test_the_commands_of_the_readme_lead_from_shards_to_a_model_that_transformer
     run(training(work, "run", "train.max_steps=4", "eval.every_steps=2", "train.checkpoint_every=2"), warm=False)
     folder = work / "run"
     rows = read_rows(folder)
-    assert (
-        ",".join(rows[0])
-        == "step,epoch,loss,lr,grad_norm,seconds,audio_sec_per_sec,padding,data_wait,silent,skipped,cer"
+    assert ",".join(rows[0]) == (
+        "step,epoch,loss,lr,grad_norm,seconds,audio_sec_per_sec,padding,data_wait,silent,skipped,"
+        "eval_loss,eval_per,eval_wer,eval_cer,eval_score,eval_runtime"
     )
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert [bool(row["cer"]) for row in rows] == [False, True, False, True]
+    assert [bool(row["eval_cer"]) for row in rows] == [False, True, False, True]
     with open(folder / "ranks.csv", newline="") as file:
         ranks = list(csv.DictReader(file))
     assert [(row["step"], row["rank"]) for row in ranks] == [("4", "0"), ("4", "1")]
@@ -295,7 +298,7 @@ def test_a_set_without_validation_clips_trains_and_says_that_nothing_is_scored(w
     assert "finished at step 2, by train.max_steps=2; nothing was scored: best/ holds the last weights" in done.stderr
     [newest] = list_checkpoints(folder / "checkpoints")[-1:]
     last = load_state(open_checkpoint(newest)).params
-    kept = load_model(ModelConfig(pretrained=str(folder / "best")), "phonetic").network.state_dict()
+    kept = load_model(ModelConfig(pretrained=str(folder / "best"))).network.state_dict()
     assert newest.name == "step-0000002"
     assert all(torch.equal(last[name], kept[name]) for name in last)
     assert "all 2 steps are done" in run(command).stderr
@@ -310,19 +313,26 @@ def test_the_word_track_is_trained_and_scored_in_letters_and_words(work: Path) -
     rows = [row | {"orthographic_text": row["phonetic_text"].title() + "!"} for row in read_manifest(corpus)]
     write_manifest(corpus, rows)
     shards = work / "word-shards"
-    run([sys.executable, "-m", "sharding", "build", corpus, "--out", shards, "--track", "word"])
-    run(training(work, "words", f"data.shards={shards}", "train.max_steps=2", "eval.every_steps=1"))
+    run([sys.executable, "-m", "sharding", "build", corpus, "--out", shards, "--profile", "english"])
+    settings = [f"data.shards={shards}", "train.max_steps=2", "eval.every_steps=1", "eval.select=wer"]
+    done = run(training(work, "words", *settings))
+    assert (
+        len(re.findall(r"{'eval_loss': [\d.]+, 'eval_wer': [\d.]+, 'eval_cer': [\d.]+, 'eval_runtime'", done.stdout))
+        == 3
+    )
     best, card = work / "words" / "best", json.loads((work / "words" / "scorecard.json").read_text())
     assert set("".join(json.loads((best / "vocab.json").read_text()))) >= set("abcdefghijklmnopqrstuvwxyz'|")
     scored = [json.loads(line) for line in (work / "words" / "hypotheses.jsonl").read_text().splitlines()]
     assert card["reference_words"] == sum(len(spoken_words(row["reference"])) for row in scored)
-    assert card["wer"] == card["word_edits"] / card["reference_words"]
+    assert card["wer"] == card["word_edits"] / card["reference_words"] == read_result(work / "words").best_score
+    assert f"WER {card['wer']:.4f}; before training" in render_run(work / "words")
+    assert all(row["eval_wer"] == row["eval_score"] != "" for row in read_rows(work / "words"))
     assert all(row["reference"] == row["reference"].lower().strip("!") for row in scored)
     out, clip = work / "words.jsonl", next(iter((corpus / "audio").glob("*.flac")))
     run([sys.executable, "-m", "streamtrain", "transcribe", best, clip, "--out", out])
     assert "orthographic_text" in json.loads(out.read_text())
     command = ["launch/evaluate.py", "--model", best, "--shards", work / "shards", "--out", work / "unlike"]
-    assert "the model writes the word track" in run([sys.executable, *command], expect=1).stderr
+    assert "the model writes profile english in characters" in run([sys.executable, *command], expect=1).stderr
 
 
 def test_two_machines_that_start_their_own_ranks_train_together(work: Path) -> None:
@@ -390,11 +400,11 @@ def test_clips_that_do_not_decode_though_their_checksums_hold_stop_the_run_when_
     store = open_store(shutil.copytree(work / "shards", work / "undecodable"))
     index, made = read_index(store), []
     for shard in index.shards:
-        samples = check_shard(store, read_checked(store, shard))
+        samples = check_shard(store, read_checked(store, shard), PHONES)
         if shard.split == "train":
             samples = [replace(sample, audio=sample.audio[:100]) for sample in samples]
         lengths = index.samples["samples"][index.samples["shard"] == len(made)].tolist()
-        made.append(write_shard(store, shard.name, shard.bucket, zip(samples, lengths, strict=True)))
+        made.append(write_shard(store, shard.name, shard.bucket, zip(samples, lengths, strict=True), PHONES))
     entries = tuple(shard.entry for shard in made)
     samples = join_samples([shard.samples for shard in made])
     write_index(store, pack_index(replace(index, shards=entries, samples=samples)))
@@ -419,7 +429,7 @@ def test_a_model_of_other_strides_trains_and_names_what_its_frames_cannot_spell(
 @pytest.mark.parametrize("factors", [(), (0.9, 1.1)])
 def test_a_model_that_makes_fewer_frames_than_symbols_is_refused_in_words(factors: tuple[float, ...]) -> None:
     index, slow = make_index([1.0] * 9), make_network("wav2vec2, group norm", conv_stride=[5, 2, 2, 2, 2, 2, 8])
-    model = CTCModel(slow, vocab_of("phonetic"), normalize=True)
+    model = CTCModel(slow, vocab_of(policy_of("pasketti")), normalize=True)
     for symbols in range(1, 40):
         index.samples["label_length"] = 1
         index.samples["label_length"][4] = symbols
@@ -442,11 +452,11 @@ def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_told_in_wor
     """A full disk may cut a symbol in two; the same command, given again, must not stop at that."""
     log = RunLog(tmp_path, total_steps=9, done_steps=0)
     counts = EditCounts(1, 1, 1, 4)
-    clip = ClipScore("a", "", "", "", "", 1.0, True, "ðə ʃɪp", "ðə ʃiːp", 0.5, counts, None)
+    clip = ClipScore("a", "", "", "", "", 1.0, True, "ðə ʃɪp", "ðə ʃiːp", 0.5, counts, counts)
     for step in (1, 2):
         log.step(StepRow(step, 0, 0.5, 1e-3, 1.0, 0.1, 9.0, 0.0, 0.0, 0, 0, None))
         log.ranks([RankRow(step, 0, 0.0, 1.0, 0.1, 0.1, 1.0, 0.0, 0, 0)])
-    log.evaluated(2, Evaluation(counts, None, (clip,), "phonetic", {}))
+    log.evaluated(2, Evaluation(TextEdits(counts, counts, counts, counts), (clip,), PHONES, {}), 0.5, 0.1)
     log.close()
     for name in ("samples.txt", "ranks.csv", "log.csv"):
         whole = (tmp_path / name).read_bytes()

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from sharding.labels.ipa import SYMBOLS
+from sharding.labels.pasketti import SYMBOLS
+from sharding.labels.policy import policy_of
 
+PHONES, WORDS = policy_of("pasketti"), policy_of("english")
 SAMPLE_RATE = 16_000
 SYMBOL_SEC = 0.1
 MANIFEST = "train_phon_transcripts.jsonl"

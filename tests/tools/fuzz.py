@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import soundfile
 import xxhash
 import zstandard
@@ -37,6 +39,7 @@ from sharding.build.external import TarJob, index_tar
 from sharding.build.pipeline import RunOptions, _exceptions_of, build
 from sharding.errors import AudioError, StreamtrainError
 from sharding.files.exclusive import parse_holder, this_process
+from sharding.labels.policy import policy_of
 from sharding.report import files as report
 from sharding.report.ledger import write_ledger
 from sharding.report.summary import render
@@ -49,7 +52,9 @@ from sharding.shardset.sample import escape_key, sample_from_bytes
 from sharding.shardset.store import FolderStore
 from sharding.shardset.verify import check_shard
 from sharding.sources import archive as archives
-from sharding.sources.manifest import ManifestOptions, read_source
+from sharding.sources import parquet
+from sharding.sources.manifest import read_source
+from sharding.sources.options import ManifestOptions
 from streamtrain.config import ModelConfig, load_config
 from streamtrain.eval.compare import compare_folders
 from streamtrain.eval.score import score_files
@@ -58,18 +63,29 @@ from streamtrain.infer.inputs import Recording, find_recordings
 from streamtrain.infer.transcribe import Progress, load
 from streamtrain.model.checksums import check_sums
 from streamtrain.model.pretrained import load_model, load_trained, save_model
-from streamtrain.model.vocab import load_vocab, vocab_of
+from streamtrain.model.tokenizer import load_vocab
+from streamtrain.model.vocab import vocab_of
 from streamtrain.run_status import RESULT_NAME, RunResult, read_result, write_result
 from streamtrain.submission.package import _check_rows, _field_of
 from streamtrain.training.checkpoint import RunState, read_checkpoint
 from streamtrain.training.checkpoint import _digest as digest_state
 from streamtrain.training.mirror import _read_pointer
-from streamtrain.training.run_log import StepRow, read_log
-from tests.tools.corpus import MANIFEST, make_corpus
+from streamtrain.training.run_log import read_log
+from streamtrain.training.step_row import StepRow
+from tests.tools.corpus import MANIFEST, PHONES, make_corpus
 
 LONGEST_SEC, MOST_BYTES = 2.0, 200 * 2**20
 HOSTILE = [None, -1, 0, 2**31, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), -1e308, True, "", "../x", "\0",
            "/dev/zero", "x" * 10_000, [], [[]], {}, {"": None}, [None] * 1_000]  # fmt: skip
+
+RATES = {
+    "metric": "cer",
+    "profile": "pasketti",
+    "units": "characters",
+    "cer": 0.5,
+    "wer": 0.5,
+    "interval_95": [0.1, 0.9],
+}
 
 
 @dataclass(frozen=True)
@@ -206,15 +222,19 @@ def make_documents(folder: Path) -> dict[str, Document]:
     clip = {"utterance_id": "a", "child_id": "c", "session_id": "", "corpus": "m", "age_bucket": "", "seconds": 1.0,
             "decoded": True, "reference": "kæt", "hypothesis": "kæp", "confidence": 0.9, "counts": counts,
             "words": counts}  # fmt: skip
-    said = {"cer": 0.5, "cer_interval_95": [0.1, 0.9], "children": 2, "clips": 2, "split": "valid"}
+    said = RATES | {
+        "children": 2,
+        "clips": 2,
+        "split": "valid",
+    }
     (card / "scorecard.json").write_text(json.dumps(said))
     clips = (clip | {"utterance_id": str(number), "child_id": str(number % 3)} for number in range(9))
     (card / "hypotheses.jsonl").write_text("".join(json.dumps(one) + "\n" for one in clips))
-    ids = {token: number for number, token in enumerate(vocab_of("phonetic").tokens)}
+    ids = {token: number for number, token in enumerate(vocab_of(policy_of("pasketti")).tokens)}
     (vocab / "vocab.json").write_text(json.dumps(ids))
     settings = {"batch_seconds": 4.0, "micro_batches_per_step": 2, "shuffle_shards": 2, "length_jitter": 0.0, "seed": 0,
                 "speed_factors": [1.0], "gain_db": 0.0}  # fmt: skip
-    state = vars(RunState({}, "", 2, best_cer=0.5, best_step=1)) | {"completed": [{"settings": settings, "steps": 1}]}
+    state = vars(RunState({}, "", 2, best_score=0.5, best_step=1)) | {"completed": [{"settings": settings, "steps": 1}]}
     written = {"state": state, "scalars": {"optimizer_steps": 1.0, "loss_scaler": {}},
                "files": {"model.safetensors": {"bytes": 1, "checksum": "0"}}}  # fmt: skip
     (checkpoint / "state.json").write_text(json.dumps(written | {"digest": digest_state(written)}))
@@ -225,7 +245,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         if not index.external:
             BuildConfig(**index.settings)  # as a repair does
         list(read_index_headers(store))
-        check_shard(store, read_checked(store, index.shards[0]), index.track)
+        check_shard(store, read_checked(store, index.shards[0]), index.labels)
 
     def pack_columns(data: bytes) -> bytes:
         columns = pack(data)
@@ -257,7 +277,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
         "index.json": Document(shards / "index.json", read_set, bytes, with_digest),
         "samples.bin.zst": Document(shards / index_columns(shards), read_set, unpack, pack_columns),
         ".idx.zst": Document(tar.with_suffix(".idx.zst"), partial(read_shard_index, store, name), unpack, pack),
-        "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes())),
+        "sample": Document(files["sample"], lambda: sample_from_bytes(files["sample"].read_bytes(), PHONES)),
         "ledger": Document(shards / report.LEDGER_NAME, show_and_append_to_ledger, unpack, pack),
         "alignments": Document(files["aligned"], label_pieces, unpack, pack),
         "predicted": Document(files["predicted"], partial(score_files, files["predicted"], files["actual"])),
@@ -282,9 +302,9 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
     manifest, found = corpus / MANIFEST, {}
 
     def read_rows(path: Path) -> None:
-        source = read_source(path, ManifestOptions("phonetic"))
+        source = read_source(path, ManifestOptions("pasketti"))
         for row in range(len(source)):
-            source.layout.parse(source.line(row), int(source.numbers[row]))
+            source.parse(row)
         find_recordings([str(path)])
 
     rows = list(map(json.loads, manifest.read_bytes().splitlines()))
@@ -311,7 +331,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    job = TarJob(str(folder), "theirs.tar", "valid", "phonetic", 25.0)
+    job = TarJob(str(folder), "theirs.tar", "valid", PHONES, 25.0)
     found["tar"] = Document(folder / "theirs.tar", partial(index_tar, job))
     with zipfile.ZipFile(folder / "audio.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(sound, "audio/one.flac")
@@ -328,6 +348,7 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
             hear(recording)
 
     found["zip"] = Document(folder / "audio.zip", read_zip)
+    found |= documents_of_layouts(folder / "layouts", sound.read_bytes())
     waveform, rate = soundfile.read(sound, dtype="float32")
     for suffix in ("flac", "wav", "aiff", "ogg", "mp3", "au", "w64", "caf"):
         path = folder / f"sound.{suffix}"
@@ -335,6 +356,56 @@ def documents_of_others(folder: Path, shard: Path) -> dict[str, Document]:
         recording = find_recordings([str(path)])[0]
         found[suffix] = Document(path, partial(hear, recording))
     return found
+
+
+def documents_of_layouts(folder: Path, sound: bytes) -> dict[str, Document]:
+    """A file of each layout of a corpus, beside the others of it, which stay whole."""
+    cut = {"id": "c", "start": 0.1, "duration": 0.2, "type": "MonoCut",
+           "supervisions": [{"id": name, "start": 0.0, "duration": 0.1, "text": "kæt", "speaker": 7} for name in "ab"],
+           "recording": {"id": "r", "duration": 0.5, "sources": [{"type": "file", "source": "a.flac"}]}}  # fmt: skip
+    texts = {
+        "cuts/cuts_dev.jsonl": json.dumps(cut),
+        "nemo/train.json": json.dumps({"audio_filepath": "a.flac", "offset": 0.1, "duration": 0.2, "text": "kæt"}),
+        "kaldi/train/wav.scp": "r1 a.flac\nr2 a.flac",
+        "kaldi/train/segments": "u1 r1 0 0.1\nu2 r2 0.1 -1",
+        "kaldi/train/text": "u1 kæt\nu2 kæt tæk",
+        "libri/dev-clean/1/2/1-2.trans.txt": "a kæt\nb tæk",
+        "cv/train.tsv": "client_id\tpath\tsentence\tage\ns1\ta\tkæt\ttwenties\ns2\tb\t\t",
+        "timit/TEST/DR1/FELC0/SX1.TXT": "0 16000 kæt tæk",
+        "cv/test.tsv": "client_id\tpath\tsentence\tage\ns3\ta\tkæt\tteens",
+    }
+    for name in ("cuts/a.flac", "nemo/a.flac", "kaldi/a.flac", "libri/dev-clean/1/2/a.flac", "cv/clips/a.mp3",
+                 "timit/TEST/DR1/FELC0/SX1.WAV"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(sound)
+
+    def read(location: Path) -> None:
+        source = read_source(location, ManifestOptions("pasketti"))
+        for row in range(len(source)):
+            source.parse(row)
+
+    found = {}
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text + "\n", "utf-8")
+        found[name] = Document(folder / name, partial(read, folder / name.split("/")[0]))
+    cells = [{"bytes": sound, "path": "a.flac"}, {"bytes": None, "path": "b.flac"}, None]
+    (folder / "hub/data").mkdir(parents=True, exist_ok=True)
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = pyarrow.table({"audio": pyarrow.array(cells, kind), "text": ["kæt", "tæk", None], "speaker_id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, folder / "hub/data/train-00000-of-00001.parquet", row_group_size=2)
+    found["parquet"] = Document(folder / "hub/data/train-00000-of-00001.parquet", partial(read_parquet, folder / "hub"))
+    return found
+
+
+def read_parquet(folder: Path) -> None:
+    """Read the rows, and the audio of each."""
+    archives._open_column.cache_clear()  # the file is another one each time
+    parquet._kept.clear()
+    source = read_source(folder, ManifestOptions("pasketti"))
+    for row in range(len(source)):
+        with suppress(AudioError), archives.open_audio(source.layout.audio, source.parse(row).audio_path) as (file, _):
+            file.read()
 
 
 def documents_of_a_model(run: Path) -> dict[str, Document]:
@@ -346,15 +417,21 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     sums = Document(folder / "SHA256SUMS", partial(check_sums, shutil.copytree(folder, run / "summed")))
     found["SHA256SUMS"] = replace(sums, path=run / "summed" / "SHA256SUMS")
     (folder / "SHA256SUMS").unlink()
-    for name in ("config.json", "model.safetensors", "processor_config.json"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "labels.json",
+    ):
         found[name] = Document(folder / name, partial(load_trained, folder))
     pretrained = shutil.copytree(folder, run / "pretrained")
     found["vocab.json of others"] = Document(
         pretrained / "vocab.json", partial(load_model, ModelConfig(pretrained=str(pretrained)))
     )
-    group = {"name": "a", "cer": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
+    group = {"name": "a", "rate": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
     beside = {
-        "scorecard.json": {"cer": 0.5, "wer": 0.5, "cer_interval_95": [0.1, 0.9], "children": 2, "clips": 2,
+        "scorecard.json": RATES | {"children": 2, "clips": 2,
                            "split": "valid", "shards": "data", "undecodable": [], "groups": {"corpus": [group]},
                            "validation": {"rejected": 1, "disjoint_by_speaker": False}},
         "training.json": {"model": {"dropout": 0.1}, "train": {"epochs": 2}, "data": {}, "deepspeed": {}},
@@ -362,7 +439,7 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     }  # fmt: skip
     for name, document in beside.items():
         (run / name).write_text(json.dumps(document))
-        found[f"card's {name}"] = Document(run / name, partial(_model_card, run, "name", "word"))
+        found[f"card's {name}"] = Document(run / name, partial(_model_card, run, "name", None))
     write_result(run, RunResult(3, "train.max_steps=3", 0.5, 2))
     found["finished.json"] = Document(run / RESULT_NAME, partial(read_result, run))
     names = [field.name for field in fields(StepRow)]

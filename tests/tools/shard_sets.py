@@ -17,6 +17,7 @@ from sharding.shardset.index import SAMPLE_DTYPE, ShardIndex, read_index, read_k
 from sharding.shardset.sample import Sample
 from sharding.shardset.schema import ShardEntry
 from sharding.shardset.store import open_store
+from tests.tools.corpus import PHONES
 
 
 def read_ledger(out: Path) -> list[dict[str, Any]]:
@@ -69,9 +70,14 @@ BYTES_PER_SECOND = 17_300  # of FLAC, as measured on the challenge's clips
 
 
 def make_index(
-    seconds: Sequence[float], shard_sec: float = 60.0, num_buckets: int = 3, valid: int = 0, unlabelled: int = 0
+    seconds: Sequence[float],
+    shard_sec: float = 60.0,
+    num_buckets: int = 3,
+    valid: int = 0,
+    unlabelled: int = 0,
+    test: int = 0,
 ) -> ShardIndex:
-    """An index as a build makes it, without the audio: train clips by bucket, then `valid` and `unlabelled` ones."""
+    """An index as a build makes it, without the audio: train clips by bucket, then those of other splits."""
     lengths = np.round(np.asarray(seconds) * SAMPLE_RATE).astype(np.int64)
     bins = fit_bins((lengths / SAMPLE_RATE).tolist(), num_buckets)
     buckets = np.array([bucket_of(length / SAMPLE_RATE, bins) for length in lengths], int)
@@ -80,7 +86,8 @@ def make_index(
         ends = np.cumsum(lengths[buckets == bucket]) / SAMPLE_RATE
         which = ((ends - 1e-6) // shard_sec).astype(int)
         groups += [("train", bucket, lengths[buckets == bucket][which == i].tolist()) for i in np.unique(which)]
-    groups += [(split, 0, [SAMPLE_RATE] * count) for split, count in (("valid", valid), ("unlabelled", unlabelled))]
+    others = {"valid": valid, "test": test, "unlabelled": unlabelled}
+    groups += [(split, 0, [SAMPLE_RATE] * count) for split, count in others.items()]
     shards = []
     table = np.zeros(sum(len(group) for _, _, group in groups), SAMPLE_DTYPE)
     row = 0
@@ -93,7 +100,7 @@ def make_index(
         size = round(sum(group) / SAMPLE_RATE * BYTES_PER_SECOND)
         shards.append(ShardEntry(name, split, bucket, len(group), size, sum(group), "0" * 16))
         row += len(group)
-    return ShardIndex(bins, {}, "", "", {}, tuple(shards), table)
+    return ShardIndex(bins, {}, "", "", PHONES, {}, tuple(shards), table)
 
 
 def flip_byte(path: Path, rng: np.random.Generator) -> int:

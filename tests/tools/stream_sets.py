@@ -11,7 +11,8 @@ import numpy as np
 import obstore
 
 from sharding.audio.codec import encode
-from sharding.labels.ipa import normalize_ipa
+from sharding.labels.pasketti import normalize_ipa
+from sharding.labels.policy import policy_of
 from sharding.shardset.index import (
     ShardIndex,
     join_samples,
@@ -29,8 +30,9 @@ from streamtrain.data.dataset import ShardStream, StepBatch, open_for_reading
 from streamtrain.data.plan import EpochPlan, PlanSettings, plan_epoch
 from streamtrain.distributed import World
 from streamtrain.model.vocab import vocab_of
+from tests.tools.corpus import PHONES
 
-VOCAB = vocab_of("phonetic")
+VOCAB = vocab_of(policy_of("pasketti"))
 SETTINGS = PlanSettings(batch_seconds=4, micro_batches_per_step=8, shuffle_shards=2)
 
 
@@ -67,7 +69,11 @@ def write_set(
         samples.setdefault((split, bucket), []).append((sample, length))
     shards = [
         write_shard(
-            store, f"{split}/b{bucket:02d}-{start // per_shard:05d}.tar", bucket, group[start : start + per_shard]
+            store,
+            f"{split}/b{bucket:02d}-{start // per_shard:05d}.tar",
+            bucket,
+            group[start : start + per_shard],
+            PHONES,
         )
         for (split, bucket), group in sorted(samples.items())
         for start in range(0, len(group), per_shard)
@@ -78,7 +84,7 @@ def write_set(
     validation = {"disjoint_by_speaker": True, "fallback_speaker": None, "kept_in_training": [], "clips": valid,
                   "rejected": 0}  # fmt: skip
     notes = {"clips": len(samples), "rejected": 0, "validation": validation}
-    return write_index(store, pack_index(ShardIndex((1.0, 2.0), {}, "", str(seed), notes, entries, samples)))
+    return write_index(store, pack_index(ShardIndex((1.0, 2.0), {}, "", str(seed), PHONES, notes, entries, samples)))
 
 
 def stream_of(folder: Path, rank: int = 0, size: int = 1, workers: int = 2, normalize: bool = True) -> ShardStream:

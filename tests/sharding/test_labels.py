@@ -8,19 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.labels.ipa import (
-    _LOOK_ALIKES,
-    _SAME_PHONE,
-    ALPHABET,
-    LETTERS,
-    SYMBOLS,
-    ctc_frames_needed,
-    foreign_symbols,
-    name_symbols,
-    normalize,
-    normalize_ipa,
-    read_label,
-)
+from sharding.labels.pasketti import _SAME_PHONE, LOOK_ALIKES, SYMBOLS, normalize_ipa, normalize_words, read_label
+from sharding.labels.units import ctc_frames_needed
+from tests.tools.corpus import PHONES, WORDS
 
 VECTORS = Path(__file__).parents[3] / "shared" / "scoring_vectors.jsonl"
 
@@ -63,32 +53,32 @@ def test_the_normal_form_has_single_spaces_and_is_its_own(text: str) -> None:
 
 @given(st.text(st.sampled_from(SYMBOLS + " ")))
 def test_the_alphabet_survives_and_is_never_foreign(text: str) -> None:
-    assert foreign_symbols(normalize_ipa(text)) == ""
+    assert PHONES.foreign(normalize_ipa(text)) == ()
 
 
 def test_foreign_symbols_are_named_once_in_order() -> None:
-    assert foreign_symbols("kqt qXa") == "qXa"
+    assert PHONES.foreign("kqt qXa") == ("q", "X", "a")
 
 
 @given(st.text())
 def test_a_label_is_read_as_it_is_scored_but_for_other_letters_of_its_phones(text: str) -> None:
-    assert read_label(text, "phonetic") == normalize_ipa(text.translate(_SAME_PHONE))
-    assert read_label(text, "word") == normalize(text, "word")
+    assert PHONES.normalize(text) == normalize_ipa(text.translate(_SAME_PHONE))
+    assert WORDS.normalize(text) == normalize_words(text)
 
 
 def test_other_letters_of_a_phone_and_look_alikes_are_foreign_to_the_score_and_stand_for_phones() -> None:
     same = {chr(letter): chr(phone) for letter, phone in _SAME_PHONE.items()}
-    for letter, phone in (same | _LOOK_ALIKES).items():
+    for letter, phone in (same | LOOK_ALIKES).items():
         assert normalize_ipa(letter) == letter  # as the official scorer leaves it
-        assert letter not in ALPHABET
-        assert phone in ALPHABET
-    assert all(read_label(letter, "phonetic") == phone for letter, phone in same.items())
+        assert letter not in PHONES.alphabet
+        assert phone in PHONES.alphabet
+    assert all(read_label(letter) == phone for letter, phone in same.items())
 
 
 def test_symbols_are_named_by_code_point_and_look_alike() -> None:
-    assert name_symbols("q∫") == "'q' U+0071, '∫' U+222B (looks like 'ʃ' U+0283)"
-    assert name_symbols("∫", LETTERS) == "'∫' U+222B"
-    assert name_symbols("".join(map(chr, range(0x4E00, 0x4F00)))).endswith("U+4E13 and 236 more")
+    assert PHONES.name("q∫") == "'q' U+0071, '∫' U+222B (looks like 'ʃ' U+0283)"
+    assert WORDS.name("∫") == "'∫' U+222B"
+    assert PHONES.name("".join(map(chr, range(0x4E00, 0x4F00)))).endswith("U+4E13 and 236 more")
 
 
 @given(st.text(st.sampled_from("ab "), min_size=1, max_size=8))
