@@ -17,7 +17,7 @@ import xxhash
 import zstandard
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.errors import MissingError, ShardError, UnreachableError
+from sharding.errors import MissingError, ShardError, StoreError, UnreachableError
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_json, unpack, validate
 from sharding.labels.policy import LabelPolicy, policy_from
 from sharding.shardset.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
@@ -143,7 +143,11 @@ def write_shard(
         checksum=checksum.hexdigest(),
     )
     record = ShardRecord(entry, tuple(keys), tuple(speakers), table, inputs_digest, refused or {}, remarks or {})
-    return write_shard_index(store, record)
+    try:
+        return write_shard_index(store, record)
+    except StoreError:  # such as a full disk: a tar without its index would be taken for a file of something else
+        store.delete(name)
+        raise
 
 
 def write_shard_index(store: Store, shard: ShardRecord) -> ShardRecord:
