@@ -92,7 +92,7 @@ class ModelConfig(Section):
     scratch: dict[str, Any] | None = None
     """Or the fields of a Wav2Vec2Config, for a model with random weights."""
     vocab: Literal["auto", "own", "new"] = "auto"
-    """Tokens and head: own are the model's, new are the labels'; auto: own if they cover 95 % of the labels."""
+    """Tokens and head: own are the model's, new are the labels'; auto: own if they cover them, see launch/README."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Rate of all of the model's dropouts."""
     freeze_cnn: bool = True
