@@ -435,7 +435,8 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     (("notes", "validation", "kept_in_training"), [0], "kept_in_training"),
     (("notes", "rejected"), "none", "'notes.rejected' is"), (("duration_bins",), [], "'duration_bins' is"),
     (("base",), "../x", "should match"), (("acoustic_model",), 1, "'acoustic_model' is 1"),
-    (("more",), 1, "'more' is unknown"),
+    (("more",), 1, "'more' is unknown"), (("labels", "counts"), [1], "'labels' has .* 1 counts"),
+    (("labels", "symbols"), ["a", "a"], "'labels' has 1 different symbols of 2"),
 ])  # fmt: skip
 def test_an_index_that_is_made_otherwise_is_told_by_its_field(
     path: tuple[str | int, ...], value: Any, words: str, copied: Path

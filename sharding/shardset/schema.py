@@ -187,6 +187,10 @@ def check_document(document: IndexDocument) -> None:
         validate(document.settings, schema)
     except DocumentError as error:
         raise DocumentError(f"'settings.{str(error).removeprefix(chr(39))}") from error
+    symbols, counts = document.labels["symbols"], document.labels["counts"]
+    if len(counts) not in (0, len(symbols)) or len(set(symbols)) != len(symbols):
+        different = len(set(symbols))
+        raise DocumentError(f"'labels' has {different} different symbols of {len(symbols)}, {len(counts)} counts")
     for number, shard in enumerate(shards):
         if shard.bucket >= len(bins):
             raise DocumentError(f"'shards.{number}.bucket' is {shard.bucket}, there are {len(bins)} buckets")
