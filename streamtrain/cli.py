@@ -251,6 +251,8 @@ def score(
         units: Symbols of a text, as in `build`.
         json: Print JSON.
     """
+    if units and not profile:
+        raise StreamtrainError("--units has no effect without --profile", "give --profile too, as in `build`")
     announce(f"scoring {predicted} by {actual}")
     from sharding.labels.policy import policy_of
     from sharding.labels.profiles import allow_profile

@@ -150,3 +150,10 @@ def test_it_starts_without_torch_or_transformers(write: Write) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_units_without_a_profile_are_refused(write: Write) -> None:
+    rows = write("rows.jsonl", REFERENCES)
+    done = run_module("streamtrain", "score", rows, rows, "--units", "tokens")
+    assert done.returncode == 1
+    assert "--units has no effect without --profile" in done.stderr
