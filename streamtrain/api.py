@@ -177,9 +177,11 @@ def evaluate(
     from streamtrain.data.dataset import ShardStream
     from streamtrain.distributed import World
     from streamtrain.eval.evaluate import evaluate as evaluate_stream
+    from streamtrain.model.labels import take_labels
 
     shards = as_shard_set(shards)
     check_presence(shards.store, shards.index)
     world = World()
+    take_labels(model.network, shards.index.labels)  # before the stream, as it may change the vocabulary
     stream = ShardStream(shards.index, shards.store, model.network.vocab, model.network.normalize, world)
     return evaluate_stream(model.network, stream, split, batch_seconds, world, beam=beam)

@@ -80,6 +80,8 @@ def evaluate(
     rows = _find_labelled(stream.index, stream.store.url, split)
     stream.index.labels.check_digest(stream.store.url)
     take_labels(model, stream.index.labels)
+    if stream.vocab != model.vocab:
+        raise StreamtrainError("the stream has another vocabulary than the model", "make it after `take_labels`")
     batches = [rows[batch] for batch in batch_by_length(stream.index.samples["samples"][rows], batch_seconds)]
     share = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, pipeline
 
+import streamtrain as st
 from sharding.errors import StreamtrainError
 from sharding.labels.policy import LabelPolicy, policy_of
 from sharding.shardset.index import read_index, read_sample
@@ -315,6 +316,9 @@ def test_letters_are_trained_scored_and_transcribed_with_a_published_vocabulary(
         lines = (tmp_path / "evaluation" / "hypotheses.jsonl").read_text().splitlines()
         texts = [json.loads(line)["hypothesis"] for line in lines]
         assert all(text == text.lower() for text in texts)
+    card = json.loads((tmp_path / "evaluation" / "scorecard.json").read_text())
+    evaluation = st.evaluate(st.load_model(source), tmp_path / "shards")  # its targets are in the model's case as well
+    assert evaluation.loss == pytest.approx(card["loss"], rel=1e-6)
     clip = next(iter((corpus / "audio").glob("*.flac")))
     run([sys.executable, "-m", "streamtrain", "transcribe", folder / "best", clip, "--out", tmp_path / "out.jsonl"])
     assert "orthographic_text" in json.loads((tmp_path / "out.jsonl").read_text())
