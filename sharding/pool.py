@@ -109,13 +109,24 @@ class Workers:
 
         An exception in a worker is raised at once.
         """
+        return list(self.stream(function, jobs, clips, label, unit))
+
+    def stream(
+        self,
+        function: Callable[[Job], Result],
+        jobs: Iterable[Job],
+        clips: Sequence[int],
+        label: str,
+        unit: str = "clip",
+    ) -> Iterator[Result]:
+        """Yield what `map` returns, each result as soon as it and those before it are there."""
         self._counter.value = 0
         results: dict[int, Result] = {}
         running: dict[Future[Result], int] = {}
         pending = enumerate(jobs)
-        finished = 0
+        finished = yielded = 0
         with tqdm(total=sum(clips), desc=f"{label:>10}", unit=unit, smoothing=0.05, disable=not sum(clips)) as bar:
-            while len(results) < len(clips):
+            while yielded < len(clips):
                 try:
                     self.check_health()
                     with _interrupts_deferred():
@@ -135,4 +146,6 @@ class Workers:
                         raise failure from error
                     raise
                 bar.update(max(finished, min(self._counter.value, bar.total)) - bar.n)
-        return [results[number] for number in range(len(clips))]
+                while yielded in results:
+                    yield results.pop(yielded)
+                    yielded += 1

@@ -60,6 +60,7 @@ from sharding.build.write import (
     read_example,
 )
 from sharding.errors import ManifestError, ShardError
+from sharding.files.spool import large_files_folder
 from sharding.files.writing import remove
 from sharding.labels.policy import LabelPolicy
 from sharding.labels.profiles import allow_profile
@@ -250,8 +251,9 @@ def _make_shards(
 ) -> tuple["ShardPlan", list[ShardResult], list[LedgerPart]]:
     """Plan and write the shards. Returns the plan, the results and the ledger."""
     with _scratch(store, shared=bool(run.scheduler)) as scratch:
-        layouts = tuple(source.layout for source in task.scan.sources)
         out, scratch = store.url if store.remote else os.path.abspath(store.url), f"{scratch}/{lease.token}"
+        unpacked = "" if run.dry_run or "://" in scratch else f"{scratch}/unpacked"
+        layouts = tuple(source.layout.unpacking(unpacked) for source in task.scan.sources)
         token = lease.token if run.scheduler else ""  # local workers die with the build
         context = BuildContext(out, scratch, layouts, task.labels, run.dry_run, token)
         plan, ledger = plan_build(task, context, pool)
@@ -301,6 +303,8 @@ def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[S
         acoustic_model = _fit_acoustic_model(task, context, pool, labelled, long)
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
     members = list_samples(clips, usable & ~long, segments, task.sides)
+    if context.dry_run:  # shards of neighbours, which are read faster: nothing is written that should be mixed
+        members["order"][:, 0], members["order"][:, 1] = members["clip"], members["piece"]
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     first_numbers = _next_numbers(base) if base else None
     shards = assign_shards(
@@ -521,7 +525,7 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
                 bucket.clear()
             return
     if not isinstance(store, FolderStore):
-        with tempfile.TemporaryDirectory(prefix="streamtrain-") as folder:
+        with tempfile.TemporaryDirectory(prefix="streamtrain-", dir=large_files_folder()) as folder:
             yield folder
         return
     scratch = store.folder / PIECES

@@ -16,6 +16,7 @@ import xxhash
 from sharding.audio.codec import AudioInfo, frame_count, probe, probe_range
 from sharding.errors import AudioError, ManifestError
 from sharding.files.names import canonical_name
+from sharding.files.spool import copy_table, map_table
 from sharding.labels.policy import LabelPolicy, SymbolCounts, count_foreign
 from sharding.pool import Workers, count_done
 from sharding.shardset.sample import escape_key
@@ -71,9 +72,11 @@ class ScanResult:
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> "ScanResult":
         """Return the chosen clips alone."""
+        if chosen.all():
+            return self
         new_row = np.cumsum(chosen) - 1
         refusals = {int(new_row[row]): refusal for row, refusal in self.refusals.items() if chosen[row]}
-        return replace(self, clips=self.clips[chosen], refusals=refusals)
+        return replace(self, clips=copy_table(self.clips[chosen]), refusals=refusals)
 
     def find(self, clip: int) -> tuple[str, Utterance]:
         """Return the file and line of a clip's row, and the row."""
@@ -97,17 +100,15 @@ def scan(sources: Sequence[Source], labels: LabelPolicy, pool: Workers) -> ScanR
             rows = range(start, min(start + chunk, len(source)))
             yield source.layout, labels, [(source.line(row), source.place(row)) for row in rows]
 
-    parts = pool.map(_scan_chunk, jobs(), sizes, "examining")
-    clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
-    clips["source"] = np.repeat([number for number, _ in chunks], sizes)
-    clips["row"] = np.concatenate(
-        [np.arange(start, start + size) for (_, start), size in zip(chunks, sizes, strict=True)]
-    )
-    starts = np.cumsum([0, *sizes])
-    refusals = {int(start) + row: refusal for start, part in zip(starts, parts, strict=False)
-                for row, refusal in part.refusals.items()}  # fmt: skip
-    ignored = frozenset[str]().union(*(part.ignored_fields for part in parts))
-    result = ScanResult(clips, refusals, ignored, tuple(sources))
+    clips, refusals, ignored = map_table(sum(sizes), CLIP_DTYPE), dict[int, Refusal](), set[str]()
+    first, parts = 0, pool.stream(_scan_chunk, jobs(), sizes, "examining")
+    for (number, start), part in zip(chunks, parts, strict=True):
+        rows = clips[first : first + len(part.clips)]
+        rows[:], rows["source"], rows["row"] = part.clips, number, np.arange(start, start + len(rows))
+        refusals |= {first + row: refusal for row, refusal in part.refusals.items()}
+        ignored |= part.ignored_fields
+        first += len(rows)
+    result = ScanResult(clips, refusals, frozenset(ignored), tuple(sources))
     _check_ids(result)
     return _refuse_shared_audio(result)
 

@@ -45,6 +45,7 @@ class AudioRoot:
     given_path: str = ""  # prefix of the audio paths …
     packed: str = ""  # … in whose place the members of the zip have this one
     follow_links: bool = False  # even out of the folder
+    unpacked: str = ""  # a folder for row groups of parquet files, to read single rows of them; empty: memory
 
 
 @contextmanager
@@ -246,7 +247,7 @@ def _open_row(root: AudioRoot, path: str) -> tuple[IO[bytes], int]:
     match = AUDIO_IN_ROW.fullmatch(path)
     if match is None or _is_archive(root.path):
         return _open_by_any_form(root, path)
-    audio = _open_column(root, match[1], match[2]).read(int(match[3]))
+    audio = _open_column(root, match[1], match[2]).read(int(match[3]), root.unpacked)
     return io.BytesIO(audio), len(audio)
 
 

@@ -94,6 +94,10 @@ class Layout:
     profile: str = "text"  # the usual one of its labels
     name: str = ""  # of the corpus layout that its rows were read from; empty: a table of transcripts
 
+    def unpacking(self, folder: str) -> "Layout":
+        """Return the layout with row groups of parquet files unpacked to a folder when they are first read."""
+        return replace(self, audio=replace(self.audio, unpacked=folder))
+
     def parse(self, line: bytes, place: str) -> tuple[Utterance, frozenset[str]]:
         """Return a row as an `Utterance`, and its unused columns. Raises ManifestError with the row's place."""
         row, text, ignored = self.read(line, place)

@@ -3,7 +3,10 @@
 The audio stays where it is: a row names it as FILE:COLUMN:ROW, and workers read it by row groups.
 """
 
+import os
 import re
+import struct
+import tempfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +16,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from sharding.errors import AudioError, ManifestError, StreamtrainError
 from sharding.files.document import LINE_BYTES, max_unpacked
+from sharding.files.writing import explaining
 from sharding.sources.options import ManifestOptions
 from sharding.sources.tables import FREE_BYTES, PlacedRow
 
@@ -30,6 +36,7 @@ KNOWN = {  # the columns of published datasets, by our field
 }
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 2**30, 2**20  # of a row group, whose audio a worker holds in memory
 ROWS_FREELY = 2**20  # of a file; of more rows, each takes a byte at least, or it is a bomb
+SPAN = struct.Struct("<QQ")  # where a value begins and ends in a row group that was unpacked
 KEPT_GROUPS, KEPT_BYTES = 64, 2**27  # row groups that a process keeps at most, and their bytes
 SMALLER_GROUPS = "write it again with groups of 100 rows: pyarrow.parquet.write_table(table, path, row_group_size=100)"
 
@@ -210,29 +217,69 @@ class AudioColumn:
             groups = range(self._parquet.num_row_groups)
             self._ends = list(accumulate(self._parquet.metadata.row_group(group).num_rows for group in groups))
 
-    def read(self, row: int) -> bytes:
-        """Return the audio of a row, counted from 1. Raises AudioError."""
+    def read(self, row: int, unpacked: str = "") -> bytes:
+        """Return the audio of a row, counted from 1. Raises AudioError.
+
+        Its row group is unpacked to the folder `unpacked`, if there is one, and is kept in memory else.
+        """
         group = bisect_right(self._ends, row - 1)
         if row < 1 or group == len(self._ends):
             raise AudioError(f"parquet file has no row {row}")
+        place = row - 1 - (self._ends[group - 1] if group else 0)
         with _damage_refused():
-            audio = self._read_group(group)[row - 1 - (self._ends[group - 1] if group else 0)].as_py()
+            if unpacked:
+                audio = self._read_unpacked(Path(unpacked), group, place)
+            else:
+                audio = self._read_group(group)[place].as_py()
         if audio is None:
             raise AudioError("row has no audio")
         return bytes(audio)
 
+    def _read_unpacked(self, folder: Path, group: int, place: int) -> bytes | None:
+        path = folder / f"{xxhash.xxh3_64_hexdigest(repr(self._key).encode())}-{group}"
+        if not path.exists():
+            with explaining(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                    _write_values(self._load_group(group), file)
+                os.replace(file.name, path)
+        with path.open("rb", buffering=0) as values:
+            start, end = SPAN.unpack(os.pread(values.fileno(), SPAN.size, place * SPAN.size))
+            return os.pread(values.fileno(), end - start, start) if start else None
+
     def _read_group(self, group: int) -> Any:
-        """Return the audio of a row group. Repeated values are one, so that it is no larger than in its file."""
+        """Return the audio of a row group, from memory if it was read lately."""
         if (self._key, group) not in _kept:
-            if problem := _too_large(self._parquet, group):
-                raise AudioError(f"{problem}: {SMALLER_GROUPS}")
-            table = self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False)
-            column = _leaf(table.column(0))
+            column = self._load_group(group)
             _kept[self._key, group] = column, column.nbytes
             while len(_kept) > KEPT_GROUPS or (len(_kept) > 1 and sum(size for _, size in _kept.values()) > KEPT_BYTES):
                 _kept.popitem(last=False)
         _kept.move_to_end((self._key, group))
         return _kept[self._key, group][0]
+
+    def _load_group(self, group: int) -> Any:
+        """Return the audio of a row group. Repeated values are one, so that it is no larger than in its file."""
+        if problem := _too_large(self._parquet, group):
+            raise AudioError(f"{problem}: {SMALLER_GROUPS}")
+        return _leaf(self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False).column(0))
+
+
+def _write_values(column: Any, file: IO[bytes]) -> None:
+    """Write where each value is, 0 if it is null, then the values: those that are repeated once."""
+    spans, parts, position = [], [], SPAN.size * len(column)
+    for chunk in column.chunks:
+        repeated = _import().types.is_dictionary(chunk.type)
+        parts.append(chunk.dictionary if repeated else chunk)
+        sizes = [len(value.as_buffer()) if value.is_valid else 0 for value in parts[-1]]
+        ends = list(accumulate(sizes, initial=position))
+        found = chunk.indices.to_pylist() if repeated else range(len(chunk))
+        spans += [(0, 0) if index is None or not parts[-1][index].is_valid else (ends[index], ends[index + 1])
+                  for index in found]  # fmt: skip
+        position = ends[-1]
+    file.write(b"".join(SPAN.pack(*span) for span in spans))
+    for part in parts:
+        for value in part:
+            file.write(value.as_buffer() or b"")
 
 
 _kept: OrderedDict[tuple[object, int], tuple[Any, int]] = OrderedDict()  # row groups and their bytes, by last use

@@ -9,11 +9,11 @@ import io
 import json
 import os
 import string
+import struct
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -23,6 +23,7 @@ import zstandard
 
 from sharding.errors import ManifestError
 from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular, parse_row
+from sharding.files.spool import Mapped, Spool
 
 READ_BYTES = 2**20
 ROW_BYTES = 16  # only shorter lines are checked for being blank: no row is that short
@@ -36,26 +37,29 @@ NOT_UTF8 = "a table is expected in UTF-8; in Excel: save as CSV UTF-8"
 NOT_A_TABLE = "a header is expected, then rows with as many cells, every quote closed, in UTF-8"
 
 
+LINE_DTYPE = np.dtype([("start", "<u8"), ("bytes", "<u4"), ("number", "<u4"), ("file", "<u4")])
+_pack_line = struct.Struct("<QIII").pack
+
+
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Hold a text with one JSON object per line, and the positions of its rows."""
+    """Hold a text with one JSON object per line, and the positions of its rows: both in files, mapped into memory."""
 
-    text: bytes
-    starts: npt.NDArray[np.int64]  # (rows,) where the line of each row begins in `text`
-    ends: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]  # line numbers in the user's files, from 1
-    files: tuple[str, ...] = ()  # the user's files …
-    file_numbers: npt.NDArray[np.uint32] | None = None  # (rows,) … and which of them a row is from; None: the only one
+    text: Mapped
+    rows: npt.NDArray[np.void]  # (rows,) of LINE_DTYPE; `number`, from 1, is that of the line in the user's file
+    files: tuple[str, ...]  # the user's files, by the column `file`
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.rows)
 
     def line(self, row: int) -> bytes:
-        return self.text[self.starts[row] : self.ends[row]]
+        start, size, _, _ = self.rows[row].item()
+        return self.text[start : start + size]
 
     def place(self, row: int) -> str:
         """Return the file and the line of a row, for messages."""
-        return f"{self.files[0 if self.file_numbers is None else self.file_numbers[row]]}:{self.numbers[row]}"
+        _, _, number, file = self.rows[row].item()
+        return f"{self.files[file]}:{number}"
 
 
 class PlacedRow(NamedTuple):
@@ -67,19 +71,13 @@ class PlacedRow(NamedTuple):
 
 
 def pack_rows(rows: Iterable[PlacedRow]) -> Lines:
-    """Return rows as JSON Lines, which take less memory than objects."""
-    text, starts, numbers, file_numbers = io.BytesIO(), array("q"), array("q"), array("I")
-    files: dict[str, int] = {}
+    """Return rows as JSON Lines."""
+    text, lines, files = Spool(), Spool(), dict[str, int]()
     for file, number, values in rows:
-        starts.append(text.tell())
-        text.write(_write_json(values))
-        numbers.append(number)
-        file_numbers.append(files.setdefault(file, len(files)))
-    begins = np.array(starts, np.int64)
-    ends = np.append(begins[1:], text.tell()) - 1
-    return Lines(
-        text.getvalue(), begins, ends[: len(begins)], np.array(numbers, np.int64), tuple(files), np.array(file_numbers)
-    )
+        line = _write_json(values)
+        lines.write(_pack_line(text.size, len(line) - 1, number, files.setdefault(file, len(files))))
+        text.write(line)
+    return Lines(text.map(), np.frombuffer(lines.map(), LINE_DTYPE), tuple(files))
 
 
 def _write_json(values: dict[str, Any]) -> bytes:
@@ -95,29 +93,24 @@ def is_table(path: Path) -> bool:
 
 def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
     """Read the rows of a transcripts file; in a table, `number_columns` become numbers. Raises ManifestError."""
-    data = _read_data(path)
     if is_table(path):
-        text, numbers = _pack_table(path, data, number_columns)
-        lines = replace(_find_lines(text), numbers=numbers)
-    else:
-        lines = _find_lines(data)
-    for row in np.flatnonzero(lines.ends - lines.starts > LINE_BYTES)[:1]:
-        raise ManifestError(f"{path}:{lines.numbers[row]}: a row of more than {LINE_BYTES:,} bytes")
-    return replace(lines, files=(str(path),))
-
-
-def read_table(path: Path, number_columns: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the cells of each row of a CSV or TSV, by the names of its columns.
-
-    Raises ManifestError.
-    """
-    return _parse_table(path, _read_data(path), number_columns)
+        return pack_rows(PlacedRow(str(path), *row) for row in read_table(path, number_columns))
+    data, found = Spool(), Spool()
+    for part in _read_parts(path):
+        data.write(part)
+    text = data.map()
+    for block in _find_lines(text):
+        for number, size in block[["number", "bytes"]][block["bytes"] > LINE_BYTES][:1].tolist():
+            raise ManifestError(f"{path}:{number}: a row of {size:,} bytes, at most {LINE_BYTES:,} are read")
+        found.write(block.tobytes())
+    return Lines(text, np.frombuffer(found.map(), LINE_DTYPE), (str(path),))
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each line of a JSON Lines file. Raises ManifestError."""
     lines = read_lines(path, ())
-    return ((int(lines.numbers[row]), read_row(lines.line(row), lines.place(row))) for row in range(len(lines)))
+    for row in range(len(lines)):
+        yield int(lines.rows["number"][row]), read_row(lines.line(row), lines.place(row))
 
 
 def first_row(path: Path) -> dict[str, Any]:
@@ -140,43 +133,58 @@ def read_row(line: bytes, place: str) -> dict[str, Any]:
 
 def read_text(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the number of each line that is not blank, and the line. Raises ManifestError."""
-    text = _decode(path, _read_data(path))
-    return ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    text = _Text(path)
+    return ((number, line.strip()) for number, line in enumerate(text.lines("\n"), 1) if line.strip())
 
 
-def _read_data(path: Path) -> bytes:
+class _Text(io.BufferedIOBase):
+    """Read a file as text while it is unpacked."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._parts = str(path), _read_parts(path)
+        self._begun = next(self._parts, b"")
+        self.header = self._begun[:HEADER_BYTES]
+        self.size = self._lines = 0  # bytes and line ends that were read
+
+    def lines(self, newline: str) -> Iterator[str]:
+        """Yield the lines, each with its end. Raises ManifestError."""
+        try:
+            yield from io.TextIOWrapper(self, "utf-8-sig", newline=newline)
+        except UnicodeDecodeError as error:
+            line = self._lines - error.object.count(b"\n", error.start) + 1
+            raise ManifestError(f"{self.name}:{line}: not UTF-8: {error.reason}", NOT_UTF8) from error
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1, /) -> bytes:
+        part, self._begun = self._begun or next(self._parts, b""), b""
+        self.size += len(part)
+        self._lines += part.count(b"\n")
+        return part
+
+
+def _read_parts(path: Path) -> Iterator[bytes]:
+    """Yield the unpacked parts of a file. Raises ManifestError, also for a bomb, and for an endless line."""
+    size = line_start = 0
     try:
         with open_regular(path) as file:
-            return _read_whole(_unpack(file, path.suffix.lower()), os.fstat(file.fileno()).st_size)
+            packed = os.fstat(file.fileno()).st_size
+            for part in _unpack(file, path.suffix.lower()):
+                if size + len(part) > max(FREE_BYTES, max_unpacked(packed)):
+                    raise DocumentError(f"its {packed:,} bytes unpack to more than {size:,}")
+                end = max(part.rfind(b"\n"), part.rfind(b"\r"))
+                line_start = line_start if end < 0 else size + end
+                size += len(part)
+                if size - line_start > LINE_BYTES + READ_BYTES:
+                    raise DocumentError(f"it has a line of more than {LINE_BYTES:,} bytes")
+                yield part
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise ManifestError(f"{path}: damaged ({error})", "the copy may be incomplete") from error
     except DocumentError as error:
         raise ManifestError(f"{path}: {error}", "is it a transcripts file?") from error
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror or error}") from error
-
-
-def _decode(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ManifestError(f"{path}:{line}: not UTF-8: {error.reason}", NOT_UTF8) from error
-
-
-def _read_whole(parts: Iterator[bytes], packed: int) -> bytes:
-    """Join the unpacked parts of a file of `packed` bytes. Raises DocumentError for a bomb and for an endless line."""
-    whole, line_start = io.BytesIO(), 0  # getvalue() of a BytesIO copies nothing
-    for part in parts:
-        size = whole.tell() + len(part)
-        if size > max(FREE_BYTES, max_unpacked(packed)):
-            raise DocumentError(f"its {packed:,} bytes unpack to more than {whole.tell():,}")
-        end = max(part.rfind(b"\n"), part.rfind(b"\r"))
-        line_start = line_start if end < 0 else whole.tell() + end
-        if size - line_start > LINE_BYTES + READ_BYTES:
-            raise DocumentError(f"it has a line of more than {LINE_BYTES:,} bytes")
-        whole.write(part)
-    return whole.getvalue()
 
 
 def _unpack(file: IO[bytes], suffix: str) -> Iterator[bytes]:
@@ -204,43 +212,35 @@ def _bare_suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".zst")), "")
 
 
-def _pack_table(path: Path, data: bytes, number_columns: Collection[str]) -> tuple[bytes, npt.NDArray[np.int64]]:
-    """Return the rows of a CSV or TSV as JSON Lines, and their line numbers."""
-    text, numbers = io.BytesIO(), array("q")
-    for number, row in _parse_table(path, data, number_columns):
-        text.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        numbers.append(number)
-        if text.tell() > max(FREE_BYTES, max_unpacked(len(data), TABLE_TIMES)):
-            problem = f"its {len(row):,} column names would be repeated {len(numbers):,} times"
-            raise ManifestError(f"{path}:{number}: not a table: {problem}", NOT_A_TABLE)
-    return text.getvalue(), np.array(numbers, np.int64)
+def read_table(path: Path, number_columns: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the cells of each row of a CSV or TSV, by the names of its columns.
 
-
-def _parse_table(path: Path, data: bytes, number_columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a CSV or TSV with their line numbers; the header decides a CSV's delimiter.
-
-    Quotes in a TSV are plain characters, as Common Voice writes it.
+    The header decides a CSV's delimiter. Quotes in a TSV are plain characters, as Common Voice writes it. Raises
+    ManifestError.
     """
     csv.field_size_limit(LINE_BYTES)  # the label of a recording of hours is long
-    table, plain = io.StringIO(_decode(path, data), newline=""), _bare_suffix(path) == ".tsv"
+    text, plain = _Text(path), _bare_suffix(path) == ".tsv"
     reader = csv.reader(
-        table,
-        delimiter="\t" if plain else _find_delimiter(data),
+        text.lines(newline=""),
+        delimiter="\t" if plain else _find_delimiter(text.header),
         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
         strict=not plain,
         skipinitialspace=not plain,
     )
-    start = 1
+    start, written = 1, 0
     try:
         names = [name.strip() for name in next(reader, [])]
         duplicates = [name for name, count in Counter(names).items() if name and count > 1]
         if duplicates:
             raise csv.Error(f"column {duplicates[0]!r} occurs twice")
-        start = reader.line_num + 1
+        named, start = max(sum(map(len, names)), 1), reader.line_num + 1
         for cells in reader:
             if len(cells) not in (0, len(names)):
                 separated = f"separated by {reader.dialect.delimiter!r}"
                 raise csv.Error(f"the row has {len(cells)} cells, the header {len(names)}, {separated}")
+            written += named * bool(cells)
+            if written > max(FREE_BYTES, max_unpacked(text.size, TABLE_TIMES)):
+                raise csv.Error(f"its {len(names):,} column names would be repeated {written // named:,} times")
             if cells:  # else a blank line
                 yield start, {name: _number(cell) if name in number_columns else cell
                               for name, cell in zip(names, cells, strict=True)}  # fmt: skip
@@ -251,7 +251,7 @@ def _parse_table(path: Path, data: bytes, number_columns: Collection[str]) -> It
 
 def _find_delimiter(data: bytes) -> str:
     """Return the delimiter that splits the header of a CSV into the most cells, the first one on a tie."""
-    header = data[:HEADER_BYTES].partition(b"\n")[0].partition(b"\r")[0]
+    header = data.partition(b"\n")[0].partition(b"\r")[0]
     line = header.decode("utf-8-sig", "replace")
     return max(DELIMITERS, key=lambda char: len(next(csv.reader([line], delimiter=char, skipinitialspace=True), [])))
 
@@ -263,13 +263,12 @@ def _number(cell: str) -> float | str | None:
         return cell  # rejected, with its place, when the row is parsed
 
 
-def _find_lines(text: bytes) -> Lines:
-    """Return start, end and number of every line that is not blank."""
-    blocks = [np.zeros((3, 0), np.int64)]
+def _find_lines(text: Mapped) -> Iterator[npt.NDArray[np.void]]:
+    """Yield the positions and numbers of all lines that are not blank, as tables of LINE_DTYPE."""
     position, lines_before = 0, 0
     while position < len(text):
         stop = text.find(b"\n", min(position + SEARCH_BYTES, len(text)) - 1) + 1 or len(text)
-        part = np.frombuffer(text, np.uint8, stop - position, position)
+        part = np.frombuffer(text[position:stop], np.uint8)
         ends = np.flatnonzero(part == ord("\n"))
         if part[-1] != ord("\n"):
             ends = np.append(ends, len(part))
@@ -279,6 +278,8 @@ def _find_lines(text: bytes) -> Lines:
         if (lengths[nonblank] < ROW_BYTES).any():
             nonblank &= np.logical_or.reduceat(~BLANK[part], starts) | (lengths >= ROW_BYTES)
         rows = np.flatnonzero(nonblank)
-        blocks.append(np.stack([starts[rows] + position, ends[rows] + position, rows + lines_before + 1]))
+        block = np.zeros(len(rows), LINE_DTYPE)
+        block["start"], block["bytes"] = starts[rows] + position, lengths[rows]
+        block["number"] = rows + lines_before + 1
+        yield block
         position, lines_before = stop, lines_before + len(ends)
-    return Lines(text, *np.concatenate(blocks, axis=1))

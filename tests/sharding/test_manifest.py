@@ -151,7 +151,7 @@ def test_windows_line_ends_byte_order_mark_and_blank_lines_are_read(corpus: Path
     source = read_source(corpus, ManifestOptions())
     rows = [source.parse(row).utterance_id for row in range(len(source))]
     assert rows == [row["utterance_id"] for row in map(json.loads, text.splitlines())]
-    assert source.numbers.tolist() == [1, 3, 5]
+    assert source.rows["number"].tolist() == [1, 3, 5]
 
 
 def test_orphans_on_both_sides_are_listed(corpus: Path, run_sharding: Command, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_a_table_without_ids_is_named_by_its_audio(corpus: Path, tmp_path: Path)
     utterances = parse_all(table)
     assert [utterance.utterance_id for utterance in utterances] == ["audio/meadow-0000", "audio/meadow-0001"]
     assert [utterance.text for utterance in utterances] == ["k", ""]
-    assert read_source(table, ManifestOptions()).numbers.tolist() == [2, 4]
+    assert read_source(table, ManifestOptions()).rows["number"].tolist() == [2, 4]
 
 
 def test_json_lines_without_ids_are_named_by_their_audio_like_a_table(corpus: Path, tmp_path: Path) -> None:

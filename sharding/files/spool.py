@@ -1,0 +1,79 @@
+"""Keep what is too large for memory in a temporary file, mapped: the system drops its pages when it needs the memory.
+
+The file has no name, so that nothing remains of it, however its process ends.
+"""
+
+import errno
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sharding.files.writing import write_error
+
+LARGE_FILES = "/var/tmp"  # /tmp is often kept in memory
+BUFFER_BYTES = 2**20
+MORE_ROOM = "TMPDIR=FOLDER in the environment names a folder with more room for temporary files"
+
+Mapped = bytes | mmap.mmap  # both are read by slices
+
+
+def large_files_folder() -> str:
+    """Return the folder for temporary files that may be large: that of TMPDIR, if it is set."""
+    usable = os.path.isdir(LARGE_FILES) and os.access(LARGE_FILES, os.W_OK | os.X_OK)
+    return LARGE_FILES if usable and not os.environ.get("TMPDIR") else tempfile.gettempdir()
+
+
+class Spool:
+    """Write bytes to a temporary file, then read them as mapped memory. Raises StoreError if there is no room."""
+
+    def __init__(self) -> None:
+        with _no_room_explained():
+            self._file = tempfile.TemporaryFile(dir=large_files_folder(), buffering=BUFFER_BYTES)  # noqa: SIM115
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        with _no_room_explained():
+            self._file.write(data)
+        self.size += len(data)
+
+    def map(self) -> Mapped:
+        """Return what was written, and close the file."""
+        with _no_room_explained(), self._file:
+            self._file.flush()
+            return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+
+def map_table(rows: int, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
+    """Return a table of zeros, shape (rows,), in a temporary file. Raises StoreError if there is no room for it."""
+    size = rows * dtype.itemsize
+    if not size:
+        return np.zeros(0, dtype)
+    with _no_room_explained(size), tempfile.TemporaryFile(dir=large_files_folder()) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk ends the process when a page is written
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            file.truncate(size)
+        return np.frombuffer(mmap.mmap(file.fileno(), size), dtype)
+
+
+def copy_table(chosen: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Return a copy of rows of a table, shape (N,), in a temporary file."""
+    table = map_table(len(chosen), chosen.dtype)
+    table[:] = chosen
+    return table
+
+
+@contextmanager
+def _no_room_explained(needed: int | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_error(Path(large_files_folder()), error, needed, MORE_ROOM) from error
