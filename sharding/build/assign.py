@@ -9,6 +9,7 @@ import numpy.typing as npt
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.build.duration_buckets import bucket_of
 from sharding.build.scan import ClipTable, hash_128
+from sharding.files.spool import map_table
 from sharding.segment.split import Segment
 from sharding.shardset.sample import escape_key, piece_key
 from sharding.shardset.schema import HELD_OUT, SPLITS
@@ -81,7 +82,11 @@ def is_held_out(sides: Sides) -> Mask:
 
 def list_samples(clips: ClipTable, whole: Mask, segments: Segments, sides: Sides) -> PlannedTable:
     """Return one sample per clip of `whole` and one per segment, without their buckets."""
-    return np.concatenate([_whole_clips(clips, np.flatnonzero(whole), sides), _segments_of(segments, sides)])
+    rows, parts = np.flatnonzero(whole), sum(map(len, segments.values()))
+    members = map_table(len(rows) + parts, PLANNED_DTYPE)
+    _fill_whole(members[: len(rows)], clips, rows, sides)
+    _fill_segments(members[len(rows) :], segments, sides)
+    return members
 
 
 def assign_shards(
@@ -119,8 +124,7 @@ def _cut_evenly(
     return np.split(rows, np.minimum(starts, len(rows) - count + part)[1:])  # and leaves one for each part that follows
 
 
-def _whole_clips(clips: ClipTable, rows: npt.NDArray[np.int64], sides: Sides) -> PlannedTable:
-    members = np.zeros(len(rows), PLANNED_DTYPE)
+def _fill_whole(members: PlannedTable, clips: ClipTable, rows: npt.NDArray[np.int64], sides: Sides) -> None:
     members["clip"], members["whole"] = rows, True
     members["split"] = np.where(is_held_out(sides[rows]) | clips["fits"][rows], sides[rows], UNLABELLED)
     members["samples"], members["order"] = clips["samples"][rows], clips["key"][rows]
@@ -128,12 +132,10 @@ def _whole_clips(clips: ClipTable, rows: npt.NDArray[np.int64], sides: Sides) ->
     audio_bytes = np.where(passthrough, clips["bytes"][rows], _flac_bytes(members["samples"]))
     members["bytes"] = audio_bytes + SAMPLE_OVERHEAD_BYTES
     members["work"] = members["samples"] * np.where(passthrough, 1, CONVERSION_COST)
-    return members
 
 
-def _segments_of(segments: Segments, sides: Sides) -> PlannedTable:
-    rows = [(clip, number, segment) for clip, parts in segments.items() for number, segment in enumerate(parts)]
-    members = np.zeros(len(rows), PLANNED_DTYPE)
+def _fill_segments(members: PlannedTable, segments: Segments, sides: Sides) -> None:
+    rows = ((clip, number, segment) for clip, parts in segments.items() for number, segment in enumerate(parts))
     for member, (clip, number, segment) in zip(members, rows, strict=True):
         side = UNLABELLED if segment.label_status == "unlabelled" and sides[clip] == TRAIN else sides[clip]
         member["clip"], member["piece"], member["split"] = clip, number, side
@@ -141,7 +143,6 @@ def _segments_of(segments: Segments, sides: Sides) -> PlannedTable:
         member["order"] = hash_128(piece_key(escape_key(segment.utterance_id), number))
     members["bytes"] = _flac_bytes(members["samples"]) + SAMPLE_OVERHEAD_BYTES
     members["work"] = members["samples"]
-    return members
 
 
 def _flac_bytes(samples: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

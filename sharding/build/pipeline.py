@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -195,7 +194,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
                 tally = sum_tallies(ledger)
             index = _index(plan, results, tally, store)
             orphans = sorted({*old_orphans, *orphans})
-            unchanged = orphans == old_orphans and same_rows(ledger, old_rows)
+            unchanged = base is not None and orphans == old_orphans and same_rows(ledger, old_rows)
             if base and unchanged and len(index.samples) == len(base.samples):
                 report.restore_archived(store, base)  # no new sample or ledger row: runs need not see another index
                 return BuildResult(base, report.read_summary(store, base), rejected, known=int(known.sum()))
@@ -256,7 +255,7 @@ def _make_shards(
         layouts = tuple(source.layout.unpacking(unpacked) for source in task.scan.sources)
         token = lease.token if run.scheduler else ""  # local workers die with the build
         context = BuildContext(out, scratch, layouts, task.labels, run.dry_run, token)
-        plan, ledger = plan_build(task, context, pool)
+        plan, ledger = plan_build(task, context, pool, mixed=not run.dry_run)
         _delete_unfinished(store, plan, lease)
         results = write_shards(plan, plan.shards, pool)
         _delete_unfinished(store, plan, lease)  # files of a worker that died and was replaced
@@ -288,8 +287,12 @@ class ShardPlan:
         return ShardJob(self.context, name, bucket, name.split("/")[0], chosen)
 
 
-def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[ShardPlan, list[LedgerPart]]:
+def plan_build(
+    task: BuildTask, context: BuildContext, pool: Workers, mixed: bool = True
+) -> tuple[ShardPlan, list[LedgerPart]]:
     """Split long recordings and assign samples to shards. Returns the plan and the ledger rows decided so far.
+
+    Unless they are `mixed`, shards have neighbours in the sources, which are read faster.
 
     Samples added to a `base` go into new shards in its duration bins. The acoustic model is that of the `base`; if that
     has none, it is trained if there are long labelled training recordings.
@@ -303,7 +306,7 @@ def plan_build(task: BuildTask, context: BuildContext, pool: Workers) -> tuple[S
         acoustic_model = _fit_acoustic_model(task, context, pool, labelled, long)
     segments, cuts = _cut_long(task, context, pool, long, acoustic_model)
     members = list_samples(clips, usable & ~long, segments, task.sides)
-    if context.dry_run:  # shards of neighbours, which are read faster: nothing is written that should be mixed
+    if not mixed:
         members["order"][:, 0], members["order"][:, 1] = members["clip"], members["piece"]
     bins = base.duration_bins if base else fit_bins(members["samples"] / SAMPLE_RATE, settings.num_buckets)
     first_numbers = _next_numbers(base) if base else None
@@ -525,7 +528,7 @@ def _scratch(store: Store, shared: bool) -> Iterator[str]:
                 bucket.clear()
             return
     if not isinstance(store, FolderStore):
-        with tempfile.TemporaryDirectory(prefix="streamtrain-", dir=large_files_folder()) as folder:
+        with large_files_folder() as folder:
             yield folder
         return
     scratch = store.folder / PIECES

@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ from sharding.build.scan import ScanResult, hash_128, scan
 from sharding.build.splits import check_splits
 from sharding.build.write import BuildContext
 from sharding.errors import MissingError, ShardError
+from sharding.files.spool import large_files_folder
 from sharding.pool import Workers
 from sharding.segment.evidence import NO_ALIGNMENTS, Alignments
 from sharding.shardset.build_config import BuildConfig
@@ -59,8 +59,8 @@ def repair(
                 manifest_options, profile=settings.profile, group_by=settings.group_by, splits=settings.splits
             )
             sources = [read_source(location, manifest_options) for location in locations]
-            with Workers(workers) as pool, tempfile.TemporaryDirectory(prefix="streamtrain-") as scratch:
-                layouts = tuple(source.layout for source in sources)
+            with Workers(workers) as pool, large_files_folder() as scratch:
+                layouts = tuple(source.layout.unpacking(f"{scratch}/unpacked") for source in sources)
                 context = BuildContext(url, scratch, layouts, header.labels, dry_run=True)
                 scanned = scan(sources, header.labels, pool)
                 if settings.splits == "official":

@@ -23,10 +23,11 @@ MORE_ROOM = "TMPDIR=FOLDER in the environment names a folder with more room for 
 Mapped = bytes | mmap.mmap  # both are read by slices
 
 
-def large_files_folder() -> str:
-    """Return the folder for temporary files that may be large: that of TMPDIR, if it is set."""
-    usable = os.path.isdir(LARGE_FILES) and os.access(LARGE_FILES, os.W_OK | os.X_OK)
-    return LARGE_FILES if usable and not os.environ.get("TMPDIR") else tempfile.gettempdir()
+@contextmanager
+def large_files_folder() -> Iterator[str]:
+    """Yield a new folder for temporary files that may be large, which is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="streamtrain-", dir=_place()) as folder:
+        yield folder
 
 
 class Spool:
@@ -34,7 +35,7 @@ class Spool:
 
     def __init__(self) -> None:
         with _no_room_explained():
-            self._file = tempfile.TemporaryFile(dir=large_files_folder(), buffering=BUFFER_BYTES)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(dir=_place(), buffering=BUFFER_BYTES)  # noqa: SIM115
         self.size = 0
 
     def write(self, data: bytes) -> None:
@@ -54,7 +55,7 @@ def map_table(rows: int, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
     size = rows * dtype.itemsize
     if not size:
         return np.zeros(0, dtype)
-    with _no_room_explained(size), tempfile.TemporaryFile(dir=large_files_folder()) as file:
+    with _no_room_explained(size), tempfile.TemporaryFile(dir=_place()) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # else a full disk ends the process when a page is written
         except OSError as error:
@@ -71,9 +72,14 @@ def copy_table(chosen: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
     return table
 
 
+def _place() -> str:
+    usable = os.path.isdir(LARGE_FILES) and os.access(LARGE_FILES, os.W_OK | os.X_OK)
+    return LARGE_FILES if usable and not os.environ.get("TMPDIR") else tempfile.gettempdir()
+
+
 @contextmanager
 def _no_room_explained(needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise write_error(Path(large_files_folder()), error, needed, MORE_ROOM) from error
+        raise write_error(Path(_place()), error, needed, MORE_ROOM) from error

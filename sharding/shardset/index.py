@@ -19,6 +19,7 @@ import zstandard
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import MissingError, ShardError, StoreError, UnreachableError
 from sharding.files.document import LARGE_BYTES, DocumentError, parse, parse_json, unpack, validate
+from sharding.files.spool import map_table
 from sharding.labels.policy import LabelPolicy, policy_from
 from sharding.shardset.sample import BLOCK, Sample, sample_from_bytes, sample_to_bytes
 from sharding.shardset.schema import CHILDREN, EXTERNAL, HEADER, INDEX, SHARD, IndexDocument, ShardEntry, check_document
@@ -260,8 +261,11 @@ def read_sample(store: Reader, index: ShardIndex, row: int) -> Sample:
 
 def join_samples(tables: Sequence[SampleTable]) -> SampleTable:
     """Concatenate the sample columns of all shards, and set each row's shard number."""
-    table = np.concatenate(tables) if tables else np.zeros(0, SAMPLE_DTYPE)
-    table["shard"] = np.repeat(np.arange(len(tables), dtype=np.uint32), [len(rows) for rows in tables])
+    table, first = map_table(sum(map(len, tables)), SAMPLE_DTYPE), 0
+    for number, rows in enumerate(tables):
+        part = table[first : first + len(rows)]
+        part[:], part["shard"] = rows, number
+        first += len(rows)
     return table
 
 
