@@ -4,11 +4,14 @@ The file has no name, so that nothing remains of it, however its process ends.
 """
 
 import errno
+import fcntl
 import mmap
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,8 @@ import numpy.typing as npt
 from sharding.files.writing import write_error
 
 LARGE_FILES = "/var/tmp"  # /tmp is often kept in memory
+PREFIX = "streamtrain-"
+NEW_SEC = 60.0  # a folder may be younger than its lock
 BUFFER_BYTES = 2**20
 MORE_ROOM = "TMPDIR=FOLDER in the environment names a folder with more room for temporary files"
 
@@ -25,9 +30,29 @@ Mapped = bytes | mmap.mmap  # both are read by slices
 
 @contextmanager
 def large_files_folder() -> Iterator[str]:
-    """Yield a new folder for temporary files that may be large, which is deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix="streamtrain-", dir=_place()) as folder:
+    """Yield a new folder for temporary files that may be large, deleted afterwards, with those of killed processes."""
+    _delete_abandoned()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=_place()) as folder, _locked(folder):
         yield folder
+
+
+def _delete_abandoned() -> None:
+    for folder in Path(_place()).glob(f"{PREFIX}*"):
+        with suppress(OSError):  # of another user, or in use
+            if time.time() - folder.stat().st_mtime > NEW_SEC:
+                with _locked(str(folder)):
+                    shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with this process. Raises OSError if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Spool:

@@ -17,7 +17,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.errors import AudioError, ManifestError
+from sharding.errors import AudioError, ManifestError, StoreError
 from sharding.sources.archive import AudioRoot, open_audio
 from sharding.sources.manifest import Source, Utterance, read_source
 from sharding.sources.options import ManifestOptions
@@ -79,8 +79,8 @@ def audio_of(folder: Path, row: Utterance) -> bytes:
     return data
 
 
-def read_row(folder: Path, row: int) -> bytes:
-    with open_audio(AudioRoot(str(folder)), f"a.parquet:audio:{row}") as (file, _):
+def read_row(folder: Path, row: int, unpacked: str = "") -> bytes:
+    with open_audio(AudioRoot(str(folder), unpacked=unpacked), f"a.parquet:audio:{row}") as (file, _):
         return file.read()
 
 
@@ -175,11 +175,12 @@ def test_each_row_of_any_file_gives_its_own_bytes_or_a_reason(
              for number, value in zip(numbers, values, strict=True)]  # fmt: skip
     write_parquet(folder / "a.parquet", cells, row_group_size=group, compression=compression, use_dictionary=dictionary)
     for row, value in enumerate(values, 1):
-        if numbers[row - 1] in (None, 2):
-            with pytest.raises(AudioError, match="row has no audio"):
-                read_row(folder, row)
-        else:
-            assert read_row(folder, row) == value
+        for unpacked in ("", str(folder / "unpacked")):
+            if numbers[row - 1] in (None, 2):
+                with pytest.raises(AudioError, match="row has no audio"):
+                    read_row(folder, row, unpacked)
+            else:
+                assert read_row(folder, row, unpacked) == value
 
 
 # --- builds -----------------------------------------------------------------------------------------------------
@@ -300,8 +301,17 @@ def test_audio_that_repeats_in_a_row_group_takes_its_memory_once(tmp_path: Path)
     audio = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array([b"x" * 1_000_000]))
     table = pa.table({"audio": pa.StructArray.from_arrays([audio], names=["bytes"])})
     pq.write_table(table, tmp_path / "a.parquet")
-    with open_audio(AudioRoot(str(tmp_path)), "a.parquet:audio:77777") as (_, size):
-        assert size == 1_000_000
+    for unpacked in ("", str(tmp_path / "unpacked")):
+        assert read_row(tmp_path, 77_777, unpacked) == b"x" * 1_000_000
+    (file,) = (tmp_path / "unpacked").iterdir()
+    assert file.stat().st_size == 1_000_000 + 16 * 100_000
+
+
+def test_no_room_to_unpack_is_told_and_no_fault_of_the_clip(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", embedded([0]))
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/unpacked/.*: Not a directory"):
+        read_row(tmp_path, 1, str(tmp_path / "file/unpacked"))
 
 
 @pytest.mark.parametrize(
