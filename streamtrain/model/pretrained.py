@@ -33,6 +33,7 @@ MASKED_ATTENTION = "sdpa_always_masked"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_LAYERS = 1_000
 LACKING = ", but not"
+NOT_FETCHED = "its vocabulary could not be fetched"
 EXTRACTOR = ("processor_config.json", "preprocessor_config.json")  # Transformers 5 may write the first instead
 DOCUMENTS = ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", *EXTRACTOR)
 ENCODER = ("feature_extractor.", "feature_projection.", "encoder.")
@@ -178,6 +179,12 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
     torch.set_rng_state(random_state)  # the values of a new head do not depend on what was tried
     wanted = vocab_of(policy)
     network, random = _from_pretrained(name, settings | _ctc_settings(wanted))
+    if reason == NOT_FETCHED and not _is_headless(random):
+        raise ModelError(
+            f"model {name!r}: it has a head, whose vocabulary cannot be fetched: vocab.json is not in the cache, and "
+            "the hub was not asked or does not answer",
+            "download all of the model where there is a network; model.vocab=new trains its encoder with a new head",
+        )
     level = logging.INFO if _is_headless(random) or choice == "new" else logging.WARNING  # its own head is lost
     log.log(level, "model %s gets a new head for the %d symbols of the labels: %s", name, len(policy.symbols), reason)
     if not _is_headless(random):
@@ -194,6 +201,8 @@ def _own_vocab(name: str, policy: LabelPolicy) -> tuple[Vocab | None, str]:
     """Return the vocabulary of a model in a folder or on the hub if it serves the labels, and how well or why not."""
     from transformers import AutoConfig
 
+    if _find(name, "vocab.json") is None and _may_have(name, "vocab.json"):
+        return None, NOT_FETCHED
     try:
         published = read_vocab(partial(_find, name), "vocab.json")
         _check_documents(Path(name))
@@ -230,6 +239,13 @@ def _find(name: str, file: str) -> Path | None:
         name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
     return Path(found) if found else None
+
+
+def _may_have(name: str, file: str) -> bool:
+    """Return whether a model on the hub may have a file that is not in the cache: nobody has heard that it lacks it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return not Path(name).is_dir() and try_to_load_from_cache(name, file) is None
 
 
 def _shorten(tokens: Sequence[str]) -> str:

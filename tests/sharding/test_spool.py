@@ -47,7 +47,7 @@ def test_no_room_is_told_with_the_variable_that_names_another_folder(temporary: 
     try:
         spool = Spool()
         with pytest.raises(StoreError, match=f"{temporary}: File too large") as written:
-            spool.write(bytes(2**21))
+            spool.write(bytes(2**22))  # more than its buffer
         with pytest.raises(StoreError, match=f"{temporary}: File too large"):
             map_table(2**20, TABLE)
     finally:

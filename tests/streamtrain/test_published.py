@@ -281,22 +281,35 @@ def test_a_published_model_takes_on_the_labels_that_it_is_scored_on_if_it_covers
         take_labels(model, LabelPolicy("english", "segments", WORDS.symbols))
 
 
-def test_a_name_of_the_hub_keeps_its_vocabulary_offline(tmp_path: Path) -> None:
-    """From the cache, in the layout of huggingface_hub, with the files that were published and no others."""
-    snapshot = tmp_path / "hub" / "models--facebook--tiny-960h" / "snapshots" / ("0" * 40)
-    publish(snapshot, "wav2vec2", True, "safetensors", large=False)
-    refs = tmp_path / "hub" / "models--facebook--tiny-960h" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40)
+def load_by_name(cache: Path) -> subprocess.CompletedProcess[str]:
+    """Load a model by its name from a cache of huggingface_hub, without a network."""
     program = (
         "from sharding.labels.policy import policy_of\nfrom streamtrain.config import ModelConfig\n"
         "from streamtrain.model.pretrained import load_model\n"
         "model = load_model(ModelConfig(pretrained='facebook/tiny-960h'), policy_of('english'))\n"
         "print(model.vocab.encode('et'), model.normalize)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_name_of_the_hub_keeps_its_vocabulary_offline(tmp_path: Path) -> None:
+    """From the cache, in the layout of huggingface_hub, with the files that were published and no others."""
+    model = tmp_path / "hub" / "models--facebook--tiny-960h"
+    snapshot = model / "snapshots" / ("0" * 40)
+    publish(snapshot, "wav2vec2", True, "safetensors", large=False)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("0" * 40)
+    done = load_by_name(tmp_path)
     assert done.stdout == "[5, 6] True\n", done.stderr
+    (snapshot / "vocab.json").unlink()  # its head is good, but nobody knows what its outputs mean
+    done = load_by_name(tmp_path)
+    assert "it has a head, whose vocabulary cannot be fetched" in done.stderr
+    no_exist = model / ".no_exist" / ("0" * 40)  # as huggingface_hub notes that a model has no such file
+    no_exist.mkdir(parents=True)
+    (no_exist / "vocab.json").touch()
+    done = load_by_name(tmp_path)
+    assert done.stdout == "[7, 22] True\n", done.stderr
 
 
 def test_letters_are_trained_scored_and_transcribed_with_a_published_vocabulary(work: Path, tmp_path: Path) -> None:
