@@ -280,8 +280,10 @@ def index(
     /,
     *,
     valid: Annotated[list[str], several("PATTERN")] = [],  # noqa: B006
+    test: Annotated[list[str], several("PATTERN")] = [],  # noqa: B006
     profile: Annotated[str, Parameter(metavar="NAME")] = "text",
     units: Units | None = None,
+    alphabet: Annotated[str, Parameter(metavar="profile|data|FILE")] = "",
     min_symbol_count: Annotated[int, Field(ge=1), WHOLE] = DEFAULTS.min_symbol_count,
     max_duration: MaxDuration = DEFAULTS.max_duration,
     workers: Workers = CORES,
@@ -294,21 +296,26 @@ def index(
             as text, or in the profile's field: phonetic_text, orthographic_text.
         valid: Tars to validate on, by their names below that folder; each pattern must fit one (default: `*val*` and
             `*dev*`, if there are such).
+        test: Likewise tars that are neither trained nor validated on (default: `test*` and `*-test*`, if there are
+            such).
         profile: Normal form of the labels, as in `build`.
         units: Symbols of a label, as in `build`.
-        min_symbol_count: As in `build`, for a profile that has no alphabet.
+        alphabet: Symbols that may be trained on, as in `build`.
+        min_symbol_count: As in `build`, for the alphabet of the data.
         max_duration: Longer samples are rejected, s.
         workers: Processes (default: the cores).
         max_reject_rate: Share of rejected samples above which the finished command fails.
     """
     announce(f"indexing the tars of {shards}")
+    from sharding.build.alphabet import WantedSymbols, choose_alphabet
     from sharding.build.external import index_tars
     from sharding.labels.policy import policy_of
     from sharding.report.summary import render
 
     allow_profile(profile)
-    labels = policy_of(profile, units)
-    made, summary, rejected = index_tars(shards, labels, valid, max_duration, workers, min_symbol_count)
+    labels, _ = choose_alphabet(policy_of(profile, units), alphabet)
+    held_out, wanted = {"valid": valid, "test": test}, WantedSymbols(min_symbol_count, alphabet)
+    made, summary, rejected = index_tars(shards, labels, held_out, max_duration, workers, wanted)
     print(render(summary, shards))
     print(f"{shards}: indexed, {counted(len(made.samples), 'sample')} in {counted(len(made.shards), 'tar')}")
     _check_rejected(shards, rejected, max_reject_rate, REJECTED_HINT)

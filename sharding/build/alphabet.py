@@ -1,7 +1,7 @@
 """Settle what labels are made of: the profile of the sources, and the alphabet, named or found in training labels."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,11 +23,18 @@ MAX_RARE = 0.5  # share of the training clips that may be left out for rare symb
 Mask = npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class WantedSymbols:
+    """Hold which symbols of the training labels the user wants in their alphabet."""
+
+    min_count: int  # times that a symbol must occur
+    alphabet: str = ""  # --alphabet, as it was given
+
+
 def settle_policy(config: BuildConfig, sources: Sequence[Source]) -> tuple[BuildConfig, LabelPolicy]:
     """Return the settings with all of profile, units and alphabet, and the policy, open if its alphabet is to be found.
 
-    Raises ManifestError if the sources have different profiles, and StreamtrainError for an unknown profile or a file
-    that is no alphabet.
+    Raises ManifestError if the sources have different profiles, and StreamtrainError as `choose_alphabet` does.
     """
     usual = {source.layout.profile: source.layout.transcripts for source in sources}
     if not config.profile and len(usual) > 1:
@@ -35,17 +42,25 @@ def settle_policy(config: BuildConfig, sources: Sequence[Source]) -> tuple[Build
         raise ManifestError(f"the sources have labels of different profiles: {found}",
                             "name one that suits them all with --profile, or build a shard set of each")  # fmt: skip
     profile = config.profile or next(iter(usual))
-    policy = policy_of(profile, config.units)
-    alphabet = config.alphabet or ("profile" if policy.symbols else "data")
+    policy, alphabet = choose_alphabet(policy_of(profile, config.units), config.alphabet)
+    return replace(config, profile=profile, units=policy.units, alphabet=alphabet), policy
+
+
+def choose_alphabet(policy: LabelPolicy, asked: str) -> tuple[LabelPolicy, str]:
+    """Return a policy with its alphabet, open if it is to be found in the data, and a name of the alphabet.
+
+    Raises StreamtrainError for a profile without an alphabet and for a file that is none.
+    """
+    alphabet = asked or ("profile" if policy.symbols else "data")
     if alphabet == "profile" and not policy.symbols:
-        raise StreamtrainError(f"--alphabet profile: profile {profile!r} has no alphabet of {policy.units}",
+        raise StreamtrainError(f"--alphabet profile: profile {policy.profile!r} has no alphabet of {policy.units}",
                                "--alphabet data takes the symbols of the training labels")  # fmt: skip
     if alphabet == "data":
         policy = replace(policy, symbols=())
     elif alphabet != "profile":
         policy = replace(policy, symbols=_read_alphabet(Path(alphabet), policy))
         alphabet = f"file of {len(policy.symbols)} symbols, {_digest(policy.symbols)}"  # settings name no path
-    return replace(config, profile=profile, units=policy.units, alphabet=alphabet), policy
+    return policy, alphabet
 
 
 def _digest(symbols: Sequence[str]) -> str:
@@ -55,14 +70,15 @@ def _digest(symbols: Sequence[str]) -> str:
 def _read_alphabet(path: Path, policy: LabelPolicy) -> tuple[str, ...]:
     """Return the symbols that a file lists, one a line. Raises StreamtrainError."""
     try:
-        lines = read_document(path, LARGE_BYTES).decode("utf-8-sig").splitlines()
+        text = read_document(path, LARGE_BYTES).decode("utf-8-sig")
     except (OSError, DocumentError, UnicodeDecodeError) as error:
         message = f"--alphabet {path}: cannot be read ({getattr(error, 'strerror', None) or error})"
         raise StreamtrainError(message, "profile, data, or a file with one symbol a line is expected") from error
-    symbols = [line.strip() for line in lines if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and list(policy.symbols_of(line.strip())) != [line.strip()]:
-            raise StreamtrainError(f"{path}:{number}: {line.strip()!r} is not one symbol of {policy.units}",
+    lines = {number: symbol for number, line in enumerate(text.splitlines(), 1) if (symbol := line.strip())}
+    symbols = [*lines.values()]
+    for number, symbol in lines.items():
+        if list(policy.symbols_of(symbol)) != [symbol]:
+            raise StreamtrainError(f"{path}:{number}: {symbol!r} is not one symbol of {policy.units}",
                                    "one symbol a line is expected; --units says what a symbol is")  # fmt: skip
     if repeated := [symbol for symbol, count in Counter(symbols).items() if count > 1]:
         raise StreamtrainError(f"{path}: {repeated[0]!r} is listed twice")
@@ -72,14 +88,14 @@ def _read_alphabet(path: Path, policy: LabelPolicy) -> tuple[str, ...]:
 
 
 def settle_alphabet(
-    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, min_count: int, pool: Workers
+    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, wanted: WantedSymbols, pool: Workers
 ) -> tuple[ScanResult, LabelPolicy]:
     """Return the policy with its alphabet, and the clips with those refused whose symbols are too rare to be in it.
 
     Raises ManifestError if the training or the validation labels are of another alphabet.
     """
     if not policy.symbols:
-        scanned, policy = _find_alphabet(scanned, training, held_out, policy, min_count, pool)
+        scanned, policy = _find_alphabet(scanned, training, held_out, policy, wanted, pool)
     clips = scanned.clips
     for side, members in (("training", training), ("validation and test", held_out)):
         symbols, foreign = (int(clips[name][members].sum()) for name in ("symbols", "foreign"))
@@ -144,24 +160,26 @@ def _count_chunk(job: CountJob) -> dict[bool, SymbolTable]:
 
 
 def _find_alphabet(
-    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, min_count: int, pool: Workers
+    scanned: ScanResult, training: Mask, held_out: Mask, policy: LabelPolicy, wanted: WantedSymbols, pool: Workers
 ) -> tuple[ScanResult, LabelPolicy]:
     """Return the policy with the symbols of the training labels but the rare ones, whose clips are refused.
 
     What is left is counted again: without these clips, other symbols may be rare.
     """
-    left, clips = training & ~scanned.clips["refused"], int((training & ~scanned.clips["refused"]).sum())
+    left, min_count = training & ~scanned.clips["refused"], wanted.min_count
+    clips = int(left.sum())
     while True:
         tables = _count_symbols(scanned, left, held_out, policy, min_count, pool)
         counts = {symbol: count for symbol, count in sorted(tables[False].counts.items()) if symbol != " "}
-        check_size([symbol for symbol, count in counts.items() if count >= min_count], policy)
+        check_size([symbol for symbol, count in counts.items() if count >= min_count], policy, wanted.alphabet)
         rare = {symbol: count for symbol, count in counts.items() if count < min_count}
         if not rare:
             break
         rows = sorted({row for symbol in rare for row in tables[False].clips[symbol]})
         left[rows] = False
         if clips - left.sum() > MAX_RARE * clips:
-            raise _too_many_rare(scanned, rows[0], f"{clips - left.sum():,} of {clips:,}", rare, policy, min_count)
+            place, utterance = scanned.find(rows[0])
+            raise too_many_rare(place, utterance.text, f"{clips - left.sum():,} of {clips:,}", rare, policy, min_count)
         scanned = replace(scanned, refusals=_refuse(scanned, rows, rare, policy, min_count) | scanned.refusals)
     policy = replace(policy, symbols=tuple(counts), counts=tuple(counts.values()))
     for symbol in tables[True].counts.keys() - policy.alphabet:  # of the clips held out, for their share
@@ -183,12 +201,12 @@ def _refuse(
     return refusals
 
 
-def _too_many_rare(
-    scanned: ScanResult, row: int, share: str, rare: Mapping[str, int], policy: LabelPolicy, min_count: int
+def too_many_rare(
+    place: str, text: str, share: str, rare: Collection[str], policy: LabelPolicy, min_count: int
 ) -> ManifestError:
-    place, utterance = scanned.find(row)
+    """Return the error for labels of which so large a `share` would be left out; `text` is one of them."""
     return ManifestError(
-        f"{place}: {utterance.text[:80]!r}: {share} training labels have symbols of {policy.units} that occur fewer "
+        f"{place}: {text[:80]!r}: {share} training labels have symbols of {policy.units} that occur fewer "
         f"than {min_count} times: {', '.join(map(repr, sorted(rare)[:5]))}, …",
         "is it the right column (--columns text=COLUMN), and are these the right --units? If the corpus is small, "
         "--min-symbol-count 1",

@@ -2,16 +2,20 @@
 
 import io
 import tarfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from sharding.audio.codec import SAMPLE_RATE, Decoded, decode_native, frame_count, is_constant
+from sharding.build.alphabet import MAX_RARE, WantedSymbols, too_many_rare
 from sharding.build.place import has_index
 from sharding.errors import AudioError, ShardError
 from sharding.files.names import canonical_name, nfc
@@ -39,7 +43,8 @@ from sharding.shardset.store import Store, open_store
 from sharding.sources.manifest import Utterance, printable
 
 MAX_TAR_BYTES = 2**34  # a tar is held in memory
-VALID_TARS = ("*val*", "*dev*")  # default patterns of validation tars
+COUNT_DTYPE = np.dtype([("sample", "<u4"), ("symbol", "<u4"), ("count", "<u4")])
+USUAL_NAMES = {"valid": ["*val*", "*dev*"], "test": ["test*", "*[-_./]test*"]}  # of tars, by their split
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,37 +67,37 @@ class TarResult:
 def index_tars(
     url: str,
     labels: LabelPolicy,
-    valid: Sequence[str] | None,
+    held_out: Mapping[str, Sequence[str]],
     max_duration: float,
     workers: int,
-    min_symbol_count: int = 1,
+    wanted: WantedSymbols,
 ) -> tuple[ShardIndex, Summary, float]:
     """Write the index of all tars below a folder or URL. Returns it, its summary, and the share of rejected samples.
 
-    Tars that match a pattern of `valid` form the validation split. If the policy has no alphabet, it is that of the
-    training labels, of symbols that occur at least `min_symbol_count` times. Raises ShardError if there is no tar, an
-    index exists, a pattern matches no tar, or a key is duplicated; ManifestError if the labels use another alphabet.
+    Tars that match a pattern of `held_out` form its split, "valid" or "test"; of a split without patterns, those of
+    usual names. If the policy has no alphabet, it is that of the training labels. Raises ShardError if there is no
+    tar, an index exists, a pattern matches no tar, or a key is duplicated; ManifestError if the labels use another
+    alphabet.
     """
     store = open_store(url)
     names = _list_tars(store, url)
-    chosen = _choose_valid(url, names, valid)
-    splits = ["valid" if name in chosen else "train" for name in names]
+    patterns = {split: list(held_out.get(split, ())) or usual for split, usual in USUAL_NAMES.items()}
+    splits = _choose_splits(url, names, held_out)
     with Workers(workers) as pool:
         if not labels.symbols:
             trained = [name for name, split in zip(names, splits, strict=True) if split == "train"]
-            labels = _find_alphabet(url, trained, labels, min_symbol_count, pool)
+            labels = _find_alphabet(url, trained, labels, wanted, pool)
         jobs = [TarJob(url, name, split, labels, max_duration) for name, split in zip(names, splits, strict=True)]
         results = pool.map(index_tar, jobs, [1] * len(jobs), "indexing", unit="tar")
     shards = [result.shard for result in results if result.shard]
     ledger = [result.ledger for result in results]
     _check_names(url, "key", [(shard.entry.name, shard.keys) for shard in shards])
     _check_names(url, "utterance_id", [(name, result.ids) for name, result in zip(names, results, strict=True)])
-    for split, side in (("train", "training"), ("valid", "validation")):
+    for split, side in (("train", "training"), ("valid", "validation"), ("test", "test")):
         counts = (result.symbols for result, job in zip(results, jobs, strict=True) if job.split == split)
         check_alphabet(sum(counts, SymbolCounts()), side, labels)
     tally = sum_tallies(ledger)
-    named = list(valid or VALID_TARS)
-    settings = {"profile": labels.profile, "max_duration": max_duration, "valid": named, EXTERNAL: True}
+    settings = {"profile": labels.profile, "max_duration": max_duration, **patterns, EXTERNAL: True}
     samples = join_samples([shard.samples for shard in shards])
     index = ShardIndex(
         duration_bins=(float(samples["samples"].max(initial=0)) / SAMPLE_RATE,),
@@ -135,36 +140,90 @@ def _name_in_set(store: Store, name: str) -> str:
         return name
 
 
-def _choose_valid(url: str, names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
+def _choose_splits(url: str, names: Sequence[str], held_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the split of each tar. A pattern that the user gave goes before a usual name."""
+    splits = dict.fromkeys(names, "train")
+    for split, usual in USUAL_NAMES.items():
+        splits |= dict.fromkeys(_match(names, usual), split) if not held_out.get(split) else {}
+    given: dict[str, str] = {}
+    for split, patterns in held_out.items():
+        for pattern in patterns:
+            matches = _match(names, [pattern])
+            if not matches:
+                raise ShardError(f"{url}: no tar matches --{split} {pattern!r}", f"there are {', '.join(names[:5])}")
+            if twice := [name for name in matches if given.get(name, split) != split]:
+                raise ShardError(f"{url}/{min(twice)}: matches --valid and --test", "a tar is in one split")
+            given |= dict.fromkeys(matches, split)
+    return [given.get(name, splits[name]) for name in names]
+
+
+def _match(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
     """Return the tars that match a pattern; a pattern equal to a tar's name matches that tar alone."""
     chosen: set[str] = set()
-    for pattern in map(nfc, patterns or VALID_TARS):
+    for pattern in map(nfc, patterns):
         exact = {name for name in names if nfc(name) == pattern}
-        matches = exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
-        if patterns and not matches:
-            raise ShardError(f"{url}: no tar matches --valid {pattern!r}", f"there are {', '.join(names[:5])}")
-        chosen |= matches
+        chosen |= exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
     return chosen
 
 
 def _find_alphabet(
-    url: str, names: Sequence[str], labels: LabelPolicy, min_symbol_count: int, pool: Workers
+    url: str, names: Sequence[str], labels: LabelPolicy, wanted: WantedSymbols, pool: Workers
 ) -> LabelPolicy:
-    """Return the policy with the symbols of the labels of these tars that are not rare."""
+    """Return the policy with the symbols of the labels of these tars but the rare ones, whose samples are rejected.
+
+    What is left is counted again: without these samples, other symbols may be rare. Raises ManifestError if more than
+    half would be rejected.
+    """
+    numbers, parts, ends = dict[str, int](), [np.zeros(0, COUNT_DTYPE)], [0]
     jobs = ((url, name, labels) for name in names)
-    counts = sum(pool.map(_count_symbols, jobs, [1] * len(names), "counting", unit="tar"), Counter[str]())
-    kept = {symbol: count for symbol, count in sorted(counts.items()) if symbol != " " and count >= min_symbol_count}
-    check_size(kept, labels)
-    return replace(labels, symbols=tuple(kept), counts=tuple(kept.values()))
+    for symbols, part, count in pool.stream(_count_symbols, jobs, [1] * len(names), "counting", unit="tar"):
+        part["symbol"] = np.array([numbers.setdefault(symbol, len(numbers)) for symbol in symbols], int)[part["symbol"]]
+        part["sample"] += ends[-1]
+        parts.append(part)
+        ends.append(ends[-1] + count)
+    table, kept, known = np.concatenate(parts), np.ones(ends[-1], bool), [*numbers]
+    while True:
+        left = table[kept[table["sample"]]]
+        counts = np.bincount(left["symbol"], left["count"], len(known)).astype(int)
+        check_size([known[number] for number in np.flatnonzero(counts >= wanted.min_count)], labels, wanted.alphabet)
+        rare = (counts > 0) & (counts < wanted.min_count)
+        if not rare.any():
+            break
+        dropped = left["sample"][rare[left["symbol"]]]
+        kept[dropped] = False
+        if (refused := int((~kept).sum())) > MAX_RARE * len(kept):
+            tar = bisect_right(ends, dropped[0]) - 1
+            key, text = _read_label(url, names[tar], int(dropped[0]) - ends[tar], labels)
+            few = [known[number] for number in np.flatnonzero(rare)]
+            share = f"{refused:,} of {len(kept):,}"
+            raise too_many_rare(f"{url}/{names[tar]}: {key}", text, share, few, labels, wanted.min_count)
+    found = dict(sorted((known[number], int(counts[number])) for number in np.flatnonzero(counts)))
+    return replace(labels, symbols=tuple(found), counts=tuple(found.values()))
 
 
-def _count_symbols(job: tuple[str, str, LabelPolicy]) -> Counter[str]:
+def _count_symbols(job: tuple[str, str, LabelPolicy]) -> tuple[list[str], npt.NDArray[np.void], int]:
+    """Return the symbols of a tar's labels but the blank, how often each sample has each, and the number of samples."""
     url, name, labels = job
-    data, counts = open_store(url).read(name, MAX_TAR_BYTES), Counter[str]()
-    for _, start, end in _find_samples(data, f"{url}/{name}"):
+    numbers, rows, sample = dict[str, int](), list[tuple[int, int, int]](), -1
+    for sample, (_, text) in enumerate(_read_labels(url, name, labels)):
+        counts = Counter(labels.symbols_of(text))
+        rows += [(sample, numbers.setdefault(symbol, len(numbers)), count)
+                 for symbol, count in counts.items() if symbol != " "]  # fmt: skip
+    return [*numbers], np.array(rows, COUNT_DTYPE), sample + 1
+
+
+def _read_labels(url: str, name: str, labels: LabelPolicy) -> Iterator[tuple[str, str]]:
+    """Yield the key and the normalised label of each sample of a tar; no text if it cannot be read."""
+    data = open_store(url).read(name, MAX_TAR_BYTES)
+    for key, start, end in _find_samples(data, f"{url}/{name}"):
+        text = ""
         with suppress(ShardError):  # reported when the tar is indexed
-            counts.update(labels.symbols_of(sample_from_bytes(data[start:end], labels).text))
-    return counts
+            text = sample_from_bytes(data[start:end], labels).text
+        yield key, text
+
+
+def _read_label(url: str, name: str, number: int, labels: LabelPolicy) -> tuple[str, str]:
+    return next(islice(_read_labels(url, name, labels), number, None))
 
 
 def index_tar(job: TarJob) -> TarResult:
@@ -266,7 +325,7 @@ def _check_names(url: str, kind: str, names: Iterable[tuple[str, Sequence[str]]]
 
 
 def _is_disjoint(shards: Sequence[ShardRecord]) -> bool:
-    """Return whether every sample has a child id, and no child is in both training and validation."""
-    children = {split: {info.child_id for shard in shards if shard.entry.split == split for info in shard.speakers}
-                for split in ("train", "valid")}  # fmt: skip
-    return not children["train"] & children["valid"] and "" not in children["train"] | children["valid"]
+    """Return whether every sample has a child id, and no child is in several splits."""
+    pairs = {(info.child_id, shard.entry.split) for shard in shards for info in shard.speakers}
+    children = [child for child, _ in pairs]
+    return "" not in children and len(set(children)) == len(children)

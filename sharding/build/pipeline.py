@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.build.alphabet import settle_alphabet, settle_policy
+from sharding.build.alphabet import WantedSymbols, settle_alphabet, settle_policy
 from sharding.build.assign import (
     TRAIN,
     VALID,
@@ -158,7 +158,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
     """Build the shard set OUT from the sources. Raises StreamtrainError for errors that the user can fix."""
     sources = _read_sources(locations, settings, run)
     check_output(open_store(out), locations)
-    asked, settings = settings.splits, keep_splits(open_store(out), settings)
+    asked, settings = settings, keep_splits(open_store(out), settings)
     settings, labels = settle_policy(settings, sources)
     store = open_store(out, dry_run=run.dry_run)
     first = _read_base(store, settings, labels)
@@ -167,7 +167,7 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
         scanned = scan(sources, labels, pool)
         _warn_of_labels(scanned, labels)
         orphans = find_orphans(scanned, pool)
-        settings = settle_splits(settings, scanned, asked)
+        settings = settle_splits(settings, scanned, asked.splits)
         base = _read_base(store, settings, labels)
         if base:
             check_presence(store, base)
@@ -184,7 +184,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
             if base and not len(scanned.clips):
                 report.restore_archived(store, base)
                 return BuildResult(base, report.read_summary(store, base), 0.0, built=False, known=len(known))
-            task = _settle_task(BuildTask(scanned, settings, labels, base, run.alignments), pool)
+            wanted = WantedSymbols(settings.min_symbol_count, asked.alphabet)
+            task = _settle_task(BuildTask(scanned, settings, labels, base, run.alignments), wanted, pool)
             old_rows, old_orphans = report.archive_report(store, base) if base else ([], [])
             plan, results, ledger = _make_shards(store, lease, pool, task, run)
             tally = sum_tallies(ledger)
@@ -222,11 +223,10 @@ def _read_sources(locations: Sequence[Path], settings: BuildConfig, run: RunOpti
     return [_with_absolute_path(read_source(location, options)) for location in locations]
 
 
-def _settle_task(task: BuildTask, pool: Workers) -> BuildTask:
+def _settle_task(task: BuildTask, wanted: WantedSymbols, pool: Workers) -> BuildTask:
     """Return the task with its alphabet, and without the clips whose symbols are too rare for it."""
     training, held_out = task.sides == TRAIN, is_held_out(task.sides)
-    few = task.settings.min_symbol_count
-    scanned, labels = settle_alphabet(task.scan, training, held_out, task.labels, few, pool)
+    scanned, labels = settle_alphabet(task.scan, training, held_out, task.labels, wanted, pool)
     return replace(task, scan=scanned, labels=labels)
 
 
@@ -241,8 +241,8 @@ def _warn_of_labels(scanned: ScanResult, policy: LabelPolicy) -> None:
               file=sys.stderr)  # fmt: skip
     symbols = "".join(labels)
     if policy.profile == "text" and len(IPA_LETTER.findall(symbols)) > MIN_IPA_SHARE * len(symbols):
-        print("the labels look like IPA, and are read as text: --profile ipa keeps all of it but twins of letters, "
-              "pasketti is the challenge's", file=sys.stderr)  # fmt: skip
+        print("the labels look like IPA, and are read as text: --profile ipa keeps all of it but look-alikes of IPA "
+              "letters, pasketti is the challenge's", file=sys.stderr)  # fmt: skip
 
 
 def _make_shards(

@@ -157,13 +157,16 @@ class SymbolCounts:
         return SymbolCounts(self.symbols + other.symbols, self.foreign + other.foreign, worst)
 
 
-def check_size(symbols: Collection[str], policy: LabelPolicy) -> None:
-    """Raise ManifestError if an alphabet that was found is larger than those of speech: the column is another one."""
-    if len(symbols) > MAX_SYMBOLS:
+def check_size(symbols: Collection[str], policy: LabelPolicy, asked: str) -> None:
+    """Raise ManifestError if an alphabet that was found is larger than those of sounds: the column may be another one.
+
+    An alphabet that the user has `asked` for, as "data", may have any size.
+    """
+    if asked != "data" and len(symbols) > MAX_SYMBOLS:
         raise ManifestError(
             f"the training labels have {len(symbols):,} symbols of {policy.units}, such as "
             f"{', '.join(map(repr, list(symbols)[-3:]))}; at most {MAX_SYMBOLS:,} are expected",
-            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet FILE names them all",
+            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet data takes them all",
         )
 
 

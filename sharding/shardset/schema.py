@@ -44,7 +44,13 @@ _SpeakerHash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 _ExternalDuration = Annotated[Number, Field(ge=0.01, le=86_400)]
 _ExternalSettings = TypedDict(
     "_ExternalSettings",
-    {"profile": str, "max_duration": _ExternalDuration, "valid": list[str], "written by others": Literal[True]},
+    {
+        "profile": str,
+        "max_duration": _ExternalDuration,
+        "valid": list[str],
+        "test": list[str],
+        "written by others": Literal[True],
+    },
     total=False,
 )
 _ExternalSettings.__pydantic_config__ = STRICT  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import webdataset
 from sharding.audio.codec import SAMPLE_RATE, decode, encode
 from sharding.cli import main
 from sharding.labels.pasketti import normalize_ipa
-from sharding.shardset.index import read_index, read_keys, read_sample
+from sharding.report.summary import Summary
+from sharding.shardset.index import ShardIndex, read_index, read_keys, read_sample
 from sharding.shardset.store import open_store
 from streamtrain.data.dataset import ShardStream
 from streamtrain.data.plan import PlanSettings, plan_epoch
@@ -278,6 +280,68 @@ def test_damaged_tars_of_others_cannot_be_made_again(run_sharding: Command, tmp_
     done = run_sharding("verify", tmp_path / "tars", "--repair", tmp_path)
     assert done.returncode == 1
     assert "written by others" in done.stderr
+
+
+def write_labels(path: Path, labels: Sequence[str], child: str = "") -> Path:
+    """Write a tar of clips with these labels, and a speaker each of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sound = sound_as("flac", 0.1 * np.random.default_rng(len(labels)).standard_normal(16_000).astype(np.float32))
+    with webdataset.ShardWriter(str(path.parent / "w-%06d.tar"), verbose=0) as writer:
+        for number, label in enumerate(labels):
+            document = {"text": label, "child_id": child or f"{path.stem}-{number}"}
+            writer.write({"__key__": f"{path.stem}-{number:03d}", "flac": sound, "json": json.dumps(document)})
+    (path.parent / "w-000000.tar").rename(path)
+    return path
+
+
+def index_of(folder: Path, *options: str) -> tuple[ShardIndex, Summary]:
+    assert main(["index", str(folder), "--workers", "1", "--max-reject-rate", "1", *options]) == 0
+    return read_index(open_store(folder)), json.loads((folder / "report/summary.json").read_text())
+
+
+def test_tars_of_a_test_are_neither_trained_nor_validated_on(tmp_path: Path) -> None:
+    for name in ("train", "dev", "test", "en-test-1", "latest"):
+        write_labels(tmp_path / f"{name}.tar", ["ab"] * 6)
+    index, _ = index_of(tmp_path)
+    splits = {shard.name: shard.split for shard in index.shards}
+    assert splits == {"train.tar": "train", "latest.tar": "train", "dev.tar": "valid", "test.tar": "test",
+                      "en-test-1.tar": "test"}  # fmt: skip
+    assert index.notes["validation"]["disjoint_by_speaker"]
+    assert index.notes["test"] == {"clips": 12, "rejected": 0}
+
+
+def test_patterns_go_before_usual_names_and_a_tar_is_in_one_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "dev", "test", "other"):
+        write_labels(tmp_path / f"{name}.tar", ["ab"] * 6, child="same")
+    assert main(["index", str(tmp_path), "--valid", "d*", "--test", "dev.tar"]) == 1
+    assert "dev.tar: matches --valid and --test" in capsys.readouterr().err
+    assert main(["index", str(tmp_path), "--test", "nothing*"]) == 1
+    assert "no tar matches --test 'nothing*'" in capsys.readouterr().err
+    index, _ = index_of(tmp_path, "--valid", "test.tar", "--test", "o*")
+    splits = {shard.name: shard.split for shard in index.shards}
+    assert splits == {"train.tar": "train", "dev.tar": "train", "test.tar": "valid", "other.tar": "test"}
+    assert not index.notes["validation"]["disjoint_by_speaker"]
+
+
+def test_the_alphabet_of_tars_is_counted_again_without_samples_of_rare_symbols(tmp_path: Path) -> None:
+    """Without the three samples that have x, z is rare too, and with its samples goes y: each within one tar."""
+    write_labels(tmp_path / "train-1.tar", ["ab ba"] * 60 + ["zx", "zx", "zx", "zy"])
+    write_labels(tmp_path / "train-2.tar", ["ab"] * 4 + ["zy"] * 1 + ["y"] * 3)
+    index, summary = index_of(tmp_path, "--min-symbol-count", "5")
+    assert (index.labels.symbols, index.labels.counts) == (("a", "b"), (124, 124))
+    assert summary["fates"]["rejected"]["clips"] == 8
+
+
+def test_labels_that_are_mostly_of_rare_symbols_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_labels(tmp_path / "train.tar", [f"abababababababab{chr(0x4E00 + number)}" for number in range(12)] + ["ab"])
+    assert main(["index", str(tmp_path), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "train.tar: train-000: 'abababababababab一': 12 of 13 training labels have symbols of characters" in said
+    assert not (tmp_path / "index.json").exists()
+    index, _ = index_of(tmp_path, "--min-symbol-count", "1")
+    assert len(index.labels.symbols) == 14
 
 
 def test_the_ledger_says_of_a_sound_what_that_of_a_build_says(tmp_path: Path) -> None:

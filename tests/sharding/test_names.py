@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from sharding.audio.codec import encode
+from sharding.build.alphabet import WantedSymbols
 from sharding.build.external import index_tars
 from sharding.build.scan import speaker_hash
 from sharding.cli import _find_sources, main
@@ -154,7 +155,7 @@ def test_what_is_there_is_no_pattern(tmp_path: Path) -> None:
 def test_tars_validate_by_their_names(patterns: list[str] | None, valid: list[str], tmp_path: Path) -> None:
     for number, name in enumerate(("my-val.tar", "set1.tar", "set[1].tar", f"{NFD}.tar", "._set1.tar")):
         (tmp_path / name).write_bytes(tar({f"c{number}.flac": FLAC, f"c{number}.txt": b"k"}) if name[0] != "." else b"")
-    index, _, _ = index_tars(str(tmp_path), PHONES, patterns, 25.0, 1)
+    index, _, _ = index_tars(str(tmp_path), PHONES, {"valid": patterns or []}, 25.0, 1, WantedSymbols(1))
     assert [shard.name for shard in index.shards if shard.split == "valid"] == valid
     assert len(index.shards) == 4  # what macOS leaves beside a file is none
 
@@ -164,7 +165,7 @@ def test_a_pattern_chooses_every_tar_that_fits_it(pattern: str, tmp_path: Path) 
     """Also two whose names look the same: none of them may be trained on unsaid."""
     for number, name in enumerate((NFC, NFD)):
         (tmp_path / f"{name}.tar").write_bytes(tar({f"c{number}.flac": FLAC, f"c{number}.txt": b"k"}))
-    index, _, _ = index_tars(str(tmp_path), PHONES, [pattern], 25.0, 1)
+    index, _, _ = index_tars(str(tmp_path), PHONES, {"valid": [pattern]}, 25.0, 1, WantedSymbols(1))
     assert [shard.split for shard in index.shards] == ["valid", "valid"]
 
 
@@ -276,7 +277,7 @@ def test_a_child_of_two_spellings_makes_validation_tars_not_disjoint(tmp_path: P
     for split, name in (("train", NFC), ("val", f"{NFD} ")):
         document = json.dumps({"text": "k", "child_id": name}).encode()
         (tmp_path / f"{split}.tar").write_bytes(tar({f"{split}.flac": FLAC, f"{split}.json": document}))
-    index, _, _ = index_tars(str(tmp_path), PHONES, None, 25.0, 1)
+    index, _, _ = index_tars(str(tmp_path), PHONES, {}, 25.0, 1, WantedSymbols(1))
     assert index.notes["validation"]["disjoint_by_speaker"] is False
 
 
