@@ -5,6 +5,7 @@ A clip becomes one row of a numeric table, so that a plan of millions fits in me
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -129,7 +130,9 @@ def find_orphans(scanned: ScanResult, pool: Workers) -> list[str]:
         sharing = [index for index, source in enumerate(sources) if source.layout.audio == audio]
         known = clips["path"][np.isin(clips["source"], sharing)]
         corpus = sources[number].layout.corpus
-        orphans += [printable(f"{corpus}/{names[row]}") for row in np.flatnonzero(~np.isin(hashes, known))]
+        unknown = [names[row] for row in np.flatnonzero(~np.isin(hashes, known))]
+        left_out = re.compile(sources[number].layout.left_out or r"(?!)")  # the second matches nothing
+        orphans += [printable(f"{corpus}/{name}") for name in unknown if not left_out.fullmatch(name)]
     return sorted(set(orphans))
 
 
@@ -182,7 +185,7 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, labels: LabelPolicy) -> tu
         "row": 0,
         "id": hash_128(canonical_name(utterance.utterance_id)),
         "key": hash_128(escape_key(utterance.utterance_id)),
-        "content": hash_128(repr((tuple(utterance), size))),
+        "content": hash_128(repr((utterance.identity, size))),
         "path": _hash_path(actual_path(audio, utterance.audio_path)),
         "range": _hash_range(utterance),
         "speaker": speaker_hash(utterance.speaker),

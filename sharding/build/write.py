@@ -273,7 +273,7 @@ def _digest_inputs(job: ShardJob, clips: Sequence[Clip]) -> str:
     """Return the SHA-256 of all that determines the shard's bytes: clips, cuts and encoder versions."""
     labels = job.context.labels
     lines = [str((ENCODER_VERSIONS, job.name, labels.profile, labels.units, labels.digest))]
-    lines += [repr((tuple(clip.utterance), clip.row.size, clip.piece)) for clip in clips]
+    lines += [repr((clip.utterance.identity, clip.row.size, clip.piece)) for clip in clips]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -286,6 +286,8 @@ def _parse(job: ShardJob, row: ClipRow, piece: SegmentRef | None) -> Clip:
         template = _bare_sample(utterance, status="unlabelled", parent=text)
     else:
         template = _bare_sample(utterance, text=text)
+    if utterance.words and piece is None:
+        template = replace(template, words=utterance.words)
     if utterance.text != text and (piece is None or piece.number == 0):  # of a recording's segments, the first has it
         template = replace(template, written_text=utterance.text)
     return Clip(row, piece, utterance, template)

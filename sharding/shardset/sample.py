@@ -12,12 +12,14 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
+
+from pydantic import Field, TypeAdapter
 
 from sharding.audio.containers import AUDIO_SUFFIXES
 from sharding.errors import ShardError
-from sharding.files.document import parse_row
+from sharding.files.document import Second, parse_row, validate
 from sharding.files.names import canonical_name, canonical_speaker, name_of, nfc
 from sharding.labels.policy import LabelPolicy
 
@@ -52,6 +54,7 @@ class Sample:
     start_sec: float | None = None  # in that recording, likewise the end
     end_sec: float | None = None
     written_text: str | None = None  # the label as it was written, if it is another than `text`
+    words: tuple[tuple[str, float, float], ...] | None = None  # start and end in seconds, where the corpus has them
     remarks: tuple[str, ...] = ()  # on a label from another writer; not stored in a shard
 
     @property
@@ -80,6 +83,7 @@ def whole_key(key: str) -> str:
 
 _write_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 _NUMBERS = ("piece", "pieces", "start_sec", "end_sec")
+_WORDS = TypeAdapter(tuple[tuple[Annotated[str, Field(strict=True)], Second, Second], ...])
 _JSON_FIELDS = [field.name for field in fields(Sample) if field.name not in ("key", "audio", "remarks")]
 
 
@@ -101,8 +105,11 @@ def sample_from_bytes(raw: bytes, labels: LabelPolicy) -> Sample:
         key, bodies = _bodies(raw)
         document = parse_row(bodies.get("json", b"{}"))
         if "label_status" in document:
-            _check_strings(document, [name for name in _JSON_FIELDS if name in document and name not in _NUMBERS])
+            texts = [name for name in _JSON_FIELDS if name in document and name not in (*_NUMBERS, "words")]
+            _check_strings(document, texts)
             _check_numbers(document)
+            if "words" in document:
+                document["words"] = validate(document["words"], _WORDS)
             if unknown := document.keys() - _JSON_FIELDS:
                 raise TypeError(f"{key}.json: {min(unknown)!r} is unknown")
             return Sample(key=key, audio=bodies["flac"], **document)

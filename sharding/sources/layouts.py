@@ -19,7 +19,8 @@ class CorpusLayout:
     read: Callable[[Path, ManifestOptions], Iterator[PlacedRow]]  # its rows; may raise ManifestError
     columns: Mapping[str, str] = field(default_factory=dict)  # our field → their column, of rows with their names
     fields: tuple[str, ...] = ()  # that its rows have beside those of all rows
-    has_phones: bool = False  # --labels phones
+    has_phones: bool = False  # --labels phones, and words with their times
+    left_out: Callable[[ManifestOptions], str] = lambda options: ""  # a pattern of audio that it leaves out on purpose
 
 
 LAYOUTS = (  # the first that matches is used
@@ -28,7 +29,7 @@ LAYOUTS = (  # the first that matches is used
     CorpusLayout("Kaldi", kaldi.matches, kaldi.read),
     CorpusLayout("NeMo", nemo.matches, nemo.read, nemo.COLUMNS),
     CorpusLayout("lhotse", lhotse.matches, lhotse.read),
-    CorpusLayout("TIMIT", timit.matches, timit.read, fields=("subcorpus",), has_phones=True),
+    CorpusLayout("TIMIT", timit.matches, timit.read, fields=("subcorpus",), has_phones=True, left_out=timit.left_out),
     CorpusLayout("parquet", parquet.matches, parquet.read),
 )
 

@@ -43,6 +43,9 @@ LABEL_COLUMNS = {  # column → the profile of its labels, if none is named; the
 COMMON_WORDS = ("split", "offset_sec", "duration_sec")  # near to names that columns of others may have
 
 
+TimedWord = tuple[str, float, float]  # a word, its start and its end in seconds
+
+
 class Utterance(NamedTuple):
     """Hold a row of a transcripts file. Absent optional fields are empty or None."""
 
@@ -59,6 +62,12 @@ class Utterance(NamedTuple):
     text: str  # as written, not yet normalised
     split: str = ""  # as published
     offset_sec: float | None = None  # where the clip begins in its audio file, of which it is a range
+    words: tuple[TimedWord, ...] = ()  # of its label, where the corpus has their times
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Return all values, for digests: without words, if there are none, so that older digests stay."""
+        return tuple(self) if self.words else tuple(self)[:-1]
 
     @property
     def speaker(self) -> str:
@@ -93,6 +102,8 @@ class Layout:
     backslashes: bool = False  # audio paths have them instead of slashes, as on Windows
     profile: str = "text"  # the usual one of its labels
     name: str = ""  # of the corpus layout that its rows were read from; empty: a table of transcripts
+    has_words: bool = False  # its rows have words with their times
+    left_out: str = ""  # a pattern of audio that it leaves out on purpose
 
     def unpacking(self, folder: str) -> "Layout":
         """Return the layout with row groups of parquet files unpacked to a folder when they are first read."""
@@ -119,6 +130,7 @@ class Layout:
             text=text["text"],
             split=text["split"],
             offset_sec=numbers["offset_sec"],
+            words=tuple((word, start, end) for word, start, end in row.get("words") or ()) if self.has_words else (),
         )
         return utterance, ignored
 
@@ -162,7 +174,7 @@ class Layout:
 def _check_columns(layout: Layout, row: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, str | None] | None]:
     """Return the unused columns of a row; and, if its columns are wrong, an error message and a hint."""
     columns = dict(layout.columns)
-    ignored = frozenset(row).difference(columns.values(), [layout.group_by])
+    ignored = frozenset(row).difference(columns.values(), [layout.group_by], ["words"] * layout.has_words)
     required = REQUIRED_FIELDS if layout.names_clips else REQUIRED_FIELDS[1:]
     missing = {name: columns[name] for name in required if name in columns and columns[name] not in row}
     if missing:
@@ -260,7 +272,8 @@ def _read_corpus(corpus: CorpusLayout, location: Path, options: ManifestOptions)
     folder = location if location.is_dir() else location.parent
     source = _locate_audio(lines, folder, location, columns, options)
     profile = "timit39" if corpus.has_phones and options.labels == "phones" else "text"
-    return replace(source, layout=replace(source.layout, name=corpus.name, profile=profile))
+    layout = replace(source.layout, name=corpus.name, profile=profile, left_out=corpus.left_out(options))
+    return replace(source, layout=replace(layout, has_words=corpus.has_phones))
 
 
 def _locate_audio(

@@ -24,9 +24,10 @@ MDAB0 MWBT0 FELC0 MTAS1 MWEW0 FPAS0 MJMP0 MLNT0 FPKT0 MLLL0 MTLS0 FJLM0 MBPM0 MK
 MNJM0 FDHC0 MJLN0 MPAM0 FMLD0
 """  # of the disc's documentation: two men and a woman of each dialect
 DEVELOPMENT, CORE = frozenset(_DEVELOPMENT.split()), frozenset(_CORE.split())
-SUFFIXES = ("wav", "wav.wav", "txt", "phn")  # the second: a RIFF copy beside the SPHERE file, or in its place
+SUFFIXES = ("wav", "wav.wav", "txt", "phn", "wrd")  # the second: a RIFF copy beside the SPHERE file, or in its place
 DIALECT = re.compile("dr[1-8]")
-WORDS, PHONE = (re.compile(rf"(\d{{1,9}})\s+(\d{{1,9}})\s+({label})") for label in (r"\S.*", r"\S+"))
+SENTENCE, LABEL = (re.compile(rf"(\d{{1,9}})\s+(\d{{1,9}})\s+({label})") for label in (r"\S.*", r"\S+"))
+RATE = 16_000  # samples a second, of all times on the disc
 SHARED = "sa"  # prefix of two sentences that everybody reads, in training and in test
 
 
@@ -35,7 +36,7 @@ def matches(location: Path) -> bool:
 
 
 def read(location: Path, options: ManifestOptions) -> Iterator[PlacedRow]:
-    """Yield a row for each sentence: its words as written, or its phones. Raises ManifestError."""
+    """Yield a row for each sentence: its text as written, or its phones; its words with times. Raises ManifestError."""
     phones = options.labels == "phones"
     for split, dialect, folder in _speakers(location):
         speaker = folder.name.upper()
@@ -44,7 +45,8 @@ def read(location: Path, options: ManifestOptions) -> Iterator[PlacedRow]:
             if label is None:
                 raise _missing(folder / sentence, phones)
             audio = files.get("wav") or files.get("wav.wav") or label.with_suffix(".WAV")
-            number, text = _read_phones(label) if phones else _read_words(label)
+            number, text = _read_phones(label) if phones else _read_sentence(label)
+            words = _read_labels(files["wrd"]) if "wrd" in files else []
             row = {
                 "utterance_id": f"{speaker}_{sentence}",
                 "audio_path": audio.relative_to(location).as_posix(),
@@ -53,6 +55,7 @@ def read(location: Path, options: ManifestOptions) -> Iterator[PlacedRow]:
                 "session_id": dialect,
                 "split": split,
                 "subcorpus": "core test" if split == "test" and speaker in CORE else "",
+                "words": [(word, start / RATE, end / RATE) for start, end, word in words],
             }
             yield PlacedRow(str(label), number, row)
 
@@ -68,7 +71,7 @@ def _speakers(location: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def _top(location: Path) -> Path | None:
-    """Return the folder of TRAIN and TEST: this one, or its TIMIT/ or data/, as copies of the disc have it."""
+    """Return the folder of TRAIN and TEST, or one of these two: this one, or its TIMIT/ or data/, as in copies."""
     if not location.is_dir():
         return None
     candidates = [location, *_folders(location, re.compile("timit|data"))]
@@ -76,11 +79,18 @@ def _top(location: Path) -> Path | None:
 
 
 def _parts(top: Path) -> list[Path]:
-    return _folders(top, re.compile("train|test"))
+    part = re.compile("train|test")
+    return [top] if part.fullmatch(top.resolve().name.lower()) else _folders(top, part)
 
 
 def _folders(folder: Path, name: re.Pattern[str] = re.compile(".*")) -> list[Path]:
     return sorted(path for path in folder.iterdir() if name.fullmatch(path.name.lower()) and path.is_dir())
+
+
+def left_out(options: ManifestOptions) -> str:
+    """Return a pattern of audio that is left out: the SA sentences, and copies in another format."""
+    shared = "" if options.include_sa else rf"|(.*/)?{SHARED}\d+\.wav"
+    return rf"(?i)(.*\.wav\.wav{shared})"
 
 
 def _sentences(speaker: Path, include_sa: bool) -> dict[str, Mapping[str, Path]]:
@@ -93,26 +103,31 @@ def _sentences(speaker: Path, include_sa: bool) -> dict[str, Mapping[str, Path]]
     return dict(sorted(found.items()))
 
 
-def _read_words(path: Path) -> tuple[int, str]:
+def _read_sentence(path: Path) -> tuple[int, str]:
     """Return the line and the sentence of a .TXT file, as it is written there."""
     lines = list(read_text(path))
     if len(lines) != 1:
         raise ManifestError(f"{path}: {len(lines)} lines with text, one is expected: its times and the sentence")
-    return lines[0][0], _parse(path, *lines[0], WORDS)[2]
+    return lines[0][0], _parse(path, *lines[0], SENTENCE)[2]
 
 
 def _read_phones(path: Path) -> tuple[int, str]:
     """Return the first line and the phones of a .PHN file, separated by blanks."""
-    phones, before = list[str](), 0
-    for number, line in read_text(path):
-        start, _, phone = _parse(path, number, line, PHONE)
-        if start < before:
-            raise ManifestError(f"{path}:{number}: begins at sample {start}, the phone before it at {before}")
-        before = start
-        phones.append(phone)
+    phones = [phone for _, _, phone in _read_labels(path)]
     if not phones:
         raise ManifestError(f"{path}: there is no phone in it")
     return 1, " ".join(phones)
+
+
+def _read_labels(path: Path) -> list[tuple[int, int, str]]:
+    """Return start and end, in samples, and the label of each line of a .PHN or .WRD file."""
+    labels, before = list[tuple[int, int, str]](), 0
+    for number, line in read_text(path):
+        labels.append(_parse(path, number, line, LABEL))
+        if labels[-1][0] < before:
+            raise ManifestError(f"{path}:{number}: begins at sample {labels[-1][0]}, the one before it at {before}")
+        before = labels[-1][0]
+    return labels
 
 
 def _parse(path: Path, number: int, line: str, form: re.Pattern[str]) -> tuple[int, int, str]:

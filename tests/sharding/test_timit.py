@@ -1,5 +1,6 @@
 """TIMIT as it is on the disc, and as its copies are: fake trees with the real names of speakers, and sound of noise."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sharding.sources.manifest import Utterance, read_source
 from sharding.sources.options import ManifestOptions
 from sharding.sources.timit import CORE, DEVELOPMENT
 from tests.tools.commands import Command
-from tests.tools.shard_sets import assert_balanced, read_ledger
+from tests.tools.shard_sets import assert_balanced, read_all, read_ledger
 
 SENTENCES = ("SA1", "SI573", "SX37")
 SPEAKERS = {  # by dialect and name; FCJF0 trains, FAKS0 is of the development set, MDAB0 of the core test
@@ -80,8 +81,23 @@ def test_every_copy_gives_the_same_clips_and_the_published_splits(
     assert {name: row.split for name, row in rows.items()} == expected
     row = rows["FCJF0_SI573"]
     assert (row.text, row.child_id, row.session_id) == (WORDS, "FCJF0", "DR1")
+    assert row.words == (("don't", 0.14125, 0.3125), ("ask", 0.3125, 0.5))
     assert {name.partition("_")[0] for name, row in rows.items() if row.corpus == "corpus core test"} == {"MDAB0"}
     assert {row.corpus for row in rows.values()} == {"corpus", "corpus core test"}
+
+
+def test_a_part_of_the_disc_is_read_by_itself(tmp_path: Path) -> None:
+    top = make_timit(tmp_path / "TIMIT")
+    whole = rows_of(top)
+    for part in ("TRAIN", "TEST"):
+        rows = rows_of(top / part)
+        expected = {name for name, row in whole.items() if row.audio_path.startswith(part)}
+        assert (rows.keys(), part == "TRAIN") == (expected, {row.split for row in rows.values()} == {"train"})
+
+
+def test_a_disc_without_word_times_is_read_without_them(tmp_path: Path) -> None:
+    label_file(make_timit(tmp_path), "WRD").unlink()
+    assert {name for name, row in rows_of(tmp_path).items() if not row.words} == {"FCJF0_SI573"}
 
 
 def test_sa_sentences_are_read_on_request(tmp_path: Path) -> None:
@@ -106,7 +122,9 @@ def test_phones_are_tokens_of_the_61(tmp_path: Path) -> None:
         ("PHN", "0 2260 h#\n2260 sh\n", r"SI573\.PHN:2: '2260 sh': start, end and label are expected"),
         ("PHN", "0 2260 h# sh\n", r"SI573\.PHN:1: '0 2260 h# sh': start, end and label"),
         ("PHN", "0 2260 h#\n2260 2000 sh\n", r"SI573\.PHN:2: ends at sample 2000, before its start at 2260"),
-        ("PHN", "100 2260 h#\n50 2300 sh\n", r"SI573\.PHN:2: begins at sample 50, the phone before it at 100"),
+        ("WRD", "0 2260 do ask\n", r"SI573\.WRD:1: '0 2260 do ask': start, end and label are expected"),
+        ("WRD", "0 8000 don't\n8000 16000 ask\nx\n", r"SI573\.WRD:3: 'x': start, end and label are expected"),
+        ("PHN", "100 2260 h#\n50 2300 sh\n", r"SI573\.PHN:2: begins at sample 50, the one before it at 100"),
     ],
 )
 def test_a_malformed_label_is_named_with_its_line(tmp_path: Path, suffix: str, text: str, said: str) -> None:
@@ -140,6 +158,11 @@ def test_a_build_of_the_disc_is_balanced_and_tells_the_core_test_apart(tmp_path:
     done = run_sharding(*command)
     assert done.returncode == 0, done.stderr
     assert_balanced(out)
+    summary = json.loads((out / "report/summary.json").read_text())
+    assert (summary["orphan_audio"], summary["ignored_fields"]) == (0, [])  # SA sentences are left out on purpose
+    assert {sample.words for _, sample in read_all(out).values()} == {
+        (("don't", 0.14125, 0.3125), ("ask", 0.3125, 0.5))
+    }
     ledger = read_ledger(out)
     assert {row["reason"] for row in ledger if row["fate"] == "rejected"} == {"audio file is missing"}
     assert Counter(row["split"] for row in ledger) == {"train": 4, "valid": 2, "test": 4}
