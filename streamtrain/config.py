@@ -154,7 +154,7 @@ class TrainConfig(Section):
     """Decides the order of clips, the augmentation and new weights."""
 
 
-METRICS, GROUPS = ("cer", "wer", "per"), ("child", "corpus", "age_bucket", "duration", "label_length")
+METRICS, GROUPS = ("cer", "wer", "per"), ("speaker", "corpus", "age_bucket", "duration", "label_length")
 SELECTIONS = ("loss", *METRICS, *(f"{metric}/{group}" for metric in METRICS for group in GROUPS))
 
 
@@ -171,7 +171,7 @@ class EvalConfig(Section):
     split: str = "valid"
     """Clips to score: valid, test or train."""
     select: str = "cer"
-    """Score by which best/ is chosen: cer, wer, per or loss, or a mean over groups, such as cer/corpus or wer/child."""
+    """Score by which best/ is chosen: cer, wer, per, loss, or a mean over groups, such as cer/corpus or wer/speaker."""
 
     @field_validator("select")
     @classmethod

@@ -40,6 +40,7 @@ WRITE_OTHERWISE = {  # than through sharding.files.writing
     "sharding.files.writing": "it is that",
     "sharding.build.lock": "a lock file, held while it is open",
     "sharding.files.exclusive": "likewise",
+    "sharding.sources.parquet": "row groups, unpacked into a temporary folder",
     "sharding.sources.synthetic": "clips by the thousand, which count once their manifest is there",
     "streamtrain.atomic": "whole folders",
     "streamtrain.training.checkpoint": "into a folder of that, and links",

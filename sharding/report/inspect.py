@@ -27,7 +27,7 @@ GROUPINGS = {  # table → the columns of `read_clips` to group by
 }
 COLUMNS = {  # column → its heading and number format in a terminal
     "samples": ("samples", ",.0f"),
-    "children": ("children", ",.0f"),
+    "speakers": ("speakers", ",.0f"),
     "hours": ("hours", ",.2f"),
     "mean_seconds": ("mean s", ".2f"),
     "symbols": ("symbols", ",.0f"),
@@ -57,7 +57,7 @@ def _aggregate(clips: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "samples": samples,
-            "children": groups["child_id"].nunique(),
+            "speakers": groups["child_id"].nunique(),
             "hours": sums["seconds"] / 3600,
             "mean_seconds": sums["seconds"] / samples,
             "symbols": sums["symbols"],

@@ -32,7 +32,7 @@ class BuildConfig:
     max_duration: MaxDuration = MAX_DURATION_SEC
     """Longer clips are split at pauses, s; lower saves GPU memory."""
     valid_fraction: Fraction = 0.1
-    """Share of the children whose clips are kept for validation."""
+    """Share of the speakers whose clips are kept for validation."""
     num_buckets: Annotated[Count, Field(ge=1, le=100), WHOLE] = 8  # a shard's name has two digits for its bucket
     """Duration buckets; more pad less, fewer mix lengths more."""
     shard_mb: Annotated[Number, Field(ge=0.01, le=65_536)] = 64.0

@@ -114,7 +114,7 @@ def to_json(comparison: Comparison) -> str:
 
 def render(comparison: Comparison) -> str:
     """Return a comparison as text for a terminal."""
-    lines = [f"{'':>24}  {'before':>8} {'after':>8} {'difference':>10}   95 % interval over the children"]
+    lines = [f"{'':>24}  {'before':>8} {'after':>8} {'difference':>10}   95 % interval over the speakers"]
     for row in comparison.rows:
         title = f"{row.group} {row.name}".strip()
         interval = "" if row.interval_95 is None else f"{row.interval_95[0]:+.4f} – {row.interval_95[1]:+.4f}"

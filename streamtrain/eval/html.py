@@ -17,7 +17,7 @@ from streamtrain.eval.metrics import Floats
 from streamtrain.eval.scorecard import ClipScore, count_confusions, render_interval, warnings
 
 SHOWN_SYMBOLS = 45  # the most frequent, in the confusion matrix
-SHOWN_CHILDREN = 60
+SHOWN_SPEAKERS = 60
 NOTHING, OTHERS = "∅", "others"
 TITLES = {"corpus": "Corpus", "age_bucket": "Age", "duration": "Duration", "label_length": "Label length in symbols"}
 
@@ -41,7 +41,7 @@ def render_duration(seconds: float) -> str:
 FILTERS: dict[str, Callable[..., str]] = {  # of the template
     "base64": lambda data: base64.b64encode(data).decode(),
     "duration": render_duration,
-    "interval": lambda bounds: f"95 %: {_range(bounds)}" if bounds else "no interval: too few children",
+    "interval": lambda bounds: f"95 %: {_range(bounds)}" if bounds else "no interval: too few speakers",
     "number": "{:,}".format,
     "range": _range,
     "rate": "{:.4f}".format,
@@ -72,7 +72,7 @@ def write_page(
     page = render_template(
         "scorecard.html",
         card=card,
-        children=sorted(card["by_child"], key=lambda row: -row["rate"])[:SHOWN_CHILDREN],
+        speakers=sorted(card["by_speaker"], key=lambda row: -row["rate"])[:SHOWN_SPEAKERS],
         clip_audio=clip_audio,
         comparison=comparison,
         confusions=_draw(rows, columns, counts),

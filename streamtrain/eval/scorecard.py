@@ -79,7 +79,7 @@ class _Card(TypedDict):
     cer: Number
     wer: Number
     interval_95: tuple[Number, Number] | None
-    children: Size
+    speakers: Size
     clips: Size
     split: str
 
@@ -135,7 +135,7 @@ class Evaluation:
         metric, _, name = select.partition("/")
         if not name or metric not in self.metrics:
             return self.metrics.get(metric)
-        groups = _by_speaker(self.clips) if name == "child" else groupings(self.clips)[name]
+        groups = _by_speaker(self.clips) if name == "speaker" else groupings(self.clips)[name]
         return _mean_rate(groups, COUNTS[metric])
 
 
@@ -148,7 +148,7 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
     """Return the scorecard as it is written. `index` has the counts of rejected validation clips."""
     total, clips = evaluation.total, evaluation.clips
     draws = Resampling(clip.speaker for clip in clips)
-    by_child = _by_speaker(clips)
+    by_speaker = _by_speaker(clips)
     groups = groupings(clips)
     worst = sorted(clips, key=lambda clip: (-clip.counts.edits, clip.utterance_id))[:WORST_CLIPS]
     words, plain = evaluation.edits.words, evaluation.edits.plain_words
@@ -169,11 +169,11 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             "substitutions": total.substitutions,
             "deletions": total.deletions,
             "insertions": total.insertions,
-            "children": len(by_child),
-            "macro": {"child": _macro_by_child(by_child, draws)}
+            "speakers": len(by_speaker),
+            "macro": {"speaker": _macro_by_speaker(by_speaker, draws)}
             | {name: _macro(grouping, draws) for name, grouping in groups.items()},
             "groups": {name: _rows(grouping, draws) for name, grouping in groups.items()},
-            "by_child": _rows(by_child, None),
+            "by_speaker": _rows(by_speaker, None),
             "calibration": _calibration(clips),
             "confusions": [
                 {"reference": reference, "hypothesis": hypothesis, "count": count}
@@ -223,7 +223,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 def render(card: dict[str, Any]) -> str:
     """Return the scorecard as text for a terminal."""
-    macro = ", ".join(f"by {name.replace('_', ' ')} {card['macro'][name]['rate']:.4f}" for name in ("child", "corpus"))
+    macro = ", ".join(f"by {name} {card['macro'][name]['rate']:.4f}" for name in ("speaker", "corpus"))
     metric = card["metric"]
     lines = [
         f"{metric.upper()} {card[metric]:.4f}  ({render_interval(card)})   "
@@ -232,8 +232,9 @@ def render(card: dict[str, Any]) -> str:
         f"   macro {metric.upper()}: {macro}",
     ]
     plain = f" (of plain words {card['wer_plain']:.4f})" if "wer_plain" in card else ""
-    lines[0] += f"\nWER {card['wer']:.4f}{plain}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words"
-    lines[0] += f"   profile {card['profile']}, {card['units']}"
+    words = f"WER {card['wer']:.4f}{plain}   {card['word_edits']:,} edits ÷ {card['reference_words']:,} words   "
+    words = "" if card["units"] == "tokens" else words  # tokens are words: their error rate is above
+    lines[0] += f"\n{words}profile {card['profile']}, {card['units']}"
     if card["loss"] is not None:
         lines.append(f"loss {card['loss']:.4f} nats per symbol, {counted(card['loss_clips'], 'clip')}")
     for title, rows in card["groups"].items():
@@ -261,8 +262,8 @@ def warnings(card: dict[str, Any]) -> list[str]:
 def render_interval(card: dict[str, Any]) -> str:
     interval = card["interval_95"]
     if not interval:
-        return "one child: no interval"
-    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f} over {card['children']} children"
+        return "one speaker: no interval"
+    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f} over {card['speakers']} speakers"
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def _rows(groups: Groups, draws: Resampling | None) -> list[dict[str, Any]]:
                "clips": len(clips)}  # fmt: skip
         if draws is not None and rates is not None:
             known = speakers > 1
-            row |= {"children": speakers, "interval_95": draws.interval(rates[:, column]) if known else None}
+            row |= {"speakers": speakers, "interval_95": draws.interval(rates[:, column]) if known else None}
         rows.append(row)
     return rows
 
@@ -340,10 +341,10 @@ def _macro(groups: Groups, draws: Resampling) -> dict[str, Any]:
     return {"rate": _mean_rate(groups), "interval_95": interval}
 
 
-def _macro_by_child(by_child: Groups, draws: Resampling) -> dict[str, Any]:
-    rates = np.array([total_of(by_child[speaker]).rate for speaker in draws.speakers])
+def _macro_by_speaker(by_speaker: Groups, draws: Resampling) -> dict[str, Any]:
+    rates = np.array([total_of(by_speaker[speaker]).rate for speaker in draws.speakers])
     means = draws.times @ rates / max(len(rates), 1)
-    return {"rate": _mean_rate(by_child), "interval_95": draws.interval(means)}
+    return {"rate": _mean_rate(by_speaker), "interval_95": draws.interval(means)}
 
 
 def _mean_rate(groups: Groups, counts: Callable[[ClipScore], EditCounts] = COUNTS["per"]) -> float:

@@ -57,7 +57,7 @@ class _Card(TypedDict):
     wer: Number
     per: NotRequired[Number]
     interval_95: tuple[Number, Number] | None
-    children: Size
+    speakers: Size
     clips: Size
     split: str
     shards: str

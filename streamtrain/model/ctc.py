@@ -90,6 +90,7 @@ class CTCModel(nn.Module):
         self.labels = labels  # what its outputs are, None: not known
         self.normalize = normalize  # whether inputs are scaled to zero mean and unit variance
         self.encoder_frozen = False  # whether only the head gets gradients
+        self.vocab_origin = ""  # of a model to train: whether it keeps its own vocabulary, and why
         config = network.config
         self.geometry = tuple(zip(config.conv_kernel, config.conv_stride, strict=True))
         first = self._base.feature_extractor.conv_layers[0]

@@ -56,10 +56,10 @@ def load_model(config: ModelConfig, policy: LabelPolicy | None = None) -> CTCMod
     # A share above 0 makes Transformers create the embedding of masked frames; the masks are drawn in this package
     settings |= {"layerdrop": 0.0, "apply_spec_augment": False, "mask_feature_prob": 0.0, "mask_time_prob": 0.05}
     if config.scratch is not None:
-        vocab = vocab_of(policy)
+        vocab, origin = vocab_of(policy), f"the {len(policy.symbols)} symbols of the labels"
         network = _from_scratch(config.scratch, settings | _ctc_settings(vocab))
     else:
-        network, vocab = _load_for_training(str(config.pretrained), settings, policy, config.vocab)
+        network, vocab, origin = _load_for_training(str(config.pretrained), settings, policy, config.vocab)
     if config.freeze_cnn:
         network.freeze_feature_encoder()
     if config.mask_time_prob == 0:
@@ -69,7 +69,9 @@ def load_model(config: ModelConfig, policy: LabelPolicy | None = None) -> CTCMod
     make_graph_static(network)
     normalize = config.pretrained is None or _normalizes(config.pretrained) is not False  # wav2vec2's own default
     collect_as_usual()
-    return CTCModel(network, vocab, normalize, policy).train()
+    model = CTCModel(network, vocab, normalize, policy)
+    model.vocab_origin = origin
+    return model.train()
 
 
 def make_graph_static(network: Any) -> None:
@@ -158,8 +160,11 @@ def _ctc_settings(vocab: Vocab) -> dict[str, Any]:
     }
 
 
-def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy, choice: str) -> tuple[Any, Vocab]:
-    """Return a pretrained network and its vocabulary: its own with its head, or that of the labels with a new head."""
+def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy, choice: str) -> tuple[Any, Vocab, str]:
+    """Return a pretrained network, its vocabulary, and where this is from.
+
+    It is its own, with its head, or that of the labels, with a new head.
+    """
     check_sums(Path(name))
     vocab, reason = (None, "model.vocab is new") if choice == "new" else _own_vocab(name, policy)
     random_state = torch.get_rng_state()
@@ -167,8 +172,9 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
         network, random = _from_pretrained(name, settings | {"ctc_loss_reduction": "sum"})
         if not random or (choice == "own" and _is_headless(random)):
             level = logging.WARNING if LACKING in reason else logging.INFO
-            log.log(level, "model %s keeps its vocabulary of %d tokens: %s", name, len(vocab), reason)
-            return network, vocab
+            origin = f"keeps its vocabulary of {len(vocab)} tokens: {reason}"
+            log.log(level, "model %s %s", name, origin)
+            return network, vocab, origin
         reason = "it has no head" if _is_headless(random) else ", ".join(random.values())
         del network  # its memory, before it is loaded again
     if choice == "own":
@@ -186,11 +192,12 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
             "download all of the model where there is a network; model.vocab=new trains its encoder with a new head",
         )
     level = logging.INFO if _is_headless(random) or choice == "new" else logging.WARNING  # its own head is lost
-    log.log(level, "model %s gets a new head for the %d symbols of the labels: %s", name, len(policy.symbols), reason)
+    origin = f"gets a new head for the {len(policy.symbols)} symbols of the labels: {reason}"
+    log.log(level, "model %s %s", name, origin)
     if not _is_headless(random):
         network.lm_head = torch.nn.Linear(network.lm_head.in_features, len(wanted))  # else its values count as loaded
         network._init_weights(network.lm_head)
-    return network, wanted
+    return network, wanted, origin
 
 
 def _is_headless(random: dict[str, str]) -> bool:

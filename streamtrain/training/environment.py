@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from sharding.files.document import STRICT, Count, DocumentError, parse, read_document
+from sharding.files.document import STRICT, Count, DocumentError, Size, parse, read_document
 from sharding.files.writing import write_inside
 from streamtrain.distributed import World
+from streamtrain.model.ctc import CTCModel
 
 ENVIRONMENT = "environment.json"
 LIBRARIES = ("streamtrain", "torch", "deepspeed", "transformers", "numpy")
@@ -33,13 +34,16 @@ class Start:
     machines: dict[str, Count]  # their processors, and how many machines have these
     gpus: dict[str, Count]
     versions: dict[str, str]
+    parameters: Size = 0  # of the model; 0: not known
+    trained: Size = 0  # of these, those that get gradients
+    vocabulary: str = ""  # of the model, and where it is from
 
 
 _STARTS = TypeAdapter(list[Start])
 
 
-def describe_start(world: World, step: int) -> Start:
-    """Return what this start of a run runs on; all ranks must call it together."""
+def describe_start(world: World, step: int, model: CTCModel) -> Start:
+    """Return what this start of a run trains and runs on; all ranks must call it together."""
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     machine = f"{_processor()}, {os.cpu_count()} cores" if world.local_rank == 0 else None
     gathered = world.gather((machine, gpu))
@@ -48,7 +52,18 @@ def describe_start(world: World, step: int) -> Start:
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):  # used from its folder
             versions[name] = version(name)
-    return Start(datetime.now(UTC).isoformat(timespec="seconds"), step, world.size, machines, gpus, versions)
+    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in model.parameters()]
+    return Start(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        step,
+        world.size,
+        machines,
+        gpus,
+        versions,
+        parameters=sum(size for size, _ in sizes),  # of ZeRO-3's partitions, DeepSpeed notes the whole size
+        trained=sum(size for size, trained in sizes if trained),
+        vocabulary=model.vocab_origin,
+    )
 
 
 def add_start(run: Path, start: Start) -> None:

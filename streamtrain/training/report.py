@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -68,6 +69,8 @@ def write_report(run: Path) -> Path:
         epochs=epochs,
         step=card.get("step"),
         samples=clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN],
+        model=_model(settings, starts),
+        evaluations=[row for path in sorted(run.glob(f"*/{SCORECARD}")) for row in _evaluation(path.parent)],
         starts=[_describe(start) for start in starts],
     )
     write_inside(run / REPORT, page)
@@ -100,7 +103,8 @@ def _tiles(rows: Sequence[StepRow], epochs: Sequence[EpochRow], card: Mapping[st
     if card:
         metric = card["metric"]
         tiles.append((metric.upper(), f"{card[metric]:.4f}", render_interval(dict(card))))
-        tiles.append(("WER", f"{card['wer']:.4f}", f"of best/, on split {card['split']}"))
+        if card["units"] != "tokens":
+            tiles.append(("WER", f"{card['wer']:.4f}", f"of best/, on split {card['split']}"))
     tiles += [
         ("training loss", f"{rows[-1].loss:.4f}", "nats per symbol, last step"),
         (
@@ -147,9 +151,29 @@ def _data(run: Path, card: Mapping[str, Any]) -> Facts:
         if (value := known.get(name)) is not None
     ]
     if card:
-        clips = f"{counted(card['clips'], 'clip')} of split {card['split']}, {counted(card['children'], 'speaker')}"
+        clips = f"{counted(card['clips'], 'clip')} of split {card['split']}, {counted(card['speakers'], 'speaker')}"
         facts.append(("scored on", clips))
     return facts
+
+
+def _model(settings: Mapping[str, Mapping[str, Any]], starts: Sequence[Start]) -> Facts:
+    """Return what is known of the model that was trained."""
+    model = settings.get("model", {})
+    facts = [("pretrained", str(model.get("pretrained") or "nothing: trained from scratch"))]
+    for start in starts[-1:]:
+        if start.parameters:
+            facts.append(("parameters", f"{start.parameters:,}, {start.trained:,} of them trained"))
+        if start.vocabulary:
+            facts.append(("vocabulary", start.vocabulary))
+    return facts
+
+
+def _evaluation(folder: Path) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield the folder, the split, the score, its interval and the clips of an evaluation below the run's folder."""
+    with suppress(StreamtrainError):  # of something else
+        card, _ = read_scorecard(folder)
+        score = f"{card['metric'].upper()} {card[card['metric']]:.4f}"
+        yield folder.name, card["split"], score, render_interval(card), f"{card['clips']:,}"
 
 
 def _describe(start: Start) -> Facts:

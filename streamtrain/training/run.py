@@ -105,7 +105,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
                 log.info("re-planned: %d of %d steps are left", plans.total_steps - state.step, plans.total_steps)
         state = _keep_scores(state, config, run, world)
         _probe_unless_done(config, index, plans, state, engine)
-        start = describe_start(world, state.step)
+        start = describe_start(world, state.step, engine.model)
         with world.on_main("prepare the run folder") as is_main:
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)

@@ -244,7 +244,7 @@ def render_run(run_dir: Path) -> str:
     metric = card["metric"]
     scores = [
         f"{metric.upper()} {card[metric]:.4f}, {render_interval(card)}; before training {_rate(before, metric)}",
-        f"WER {card['wer']:.4f}; before training {_rate(before, 'wer')}",
+        *([f"WER {card['wer']:.4f}; before training {_rate(before, 'wer')}"] if card["units"] != "tokens" else []),
     ]
     result = f"\n  {read_result(run_dir)}" if (run_dir / RESULT_NAME).is_file() else ""
     samples = "\n".join(

@@ -103,10 +103,10 @@ def count_by_hand(shards: Path) -> dict[str, dict[Any, Row]]:
                 row["edges"] += bins[bucket]
                 row["mb"] += sum(512 + -(-info.size // 512) * 512 for info in (member, meta)) / 2**20
                 sets[name, key, "shards"].add(str(path))
-                sets[name, key, "children"] |= {fields["child_id"]} - {""}
+                sets[name, key, "speakers"] |= {fields["child_id"]} - {""}
     for name, group in groups.items():
         for key, row in group.items():
-            row |= {kind: len(sets[name, key, kind]) for kind in ("shards", "children")}
+            row |= {kind: len(sets[name, key, kind]) for kind in ("shards", "speakers")}
             row["mean_seconds"] = row["hours"] * 3600 / row["samples"]
             labelled, edges = row.pop("labelled"), row.pop("edges")
             row["symbols_per_second"] = row["symbols"] / labelled if labelled else None
@@ -165,7 +165,7 @@ def test_the_terminal_shows_the_same_numbers_aligned(shards: Path, document: Row
     assert {len(line) for line in lines if line} == {len(lines[0])}
     total = next(line.split() for line in lines if line.startswith("total"))
     totals = document["totals"]
-    assert total[1:4] == [f"{totals['samples']:,}", str(totals["children"]), f"{totals['hours']:.2f}"]
+    assert total[1:4] == [f"{totals['samples']:,}", str(totals["speakers"]), f"{totals['hours']:.2f}"]
     assert total[5] == f"{totals['symbols']:,}"
     edges = [f"{row['split']:<10} {row['from_sec']:.1f}–{row['to_sec']:.1f} s" for row in document["by_bucket"]]
     assert [edge for edge in edges if any(line.startswith(f"{edge} ") for line in lines)] == edges

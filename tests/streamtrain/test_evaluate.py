@@ -108,13 +108,13 @@ def test_the_groups_of_the_scorecard_add_up_to_its_total(shards: Path, model: Pa
             assert sum(row[field] for row in groups[name]) == card[field], (name, field)
     macro = card["macro"]
     assert isinstance(macro, dict)
-    for name, group in [*groups.items(), ("child", card["by_child"])]:
+    for name, group in [*groups.items(), ("speaker", card["by_speaker"])]:
         assert macro[name]["rate"] == pytest.approx(sum(row["rate"] for row in group) / len(group))
         if macro[name]["interval_95"] is not None:
             low, high = macro[name]["interval_95"]
             assert low <= high
             rates = [row["rate"] for row in group]
-            assert name != "child" or min(rates) - 1e-9 <= low <= high <= max(rates) + 1e-9
+            assert name != "speaker" or min(rates) - 1e-9 <= low <= high <= max(rates) + 1e-9
         assert sum(row["edits"] for row in group) == card["edits"]
     assert sum(row["clips"] for row in card["calibration"]) == card["clips"]  # type: ignore[attr-defined]
     assert sum(int(card[kind]) for kind in ("substitutions", "deletions", "insertions")) == card["edits"]  # type: ignore[call-overload]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCTC
 
 from sharding.errors import StreamtrainError
 from streamtrain.config import load_config
@@ -65,8 +66,26 @@ def test_the_report_says_what_people_write_down_after_a_run(reported: Path) -> N
     for epoch in {row.epoch for row in rows}:
         losses = [row.loss for row in rows if row.epoch == epoch]
         assert f"{sum(losses) / len(losses):.4f}" in page.text
+    size = sum(weight.numel() for weight in AutoModelForCTC.from_pretrained(reported / "best").parameters())
+    assert {(start.parameters, start.trained <= size) for start in read_starts(reported)} == {(size, True)}
+    assert f"{size:,}, {read_starts(reported)[-1].trained:,} of them trained" in page.text
+    assert read_starts(reported)[-1].vocabulary.startswith("gets a new head for the ")
     assert [start.ranks for start in read_starts(reported)] == [2, 1]
     assert [start.step for start in read_starts(reported)] == [0, 4]
+
+
+def test_the_report_lists_the_evaluations_below_the_folder_of_the_run(reported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(reported, tmp_path / "run", symlinks=True)
+    assert "Evaluations in this folder" not in report_of(folder).text
+    (folder / "on-test").mkdir()
+    for name in ("scorecard.json", "hypotheses.jsonl"):
+        shutil.copy(folder / name, folder / "on-test" / name)
+    (folder / "damaged").mkdir()
+    (folder / "damaged/scorecard.json").write_text("{")
+    page = report_of(folder)
+    assert "Evaluations in this folder" in page.text
+    assert "on-test" in page.text
+    assert "damaged" not in page.text
 
 
 def test_the_report_shows_names_as_they_are_written(reported: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_pooled_and_mean_scores_of_unequal_corpora_may_rank_two_models_different
 
 def test_each_score_that_a_configuration_may_name_is_computed_where_its_metric_is(tmp_path: Path) -> None:
     evaluation = scored({"large": (9, 1), "small": (4, 9)})
-    assert set(GROUPS) == {"child", *groupings(evaluation.clips)}
+    assert set(GROUPS) == {"speaker", *groupings(evaluation.clips)}
     phones = replace(evaluation, labels=policy_of("timit39"))
     for select in SELECTIONS:
         assert (evaluation.score(select) is None) == select.startswith("per")
@@ -157,13 +157,13 @@ def test_the_best_model_is_that_of_the_chosen_score_and_another_choice_seeks_it_
     assert tried[result.best_step or 0] == min(tried)
     assert f"best loss {min(tried):.4f} at step {result.best_step}" in str(result)
     assert json.loads((folder / "scorecard.json").read_text())["loss"] == min(tried)
-    done = run(training(work, "chosen", *SCORED, "eval.select=cer/child", ranks=1))
-    assert "eval.select was 'loss', is 'cer/child': the best score is reset" in done.stderr
+    done = run(training(work, "chosen", *SCORED, "eval.select=cer/speaker", ranks=1))
+    assert "eval.select was 'loss', is 'cer/speaker': the best score is reset" in done.stderr
     state = open_checkpoint(list_checkpoints(folder / "checkpoints")[-1]).state
     card = json.loads((folder / "scorecard.json").read_text())
-    assert (state.select, state.best_score) == ("cer/child", card["macro"]["child"]["rate"])
+    assert (state.select, state.best_score) == ("cer/speaker", card["macro"]["speaker"]["rate"])
     assert [row.eval_score for row in read_log(folder / "log.csv")] == [None, None, state.best_score]
-    assert "best mean CER by child" in run([sys.executable, "-m", "streamtrain", "summary", folder]).stdout
+    assert "best mean CER by speaker" in run([sys.executable, "-m", "streamtrain", "summary", folder]).stdout
 
 
 @pytest.mark.parametrize("select", ["per", "per/corpus"])

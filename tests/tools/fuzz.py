@@ -223,7 +223,7 @@ def make_documents(folder: Path) -> dict[str, Document]:
             "decoded": True, "reference": "kæt", "hypothesis": "kæp", "confidence": 0.9, "counts": counts,
             "words": counts}  # fmt: skip
     said = RATES | {
-        "children": 2,
+        "speakers": 2,
         "clips": 2,
         "split": "valid",
     }
@@ -431,7 +431,7 @@ def documents_of_a_model(run: Path) -> dict[str, Document]:
     )
     group = {"name": "a", "rate": 0.5, "clips": 2, "interval_95": [0.1, 0.9]}
     beside = {
-        "scorecard.json": RATES | {"children": 2, "clips": 2,
+        "scorecard.json": RATES | {"speakers": 2, "clips": 2,
                            "split": "valid", "shards": "data", "undecodable": [], "groups": {"corpus": [group]},
                            "validation": {"rejected": 1, "disjoint_by_speaker": False}},
         "training.json": {"model": {"dropout": 0.1}, "train": {"epochs": 2}, "data": {}, "deepspeed": {}},
