@@ -52,7 +52,7 @@ def build(
         columns: Columns of a transcripts file with other names: "audio_path=path,text=sentence".
         audio_root: Folder of absolute audio paths.
         follow_links: Also read audio that links lead to outside its source's folder.
-        labels, include_sa: Sentences or phones of a corpus with both; also the SA sentences, of TIMIT.
+        labels, include_sa: Sentences or phones of a corpus with both; also TIMIT's SA sentences.
         **settings: Settings of the bytes, such as `max_duration=25` (s), `profile="text"`, `num_buckets=8`.
 
     Returns:
@@ -70,18 +70,20 @@ def build(
     from sharding.sources.manifest import parse_columns
     from sharding.sources.options import ManifestOptions
 
-    _check_build(sources, workers)
     aligned = read_alignments(Path(alignments)) if alignments else NO_ALIGNMENTS
-    manifests = ManifestOptions("", parse_columns(columns), "", follow_links, audio_root, "auto", labels, include_sa)
-    options = pipeline.RunOptions(workers or available_cores(), manifests, dry_run, append, "", aligned)
-    return pipeline.build([*map(Path, sources)], str(out), checked(settings | {"alignments": aligned.digest}), options)
+    reading = ManifestOptions(columns=parse_columns(columns), follow_links=follow_links, audio_root=audio_root,
+                              labels=labels, include_sa=include_sa)  # fmt: skip
+    how = pipeline.RunOptions(_count_workers(sources, workers), reading, dry_run, append, alignments=aligned)
+    return pipeline.build([*map(Path, sources)], str(out), checked(settings | {"alignments": aligned.digest}), how)
 
 
-def _check_build(sources: Sequence[str | Path], workers: int | None) -> None:
+def _count_workers(sources: Sequence[str | Path], workers: int | None) -> int:
+    """Return how many processes build these sources. Raises StreamtrainError if either is not as expected."""
     if isinstance(sources, str | Path) or not sources:
         raise StreamtrainError(f"sources are {sources!r}: a list of folders or files is expected")
     if workers is not None and workers < 1:
         raise StreamtrainError(f"workers is {workers}: at least 1 is expected")
+    return workers or available_cores()
 
 
 def plan(shards: ShardSet | str | Path, config: Config, epoch: int = 0) -> EpochPlan:

@@ -18,7 +18,8 @@ from sharding.audio.codec import AudioInfo, frame_count, probe, probe_range
 from sharding.errors import AudioError, ManifestError
 from sharding.files.names import canonical_name
 from sharding.files.spool import copy_table, map_table
-from sharding.labels.policy import LabelPolicy, SymbolCounts, count_foreign
+from sharding.labels.policy import LabelPolicy
+from sharding.labels.units import ctc_frames_needed
 from sharding.pool import Workers, count_done
 from sharding.shardset.sample import escape_key
 from sharding.shardset.schema import SPLITS
@@ -177,8 +178,9 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, labels: LabelPolicy) -> tu
             info = probe(file) if offset is None else probe_range(file, offset, length)
     except AudioError as error:
         refusal = Refusal(utterance, error.message)
-    counts = count_foreign(text, "", labels) if labels.symbols else SymbolCounts(len(labels.symbols_of(text)))
-    if counts.foreign and not refusal:
+    symbols = labels.symbols_of(text)
+    foreign = labels.count_foreign(symbols) if labels.symbols else 0
+    if foreign and not refusal:
         refusal = Refusal(utterance, str(labels.why_foreign(text)), in_training=True)
     clip = {
         "source": 0,
@@ -191,9 +193,9 @@ def _scan_one(utterance: Utterance, audio: AudioRoot, labels: LabelPolicy) -> tu
         "speaker": speaker_hash(utterance.speaker),
         "split": _number_split(utterance.split),
         "named": bool(utterance.group or utterance.child_id),
-        "fits": bool(text) and frame_count(info.samples) >= labels.frames_needed(text),
-        "symbols": counts.symbols,
-        "foreign": counts.foreign,
+        "fits": bool(text) and frame_count(info.samples) >= ctc_frames_needed(symbols),
+        "symbols": len(symbols),
+        "foreign": foreign,
         "refused": refusal is not None and not refusal.in_training,
         "passthrough": info.passthrough,
         "samples": info.samples,

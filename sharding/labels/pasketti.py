@@ -19,7 +19,7 @@ _AFFRICATES = (("tʃ", "ʧ"), ("dʒ", "ʤ"))
 
 # Other letters of the same phone: U+0261, as Phon writes it, U+01DD and U+AB53. The scorer maps none of them, so only
 # labels are mapped, never a hypothesis.
-_SAME_PHONE = str.maketrans("ɡǝꭓ", "gəχ")
+SAME_PHONE = str.maketrans("ɡǝꭓ", "gəχ")
 # Symbols that look like a phone, or were its letter once: rejected, because they may mean something else.
 LOOK_ALIKES = dict(
     zip(
@@ -51,7 +51,7 @@ def normalize_words(text: str) -> str:
 
 def read_label(text: str) -> str:
     """Return the normal form of phones in the user's spelling, in the letters of the alphabet."""
-    return normalize_ipa(text.translate(_SAME_PHONE))
+    return normalize_ipa(text.translate(SAME_PHONE))
 
 
 def label_remarks(text: str) -> tuple[str, ...]:

@@ -90,6 +90,11 @@ class LabelPolicy:
             return ()
         return tuple(dict.fromkeys(symbol for symbol in symbols if symbol not in self.alphabet))
 
+    def count_foreign(self, symbols: Sequence[str]) -> int:
+        """Return how many symbols of a normalised label are not in the alphabet."""
+        alphabet = self.alphabet
+        return 0 if alphabet.issuperset(symbols) else sum(symbol not in alphabet for symbol in symbols)
+
     def name(self, symbols: Sequence[str]) -> str:
         """Return symbols with their code points, and with the symbols of the alphabet that they look like."""
         names = []
@@ -173,7 +178,7 @@ def check_size(symbols: Collection[str], policy: LabelPolicy, asked: str) -> Non
 def count_foreign(text: str, place: str, policy: LabelPolicy) -> SymbolCounts:
     """Count the symbols of a normalised label; `place` names its position for a message."""
     symbols = policy.symbols_of(text)
-    foreign = 0 if policy.alphabet.issuperset(symbols) else sum(symbol not in policy.alphabet for symbol in symbols)
+    foreign = policy.count_foreign(symbols)
     return SymbolCounts(len(symbols), foreign, (foreign, place, text))
 
 

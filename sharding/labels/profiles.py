@@ -19,9 +19,7 @@ from sharding.labels.units import Units
 
 _INNER = "'·׳״\u200c\u200d"  # part of a word between letters: apostrophe, Catalan's dot, geresh, joiners
 _APOSTROPHES = str.maketrans(dict.fromkeys("’ʼ‘＇", "'"))
-_IPA_TWINS = str.maketrans(
-    {"ɡ": "g", "ǝ": "ə", "ꭓ": "χ", "ε": "ɛ", "∫": "ʃ", ":": "ː", "꞉": "ː", "∶": "ː", "：": "ː", "'": "ˈ", "’": "ʼ"}
-)
+_IPA_LETTERS = pasketti.SAME_PHONE | str.maketrans("ε∫:꞉∶：'’", "ɛʃːːːːˈʼ")  # by symbols that look like them
 _BLOCKS = (  # of letters of many scripts, all of them assigned long ago
     *((0x21, 0x7F), (0xA1, 0x250), (0x250, 0x300), (0x3A3, 0x3CA), (0x400, 0x460), (0x5D0, 0x5EB), (0x621, 0x63B)),
     *((0x641, 0x653), (0x780, 0x7B2), (0x905, 0x93A), (0x93E, 0x94E), (0xE01, 0xE3B), (0xE40, 0xE4F)),
@@ -80,14 +78,14 @@ def _is_letter(text: str, place: int) -> bool:
 def normalize_narrow_ipa(text: str) -> str:
     """Return narrow IPA: NFC and single blanks; diacritics, length, tones, stress and ties stay as they are written.
 
-    Twins of IPA letters are written as one: "ɡ" as "g", ":" as "ː", "'" as "ˈ".
+    Symbols that look like a letter of the IPA are written as it: ":" as "ː", "'" as "ˈ"; and "ɡ" U+0261 as "g".
     """
-    return _single_blanks(unicodedata.normalize("NFC", text.translate(_IPA_TWINS)))
+    return _single_blanks(unicodedata.normalize("NFC", text.translate(_IPA_LETTERS)))
 
 
 def _ipa_remarks(text: str) -> tuple[str, ...]:
-    return tuple(f"{symbol!r} U+{ord(symbol):04X} is written as {_IPA_TWINS[ord(symbol)]!r}"
-                 for symbol in sorted(set(text)) if ord(symbol) in _IPA_TWINS)  # fmt: skip
+    return tuple(f"{symbol!r} U+{ord(symbol):04X} is written as {chr(_IPA_LETTERS[ord(symbol)])!r}"
+                 for symbol in sorted(set(text)) if ord(symbol) in _IPA_LETTERS)  # fmt: skip
 
 
 def _single_blanks(text: str) -> str:

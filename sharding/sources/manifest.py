@@ -23,7 +23,7 @@ from sharding.sources import common_voice
 from sharding.sources.archive import AUDIO_FOLDER, AudioRoot, find_audio, is_audio, walk_files
 from sharding.sources.layouts import CorpusLayout, find_layout
 from sharding.sources.options import NAME_FIELDS, NUMBER_FIELDS, OPTIONAL_FIELDS, REQUIRED_FIELDS, ManifestOptions
-from sharding.sources.tables import Lines, is_table, pack_rows, read_lines, read_row
+from sharding.sources.tables import TABLE_NAME, Lines, is_table, pack_rows, read_lines, read_row
 
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # lone surrogates, which JSON can express and UTF-8 cannot
 MAKE_TABLE = (
@@ -33,7 +33,6 @@ MAKE_TABLE = (
 SAMPLED_ROWS = 256  # rows of a file that are checked before the build starts
 SHOWN = 20  # columns in a message
 NUMBER_HINT = "use a decimal point, or leave the column out: audio is measured"
-TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 MAX_NUMBER = 2**53  # beyond it a float cannot represent every integer
 LABEL_COLUMNS = {  # column → the profile of its labels, if none is named; the first that a table has counts
     "phonetic_text": "pasketti",

@@ -22,10 +22,9 @@ from sharding.errors import AudioError, ManifestError, StreamtrainError
 from sharding.files.document import LINE_BYTES, max_unpacked
 from sharding.files.writing import explaining
 from sharding.sources.options import ManifestOptions
-from sharding.sources.tables import FREE_BYTES, PlacedRow
+from sharding.sources.tables import FREE_BYTES, TABLE_NAME, PlacedRow
 
 AUDIO_IN_ROW = re.compile(r"(.+\.parquet):([^/]+):(\d{1,15})")  # file, column, row from 1
-TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 SPLIT = re.compile(r"(?i)(?:partial-)?(train|validation|valid|val|dev|test)(?![a-z])")
 KNOWN = {  # the columns of published datasets, by our field
     "text": ("text", "sentence", "transcription", "transcript", "phonetic_text", "orthographic_text"),

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import string
 import struct
 import zlib
@@ -25,6 +26,7 @@ from sharding.errors import ManifestError
 from sharding.files.document import LINE_BYTES, PIECE_BYTES, DocumentError, max_unpacked, open_regular, parse_row
 from sharding.files.spool import Mapped, Spool
 
+TABLE_NAME = re.compile(r"(?i)\.(jsonl|[ct]sv)(\.gz|\.zst)?$")
 READ_BYTES = 2**20
 ROW_BYTES = 16  # only shorter lines are checked for being blank: no row is that short
 TABLE_TIMES = 30  # a table's size, at most, as JSON: rows of empty cells repeat the names of their columns

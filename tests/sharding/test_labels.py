@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.labels.pasketti import _SAME_PHONE, LOOK_ALIKES, SYMBOLS, normalize_ipa, normalize_words, read_label
+from sharding.labels.pasketti import LOOK_ALIKES, SAME_PHONE, SYMBOLS, normalize_ipa, normalize_words, read_label
 from sharding.labels.units import ctc_frames_needed
 from tests.tools.corpus import PHONES, WORDS
 
@@ -62,12 +62,12 @@ def test_foreign_symbols_are_named_once_in_order() -> None:
 
 @given(st.text())
 def test_a_label_is_read_as_it_is_scored_but_for_other_letters_of_its_phones(text: str) -> None:
-    assert PHONES.normalize(text) == normalize_ipa(text.translate(_SAME_PHONE))
+    assert PHONES.normalize(text) == normalize_ipa(text.translate(SAME_PHONE))
     assert WORDS.normalize(text) == normalize_words(text)
 
 
 def test_other_letters_of_a_phone_and_look_alikes_are_foreign_to_the_score_and_stand_for_phones() -> None:
-    same = {chr(letter): chr(phone) for letter, phone in _SAME_PHONE.items()}
+    same = {chr(letter): chr(phone) for letter, phone in SAME_PHONE.items()}
     for letter, phone in (same | LOOK_ALIKES).items():
         assert normalize_ipa(letter) == letter  # as the official scorer leaves it
         assert letter not in PHONES.alphabet
