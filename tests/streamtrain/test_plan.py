@@ -9,6 +9,7 @@ from functools import cache
 from itertools import combinations
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
