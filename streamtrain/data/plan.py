@@ -7,7 +7,7 @@ of steps before the first step, and resumes at any step by looking it up.
 import heapq
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -18,12 +18,14 @@ from pydantic import ConfigDict, PositiveFloat, PositiveInt
 from sharding.audio.codec import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.files.document import Count
+from sharding.files.spool import share_array
 from sharding.shardset.index import SampleTable, ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import Floats, keyed_uniform, length_at
 from streamtrain.model.batches import Rows
 
 PLANNER_VERSION = 3  # part of a checkpoint: another version may order clips differently
+SCHEDULED_BATCHES = 2**16
 KEY_STEPS = 1024  # of a sample, in the keys by which clips are sorted
 BLOCK_STEPS = 48  # batches are grouped by size into steps within blocks of this many steps
 
@@ -139,14 +141,23 @@ class EpochPlan:
     @cached_property
     def true(self) -> npt.NDArray[np.int64]:
         """Return the samples of each micro-batch, without padding, shape (steps, M)."""
-        before = np.concatenate([[0], np.cumsum(self.lengths)])[self.starts]
-        return np.diff(before).reshape(self.steps, self.micro_batches_per_step)
+        true = np.zeros_like(self.clips)
+        filled = self.clips > 0
+        if filled.any():
+            true[filled] = np.add.reduceat(self.lengths, self.starts[:-1][filled.ravel()])
+        return true
 
     @property
     def padding(self) -> float:
         """Return the share of padding: 1 − true ÷ padded seconds."""
         total = self.padded.sum()
-        return 1 - float(self.lengths.sum() / total) if total else 0.0
+        return 1 - float(self.true.sum() / total) if total else 0.0
+
+    def shared(self) -> "EpochPlan":
+        """Return the plan with its arrays in temporary files: other processes of this machine get it without a copy."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return EpochPlan(**{name: share_array(value) if isinstance(value, np.ndarray) else value
+                            for name, value in values.items()})  # fmt: skip
 
     def rank_idle(self, world_size: int) -> float:
         """Return the share of rank-time spent waiting for each step's slowest rank, if time is ∝ padded seconds."""
@@ -281,15 +292,20 @@ class ShardSchedule:
 
 def shard_schedule(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> ShardSchedule:
     """Return the steps at which each node needs each shard, given the node of every rank; by default, one node."""
-    per_step = plan.micro_batches_per_step
-    batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of each clip
-    node = np.asarray(node_of)[batch % per_step % len(node_of)]
-    pair = node * len(index.shards) + index.samples["shard"][plan.rows]
-    pairs, first = np.unique(pair, return_index=True)
-    _, last_reversed = np.unique(pair[::-1], return_index=True)
-    last = len(pair) - 1 - last_reversed
-    node, shard = np.divmod(pairs, len(index.shards))
-    return ShardSchedule(node, shard, batch[first] // per_step, batch[last] // per_step)
+    per_step, sizes = plan.micro_batches_per_step, np.diff(plan.starts)
+    shards, nodes = len(index.shards), np.asarray(node_of)
+    first, last = (np.full((nodes.max() + 1) * shards, -1, np.int64) for _ in range(2))
+    for start in range(0, len(sizes), SCHEDULED_BATCHES):  # a part at a time takes little memory
+        part = slice(start, start + SCHEDULED_BATCHES)
+        batch = np.repeat(np.arange(len(sizes))[part], sizes[part])  # of each clip
+        rows = plan.rows[plan.starts[start] : plan.starts[start] + len(batch)]
+        pair = nodes[batch % per_step % len(nodes)] * shards + index.samples["shard"][rows]
+        last[pair] = batch // per_step  # of equal pairs, the last one stays
+        earlier = pair[::-1][first[pair[::-1]] < 0]
+        first[earlier] = (batch[::-1] // per_step)[first[pair[::-1]] < 0]
+    pairs = np.flatnonzero(last >= 0)
+    node, shard = np.divmod(pairs, shards)
+    return ShardSchedule(node, shard, first[pairs], last[pairs])
 
 
 def batch_overlap(plan: EpochPlan, following: EpochPlan) -> float:
