@@ -44,7 +44,10 @@ from sharding.sources.manifest import Utterance, printable
 
 MAX_TAR_BYTES = 2**34  # a tar is held in memory
 COUNT_DTYPE = np.dtype([("sample", "<u4"), ("symbol", "<u4"), ("count", "<u4")])
-USUAL_NAMES = {"valid": ["*val*", "*dev*"], "test": ["test*", "*[-_./]test*"]}  # of tars, by their split
+USUAL_NAMES = {
+    "valid": ["*val*", "*dev*"],
+    "test": ["test[-_./0-9]*", "*[-_./]test[-_./0-9]*"],
+}  # of tars, by their split
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ def check_size(symbols: Collection[str], policy: LabelPolicy, asked: str) -> Non
         raise ManifestError(
             f"the training labels have {len(symbols):,} symbols of {policy.units}, such as "
             f"{', '.join(map(repr, list(symbols)[-3:]))}; at most {MAX_SYMBOLS:,} are expected",
-            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet data takes them all",
+            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet data takes any number",
         )
 
 

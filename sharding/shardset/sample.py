@@ -54,7 +54,7 @@ class Sample:
     start_sec: float | None = None  # in that recording, likewise the end
     end_sec: float | None = None
     written_text: str | None = None  # the label as it was written, if it is another than `text`
-    words: tuple[tuple[str, float, float], ...] | None = None  # start and end in seconds, where the corpus has them
+    words: tuple[tuple[str, float, float], ...] | None = None  # start and end in seconds, if the corpus has them
     remarks: tuple[str, ...] = ()  # on a label from another writer; not stored in a shard
 
     @property

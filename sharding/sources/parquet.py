@@ -3,10 +3,11 @@
 The audio stays where it is: a row names it as FILE:COLUMN:ROW, and workers read it by row groups.
 """
 
+import errno
 import os
 import re
 import struct
-import tempfile
+import uuid
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,26 +226,39 @@ class AudioColumn:
         if row < 1 or group == len(self._ends):
             raise AudioError(f"parquet file has no row {row}")
         place = row - 1 - (self._ends[group - 1] if group else 0)
-        with _damage_refused():
-            if unpacked:
-                audio = self._read_unpacked(Path(unpacked), group, place)
-            else:
+        if unpacked:
+            audio = self._read_unpacked(Path(unpacked), group, place)
+        else:
+            with _damage_refused():
                 audio = self._read_group(group)[place].as_py()
         if audio is None:
             raise AudioError("row has no audio")
         return bytes(audio)
 
     def _read_unpacked(self, folder: Path, group: int, place: int) -> bytes | None:
+        """Return a value of a row group from its file, which is written first if it is not there.
+
+        Raises AudioError for a fault of the parquet file, StoreError for one of that file or its disk.
+        """
         path = folder / f"{xxhash.xxh3_64_hexdigest(repr(self._key).encode())}-{group}"
         if not path.exists():
+            with _damage_refused():
+                parts = list(_values_of(self._load_group(group)))
             with explaining(path):
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                    _write_values(self._load_group(group), file)
-                os.replace(file.name, path)
-        with path.open("rb", buffering=0) as values:
+                partial = folder / f"{path.name}.{uuid.uuid4().hex}"
+                try:
+                    with partial.open("wb") as file:
+                        _write_values(parts, file)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        with explaining(path), path.open("rb", buffering=0) as values:
             start, end = SPAN.unpack(os.pread(values.fileno(), SPAN.size, place * SPAN.size))
-            return os.pread(values.fileno(), end - start, start) if start else None
+            audio = os.pread(values.fileno(), end - start, start) if start else None
+            if audio is not None and len(audio) != end - start:
+                raise OSError(errno.EIO, "is cut short")
+        return audio
 
     def _read_group(self, group: int) -> Any:
         """Return the audio of a row group, from memory if it was read lately."""
@@ -263,21 +277,28 @@ class AudioColumn:
         return _leaf(self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False).column(0))
 
 
-def _write_values(column: Any, file: IO[bytes]) -> None:
-    """Write where each value is, 0 if it is null, then the values: those that are repeated once."""
-    spans, parts, position = [], [], SPAN.size * len(column)
+Values = tuple[Any, Sequence[int | None]]  # of a part of a row group: the values, and which of them each row has
+
+
+def _values_of(column: Any) -> Iterator[Values]:
     for chunk in column.chunks:
-        repeated = _import().types.is_dictionary(chunk.type)
-        parts.append(chunk.dictionary if repeated else chunk)
-        sizes = [len(value.as_buffer()) if value.is_valid else 0 for value in parts[-1]]
+        if _import().types.is_dictionary(chunk.type):
+            yield chunk.dictionary, chunk.indices.to_pylist()
+        else:
+            yield chunk, range(len(chunk))
+
+
+def _write_values(parts: Sequence[Values], file: IO[bytes]) -> None:
+    """Write where the value of each row begins and ends, 0 if it is null, then the values: repeated ones once."""
+    spans, position = list[tuple[int, int]](), SPAN.size * sum(len(rows) for _, rows in parts)
+    for values, rows in parts:
+        sizes = [len(value.as_buffer()) if value.is_valid else 0 for value in values]
         ends = list(accumulate(sizes, initial=position))
-        found = chunk.indices.to_pylist() if repeated else range(len(chunk))
-        spans += [(0, 0) if index is None or not parts[-1][index].is_valid else (ends[index], ends[index + 1])
-                  for index in found]  # fmt: skip
+        spans += [(0, 0) if row is None or not values[row].is_valid else (ends[row], ends[row + 1]) for row in rows]
         position = ends[-1]
     file.write(b"".join(SPAN.pack(*span) for span in spans))
-    for part in parts:
-        for value in part:
+    for values, _ in parts:
+        for value in values:
             file.write(value.as_buffer() or b"")
 
 
