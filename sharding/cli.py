@@ -293,7 +293,8 @@ def index(
 
     Args:
         shards: Folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in a json
-            as text, or in the profile's field: phonetic_text, orthographic_text.
+            as text, or in the profile's field: phonetic_text, orthographic_text; there also child_id, session_id,
+            corpus, age_bucket.
         valid: Tars to validate on, by their names below that folder; each pattern must fit one (default: `*val*` and
             `*dev*`, if there are such).
         test: Likewise tars that are neither trained nor validated on (default: those with a part `test` in their

@@ -110,6 +110,10 @@ def sample_from_bytes(raw: bytes, labels: LabelPolicy) -> Sample:
             _check_numbers(document)
             if "words" in document:
                 document["words"] = validate(document["words"], _WORDS)
+                for word, start, end in document["words"]:
+                    _check_strings({"words": word}, ["words"])
+                    if start > end:
+                        raise ValueError(f"words: {word!a:.50} ends before it begins")
             if unknown := document.keys() - _JSON_FIELDS:
                 raise TypeError(f"{key}.json: {min(unknown)!r} is unknown")
             return Sample(key=key, audio=bodies["flac"], **document)

@@ -134,6 +134,8 @@ def _choose_columns(path: Path, schema: Any, options: ManifestOptions) -> _Colum
         found = f"there is no column {audio!r}" if audio else f"{len(candidates)} columns may hold the audio"
         raise _wrong(path, schema, f"{found}: one of bytes, or of {{bytes, path}}, is expected", "audio_path")
     labels = _choose_labels(path, schema, options)
+    if not _may_hold_audio(schema.field(audio).type):
+        raise _wrong(path, schema, f"column {audio!r} holds no audio: bytes, {{bytes, path}} or paths", "audio_path")
     for column in labels.values():
         if not _is_plain(schema.field(column).type):
             problem = f"column {column!r} is of type {schema.field(column).type}, text or numbers are expected"
@@ -178,6 +180,13 @@ def _is_audio(kind: Any) -> bool:
     if types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0 and kind.get_field_index("path") >= 0)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _may_hold_audio(kind: Any) -> bool:
+    """Return whether a column that the user named may hold audio: also paths, or structs of bytes or paths alone."""
+    if _is_struct(kind):
+        return any(kind.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    return _is_audio(kind) or _is_text(kind)
 
 
 def _is_text(kind: Any) -> bool:
@@ -307,8 +316,16 @@ _kept: OrderedDict[tuple[object, int], tuple[Any, int]] = OrderedDict()  # row g
 
 def _open(file: IO[bytes], texts: Sequence[str] = ()) -> Any:
     """Open a parquet file. Values of the columns `texts` that are repeated in it are read once."""
-    pyarrow = _import()
-    return pyarrow.parquet.ParquetFile(file, read_dictionary=list(filter(None, texts)), pre_buffer=False)
+    parquet = _import().parquet.ParquetFile(file, pre_buffer=False)
+    wanted = {*filter(None, texts)} - _delta_encoded(parquet)
+    return _import().parquet.ParquetFile(file, read_dictionary=[*wanted], pre_buffer=False) if wanted else parquet
+
+
+def _delta_encoded(parquet: Any) -> set[str]:
+    """Return the columns in encodings without repeated values, which pyarrow cannot read as a dictionary."""
+    groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return {chunk.path_in_schema for chunk in chunks if any("DELTA" in encoding for encoding in chunk.encodings)}
 
 
 def _leaf(column: Any) -> Any:

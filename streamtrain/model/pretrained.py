@@ -249,16 +249,12 @@ def _find(name: str, file: str) -> Path | None:
 
 
 def _is_unreachable(name: str, file: str) -> bool:
-    """Return whether a file of a model on the hub is not in the cache, and the hub does not say if there is one."""
-    from transformers.utils import cached_file
+    """Return whether a file of a model on the hub is not in the cache, and the hub has not said that there is none."""
+    from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir() or name.startswith(("/", ".", "~")):
         return False
-    try:
-        cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return True
-    return False
+    return _find(name, file) is None and try_to_load_from_cache(name, file) is None
 
 
 def _shorten(tokens: Sequence[str]) -> str:
