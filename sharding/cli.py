@@ -293,11 +293,12 @@ def index(
 
     Args:
         shards: Folder or URL with the tars: flac, wav, mp3 or ogg of each sample, and its label as txt, or in a json
-            as text, or in the profile's field: phonetic_text, orthographic_text.
+            as text, or in the profile's field: phonetic_text, orthographic_text; there also child_id, session_id,
+            corpus, age_bucket.
         valid: Tars to validate on, by their names below that folder; each pattern must fit one (default: `*val*` and
             `*dev*`, if there are such).
-        test: Likewise tars that are neither trained nor validated on (default: `test*` and `*-test*`, if there are
-            such).
+        test: Likewise tars that are neither trained nor validated on (default: those with a part `test` in their
+            names, such as test-0.tar, en-test.tar and test/0.tar, if there are such).
         profile: Normal form of the labels, as in `build`.
         units: Symbols of a label, as in `build`.
         alphabet: Symbols that may be trained on, as in `build`.

@@ -119,7 +119,7 @@ class Workers:
         label: str,
         unit: str = "clip",
     ) -> Iterator[Result]:
-        """Yield what `map` returns, each result as soon as it and those before it are there."""
+        """Run every job, as `map` does. Yield the results in the order of the jobs, each as soon as it can be."""
         self._counter.value = 0
         results: dict[int, Result] = {}
         running: dict[Future[Result], int] = {}

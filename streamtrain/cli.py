@@ -370,7 +370,7 @@ def config(
     elif chosen:
         print(json_format.dumps(chosen.model_dump(), indent=1))
     else:
-        print("\n".join(f"{key:<8}{path}" for key, path in configs.PACKAGED.items()))
+        print("\n".join(f"{key:<15}{path}" for key, path in configs.PACKAGED.items()))
 
 
 def _check_model(folder: Path) -> None:

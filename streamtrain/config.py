@@ -155,7 +155,7 @@ class TrainConfig(Section):
 
 
 METRICS, GROUPS = ("cer", "wer", "per"), ("speaker", "corpus", "age_bucket", "duration", "label_length")
-SELECTIONS = ("loss", *METRICS, *(f"{metric}/{group}" for metric in METRICS for group in GROUPS))
+SELECTIONS = ("auto", "loss", *METRICS, *(f"{metric}/{group}" for metric in METRICS for group in GROUPS))
 
 
 def name_score(select: str) -> str:
@@ -170,8 +170,8 @@ class EvalConfig(Section):
     """Steps between evaluations; the last step is evaluated too."""
     split: str = "valid"
     """Clips to score: valid, test or train."""
-    select: str = "cer"
-    """Score by which best/ is chosen: cer, wer, per, loss, or a mean over groups, such as cer/corpus or wer/speaker."""
+    select: str = "auto"
+    """What chooses best/: auto (cer; per of segments and tokens), cer, wer, per, loss, or a mean such as cer/corpus."""
 
     @field_validator("select")
     @classmethod
@@ -179,7 +179,7 @@ class EvalConfig(Section):
         if value not in SELECTIONS:
             groups = ", ".join(GROUPS)
             raise ValueError(
-                f"give cer, wer, per or loss, or a mean over groups, such as cer/corpus (groups: {groups})"
+                f"give auto, cer, wer, per or loss, or a mean over groups, such as cer/corpus (groups: {groups})"
             )
         return value
 

@@ -98,7 +98,8 @@ def assign_shards(
 ) -> list[PlannedShard]:
     """Group samples by split and bucket into shards of about equal size, numbered from `first_numbers` or 0.
 
-    Within a bucket samples are ordered by the hash of their key: mixed, yet independent of the order of the sources.
+    Within a bucket samples follow their column `order`, the hash of their key: mixed, yet independent of the order of
+    the sources. (In a dry run, it is the order of the sources.)
     """
     members["bucket"] = bucket_of(members["samples"] / SAMPLE_RATE, bins)
     order = np.lexsort((members["order"][:, 1], members["order"][:, 0], members["bucket"], members["split"]))

@@ -1,6 +1,7 @@
 """Index WebDataset tars from other tools, which stay unchanged: no bucketing, no splitting, no conversion."""
 
 import io
+import sys
 import tarfile
 from bisect import bisect_right
 from collections import Counter
@@ -17,7 +18,7 @@ import xxhash
 from sharding.audio.codec import SAMPLE_RATE, Decoded, decode_native, frame_count, is_constant
 from sharding.build.alphabet import MAX_RARE, WantedSymbols, too_many_rare
 from sharding.build.place import has_index
-from sharding.errors import AudioError, ShardError
+from sharding.errors import AudioError, ShardError, counted
 from sharding.files.names import canonical_name, nfc
 from sharding.labels.policy import LabelPolicy, SymbolCounts, check_alphabet, check_size, count_foreign
 from sharding.pool import Workers
@@ -44,7 +45,10 @@ from sharding.sources.manifest import Utterance, printable
 
 MAX_TAR_BYTES = 2**34  # a tar is held in memory
 COUNT_DTYPE = np.dtype([("sample", "<u4"), ("symbol", "<u4"), ("count", "<u4")])
-USUAL_NAMES = {"valid": ["*val*", "*dev*"], "test": ["test*", "*[-_./]test*"]}  # of tars, by their split
+USUAL_NAMES = {
+    "valid": ["*val*", "*dev*"],
+    "test": ["test[-_./0-9]*", "*[-_./]test[-_./0-9]*"],
+}  # of tars, by their split
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,10 @@ def index_tars(
     names = _list_tars(store, url)
     patterns = {split: list(held_out.get(split, ())) or usual for split, usual in USUAL_NAMES.items()}
     splits = _choose_splits(url, names, held_out)
+    _warn_of_names(names, splits)
+    if "train" not in splits and not labels.symbols:
+        hint = "--alphabet FILE, or a --profile that has one; or name fewer tars with --valid and --test"
+        raise ShardError(f"{url}: no tar is trained on, whose labels would make the alphabet", hint)
     with Workers(workers) as pool:
         if not labels.symbols:
             trained = [name for name, split in zip(names, splits, strict=True) if split == "train"]
@@ -144,7 +152,7 @@ def _choose_splits(url: str, names: Sequence[str], held_out: Mapping[str, Sequen
     """Return the split of each tar. A pattern that the user gave goes before a usual name."""
     splits = dict.fromkeys(names, "train")
     for split, usual in USUAL_NAMES.items():
-        splits |= dict.fromkeys(_match(names, usual), split) if not held_out.get(split) else {}
+        splits |= dict.fromkeys(_match_usual(names, usual), split) if not held_out.get(split) else {}
     given: dict[str, str] = {}
     for split, patterns in held_out.items():
         for pattern in patterns:
@@ -164,6 +172,21 @@ def _match(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
         exact = {name for name in names if nfc(name) == pattern}
         chosen |= exact or {name for name in names if fnmatchcase(nfc(name), pattern)}
     return chosen
+
+
+def _warn_of_names(names: Sequence[str], splits: Sequence[str]) -> None:
+    """Warn of tars that are trained on although they are named like those of another split."""
+    for split, usual in USUAL_NAMES.items():
+        alike = _match_usual(names, usual)
+        trained = [name for name, chosen in zip(names, splits, strict=True) if chosen == "train" and name in alike]
+        if trained:
+            print(f"{counted(len(trained), 'tar')} named like {split} will be trained on, such as {trained[0]}: "
+                  f"--{split} PATTERN names those that must not", file=sys.stderr)  # fmt: skip
+
+
+def _match_usual(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Return the tars that match usual names, in any case."""
+    return {name for name in names if any(fnmatchcase(nfc(name).lower(), pattern) for pattern in patterns)}
 
 
 def _find_alphabet(

@@ -195,8 +195,8 @@ def build(locations: Sequence[Path], out: str, settings: BuildConfig, run: RunOp
                 tally = sum_tallies(ledger)
             index = _index(plan, results, tally, store)
             orphans = sorted({*old_orphans, *orphans})
-            unchanged = base is not None and orphans == old_orphans and same_rows(ledger, old_rows)
-            if base and unchanged and len(index.samples) == len(base.samples):
+            grown = base is None or len(index.samples) != len(base.samples) or orphans != old_orphans
+            if base and not grown and same_rows(ledger, old_rows):
                 report.restore_archived(store, base)  # no new sample or ledger row: runs need not see another index
                 return BuildResult(base, report.read_summary(store, base), rejected, known=int(known.sum()))
             packed = pack_index(index)

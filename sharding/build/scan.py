@@ -17,7 +17,7 @@ import xxhash
 from sharding.audio.codec import AudioInfo, frame_count, probe, probe_range
 from sharding.errors import AudioError, ManifestError
 from sharding.files.names import canonical_name
-from sharding.files.spool import copy_table, map_table
+from sharding.files.spool import map_table, select_rows
 from sharding.labels.policy import LabelPolicy
 from sharding.labels.units import ctc_frames_needed
 from sharding.pool import Workers, count_done
@@ -78,7 +78,7 @@ class ScanResult:
             return self
         new_row = np.cumsum(chosen) - 1
         refusals = {int(new_row[row]): refusal for row, refusal in self.refusals.items() if chosen[row]}
-        return replace(self, clips=copy_table(self.clips[chosen]), refusals=refusals)
+        return replace(self, clips=select_rows(self.clips, chosen), refusals=refusals)
 
     def find(self, clip: int) -> tuple[str, Utterance]:
         """Return the file and line of a clip's row, and the row."""

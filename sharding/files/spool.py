@@ -5,13 +5,15 @@ The file has no name, so that nothing remains of it, however its process ends.
 
 import errno
 import fcntl
+import io
 import mmap
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +24,10 @@ from sharding.errors import StoreError
 from sharding.files.writing import write_error
 
 LARGE_FILES = "/var/tmp"  # /tmp is often kept in memory
-PREFIX = "streamtrain-"
+PREFIX, MARK = ".streamtrain-tmp", "made-by-streamtrain"  # of a folder's name; a file in each folder of ours
 NEW_SEC = 60.0  # a folder may be younger than its lock
-BUFFER_BYTES = 2**20
+SMALL_BYTES = 2**20  # are kept in memory: each mapped file takes a descriptor
+BLOCK_ROWS = 2**16
 SAME_USER = "processes of one machine must run as one user, and see each other in /proc"
 MORE_ROOM = "TMPDIR=FOLDER in the environment names a folder with more room for temporary files"
 
@@ -34,15 +37,25 @@ Mapped = bytes | mmap.mmap  # both are read by slices
 @contextmanager
 def large_files_folder() -> Iterator[str]:
     """Yield a new folder for temporary files that may be large, deleted afterwards, with those of killed processes."""
-    _delete_abandoned()
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=_place()) as folder, _locked(folder):
-        yield folder
+    place, host = _place(), socket.gethostname()
+    _delete_abandoned(Path(place), host)
+    with _no_room_explained(place):
+        folder = tempfile.mkdtemp(prefix=f"{PREFIX}-{host}-", dir=place)
+        Path(folder, MARK).touch()
+    try:
+        with ExitStack() as stack:
+            with suppress(OSError):  # no locks on this file system: then no folder there is deleted for others either
+                stack.enter_context(_locked(folder))
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _delete_abandoned() -> None:
-    for folder in Path(_place()).glob(f"{PREFIX}*"):
+def _delete_abandoned(place: Path, host: str) -> None:
+    """Delete the folders of processes of this machine that were killed; locks of other machines may be unknown here."""
+    for folder in place.glob(f"{PREFIX}-{host}-*"):
         with suppress(OSError):  # of another user, or in use
-            if time.time() - folder.stat().st_mtime > NEW_SEC:
+            if (folder / MARK).is_file() and time.time() - folder.stat().st_mtime > NEW_SEC:
                 with _locked(str(folder)):
                     shutil.rmtree(folder)
 
@@ -59,45 +72,61 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 class Spool:
-    """Write bytes to a temporary file, then read them as mapped memory. Raises StoreError if there is no room."""
+    """Write bytes, to a temporary file if they are many, then read them. Raises StoreError if there is no room."""
 
     def __init__(self) -> None:
-        with _no_room_explained():
-            self._file = tempfile.TemporaryFile(dir=_place(), buffering=BUFFER_BYTES)  # noqa: SIM115
+        self._place = _place()
+        self._file: IO[bytes] = io.BytesIO()
         self.size = 0
 
     def write(self, data: bytes) -> None:
-        with _no_room_explained():
+        with _no_room_explained(self._place):
+            if isinstance(self._file, io.BytesIO) and self.size + len(data) > SMALL_BYTES:
+                begun = self._file.getvalue()
+                self._file = tempfile.TemporaryFile(dir=self._place, buffering=SMALL_BYTES)  # noqa: SIM115
+                self._file.write(begun)
             self._file.write(data)
         self.size += len(data)
 
     def map(self) -> Mapped:
         """Return what was written, and close the file."""
-        with _no_room_explained(), self._file:
+        with _no_room_explained(self._place), self._file:
+            if isinstance(self._file, io.BytesIO):
+                return self._file.getvalue()
             self._file.flush()
-            return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+            return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def map_table(rows: int, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
     """Return a table of zeros, shape (rows,), in a temporary file. Raises StoreError if there is no room for it."""
-    size = rows * dtype.itemsize
-    if not size:
-        return np.zeros(0, dtype)
-    with _no_room_explained(size), tempfile.TemporaryFile(dir=_place()) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk ends the process when a page is written
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            file.truncate(size)
+    size, place = rows * dtype.itemsize, _place()
+    if size <= SMALL_BYTES:
+        return np.zeros(rows, dtype)
+    with _no_room_explained(place, size), tempfile.TemporaryFile(dir=place) as file:
+        reserve(file, size)
         return np.frombuffer(mmap.mmap(file.fileno(), size), dtype)
 
 
-def copy_table(chosen: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Return a copy of rows of a table, shape (N,), in a temporary file."""
-    table = map_table(len(chosen), chosen.dtype)
-    table[:] = chosen
-    return table
+def reserve(file: IO[bytes], size: int) -> None:
+    """Give an empty file a size, and its room on the disk: else a full disk would end the process at a later write."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        for start in range(0, size, SMALL_BYTES):
+            file.write(bytes(min(SMALL_BYTES, size - start)))
+        file.flush()
+
+
+def select_rows(table: npt.NDArray[np.void], chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
+    """Return the chosen rows of a table, shape (N,), in a temporary file."""
+    selected, first = map_table(int(chosen.sum()), table.dtype), 0
+    for start in range(0, len(table), BLOCK_ROWS):
+        rows = table[start : start + BLOCK_ROWS][chosen[start : start + BLOCK_ROWS]]
+        selected[first : first + len(rows)] = rows
+        first += len(rows)
+    return selected
 
 
 class SharedArray(np.ndarray[Any, np.dtype[Any]]):
@@ -120,13 +149,14 @@ class SharedArray(np.ndarray[Any, np.dtype[Any]]):
 
 def share_array(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a read-only copy of an array in a temporary file. Raises StoreError if there is no room for it."""
+    place = _place()
     if not values.size:
         return values
-    with _no_room_explained(values.nbytes):
-        file = tempfile.TemporaryFile(dir=_place(), buffering=0)  # noqa: SIM115
-        os.posix_fallocate(file.fileno(), 0, values.nbytes)
+    with _no_room_explained(place, values.nbytes):
+        file = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
+        reserve(file, values.nbytes)
         whole = np.frombuffer(mmap.mmap(file.fileno(), values.nbytes), values.dtype).reshape(values.shape)
-        whole[...] = values
+    whole[...] = values
     return _as_shared(whole, file)
 
 
@@ -149,13 +179,15 @@ def _as_shared(values: npt.NDArray[Any], file: IO[bytes]) -> npt.NDArray[Any]:
 
 
 def _place() -> str:
+    """Return the folder for temporary files: that of TMPDIR, if it is set, even if it is not there."""
     usable = os.path.isdir(LARGE_FILES) and os.access(LARGE_FILES, os.W_OK | os.X_OK)
-    return LARGE_FILES if usable and not os.environ.get("TMPDIR") else tempfile.gettempdir()
+    return os.environ.get("TMPDIR") or (LARGE_FILES if usable else tempfile.gettempdir())
 
 
 @contextmanager
-def _no_room_explained(needed: int | None = None) -> Iterator[None]:
+def _no_room_explained(place: str, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise write_error(Path(_place()), error, needed, MORE_ROOM) from error
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise write_error(Path(place), error, needed, MORE_ROOM if no_room else None) from error

@@ -12,6 +12,7 @@ from sharding.labels.units import Units, ctc_frames_needed, split_symbols
 
 MAX_SYMBOLS = 1_000  # of an alphabet that is found
 MAX_FOREIGN = 0.05  # share of symbols: if more are foreign, the labels are in another alphabet
+METRICS = {"characters": ("cer", "wer"), "segments": ("per", "cer", "wer"), "tokens": ("per",)}  # tokens have no words
 OTHER_PROFILES = {
     "pasketti": "--profile english if the labels are English words, text if they are words of any language, ipa if "
     "they are other IPA",
@@ -51,6 +52,11 @@ class LabelPolicy:
     def metric(self) -> str:
         """Return the name of the error rate over symbols: "cer" of characters, "per" of phones and other tokens."""
         return "cer" if self.units == "characters" else "per"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the error rates that say something of such labels, `metric` first."""
+        return METRICS[self.units]
 
     @property
     def field(self) -> str:
@@ -171,7 +177,7 @@ def check_size(symbols: Collection[str], policy: LabelPolicy, asked: str) -> Non
         raise ManifestError(
             f"the training labels have {len(symbols):,} symbols of {policy.units}, such as "
             f"{', '.join(map(repr, list(symbols)[-3:]))}; at most {MAX_SYMBOLS:,} are expected",
-            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet data takes them all",
+            "is it the right column? --columns text=COLUMN; if it is, as for Chinese, --alphabet data takes any number",
         )
 
 

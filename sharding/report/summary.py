@@ -117,8 +117,9 @@ def _explain_splits(notes: dict[str, Any]) -> list[str]:
         more = ", …" if shared["count"] > len(shared["examples"]) else ""
         lines.append(f"{counted(shared['count'], 'speaker')} in several of the published splits, so that scores are "
                      f"too optimistic: {', '.join(shared['examples'])}{more}")  # fmt: skip
-    elif not notes["validation"]["disjoint_by_speaker"]:
-        lines.append("validation is not disjoint by speaker: clips without child_id were split by session or by clip")
+    elif notes["validation"]["clips"] and not notes["validation"]["disjoint_by_speaker"]:
+        lines.append("some speakers are not known or in several splits, so that scores may be too optimistic: child_id "
+                     "names them")  # fmt: skip
     return lines
 
 

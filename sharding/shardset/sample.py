@@ -54,7 +54,7 @@ class Sample:
     start_sec: float | None = None  # in that recording, likewise the end
     end_sec: float | None = None
     written_text: str | None = None  # the label as it was written, if it is another than `text`
-    words: tuple[tuple[str, float, float], ...] | None = None  # start and end in seconds, where the corpus has them
+    words: tuple[tuple[str, float, float], ...] | None = None  # start and end in seconds, if the corpus has them
     remarks: tuple[str, ...] = ()  # on a label from another writer; not stored in a shard
 
     @property
@@ -110,6 +110,10 @@ def sample_from_bytes(raw: bytes, labels: LabelPolicy) -> Sample:
             _check_numbers(document)
             if "words" in document:
                 document["words"] = validate(document["words"], _WORDS)
+                for word, start, end in document["words"]:
+                    _check_strings({"words": word}, ["words"])
+                    if start > end:
+                        raise ValueError(f"words: {word!a:.50} ends before it begins")
             if unknown := document.keys() - _JSON_FIELDS:
                 raise TypeError(f"{key}.json: {min(unknown)!r} is unknown")
             return Sample(key=key, audio=bodies["flac"], **document)

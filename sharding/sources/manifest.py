@@ -61,7 +61,7 @@ class Utterance(NamedTuple):
     text: str  # as written, not yet normalised
     split: str = ""  # as published
     offset_sec: float | None = None  # where the clip begins in its audio file, of which it is a range
-    words: tuple[TimedWord, ...] = ()  # of its label, where the corpus has their times
+    words: tuple[TimedWord, ...] = ()  # of its label, if the corpus has their times
 
     @property
     def identity(self) -> tuple[object, ...]:

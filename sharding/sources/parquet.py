@@ -3,10 +3,11 @@
 The audio stays where it is: a row names it as FILE:COLUMN:ROW, and workers read it by row groups.
 """
 
+import errno
 import os
 import re
 import struct
-import tempfile
+import uuid
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,6 +134,8 @@ def _choose_columns(path: Path, schema: Any, options: ManifestOptions) -> _Colum
         found = f"there is no column {audio!r}" if audio else f"{len(candidates)} columns may hold the audio"
         raise _wrong(path, schema, f"{found}: one of bytes, or of {{bytes, path}}, is expected", "audio_path")
     labels = _choose_labels(path, schema, options)
+    if not _may_hold_audio(schema.field(audio).type):
+        raise _wrong(path, schema, f"column {audio!r} holds no audio: bytes, {{bytes, path}} or paths", "audio_path")
     for column in labels.values():
         if not _is_plain(schema.field(column).type):
             problem = f"column {column!r} is of type {schema.field(column).type}, text or numbers are expected"
@@ -177,6 +180,13 @@ def _is_audio(kind: Any) -> bool:
     if types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0 and kind.get_field_index("path") >= 0)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _may_hold_audio(kind: Any) -> bool:
+    """Return whether a column that the user named may hold audio: also paths, or structs of bytes or paths alone."""
+    if _is_struct(kind):
+        return any(kind.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    return _is_audio(kind) or _is_text(kind)
 
 
 def _is_text(kind: Any) -> bool:
@@ -225,26 +235,39 @@ class AudioColumn:
         if row < 1 or group == len(self._ends):
             raise AudioError(f"parquet file has no row {row}")
         place = row - 1 - (self._ends[group - 1] if group else 0)
-        with _damage_refused():
-            if unpacked:
-                audio = self._read_unpacked(Path(unpacked), group, place)
-            else:
+        if unpacked:
+            audio = self._read_unpacked(Path(unpacked), group, place)
+        else:
+            with _damage_refused():
                 audio = self._read_group(group)[place].as_py()
         if audio is None:
             raise AudioError("row has no audio")
         return bytes(audio)
 
     def _read_unpacked(self, folder: Path, group: int, place: int) -> bytes | None:
+        """Return a value of a row group from its file, which is written first if it is not there.
+
+        Raises AudioError for a fault of the parquet file, StoreError for one of that file or its disk.
+        """
         path = folder / f"{xxhash.xxh3_64_hexdigest(repr(self._key).encode())}-{group}"
         if not path.exists():
+            with _damage_refused():
+                parts = list(_values_of(self._load_group(group)))
             with explaining(path):
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                    _write_values(self._load_group(group), file)
-                os.replace(file.name, path)
-        with path.open("rb", buffering=0) as values:
+                partial = folder / f"{path.name}.{uuid.uuid4().hex}"
+                try:
+                    with partial.open("wb") as file:
+                        _write_values(parts, file)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        with explaining(path), path.open("rb", buffering=0) as values:
             start, end = SPAN.unpack(os.pread(values.fileno(), SPAN.size, place * SPAN.size))
-            return os.pread(values.fileno(), end - start, start) if start else None
+            audio = os.pread(values.fileno(), end - start, start) if start else None
+            if audio is not None and len(audio) != end - start:
+                raise OSError(errno.EIO, "is cut short")
+        return audio
 
     def _read_group(self, group: int) -> Any:
         """Return the audio of a row group, from memory if it was read lately."""
@@ -263,21 +286,28 @@ class AudioColumn:
         return _leaf(self._parquet.read_row_group(group, columns=[self._leaf], use_threads=False).column(0))
 
 
-def _write_values(column: Any, file: IO[bytes]) -> None:
-    """Write where each value is, 0 if it is null, then the values: those that are repeated once."""
-    spans, parts, position = [], [], SPAN.size * len(column)
+Values = tuple[Any, Sequence[int | None]]  # of a part of a row group: the values, and which of them each row has
+
+
+def _values_of(column: Any) -> Iterator[Values]:
     for chunk in column.chunks:
-        repeated = _import().types.is_dictionary(chunk.type)
-        parts.append(chunk.dictionary if repeated else chunk)
-        sizes = [len(value.as_buffer()) if value.is_valid else 0 for value in parts[-1]]
+        if _import().types.is_dictionary(chunk.type):
+            yield chunk.dictionary, chunk.indices.to_pylist()
+        else:
+            yield chunk, range(len(chunk))
+
+
+def _write_values(parts: Sequence[Values], file: IO[bytes]) -> None:
+    """Write where the value of each row begins and ends, 0 if it is null, then the values: repeated ones once."""
+    spans, position = list[tuple[int, int]](), SPAN.size * sum(len(rows) for _, rows in parts)
+    for values, rows in parts:
+        sizes = [len(value.as_buffer()) if value.is_valid else 0 for value in values]
         ends = list(accumulate(sizes, initial=position))
-        found = chunk.indices.to_pylist() if repeated else range(len(chunk))
-        spans += [(0, 0) if index is None or not parts[-1][index].is_valid else (ends[index], ends[index + 1])
-                  for index in found]  # fmt: skip
+        spans += [(0, 0) if row is None or not values[row].is_valid else (ends[row], ends[row + 1]) for row in rows]
         position = ends[-1]
     file.write(b"".join(SPAN.pack(*span) for span in spans))
-    for part in parts:
-        for value in part:
+    for values, _ in parts:
+        for value in values:
             file.write(value.as_buffer() or b"")
 
 
@@ -286,8 +316,16 @@ _kept: OrderedDict[tuple[object, int], tuple[Any, int]] = OrderedDict()  # row g
 
 def _open(file: IO[bytes], texts: Sequence[str] = ()) -> Any:
     """Open a parquet file. Values of the columns `texts` that are repeated in it are read once."""
-    pyarrow = _import()
-    return pyarrow.parquet.ParquetFile(file, read_dictionary=list(filter(None, texts)), pre_buffer=False)
+    parquet = _import().parquet.ParquetFile(file, pre_buffer=False)
+    wanted = {*filter(None, texts)} - _delta_encoded(parquet)
+    return _import().parquet.ParquetFile(file, read_dictionary=[*wanted], pre_buffer=False) if wanted else parquet
+
+
+def _delta_encoded(parquet: Any) -> set[str]:
+    """Return the columns in encodings without repeated values, which pyarrow cannot read as a dictionary."""
+    groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return {chunk.path_in_schema for chunk in chunks if any("DELTA" in encoding for encoding in chunk.encodings)}
 
 
 def _leaf(column: Any) -> Any:

@@ -77,9 +77,15 @@ def pack_rows(rows: Iterable[PlacedRow]) -> Lines:
     text, lines, files = Spool(), Spool(), dict[str, int]()
     for file, number, values in rows:
         line = _write_json(values)
+        _check_length(len(line) - 1, f"{file}:{number}")
         lines.write(_pack_line(text.size, len(line) - 1, number, files.setdefault(file, len(files))))
         text.write(line)
     return Lines(text.map(), np.frombuffer(lines.map(), LINE_DTYPE), tuple(files))
+
+
+def _check_length(size: int, place: str) -> None:
+    if size > LINE_BYTES:
+        raise ManifestError(f"{place}: a row of {size:,} bytes, at most {LINE_BYTES:,} are read")
 
 
 def _write_json(values: dict[str, Any]) -> bytes:
@@ -103,7 +109,7 @@ def read_lines(path: Path, number_columns: Collection[str]) -> Lines:
     text = data.map()
     for block in _find_lines(text):
         for number, size in block[["number", "bytes"]][block["bytes"] > LINE_BYTES][:1].tolist():
-            raise ManifestError(f"{path}:{number}: a row of {size:,} bytes, at most {LINE_BYTES:,} are read")
+            _check_length(size, f"{path}:{number}")
         found.write(block.tobytes())
     return Lines(text, np.frombuffer(found.map(), LINE_DTYPE), (str(path),))
 
@@ -117,10 +123,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def first_row(path: Path) -> dict[str, Any]:
     """Return the object on the first line of a file, an empty one if there is none."""
+    begun = b""
     try:
-        with open_regular(path) as file:
-            return parse_row(next(_unpack(file, path.suffix.lower()), b"").partition(b"\n")[0])
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, DocumentError):  # reported when the file is read
+        for part in _read_parts(path):
+            begun += part
+            if b"\n" in part:
+                break
+        return parse_row(begun.partition(b"\n")[0])
+    except (ManifestError, DocumentError):  # reported when the file is read
         return {}
 
 
@@ -180,7 +190,8 @@ def _read_parts(path: Path) -> Iterator[bytes]:
                 size += len(part)
                 if size - line_start > LINE_BYTES + READ_BYTES:
                     raise DocumentError(f"it has a line of more than {LINE_BYTES:,} bytes")
-                yield part
+                if part:  # an empty one would be taken for the end
+                    yield part
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise ManifestError(f"{path}: damaged ({error})", "the copy may be incomplete") from error
     except DocumentError as error:

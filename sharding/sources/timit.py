@@ -25,7 +25,7 @@ MNJM0 FDHC0 MJLN0 MPAM0 FMLD0
 """  # of the disc's documentation: two men and a woman of each dialect
 DEVELOPMENT, CORE = frozenset(_DEVELOPMENT.split()), frozenset(_CORE.split())
 SUFFIXES = ("wav", "wav.wav", "txt", "phn", "wrd")  # the second: a RIFF copy beside the SPHERE file, or in its place
-DIALECT = re.compile("dr[1-8]")
+PART, DIALECT = re.compile("train|test"), re.compile("dr[1-8]")
 SENTENCE, LABEL = (re.compile(rf"(\d{{1,9}})\s+(\d{{1,9}})\s+({label})") for label in (r"\S.*", r"\S+"))
 RATE = 16_000  # samples a second, of all times on the disc
 SHARED = "sa"  # prefix of two sentences that everybody reads, in training and in test
@@ -63,11 +63,11 @@ def read(location: Path, options: ManifestOptions) -> Iterator[PlacedRow]:
 def _speakers(location: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield the split, the dialect and the folder of each speaker."""
     top = _top(location)
-    for part in _parts(top) if top else ():
+    for name, part in _parts(top) if top else ():
         for dialect in _folders(part, DIALECT):
             for folder in _folders(dialect):
                 held_out = "valid" if folder.name.upper() in DEVELOPMENT else "test"
-                yield "train" if part.name.lower() == "train" else held_out, dialect.name.upper(), folder
+                yield "train" if name == "train" else held_out, dialect.name.upper(), folder
 
 
 def _top(location: Path) -> Path | None:
@@ -75,12 +75,15 @@ def _top(location: Path) -> Path | None:
     if not location.is_dir():
         return None
     candidates = [location, *_folders(location, re.compile("timit|data"))]
-    return next((top for top in candidates if any(_folders(part, DIALECT) for part in _parts(top))), None)
+    return next((top for top in candidates if any(_folders(part, DIALECT) for _, part in _parts(top))), None)
 
 
-def _parts(top: Path) -> list[Path]:
-    part = re.compile("train|test")
-    return [top] if part.fullmatch(top.resolve().name.lower()) else _folders(top, part)
+def _parts(top: Path) -> list[tuple[str, Path]]:
+    """Return TRAIN and TEST with their names in lower case: the folders of this one, or itself if it is one of them."""
+    name = top.resolve().name.lower()
+    if PART.fullmatch(name) and _folders(top, DIALECT):
+        return [(name, top)]
+    return [(part.name.lower(), part) for part in _folders(top, PART)]
 
 
 def _folders(folder: Path, name: re.Pattern[str] = re.compile(".*")) -> list[Path]:

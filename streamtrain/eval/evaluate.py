@@ -128,7 +128,7 @@ def _find_labelled(index: ShardIndex, url: str, split: str) -> npt.NDArray[np.in
     if split not in SCORED_SPLITS or not len(rows):
         raise StreamtrainError(
             f"{url}: has no labelled clips in split {split!r}, so nothing was scored",
-            "score on a shard set of other speakers, built with --valid-fraction 1, or on --split train",
+            "--split valid or train scores these; or build a set of other speakers with --valid-fraction 1",
         )
     return rows
 

@@ -127,12 +127,12 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """Return the loss and the pooled error rates that this evaluation has, by the names that logs give them."""
-        found = {"loss": self.loss, "wer": self.wer, "per": self.per, "cer": self.cer}
-        return {name: value for name, value in found.items() if value is not None}
+        rates = {name: getattr(self, name) for name in self.labels.metrics}
+        return rates if self.loss is None else {"loss": self.loss, **rates}
 
     def score(self, select: str) -> float | None:
         """Return the score that `eval.select` names, such as "cer" or "cer/corpus"; None if there is none."""
-        metric, _, name = select.partition("/")
+        metric, _, name = (self.labels.metric if select == "auto" else select).partition("/")
         if not name or metric not in self.metrics:
             return self.metrics.get(metric)
         groups = _by_speaker(self.clips) if name == "speaker" else groupings(self.clips)[name]
@@ -141,7 +141,7 @@ class Evaluation:
 
 def metrics_of(index: ShardIndex) -> tuple[str, ...]:
     """Return the metrics that the labels of a shard set can be scored by."""
-    return ("loss", "wer", "cer") if index.labels.metric == "cer" else ("loss", "wer", "per", "cer")
+    return (*index.labels.metrics, "loss")
 
 
 def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict[str, Any]:
@@ -170,6 +170,7 @@ def scorecard(evaluation: Evaluation, index: ShardIndex, **context: Any) -> dict
             "deletions": total.deletions,
             "insertions": total.insertions,
             "speakers": len(by_speaker),
+            "speakers_known": all(clip.child_id for clip in clips),
             "macro": {"speaker": _macro_by_speaker(by_speaker, draws)}
             | {name: _macro(grouping, draws) for name, grouping in groups.items()},
             "groups": {name: _rows(grouping, draws) for name, grouping in groups.items()},
@@ -255,7 +256,7 @@ def warnings(card: dict[str, Any]) -> list[str]:
         kind = "test" if card.get("split") == "test" else "validation"
         notes.append(f"the build rejected {counted(lost, f'{kind} clip')}: not in this score")
     if not card["validation"].get("disjoint_by_speaker", True):
-        notes.append("validation is not disjoint by speaker: this score is too optimistic")
+        notes.append("some of these speakers may be in training too, or are not known: the score may be too optimistic")
     return notes
 
 
@@ -263,7 +264,8 @@ def render_interval(card: dict[str, Any]) -> str:
     interval = card["interval_95"]
     if not interval:
         return "one speaker: no interval"
-    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f} over {card['speakers']} speakers"
+    whose = "speakers" if card.get("speakers_known", True) else "clips or sessions of unknown speakers"
+    return f"95 % interval {interval[0]:.4f} – {interval[1]:.4f} over {card['speakers']} {whose}"
 
 
 # --- groups -------------------------------------------------------------------------------------------------------

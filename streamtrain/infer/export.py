@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StreamtrainError, counted
 from sharding.files.document import DocumentError, Number, Size, parse, read_document
-from sharding.labels.policy import LabelPolicy
+from sharding.labels.policy import METRICS, LabelPolicy
 from streamtrain.atomic import new_folder
 from streamtrain.eval.scorecard import render_interval, warnings
 from streamtrain.model.ctc import CTCModel
@@ -173,9 +173,7 @@ def _read(path: Path, schema: TypeAdapter[Any]) -> dict[str, Any]:
 def _metrics(card: dict[str, Any], name: str) -> str:
     if not card:
         return ""
-    rates = "".join(
-        f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in ("cer", "wer", "per") if kind in card
-    )
+    rates = "".join(f"    - type: {kind}\n      value: {card[kind]:.6f}\n" for kind in METRICS[card["units"]])
     return (
         f"model-index:\n- name: {name}\n  results:\n  - task:\n      type: automatic-speech-recognition\n"
         f"    dataset:\n      name: {json.dumps(card['shards'])}\n      type: streamtrain\n"

@@ -188,7 +188,7 @@ def _load_for_training(name: str, settings: dict[str, Any], policy: LabelPolicy,
     if reason == NOT_FETCHED and not _is_headless(random):
         raise ModelError(
             f"model {name!r}: it has a head, whose vocabulary cannot be fetched: vocab.json is not in the cache, and "
-            "the hub was not asked or does not answer",
+            "the hub does not answer, or is not asked (HF_HUB_OFFLINE)",
             "download all of the model where there is a network; model.vocab=new trains its encoder with a new head",
         )
     level = logging.INFO if _is_headless(random) or choice == "new" else logging.WARNING  # its own head is lost
@@ -208,9 +208,9 @@ def _own_vocab(name: str, policy: LabelPolicy) -> tuple[Vocab | None, str]:
     """Return the vocabulary of a model in a folder or on the hub if it serves the labels, and how well or why not."""
     from transformers import AutoConfig
 
-    if _find(name, "vocab.json") is None and _may_have(name, "vocab.json"):
-        return None, NOT_FETCHED
     try:
+        if _is_unreachable(name, "vocab.json"):
+            return None, NOT_FETCHED
         published = read_vocab(partial(_find, name), "vocab.json")
         _check_documents(Path(name))
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -248,11 +248,13 @@ def _find(name: str, file: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _may_have(name: str, file: str) -> bool:
-    """Return whether a model on the hub may have a file that is not in the cache: nobody has heard that it lacks it."""
+def _is_unreachable(name: str, file: str) -> bool:
+    """Return whether a file of a model on the hub is not in the cache, and the hub has not said that there is none."""
     from huggingface_hub import try_to_load_from_cache
 
-    return not Path(name).is_dir() and try_to_load_from_cache(name, file) is None
+    if Path(name).is_dir() or name.startswith(("/", ".", "~")):
+        return False
+    return _find(name, file) is None and try_to_load_from_cache(name, file) is None
 
 
 def _shorten(tokens: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ class Curves:
         return pictures
 
     def _panels(self, rows: Sequence[StepRow]) -> list[Any]:
-        scored = any(row.eval_cer is not None for row in rows)
+        scored = any(row.eval_cer is not None or row.eval_per is not None for row in rows)
         draws = [_draw_losses, _draw_scores if scored else _draw_norms, _draw_rates, _draw_speed]
         return [partial(draw, rows, self._before, self._select) for draw in draws]
 

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -70,7 +69,7 @@ def write_report(run: Path) -> Path:
         step=card.get("step"),
         samples=clips[:: max(1, len(clips) // SAMPLES_SHOWN)][:SAMPLES_SHOWN],
         model=_model(settings, starts),
-        evaluations=[row for path in sorted(run.glob(f"*/{SCORECARD}")) for row in _evaluation(path.parent)],
+        evaluations=[_evaluation(path.parent) for path in sorted(run.glob(f"*/{SCORECARD}"))],
         starts=[_describe(start) for start in starts],
     )
     write_inside(run / REPORT, page)
@@ -168,12 +167,14 @@ def _model(settings: Mapping[str, Mapping[str, Any]], starts: Sequence[Start]) -
     return facts
 
 
-def _evaluation(folder: Path) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield the folder, the split, the score, its interval and the clips of an evaluation below the run's folder."""
-    with suppress(StreamtrainError):  # of something else
+def _evaluation(folder: Path) -> tuple[str, str, str, str, str]:
+    """Return the folder, the split, the score, its interval and the clips of an evaluation below the run's folder."""
+    try:
         card, _ = read_scorecard(folder)
-        score = f"{card['metric'].upper()} {card[card['metric']]:.4f}"
-        yield folder.name, card["split"], score, render_interval(card), f"{card['clips']:,}"
+    except StreamtrainError:
+        return folder.name, "", "", "cannot be read", ""
+    score = f"{card['metric'].upper()} {card[card['metric']]:.4f}"
+    return folder.name, card["split"], score, render_interval(card), f"{card['clips']:,}"
 
 
 def _describe(start: Start) -> Facts:

@@ -73,6 +73,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
     with _lock_run(run, world):
         store = open_store(config.data.shards)
         index = read_index(store)
+        config = _with_score(config, index)
         mirror = None
         with world.on_main("restore the run folder from its mirror") as is_main:
             if is_main:
@@ -114,6 +115,13 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         make = partial(open_stream, index, config.data, model.vocab, model.normalize, neighbourhood)
         stream = LoaderProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
+
+
+def _with_score(config: Config, index: ShardIndex) -> Config:
+    """Return the configuration with the score that `eval.select=auto` stands for."""
+    if config.eval.select != "auto":
+        return config
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"select": index.labels.metric})})
 
 
 def _keep_scores(state: RunState, config: Config, run: Path, world: World) -> RunState:

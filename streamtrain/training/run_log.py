@@ -5,7 +5,8 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def _trainer_line(metrics: Mapping[str, float], clips: int, epoch: float, second
 
     Their patterns take no number such as 1.5e-05, which Python prints from the fifth decimal on.
     """
-    values = {f"eval_{name}": value for name, value in metrics.items()}
+    values = {f"eval_{name}": metrics[name] for name in ("loss", "wer", "per", "cer") if name in metrics}
     values |= {"eval_runtime": seconds, "eval_samples_per_second": clips / max(seconds, 1e-9), "epoch": epoch}
     return str({name: round(float(value), 4) for name, value in values.items()})
 
@@ -246,6 +247,7 @@ def render_run(run_dir: Path) -> str:
         f"{metric.upper()} {card[metric]:.4f}, {render_interval(card)}; before training {_rate(before, metric)}",
         *([f"WER {card['wer']:.4f}; before training {_rate(before, 'wer')}"] if card["units"] != "tokens" else []),
     ]
+    others = "".join(f"\n  {line}" for line in _other_scores(run_dir))
     result = f"\n  {read_result(run_dir)}" if (run_dir / RESULT_NAME).is_file() else ""
     samples = "\n".join(
         f"    {clip.utterance_id}\n      reference   {clip.reference}\n      hypothesis  {clip.hypothesis}"
@@ -253,7 +255,7 @@ def render_run(run_dir: Path) -> str:
     )
     return f"""
   {f"{chr(10)}  ".join(scores)}
-  ({counted(card["clips"], "clip")} of split {card["split"]}){result}
+  ({counted(card["clips"], "clip")} of split {card["split"]}){result}{others}
 
   A few transcriptions
 {samples}
@@ -272,7 +274,10 @@ def _rate(metrics: Mapping[str, float], name: str) -> str:
 def _after_the_demo(run_dir: Path) -> str:
     """Return what to do next if the run is of the demo's model, else nothing."""
     settings = read_settings(run_dir)
-    if settings.get("model", {}).get("scratch") != load_config("demo").model.scratch:
+    demo = load_config("demo")
+    if settings.get("model", {}).get("scratch") != demo.model.scratch or (
+        settings.get("data", {}).get("shards") != demo.data.shards
+    ):
         return ""
     return f"""
   Next, with a corpus of your own (after `source .venv/bin/activate`)
@@ -288,6 +293,16 @@ def read_settings(run_dir: Path) -> dict[str, dict[str, Any]]:
         return parse(read_document(run_dir / "config.json"), _SETTINGS)
     except (OSError, DocumentError):
         return {}
+
+
+def _other_scores(run_dir: Path) -> Iterator[str]:
+    """Yield a line for each evaluation in a folder of the run's, such as of its test."""
+    for path in sorted(run_dir.glob(f"*/{SCORECARD}")):
+        with suppress(StreamtrainError):  # the report names what cannot be read
+            card, _ = read_scorecard(path.parent)
+            metric = card["metric"]
+            score = f"{metric.upper()} {card[metric]:.4f} of split {card['split']}"
+            yield f"{score}, {render_interval(card)}: {path.parent}"
 
 
 def _render_unscored(run_dir: Path) -> str:

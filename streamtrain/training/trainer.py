@@ -357,7 +357,7 @@ class Trainer:
         if score is None and state.best_score is None:
             raise TrainError(
                 f"eval.select is {settings.select!r}, but no clip of split {settings.split!r} has such a score",
-                "a loss needs clips that were not split, and as many frames as symbols; or use eval.select=cer",
+                "a loss needs clips that were not split, and as many frames as symbols; or use eval.select=auto",
             )
         if state.best_score is not None and (score is None or score >= state.best_score):
             since = state.evaluations_since_best + 1

@@ -307,6 +307,29 @@ def test_audio_that_repeats_in_a_row_group_takes_its_memory_once(tmp_path: Path)
     assert file.stat().st_size == 1_000_000 + 16 * 100_000
 
 
+def test_a_damaged_row_group_is_a_fault_of_its_clips_also_if_it_is_unpacked(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", embedded([0, 1, 2]), compression="NONE", use_dictionary=False)
+    assert read_row(tmp_path, 2, str(tmp_path / "whole")) == clip(1)
+    data = path.read_bytes()
+    place = data.index(clip(0)[:64])
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "a.parquet").write_bytes(data[: place - 4] + b"\xff\xff\xff\x7f" + data[place:])
+    for unpacked in ("", str(damaged / "unpacked")):
+        with pytest.raises(AudioError, match="parquet file is damaged"):
+            read_row(damaged, 2, unpacked)
+    assert not (damaged / "unpacked").exists()
+
+
+def test_an_unpacked_row_group_that_was_cut_short_is_told(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", embedded([0, 1, 2]))
+    read_row(tmp_path, 3, str(tmp_path / "unpacked"))
+    (file,) = (tmp_path / "unpacked").iterdir()
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(StoreError, match="is cut short"):
+        read_row(tmp_path, 3, str(tmp_path / "unpacked"))
+
+
 def test_no_room_to_unpack_is_told_and_no_fault_of_the_clip(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", embedded([0]))
     (tmp_path / "file").touch()

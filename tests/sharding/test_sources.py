@@ -29,6 +29,7 @@ from sharding.shardset.store import open_store
 from sharding.sources.archive import AudioRoot, find_audio, open_audio
 from sharding.sources.manifest import Utterance, read_source
 from sharding.sources.options import ManifestOptions
+from sharding.sources.tables import read_lines, read_table
 from tests.tools.commands import Command
 from tests.tools.corpus import MANIFEST, WORDS, Row, describe, make_corpus, read_manifest, say, write_manifest
 from tests.tools.shard_sets import assert_balanced, digest_of, read_all, read_ledger, read_summary
@@ -144,10 +145,16 @@ def zstd_in_frames(data: bytes) -> bytes:
     return zstandard.compress(data[:500]) + skipped + zstandard.compress(data[500:])
 
 
+def zstd_in_small_frames(data: bytes) -> bytes:
+    """With an empty frame first, and frames that unpack to less than a read of the packed file."""
+    return b"".join(zstandard.compress(data[start : start + 900]) for start in range(-900, len(data), 900))
+
+
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "x.jsonl.gz": gzip.compress,
     "x.jsonl.zst": zstandard.compress,
     "frames.jsonl.zst": zstd_in_frames,
+    "small.jsonl.zst": zstd_in_small_frames,
     "members.jsonl.gz": lambda data: gzip.compress(data[:500]) + gzip.compress(data[500:]),
 }
 
@@ -157,6 +164,32 @@ def test_a_compressed_file_is_read_like_the_plain_one(name: str, corpus: Path, t
     (corpus / name).write_bytes(PACKERS[name]((corpus / MANIFEST).read_bytes()))
     assert parse_all(corpus / name) == parse_all(corpus / MANIFEST)
     (corpus / name).unlink()
+
+
+@pytest.mark.parametrize("ending", ["", ".zst", ".gz", "small.zst", "frames.zst"])
+@pytest.mark.parametrize("rows", [1, 100, 4_000])
+def test_a_compressed_table_is_read_to_its_end(ending: str, rows: int, tmp_path: Path) -> None:
+    """Letters that hardly compress, so that the packed file is read in many parts."""
+    random = np.random.default_rng(rows)
+    cells = [f"clip-{row};{''.join(map(chr, random.integers(97, 123, 40)))}" for row in range(rows)]
+    data = "\n".join(["audio_path;text", *cells]).encode()
+    pack = {"": bytes, ".zst": zstandard.compress, ".gz": gzip.compress, "small.zst": zstd_in_small_frames,
+            "frames.zst": zstd_in_frames}[ending]  # fmt: skip
+    path = tmp_path / f"x.csv{ending.replace('small', '').replace('frames', '')}"
+    path.write_bytes(pack(data))
+    read = [";".join(row.values()) for _, row in read_table(path)]
+    assert read == cells
+    if ending:
+        path.write_bytes(pack(data)[:-5])
+        with pytest.raises(ManifestError, match="damaged"):
+            list(read_table(path))
+
+
+def test_a_row_that_is_too_long_is_refused_in_a_table_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"audio_path,text\na,b\n{'a' * 3_000_000},{'b' * 3_000_000}\n")
+    with pytest.raises(ManifestError, match=r"x.csv:3: a row of 6,000,\d+ bytes"):
+        read_lines(path, ())
 
 
 def test_a_compressed_csv_makes_the_same_bytes(

@@ -95,6 +95,20 @@ def test_a_part_of_the_disc_is_read_by_itself(tmp_path: Path) -> None:
         assert (rows.keys(), part == "TRAIN") == (expected, {row.split for row in rows.values()} == {"train"})
 
 
+@pytest.mark.parametrize("name", ["train", "test", "TRAIN"])
+def test_a_disc_in_a_folder_of_such_a_name_is_a_whole_disc(tmp_path: Path, name: str) -> None:
+    top = make_timit(tmp_path / name)
+    assert {row.split for row in rows_of(top).values()} == {"train", "valid", "test"}
+
+
+@pytest.mark.parametrize("way", ["..", ".", "link"])
+def test_train_under_another_name_is_still_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    train = make_timit(tmp_path / "TIMIT") / "TRAIN"
+    (train / "link").symlink_to(train)
+    monkeypatch.chdir(train / "DR1" if way == ".." else train)
+    assert {row.split for row in rows_of(Path(way)).values()} == {"train"}
+
+
 def test_a_disc_without_word_times_is_read_without_them(tmp_path: Path) -> None:
     label_file(make_timit(tmp_path), "WRD").unlink()
     assert {name for name, row in rows_of(tmp_path).items() if not row.words} == {"FCJF0_SI573"}

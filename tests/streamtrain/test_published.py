@@ -312,6 +312,12 @@ def test_a_name_of_the_hub_keeps_its_vocabulary_offline(tmp_path: Path) -> None:
     assert done.stdout == "[7, 22] True\n", done.stderr
 
 
+@pytest.mark.parametrize("name", ["/nonexistent/best", "./best", "runs/zero2/best"])
+def test_a_folder_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=f"model '{name}'"):
+        load_model(ModelConfig(pretrained=name), WORDS)
+
+
 def test_letters_are_trained_scored_and_transcribed_with_a_published_vocabulary(work: Path, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "raw", clips=24, symbols="etaoinsh")
     rows = [row | {"orthographic_text": row["phonetic_text"].title() + "!"} for row in read_manifest(corpus)]

@@ -60,12 +60,14 @@ def test_pooled_and_mean_scores_of_unequal_corpora_may_rank_two_models_different
 def test_each_score_that_a_configuration_may_name_is_computed_where_its_metric_is(tmp_path: Path) -> None:
     evaluation = scored({"large": (9, 1), "small": (4, 9)})
     assert set(GROUPS) == {"speaker", *groupings(evaluation.clips)}
-    phones = replace(evaluation, labels=policy_of("timit39"))
+    phones, tokens = (replace(evaluation, labels=LabelPolicy("ipa", units, ("a",))) for units in ("segments", "tokens"))
     for select in SELECTIONS:
         assert (evaluation.score(select) is None) == select.startswith("per")
         assert phones.score(select) is not None
+        assert (tokens.score(select) is None) == select.startswith(("cer", "wer"))
         assert load_config("zero2", [f"eval.select={select}"]).eval.select == select
     assert replace(evaluation, loss=None).score("loss") is None
+    assert [each.score("auto") for each in (evaluation, phones)] == [evaluation.cer, phones.per]
     assert phones.score("per/corpus") == pytest.approx(0.5)
     assert phones.score("cer/corpus") == pytest.approx(1 / 3)
     assert (name_score("wer/age_bucket"), name_score("cer"), name_score("loss")) == (
@@ -74,7 +76,7 @@ def test_each_score_that_a_configuration_may_name_is_computed_where_its_metric_i
         "loss",
     )
     for wrong in ("cer/corpora", "loss/corpus", "wers", ""):
-        with pytest.raises(ConfigError, match=r"give cer, wer, per or loss, or a mean over groups"):
+        with pytest.raises(ConfigError, match=r"give auto, cer, wer, per or loss, or a mean over groups"):
             load_config("zero2", [f"eval.select={wrong}"])
     assert set(METRICS) >= evaluation.metrics.keys() - {"loss"}
 
@@ -170,7 +172,7 @@ def test_the_best_model_is_that_of_the_chosen_score_and_another_choice_seeks_it_
 def test_a_score_that_the_labels_do_not_have_stops_the_run_before_its_first_step(select: str, work: Path) -> None:
     done = run(training(work, "unscorable", f"eval.select={select}", ranks=1), expect=1)
     assert f"eval.select is '{select}', but the labels of {work / 'shards'} have no {select[:3].upper()}" in done.stderr
-    assert "choose another score: loss, wer, cer, or a mean over groups" in done.stderr
+    assert "choose another score: cer, wer, loss, or a mean over groups" in done.stderr
     assert not (work / "unscorable").exists()
 
 
