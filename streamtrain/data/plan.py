@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -155,9 +156,9 @@ class EpochPlan:
 
     def shared(self) -> "EpochPlan":
         """Return the plan with its arrays in temporary files: other processes of this machine get it without a copy."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return EpochPlan(**{name: share_array(value) if isinstance(value, np.ndarray) else value
-                            for name, value in values.items()})  # fmt: skip
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: share_array(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+        return EpochPlan(**values)
 
     def rank_idle(self, world_size: int) -> float:
         """Return the share of rank-time spent waiting for each step's slowest rank, if time is ∝ padded seconds."""
