@@ -45,15 +45,10 @@ def read_shared_index(store: Store, world: World, name: str = INDEX_NAME) -> Sha
 
     Raises ShardError and StoreError, on all ranks.
     """
-    if sum(shard.count for shard in read_index_header(store, name).shards) < many_clips():
+    header = read_index_header(store, name)
+    if sum(shard.count for shard in header.shards) < many_clips():
         return read_index(store, name)
-
-    def read() -> ShardIndex:
-        index = read_index(store, name)
-        return replace(index, samples=share_array(index.samples))
-
-    shared: ShardIndex = _share(read, world)
-    return shared
+    return replace(header, samples=_share(lambda: share_array(read_index(store, name).samples), world))
 
 
 def many_clips() -> int:
@@ -66,7 +61,10 @@ def leader_of(world: World) -> int:
 
 
 def _share(make: Callable[[], Any], world: World) -> Any:
-    """Return what `make` returns on the first rank of each machine, on all of its ranks. Errors are raised on all."""
+    """Return what `make` returns on the first rank of each machine, on all of its ranks. Errors are raised on all.
+
+    It is pickled and sent to all ranks of all machines, so that all but shared arrays must be small.
+    """
     leader, made = leader_of(world), None
     packed: bytes | StreamtrainError = b""
     if leader == world.rank:
@@ -174,6 +172,7 @@ class Apart:
         self._process.join(0.0 if self._process.exitcode is not None else 1.0)
         if self._process.is_alive():  # it still plans
             self._process.kill()
+            self._process.join()
 
 
 def _work(connection: Connection) -> None:

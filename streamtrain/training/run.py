@@ -127,7 +127,8 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         with world.on_main("prepare the run folder") as is_main:
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)
-                write_inside(run / STEPS_NAME, json.dumps({"key": planner.key, "steps": planner.counted}))
+                if planner.counted:
+                    write_inside(run / STEPS_NAME, json.dumps({"key": planner.key, "steps": planner.counted}))
                 add_start(run, start)
         model = engine.model
         make = partial(open_stream, index, config.data, model.vocab, model.normalize, world)
