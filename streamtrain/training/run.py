@@ -4,19 +4,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
-from sharding.files.document import Count, DocumentError, parse, read_document
+from sharding.files.document import STRICT, Count, DocumentError, parse, read_document
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, open_lock_file, remove, write_inside
 from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index, read_sample
@@ -75,8 +77,11 @@ LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that 
 class _Steps(TypedDict):
     """Describe steps.json."""
 
-    key: str
-    steps: dict[str, Count]
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    key: str  # of the plans
+    steps: list[tuple[Count, Count]]  # of each epoch
+    checksum: str
 
 
 _STEPS = TypeAdapter(_Steps)
@@ -128,7 +133,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)
                 if planner.counted:
-                    write_inside(run / STEPS_NAME, json.dumps({"key": planner.key, "steps": planner.counted}))
+                    write_inside(run / STEPS_NAME, json.dumps(_steps_document(planner.key, planner.counted)))
                 add_start(run, start)
         model = engine.model
         make = partial(open_stream, index, config.data, model.vocab, model.normalize, world)
@@ -149,7 +154,13 @@ def _read_steps(run: Path, key: str) -> dict[int, int]:
         document = parse(read_document(run / STEPS_NAME), _STEPS)
     except (OSError, DocumentError):
         return {}
-    return {int(epoch): steps for epoch, steps in document["steps"].items()} if document["key"] == key else {}
+    steps = dict(document["steps"])
+    return steps if document == _steps_document(key, steps) else {}
+
+
+def _steps_document(key: str, steps: Mapping[int, int]) -> dict[str, Any]:
+    pairs = sorted(steps.items())
+    return {"key": key, "steps": pairs, "checksum": xxhash.xxh3_64_hexdigest(repr((key, pairs)).encode())}
 
 
 def _keep_scores(state: RunState, config: Config, run: Path, world: World) -> RunState:

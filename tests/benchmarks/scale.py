@@ -88,7 +88,7 @@ def repeat(source: Path, out: Path, clips: int) -> ShardIndex:
     """Write a set of about so many training clips, whose shards are those of another, under other names."""
     index = read_index(FolderStore(source))
     starts = np.cumsum([0, *(shard.count for shard in index.shards)])
-    per_round = len(index.split("train"))
+    per_round, random = len(index.split("train")), np.random.default_rng(0)
     shards, tables = [], []
     for number, shard in enumerate(index.shards):
         times = max(round(clips / per_round), 1) if shard.split == "train" else 1
@@ -101,7 +101,7 @@ def repeat(source: Path, out: Path, clips: int) -> ShardIndex:
             kept = slice(starts[number], starts[number + 1])
             if clips < per_round and shard.split == "train":  # a part of the shard: the first of its clips
                 kept = slice(starts[number], starts[number] + max(round(shard.count * clips / per_round), 1))
-            rows = index.samples[kept].copy()
+            rows = random.permutation(index.samples[kept])  # in one order, they would pack like a bomb
             rows["shard"] = len(shards)
             tables.append(rows)
             length = int(rows["samples"].sum(dtype=np.int64))
@@ -125,19 +125,26 @@ def start(folder: Path, clips: int, epochs: int) -> Start:
                 f"train.run_dir={folder / f'run-{clips}'}"]  # fmt: skip
     with training(settings) as process:
         begun = time.monotonic()
-        assert process.stderr is not None
-        for line in process.stderr:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr)
             if FIRST_STEP.search(line):
                 break
         else:
-            raise SystemExit("training has ended before its first step")
+            raise SystemExit("training has ended before its first step; what it wrote is above")
         seconds = time.monotonic() - begun
         time.sleep(1.0)  # into the steps: what the start took for a moment is given back
         ranks = [child for child in psutil.Process(process.pid).children() if child.is_running()]
-        largest = max(rank.memory_full_info().uss for rank in ranks)
+        largest = max(map(_own_bytes, ranks))
         process.send_signal(signal.SIGTERM)
-        process.stderr.read()
+        process.stdout.read()
     return Start(seconds, largest)
+
+
+def _own_bytes(rank: psutil.Process) -> int:
+    """Return the memory of a process that is no file's, mapped or not: pages of files are shared, and can be dropped."""
+    status = Path(f"/proc/{rank.pid}/status").read_text("utf-8")
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 def border(folder: Path) -> float:
@@ -146,8 +153,8 @@ def border(folder: Path) -> float:
     settings = [*SETTINGS, f"data.shards={folder / str(SMALL_CLIPS)}", "train.epochs=12", "train.max_steps=null",
                 f"train.run_dir={run_dir}"]  # fmt: skip
     with training(settings) as process:
-        assert process.stderr is not None
-        process.stderr.read()
+        assert process.stdout is not None
+        process.stdout.read()
     rows = list(csv.DictReader((run_dir / "log.csv").open(encoding="utf-8")))[5:]
     seconds = [float(row["seconds"]) for row in rows]
     first = [
@@ -160,7 +167,7 @@ def border(folder: Path) -> float:
 def training(settings: list[str]) -> Iterator["subprocess.Popen[str]"]:
     command = [sys.executable, "-m", "streamtrain", "train", "--config", "demo", "--ranks", "2", "--set", *settings]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
         process.wait(60)
