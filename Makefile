@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-bench $(NOISY)
 	python -m tests.benchmarks.transcribing
 	python -m tests.benchmarks.splitting $(dir $(NOISY))
 	python -m tests.benchmarks.languages
+	python -m tests.benchmarks.scale
 
 # The demo's model, trained on in noise: what hears words in noisy rooms.
 $(NOISY): | $(VENV)/.installed-bench

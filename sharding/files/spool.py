@@ -15,11 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sharding.errors import StoreError
 from sharding.files.writing import write_error
 
 LARGE_FILES = "/var/tmp"  # /tmp is often kept in memory
@@ -27,6 +28,7 @@ PREFIX, MARK = ".streamtrain-tmp", "made-by-streamtrain"  # of a folder's name; 
 NEW_SEC = 60.0  # a folder may be younger than its lock
 SMALL_BYTES = 2**20  # are kept in memory: each mapped file takes a descriptor
 BLOCK_ROWS = 2**16
+SAME_USER = "processes of one machine must run as one user, and see each other in /proc"
 MORE_ROOM = "TMPDIR=FOLDER in the environment names a folder with more room for temporary files"
 
 Mapped = bytes | mmap.mmap  # both are read by slices
@@ -125,6 +127,55 @@ def select_rows(table: npt.NDArray[np.void], chosen: npt.NDArray[np.bool_]) -> n
         selected[first : first + len(rows)] = rows
         first += len(rows)
     return selected
+
+
+class SharedArray(np.ndarray[Any, np.dtype[Any]]):
+    """Represent an array in a temporary file: pickled, it is the way to that file, for processes of this machine.
+
+    They map its pages, and have no copy. The array must be alive in this process when they unpickle it.
+    """
+
+    _file: IO[bytes] | None
+
+    def __array_finalize__(self, source: object) -> None:
+        self._file = None  # of a view or a copy
+
+    def __reduce__(self) -> Any:
+        if self._file is None:
+            return super().__reduce__()
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return _open_shared, (path, os.fstat(self._file.fileno()).st_ino, self.dtype, self.shape)
+
+
+def share_array(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a read-only copy of an array in a temporary file. Raises StoreError if there is no room for it."""
+    place = _place()
+    if not values.size:
+        return values
+    with _no_room_explained(place, values.nbytes):
+        file = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
+        reserve(file, values.nbytes)
+        whole = np.frombuffer(mmap.mmap(file.fileno(), values.nbytes), values.dtype).reshape(values.shape)
+    whole[...] = values
+    return _as_shared(whole, file)
+
+
+def _open_shared(path: str, inode: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be shared: {error.strerror}", SAME_USER) from error
+    if os.fstat(file.fileno()).st_ino != inode:  # the number of another file by now
+        raise StoreError(f"{path}: is another file than the one that was shared", SAME_USER)
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _as_shared(np.frombuffer(mapped, dtype).reshape(shape), file)
+
+
+def _as_shared(values: npt.NDArray[Any], file: IO[bytes]) -> npt.NDArray[Any]:
+    values.flags.writeable = False
+    shared = values.view(SharedArray)
+    shared._file = file
+    return shared
 
 
 def _place() -> str:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -93,12 +93,22 @@ class ShardStream:
         device_batch_seconds: float | None = None,
         finish: Callable[[Batch], Batch] = identity,
         worker: WorkerShard = WorkerShard(),
-    ) -> Iterator[StepBatch]:
+    ) -> Generator[StepBatch]:
         """Yield this rank's forwards of each step from `first_step` on, `finish` applied in the loading thread.
 
         A step has M ÷ world size micro-batches per rank, merged up to `device_batch_seconds` (None: not merged).
-        `worker` selects a part of the batches.
+        `worker` selects a part of the batches. Loading begins at once, before the first batch is asked for.
         """
+        return started(self._epoch(plan, first_step, device_batch_seconds, finish, worker))
+
+    def _epoch(
+        self,
+        plan: EpochPlan,
+        first_step: int,
+        device_batch_seconds: float | None,
+        finish: Callable[[Batch], Batch],
+        worker: WorkerShard,
+    ) -> Generator[StepBatch | None]:
         tasks = (
             (step, tuple(micro_batch_ids), forward == len(forwards))
             for step in range(first_step, plan.steps)
@@ -118,17 +128,20 @@ class ShardStream:
             self._count(StreamCounts(silent=len(batch.failed) + len(batch.too_dense)))
             return StepBatch(step, micro_batch_ids, last, batch)
 
+        selected = islice(tasks, worker.number, None, worker.num_workers)
+        loaded = read_ahead(
+            load,
+            selected,
+            self.workers,
+            lambda ready: self._count(StreamCounts(ready=ready)),
+            self.patience,
+            lambda task: self._name(task[0]),
+        )
         try:
-            selected = islice(tasks, worker.number, None, worker.num_workers)
-            yield from read_ahead(
-                load,
-                selected,
-                self.workers,
-                lambda ready: self._count(StreamCounts(ready=ready)),
-                self.patience,
-                lambda task: self._name(task[0]),
-            )
+            yield None
+            yield from loaded
         finally:
+            loaded.close()
             if cache:
                 cache.stop_prefetching()
 
@@ -178,6 +191,12 @@ Task = TypeVar("Task")
 Item = TypeVar("Item")
 
 
+def started(items: Generator[Item | None]) -> Generator[Item]:
+    """Return a generator that has run to its first yield, of None: it has begun its work, and ends it when closed."""
+    next(items)
+    return items  # type: ignore[return-value]  # it yields no other None
+
+
 def read_ahead(
     load: Callable[[Task], Item],
     tasks: Iterator[Task],
@@ -185,13 +204,23 @@ def read_ahead(
     report_ready: Callable[[int], None] = lambda _: None,
     deadline: Deadline | None = None,
     name: Callable[[Task], str] = str,
-) -> Iterator[Item]:
+) -> Generator[Item]:
     """Yield `load(task)` for every task, in order, loading a bounded number ahead in `workers` threads; 0: none ahead.
 
-    `report_ready` gets the number of loaded items each time one is taken. A late item raises at `deadline`, with the
-    `name` of its task; without a deadline, the wait has no limit.
+    Loading begins at once. `report_ready` gets the number of loaded items each time one is taken. A late item raises at
+    `deadline`, with the `name` of its task; without a deadline, the wait has no limit.
     """
-    deadline = deadline or Deadline(math.inf)
+    return started(_read_ahead(load, tasks, workers, report_ready, deadline or Deadline(math.inf), name))
+
+
+def _read_ahead(
+    load: Callable[[Task], Item],
+    tasks: Iterator[Task],
+    workers: int,
+    report_ready: Callable[[int], None],
+    deadline: Deadline,
+    name: Callable[[Task], str],
+) -> Generator[Item | None]:
     ahead = workers * BATCHES_AHEAD
     pool = ThreadPoolExecutor(max(workers, 1), "load")  # never in this thread, which must handle signals at once
     pending: deque[tuple[Task, Future[Item]]] = deque()
@@ -202,6 +231,7 @@ def read_ahead(
 
     try:
         submit(max(ahead, 1))
+        yield None
         while pending:
             report_ready(sum(future.done() for _, future in pending))
             task, future = pending[0]

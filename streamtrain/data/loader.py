@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -27,9 +27,10 @@ from sharding.pool import die_with_parent
 from sharding.shardset.index import ShardIndex
 from streamtrain.data.cache import StreamCounts
 from streamtrain.data.collate import DEVICE_TENSORS, Batch
-from streamtrain.data.dataset import BATCHES_HELD, ShardStream, StepBatch, WorkerShard, identity
+from streamtrain.data.dataset import BATCHES_HELD, ShardStream, StepBatch, WorkerShard, identity, started
 from streamtrain.data.patience import Deadline
 from streamtrain.data.plan import EpochPlan
+from streamtrain.data.planner import many_clips
 
 RECEIVE_AHEAD = 2  # batches of each process that wait in the rank's own process
 HELD_PER_PROCESS = BATCHES_HELD + 1 + RECEIVE_AHEAD + 1  # loaded, one being sent, those received, one being received
@@ -61,7 +62,8 @@ def loader_memory(index: ShardIndex, workers: int, in_processes: bool) -> Loader
     """Return the host memory of the read-ahead; with processes, including that of the threads of an evaluation."""
     if not in_processes:
         return LoaderMemory(workers * BATCHES_HELD)
-    copies = 2 * index.samples.nbytes  # approximately: each process has its own index and plan
+    shared = len(index.samples) >= many_clips()
+    copies = 0 if shared else 2 * index.samples.nbytes  # approximately: of a small index and its plan
     return LoaderMemory(workers * (HELD_PER_PROCESS + BATCHES_HELD), workers * (PROCESS_BYTES + copies))
 
 
@@ -81,8 +83,18 @@ class LoaderProcesses(ShardStream):
         device_batch_seconds: float | None = None,
         finish: Callable[[Batch], Batch] = identity,
         worker: WorkerShard = WorkerShard(),  # noqa: B008
-    ) -> Iterator[StepBatch]:
+    ) -> Generator[StepBatch]:
         """Yield what `ShardStream.epoch` does, in pinned memory if there is a GPU. All arguments must be picklable."""
+        return started(self._epoch(plan, first_step, device_batch_seconds, finish, worker))
+
+    def _epoch(
+        self,
+        plan: EpochPlan,
+        first_step: int,
+        device_batch_seconds: float | None,
+        finish: Callable[[Batch], Batch],
+        worker: WorkerShard,
+    ) -> Generator[StepBatch | None]:
         count = max(self.workers, 1)
         pinned = self.world.device.type == "cuda"
         finished = False
@@ -91,6 +103,7 @@ class LoaderProcesses(ShardStream):
                 self._processes = [LoaderProcess(self._make, pinned) for _ in range(count)]
             for number, process in enumerate(self._processes):
                 process.begin(plan, first_step, device_batch_seconds, finish, WorkerShard(number, count))
+            yield None
             step = first_step
             for number, process in cycle(enumerate(self._processes, start=1)):
                 what = f"{self._name(step)} (loading process {number} of {count})"
@@ -134,7 +147,7 @@ class LoaderProcess:
         return self._process.pid
 
     def begin(self, *request: object) -> None:
-        self._receiver = threading.Thread(target=self._receive_all, args=request, daemon=True)
+        self._receiver = threading.Thread(target=self._receive_all, args=(self._receiver, *request), daemon=True)
         self._receiver.start()
 
     def next(self, deadline: Deadline, what: str) -> tuple[StepBatch, StreamCounts] | None:
@@ -153,8 +166,13 @@ class LoaderProcess:
             with suppress(Empty):
                 self._received.get(timeout=0.05)
 
-    def _receive_all(self, *request: object) -> None:
-        """Send the request and receive its batches; in a thread, as a hanging process may never read all of it."""
+    def _receive_all(self, before: threading.Thread | None, *request: object) -> None:
+        """Send the request and receive its batches; in a thread, as a hanging process may never read all of it.
+
+        The thread of the request `before` may still receive the end of its epoch.
+        """
+        if before is not None:
+            before.join()
         try:
             with suppress(OSError):  # the process exited: its error was sent before, or _receive raises for the EOF
                 if self._make is not None:

@@ -6,9 +6,10 @@ of steps before the first step, and resumes at any step by looking it up.
 
 import heapq
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,15 @@ from pydantic import ConfigDict, PositiveFloat, PositiveInt
 from sharding.audio.codec import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
 from sharding.errors import StreamtrainError
 from sharding.files.document import Count
+from sharding.files.spool import share_array
 from sharding.shardset.index import SampleTable, ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import Floats, keyed_uniform, length_at
-from streamtrain.model.batches import Rows, cut_batches
+from streamtrain.model.batches import Rows
 
-PLANNER_VERSION = 2  # part of a checkpoint: another version may order clips differently
+PLANNER_VERSION = 3  # part of a checkpoint: another version may order clips differently
+SCHEDULED_BATCHES = 2**16
+KEY_STEPS = 1024  # of a sample, in the keys by which clips are sorted
 BLOCK_STEPS = 48  # batches are grouped by size into steps within blocks of this many steps
 
 
@@ -138,14 +142,23 @@ class EpochPlan:
     @cached_property
     def true(self) -> npt.NDArray[np.int64]:
         """Return the samples of each micro-batch, without padding, shape (steps, M)."""
-        before = np.concatenate([[0], np.cumsum(self.lengths)])[self.starts]
-        return np.diff(before).reshape(self.steps, self.micro_batches_per_step)
+        true = np.zeros_like(self.clips)
+        filled = self.clips > 0
+        if filled.any():
+            true[filled] = np.add.reduceat(self.lengths, self.starts[:-1][filled.ravel()])
+        return true
 
     @property
     def padding(self) -> float:
         """Return the share of padding: 1 − true ÷ padded seconds."""
         total = self.padded.sum()
-        return 1 - float(self.lengths.sum() / total) if total else 0.0
+        return 1 - float(self.true.sum() / total) if total else 0.0
+
+    def shared(self) -> "EpochPlan":
+        """Return the plan with its arrays in temporary files: other processes of this machine get it without a copy."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: share_array(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+        return EpochPlan(**values)
 
     def rank_idle(self, world_size: int) -> float:
         """Return the share of rank-time spent waiting for each step's slowest rank, if time is ∝ padded seconds."""
@@ -218,43 +231,29 @@ def plan_epoch(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows:
 
     Raises PlanError if a clip alone exceeds the cap, or if there is no clip to train on.
     """
-    lengths = index.samples["samples"]
-    cap = round(settings.batch_seconds * SAMPLE_RATE)
-    train = index.split("train")
-    if len(train) == 0:
-        raise PlanError("the shard set has no labelled training clips", "look at its report/summary.json")
-    longest = int(train[lengths[train].argmax()])
-    if lengths[longest] > cap:
-        raise PlanError(
-            f"a clip of {index.shards[index.samples['shard'][longest]].name} (row {longest} of the index) lasts "
-            f"{lengths[longest] / SAMPLE_RATE:.2f} s, data.batch_seconds is {settings.batch_seconds:g}",
-            "raise data.batch_seconds, or build the shards with a lower --max-duration",
-        )
-    speeds = _draw_speeds(index.samples, cap, settings, epoch)
-    if speeds is not None:
-        lengths = length_at(lengths, speeds)
+    clips = _choose_clips(index, settings, epoch, seen_rows)
     random = np.random.default_rng([settings.seed, epoch])
-    unseen = None
-    if seen_rows is not None or index.share is not None:
-        unseen = np.zeros(len(lengths), bool)
-        unseen[train] = True
-        unseen[[] if seen_rows is None else seen_rows] = False
-    numbers = sorted({shard.bucket for shard in index.shards if shard.split == "train"})
-    buckets = [_cut_bucket(index, lengths, unseen, bucket, cap, settings, random) for bucket in numbers]
-    batches = _interleave([batches for batches in buckets if batches], random)
-    ordered = _into_steps(batches, lengths, settings.micro_batches_per_step, random)
-    rows = np.concatenate(ordered)
-    starts = np.concatenate([[0], np.cumsum([len(batch) for batch in ordered])])
+    batches = _Batches.join([_cut_bucket(index, clips, bucket, settings, epoch) for bucket in _buckets(index)])
+    rows, starts = _into_steps(
+        batches, batches.interleave(random), clips.lengths, settings.micro_batches_per_step, random
+    )
     labels = np.concatenate([[0], np.cumsum(index.samples["label_length"][rows], dtype=np.int64)])[starts]
     return EpochPlan(
         rows=rows,
         starts=starts,
         micro_batches_per_step=settings.micro_batches_per_step,
         label_characters=np.diff(labels[:: settings.micro_batches_per_step]),
-        lengths=lengths[rows].astype(np.int64),
-        speeds=None if speeds is None else speeds[rows],
+        lengths=clips.lengths[rows].astype(np.int64),
+        speeds=None if clips.speeds is None else clips.speeds[rows],
         gains=_draw_gains(index.samples["checksum"][rows], settings, epoch),
     )
+
+
+def count_steps(index: ShardIndex, settings: PlanSettings, epoch: int) -> int:
+    """Return the steps of `plan_epoch`, from the cuts alone: M batches make a step, and a last one is filled up."""
+    clips = _choose_clips(index, settings, epoch, None)
+    batches = sum(len(_cut_bucket(index, clips, bucket, settings, epoch).sizes) for bucket in _buckets(index))
+    return max(-(-batches // settings.micro_batches_per_step), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,15 +293,20 @@ class ShardSchedule:
 
 def shard_schedule(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = (0,)) -> ShardSchedule:
     """Return the steps at which each node needs each shard, given the node of every rank; by default, one node."""
-    per_step = plan.micro_batches_per_step
-    batch = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))  # of each clip
-    node = np.asarray(node_of)[batch % per_step % len(node_of)]
-    pair = node * len(index.shards) + index.samples["shard"][plan.rows]
-    pairs, first = np.unique(pair, return_index=True)
-    _, last_reversed = np.unique(pair[::-1], return_index=True)
-    last = len(pair) - 1 - last_reversed
-    node, shard = np.divmod(pairs, len(index.shards))
-    return ShardSchedule(node, shard, batch[first] // per_step, batch[last] // per_step)
+    per_step, sizes = plan.micro_batches_per_step, np.diff(plan.starts)
+    shards, nodes = len(index.shards), np.asarray(node_of)
+    first, last = (np.full((nodes.max() + 1) * shards, -1, np.int64) for _ in range(2))
+    for start in range(0, len(sizes), SCHEDULED_BATCHES):  # a part at a time takes little memory
+        part = slice(start, start + SCHEDULED_BATCHES)
+        batch = np.repeat(np.arange(len(sizes))[part], sizes[part])  # of each clip
+        rows = plan.rows[plan.starts[start] : plan.starts[start] + len(batch)]
+        pair = nodes[batch % per_step % len(nodes)] * shards + index.samples["shard"][rows]
+        last[pair] = batch // per_step  # of equal pairs, the last one stays
+        earlier = pair[::-1][first[pair[::-1]] < 0]
+        first[earlier] = (batch[::-1] // per_step)[first[pair[::-1]] < 0]
+    pairs = np.flatnonzero(last >= 0)
+    node, shard = np.divmod(pairs, shards)
+    return ShardSchedule(node, shard, first[pairs], last[pairs])
 
 
 def batch_overlap(plan: EpochPlan, following: EpochPlan) -> float:
@@ -356,73 +360,187 @@ def _draw_gains(checksums: npt.NDArray[np.uint64], settings: PlanSettings, epoch
     return gains
 
 
-def _cut_bucket(
-    index: ShardIndex,
-    clip_lengths: npt.NDArray[np.integer],
-    unseen: npt.NDArray[np.bool_] | None,
-    bucket: int,
-    cap: int,
-    settings: PlanSettings,
-    random: np.random.Generator,
-) -> list[Rows]:
+@dataclass(frozen=True, eq=False)
+class _Clips:
+    """Hold what an epoch trains on."""
+
+    lengths: npt.NDArray[np.integer]  # (N,) samples of every clip of the index, after its change of speed
+    speeds: Floats | None  # (N,)
+    unseen: npt.NDArray[np.bool_] | None  # (N,) which clips are planned; None: all of the training split
+    cap: int  # samples of a micro-batch
+
+
+def _choose_clips(index: ShardIndex, settings: PlanSettings, epoch: int, seen_rows: Rows | None) -> _Clips:
+    """Return the clips to plan. Raises PlanError if there is none, or one that exceeds the cap."""
+    lengths, train = index.samples["samples"], index.split("train")
+    cap = round(settings.batch_seconds * SAMPLE_RATE)
+    if len(train) == 0:
+        raise PlanError("the shard set has no labelled training clips", "look at its report/summary.json")
+    longest = int(train[lengths[train].argmax()])
+    if lengths[longest] > cap:
+        raise PlanError(
+            f"a clip of {index.shards[index.samples['shard'][longest]].name} (row {longest} of the index) lasts "
+            f"{lengths[longest] / SAMPLE_RATE:.2f} s, data.batch_seconds is {settings.batch_seconds:g}",
+            "raise data.batch_seconds, or build the shards with a lower --max-duration",
+        )
+    speeds = _draw_speeds(index.samples, cap, settings, epoch)
+    unseen = None
+    if seen_rows is not None or index.share is not None:
+        unseen = np.zeros(len(lengths), bool)
+        unseen[train] = True
+        unseen[[] if seen_rows is None else seen_rows] = False
+    return _Clips(lengths if speeds is None else length_at(lengths, speeds), speeds, unseen, cap)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """Hold batches one after the other."""
+
+    rows: Rows  # (clips,) of all batches
+    sizes: Rows  # (batches,) clips of each
+    buckets: tuple[int, ...]  # how many batches are of each bucket
+
+    @classmethod
+    def join(cls, parts: Sequence["_Batches"]) -> "_Batches":
+        rows, sizes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "sizes"))
+        return cls(rows, sizes, tuple(count for part in parts for count in part.buckets))
+
+    @cached_property
+    def starts(self) -> Rows:
+        """Return where each batch begins in `rows`, shape (batches,)."""
+        starts: Rows = np.cumsum(self.sizes) - self.sizes
+        return starts
+
+    def interleave(self, random: np.random.Generator) -> Rows:
+        """Return an order of the batches in which the buckets advance evenly, and so end together."""
+        counts = [count for count in self.buckets if count]
+        positions = np.concatenate([(np.arange(count) + random.random()) / count for count in counts])
+        return np.argsort(positions, kind="stable")
+
+    def take(self, order: Rows) -> Rows:
+        """Return the rows of batches in another order."""
+        sizes = self.sizes[order]
+        shifts = self.starts[order] - (np.cumsum(sizes) - sizes)
+        rows: Rows = self.rows[np.repeat(shifts, sizes) + np.arange(sizes.sum())]
+        return rows
+
+
+def _buckets(index: ShardIndex) -> list[int]:
+    return sorted({shard.bucket for shard in index.shards if shard.split == "train"})
+
+
+def _cut_bucket(index: ShardIndex, clips: _Clips, bucket: int, settings: PlanSettings, epoch: int) -> _Batches:
     """Cut the unseen clips of one bucket into batches, window by window: only a few shards are in use at a time."""
-    shards = np.array([i for i, shard in enumerate(index.shards) if (shard.split, shard.bucket) == ("train", bucket)])
-    counts = np.array([shard.count for shard in index.shards])
-    ends = np.cumsum(counts)  # the samples of a shard are contiguous in the index
-    shards = random.permutation(shards)
-    batches: list[Rows] = []
-    leftover = np.zeros(0, np.int64)
-    position, direction = 0, 1
-    while position < len(shards):
-        window = [leftover]
-        seconds = 0.0
-        # At least two steps' worth, so that tiny shards still make full batches
-        while position < len(shards) and (
-            len(window) <= settings.shuffle_shards
-            or seconds < 2 * settings.micro_batches_per_step * settings.batch_seconds
-        ):
-            shard = shards[position]
-            rows = np.arange(ends[shard] - counts[shard], ends[shard])
-            window.append(rows if unseen is None else rows[unseen[rows]])
-            seconds += float(clip_lengths[window[-1]].sum(dtype=np.int64) / SAMPLE_RATE)  # after perturbation
-            position += 1
-        rows = random.permutation(np.concatenate(window))  # clips of equal length get other neighbours each epoch
+    random = np.random.default_rng([settings.seed, epoch, bucket])
+    shards = [i for i, shard in enumerate(index.shards) if (shard.split, shard.bucket) == ("train", bucket)]
+    ends = np.cumsum([shard.count for shard in index.shards])  # the samples of a shard are contiguous in the index
+    windows, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    leftover, ascending = windows[0], True
+    for window in _windows(random.permutation(shards), index, ends, clips, settings):
+        last, rows = window[0], np.concatenate([leftover, *window[1]])
         if len(rows) == 0:
             continue
-        lengths = clip_lengths[rows].astype(np.int64)
-        # Milliseconds change the neighbours of short clips, which form the largest batches, and hardly pad long clips
-        noise = random.normal(0, settings.length_jitter * SAMPLE_RATE, len(rows))
-        order = np.argsort(lengths + noise, kind="stable")[::direction]
-        direction = -direction  # the leftover of a window is cut first in the next one, and is not delayed further
+        lengths = clips.lengths[rows].astype(np.int64)
+        order = _sort_with_jitter(lengths, settings.length_jitter, random)[:: 1 if ascending else -1]
         rows, lengths = rows[order], lengths[order]
-        first_cap = max(int(cap * random.uniform(0.2, 1.0)), int(lengths[0]))
-        cut = list(cut_batches(rows, lengths, cap, first_cap))
-        leftover = cut.pop() if position < len(shards) else np.zeros(0, np.int64)  # not full: goes to the next window
-        batches += [cut[i] for i in random.permutation(len(cut))]
-    return batches
+        first_cap = max(int(clips.cap * random.uniform(0.2, 1.0)), int(lengths[0]))
+        cut = _cut_sorted(lengths, clips.cap, first_cap, ascending)
+        ascending = not ascending  # the leftover of a window is cut first in the next one, and is not delayed further
+        kept = len(rows) if last else len(rows) - cut.pop()  # not full: goes to the next window
+        leftover = rows[kept:]
+        batches = _Batches(rows[:kept], np.array(cut, np.int64), ())
+        shuffled = random.permutation(len(cut))
+        windows.append(batches.take(shuffled))
+        sizes.append(batches.sizes[shuffled])
+    joined = np.concatenate(sizes)
+    return _Batches(np.concatenate(windows), joined, (len(joined),))
 
 
-def _interleave(buckets: Sequence[list[Rows]], random: np.random.Generator) -> list[Rows]:
-    """Merge the batches of all buckets into one order in which the buckets advance evenly, and so end together."""
-    positions = np.concatenate([(np.arange(len(batches)) + random.random()) / len(batches) for batches in buckets])
-    merged = [batch for batches in buckets for batch in batches]
-    return [merged[i] for i in np.argsort(positions, kind="stable")]
+def _windows(
+    shards: Rows, index: ShardIndex, ends: Rows, clips: _Clips, settings: PlanSettings
+) -> Iterator[tuple[bool, list[Rows]]]:
+    """Yield the unseen rows of a few shards at a time, and whether they are the last.
+
+    A window has at least two steps' worth, so that tiny shards still make full batches.
+    """
+    wanted = 2 * settings.micro_batches_per_step * clips.cap
+    window, samples = list[Rows](), 0
+    for number, shard in enumerate(shards.tolist(), 1):
+        rows = np.arange(ends[shard] - index.shards[shard].count, ends[shard])
+        window.append(rows if clips.unseen is None else rows[clips.unseen[rows]])
+        samples += int(clips.lengths[window[-1]].sum(dtype=np.int64))
+        if number == len(shards) or (len(window) >= settings.shuffle_shards and samples >= wanted):
+            yield number == len(shards), window
+            window, samples = [], 0
+
+
+def _sort_with_jitter(lengths: Rows, jitter_sec: float, random: np.random.Generator) -> Rows:
+    """Return an order of clips by length, in which those of about equal length have other neighbours each time.
+
+    Milliseconds change the neighbours of short clips, which form the largest batches, and hardly pad long clips. The
+    keys differ, so that every way of sorting gives the same order.
+    """
+    noise = random.normal(0, jitter_sec * SAMPLE_RATE, len(lengths)) if jitter_sec else random.random(len(lengths))
+    bits = len(lengths).bit_length()
+    keys = np.rint(np.maximum(lengths + noise, 0) * KEY_STEPS).astype(np.uint64) << np.uint64(bits)
+    keys |= np.arange(len(lengths), dtype=np.uint64)
+    keys.sort()
+    order: Rows = (keys & np.uint64(2**bits - 1)).astype(np.int64)
+    return order
+
+
+def _cut_sorted(lengths: Rows, cap: int, first_cap: int, ascending: bool) -> list[int]:
+    """Cut clips, nearly sorted by length, into batches with clips × longest ≤ `cap`. Return the size of each.
+
+    `first_cap` bounds the first batch instead, so that the cuts fall elsewhere in each epoch.
+    """
+    if ascending:  # no clip up to a place is longer than the bound there
+        bounds = np.maximum.accumulate(lengths).data
+    else:  # no clip from a place on is
+        bounds = np.maximum.accumulate(lengths[::-1])[::-1].copy().data
+    sizes, start, limit, count = list[int](), 0, first_cap, len(lengths)
+    while start < count:
+        most = size = min(limit // bounds[start], count - start)
+        if ascending and most > 1:  # as many as if all were as long as the last one, and more while they fit
+            size = min(limit // bounds[start + most - 1], most)
+            while size < most and bounds[start + size] * (size + 1) <= limit:
+                size += 1
+        sizes.append(max(size, 1))
+        start, limit = start + sizes[-1], cap
+    return sizes
 
 
 def _into_steps(
-    batches: list[Rows], lengths: npt.NDArray[np.integer], per_step: int, random: np.random.Generator
-) -> list[Rows]:
-    """Group batches of about equal size into steps, so that no rank waits long for another."""
+    batches: _Batches, order: Rows, lengths: npt.NDArray[np.integer], per_step: int, random: np.random.Generator
+) -> tuple[Rows, Rows]:
+    """Group batches of about equal size into steps, so that no rank waits long for another.
+
+    Returns the rows of all batches, shape (clips,), and where each begins and the last ends, shape (steps · M + 1,).
+    """
     block = BLOCK_STEPS * per_step
-    tail = max(len(batches) // block - 1, 0) * block  # a whole block and the remainder: enough to split
-    batches = batches[:tail] + _pad_batches(batches[tail:], per_step)
-    sizes = np.array([len(batch) * int(lengths[batch].max()) if len(batch) else 0 for batch in batches])
-    ordered: list[Rows] = []
-    for start in range(0, len(batches), block):
-        by_size = start + np.argsort(sizes[start : start + block], kind="stable")
-        steps = by_size.reshape(-1, per_step)
-        ordered += [batches[i] for step in random.permutation(len(steps)) for i in random.permutation(steps[step])]
-    return ordered
+    whole = max(len(order) // block - 1, 0) * block  # but a last block and the remainder: enough to split
+    steps = order[:whole].reshape(-1, block)
+    padded = batches.sizes * np.maximum.reduceat(lengths[batches.rows], batches.starts)
+    steps = np.take_along_axis(steps, np.argsort(padded[steps], axis=1, kind="stable"), axis=1)
+    steps = _shuffle(_shuffle(steps.reshape(-1, BLOCK_STEPS, per_step), 1, random), 2, random)
+    first = steps.ravel()
+    split = _pad_batches([batches.rows[start : start + size] for start, size in
+                          np.stack([batches.starts, batches.sizes], 1)[order[whole:]].tolist()], per_step)  # fmt: skip
+    rest: list[Rows] = []
+    for start in range(0, len(split), block):
+        part = split[start : start + block]
+        by_size = np.argsort([len(rows) * int(lengths[rows].max(initial=0)) for rows in part], kind="stable")
+        by_step = _shuffle(_shuffle(by_size.reshape(1, -1, per_step), 1, random), 2, random)
+        rest += [part[number] for number in by_step.ravel().tolist()]
+    rows = np.concatenate([batches.take(first), *rest])
+    return rows, np.cumsum([0, *batches.sizes[first].tolist(), *map(len, rest)])
+
+
+def _shuffle(blocks: Rows, axis: int, random: np.random.Generator) -> Rows:
+    """Return blocks, shape (blocks, steps, M), with the steps of each, or the batches of each step, in any order."""
+    drawn = random.random(blocks.shape[: axis + 1])
+    order = np.argsort(drawn, axis=axis, kind="stable")
+    return np.take_along_axis(blocks, order if axis == 2 else order[:, :, None], axis=axis)
 
 
 def _pad_batches(batches: list[Rows], per_step: int) -> list[Rows]:

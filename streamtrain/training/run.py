@@ -4,16 +4,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from sharding.audio.codec import SAMPLE_RATE
+from sharding.files.document import STRICT, Count, DocumentError, parse, read_document
 from sharding.files.exclusive import LockedError, exclusive
 from sharding.files.writing import explaining, open_lock_file, remove, write_inside
 from sharding.shardset.index import ShardIndex, archived_index_name, check_presence, read_index, read_sample
@@ -25,6 +30,7 @@ from streamtrain.data.collate import SILENT_SAMPLES, Batch
 from streamtrain.data.dataset import open_stream
 from streamtrain.data.loader import LoaderProcesses, loader_memory
 from streamtrain.data.plan import PLANNER_VERSION, EpochPlan, PlanSettings, plan_epoch, shortest_lengths
+from streamtrain.data.planner import Planner, read_shared_index
 from streamtrain.data.share import take_share
 from streamtrain.distributed import World
 from streamtrain.eval.scorecard import metrics_of
@@ -62,17 +68,31 @@ ORDER_CHECK_LENGTHS = {  # samples of each clip in the batches on which the orde
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
 CHECKED_LABELS = 200  # whose symbols are looked up in a vocabulary that lacks some of the alphabet
+STEPS_NAME = "steps.json"  # of each epoch, counted once
 LOCK_NAME = ".lock"
 LEFT_BY_RUNS = (LOCK_NAME, "checkpoints", "best", "log.csv", "finished.json")  # a run's folder has at least one of them
 LOCK_WAIT_SEC = 10.0  # a run that is being stopped still saves, and ranks that were killed need a moment to exit
 
 
+class _Steps(TypedDict):
+    """Describe steps.json."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    key: str  # of the plans
+    steps: list[tuple[Count, Count]]  # of each epoch
+    checksum: str
+
+
+_STEPS = TypeAdapter(_Steps)
+
+
 def train(config: Config, world: World, resume: str = "auto", replan: bool = False) -> None:
     """Train into `train.run_dir`, on all ranks. With `replan`, a resumed epoch may be re-planned by other settings."""
-    run = Path(config.train.run_dir)
+    run, world = Path(config.train.run_dir), world.find_neighbours()
     with _lock_run(run, world):
         store = open_store(config.data.shards)
-        index = read_index(store)
+        index = read_shared_index(store, world)
         config = _with_score(config, index)
         mirror = None
         with world.on_main("restore the run folder from its mirror") as is_main:
@@ -84,7 +104,7 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         found = find_checkpoint(resume, run / "checkpoints")
         checkpoint = open_checkpoint(found) if found else None
         if checkpoint is not None:
-            index = _log_growth(_index_of_run(checkpoint, index, store), index, store)
+            index = _log_growth(_index_of_run(checkpoint, index, store, world), index, store)
         data_identity = index.digest, checkpoint.path.name if checkpoint else ""
         _check_ranks_agree(
             world, json.dumps([config.resume_key, config.eval.split, config.eval.select]), *data_identity
@@ -94,7 +114,9 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         state = RunState(config.resume_key, index.digest, PLANNER_VERSION)
         if checkpoint is not None:
             state = resume_state(checkpoint, config, index.digest, replan)
-        plans = Plans(index, config, state)
+        planner = Planner(index, PlanSettings.of(config), world)
+        planner.counted = _read_steps(run, planner.key)
+        plans = Plans(planner, config, state)
         _check_ranks_agree(world, plans.epoch(state.epoch).hash)
         engine = _start_engine(config, index, checkpoint, plans.total_steps, world)
         with world.on_main("look up the labels' symbols") as is_main:
@@ -110,9 +132,11 @@ def train(config: Config, world: World, resume: str = "auto", replan: bool = Fal
         with world.on_main("prepare the run folder") as is_main:
             if is_main:
                 _prepare(run, config, index, found, resume, mirror)
+                if planner.counted:
+                    write_inside(run / STEPS_NAME, json.dumps(_steps_document(planner.key, planner.counted)))
                 add_start(run, start)
-        model, neighbourhood = engine.model, world.find_neighbours()
-        make = partial(open_stream, index, config.data, model.vocab, model.normalize, neighbourhood)
+        model = engine.model
+        make = partial(open_stream, index, config.data, model.vocab, model.normalize, world)
         stream = LoaderProcesses(make) if _loads_in_processes(config, world) else make()
         Trainer(config, world, engine, stream, plans, state, mirror, checkpoint.state if checkpoint else None).run()
 
@@ -122,6 +146,21 @@ def _with_score(config: Config, index: ShardIndex) -> Config:
     if config.eval.select != "auto":
         return config
     return config.model_copy(update={"eval": config.eval.model_copy(update={"select": index.labels.metric})})
+
+
+def _read_steps(run: Path, key: str) -> dict[int, int]:
+    """Return the steps of epochs that an earlier start has counted; {} if they were of another plan."""
+    try:
+        document = parse(read_document(run / STEPS_NAME), _STEPS)
+    except (OSError, DocumentError):
+        return {}
+    steps = dict(document["steps"])
+    return steps if document == _steps_document(key, steps) else {}
+
+
+def _steps_document(key: str, steps: Mapping[int, int]) -> dict[str, Any]:
+    pairs = sorted(steps.items())
+    return {"key": key, "steps": pairs, "checksum": xxhash.xxh3_64_hexdigest(repr((key, pairs)).encode())}
 
 
 def _keep_scores(state: RunState, config: Config, run: Path, world: World) -> RunState:
@@ -269,7 +308,7 @@ def _take_share(index: ShardIndex, store: Store, config: Config, world: World) -
 def _check_mirrored(config: Config, index: ShardIndex, store: Store, replan: bool, path: Path) -> None:
     """Raise CheckpointError if a checkpoint is not of this run. Only its state is read."""
     checkpoint = read_checkpoint(path)
-    resume_state(checkpoint, config, _index_of_run(checkpoint, index, store).digest, replan)
+    resume_state(checkpoint, config, _index_of_run(checkpoint, index, store, World()).digest, replan)
 
 
 def _open_mirror(config: Config, run: Path, resume: str, check: Callable[[Path], None]) -> Mirror | None:
@@ -302,12 +341,12 @@ def _score_unweighted(model: CTCModel, batch: Batch) -> None:
         model(batch.inputs.to(model.device), batch.input_lengths)
 
 
-def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store) -> ShardIndex:
+def _index_of_run(checkpoint: Checkpoint, index: ShardIndex, store: Store, world: World) -> ShardIndex:
     """Return the index that the run began with: the archived one if the shard set has grown since."""
     digest = checkpoint.state.index_digest
     if digest == index.digest or not store.exists(archived_index_name(digest)):
         return index
-    return read_index(store, archived_index_name(digest))
+    return read_shared_index(store, world, archived_index_name(digest))
 
 
 def _log_growth(used: ShardIndex, newest: ShardIndex, store: Store) -> ShardIndex:

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import astuple, fields, replace
 from functools import partial
 from itertools import zip_longest
@@ -16,14 +17,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sharding.audio.codec import SAMPLE_RATE
 from sharding.errors import StoreError, StreamtrainError
-from sharding.shardset.index import ShardIndex
 from streamtrain.config import Config
 from streamtrain.data.augment import keyed_random
 from streamtrain.data.cache import StreamCounts
 from streamtrain.data.collate import Batch
 from streamtrain.data.dataset import ShardStream, StepBatch
 from streamtrain.data.patience import Deadline
-from streamtrain.data.plan import EpochPlan, PlanSettings, plan_remaining
+from streamtrain.data.plan import EpochPlan
+from streamtrain.data.planner import Planner
 from streamtrain.distributed import PreemptedError, Preemption, World
 from streamtrain.eval.evaluate import evaluate
 from streamtrain.eval.scorecard import Evaluation, scorecard, write_scorecard
@@ -77,27 +78,56 @@ def check_order(orders: Mapping[str, Sequence[str]]) -> None:
 
 
 class Plans:
-    """Plan each epoch from a state on, one epoch in memory at a time, and count the steps of the run."""
+    """Hold the plan of the current epoch, and count the steps of the run. All ranks must use it together."""
 
-    def __init__(self, index: ShardIndex, config: Config, state: RunState) -> None:
-        self._index = index
-        self._settings = PlanSettings.of(config)
+    def __init__(self, planner: Planner, config: Config, state: RunState) -> None:
+        self._planner, self._epochs = planner, config.train.epochs
         self._first_epoch, self._completed = state.epoch, state.completed
         self._current: tuple[int, EpochPlan] | None = None
         limit = config.train.max_steps or math.inf
-        total = state.step - state.step_in_epoch
-        for epoch in range(state.epoch, config.train.epochs):
-            total += self.epoch(epoch).steps
-            if total >= limit:
-                break
+        total, later = state.step - state.step_in_epoch, list(range(state.epoch, config.train.epochs))
+        if later:
+            total += self.epoch(later.pop(0)).steps
+        while later and total < limit:
+            first = self.epoch(state.epoch).steps
+            wanted = min(limit - total, len(later) * first) / max(first, 1)  # all epochs have about as many
+            counts = planner.count([later.pop(0) for _ in range(min(max(math.ceil(wanted), 1), len(later)))])
+            total += sum(counts)
         self.total_steps = max(int(min(total, limit)), state.step)
         self.limit = f"train.max_steps={limit}" if total >= limit else f"train.epochs={config.train.epochs}"
 
     def epoch(self, number: int) -> EpochPlan:
+        """Return the plan of an epoch."""
         if self._current is None or self._current[0] != number:
             completed = self._completed if number == self._first_epoch else ()
-            self._current = (number, plan_remaining(self._index, self._settings, number, completed))
+            self._current = (number, self._planner.plan(number, completed))
         return self._current[1]
+
+    def prepare(self, number: int) -> None:
+        """Begin to plan an epoch, if the run may reach it."""
+        if number < self._epochs:
+            self._planner.begin(number)
+
+    def close(self) -> None:
+        self._planner.close()
+
+
+class _Ahead:
+    """Hold the batches of the next epoch while they are loaded."""
+
+    def __init__(self) -> None:
+        self._held: tuple[int, Generator[StepBatch]] | None = None
+
+    def keep(self, epoch: int, batches: Generator[StepBatch]) -> None:
+        self._held = epoch, batches
+
+    def take(self, epoch: int) -> Generator[StepBatch] | None:
+        held, self._held = self._held, None
+        return held[1] if held and held[0] == epoch else None
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held[1].close()
 
 
 class Trainer:
@@ -128,6 +158,7 @@ class Trainer:
         self._noise = RoomNoise(config.train.seed, (snr_db[0], snr_db[1]), self.model.normalize) if snr_db else None
         self._preemption = Preemption()
         self.stream.patience = Deadline(stopped=lambda: self._preemption.asked)
+        self._ahead = _Ahead()
         self._saved = saved  # the state in the newest checkpoint
         self._silenced = 0  # clips of this epoch, on all ranks, that were trained as silence
         self._skipped_in_a_row = 0
@@ -140,7 +171,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. Evaluate and save on the way, at the end, and if asked to stop."""
         try:
-            with logging_redirect_tqdm():  # else a line would be written into the bar's
+            with logging_redirect_tqdm(), closing(self.plans), closing(self._ahead):  # a line would be in the bar's
                 self._run()
         except PreemptedError as error:
             self._save()
@@ -185,6 +216,7 @@ class Trainer:
         while not self._finished:
             epoch = self.state.epoch
             plan = self.plans.epoch(epoch)
+            self.plans.prepare(epoch + 1)
             for batches, waited in self._steps(plan):
                 row, asked = self._step(plan, batches, waited)
                 if self.monitor is not None:
@@ -212,17 +244,27 @@ class Trainer:
         return stopped or self.state.step == self.plans.total_steps
 
     def _steps(self, plan: EpochPlan) -> Iterator[tuple[list[StepBatch], float]]:
-        """Yield for each remaining step of the epoch this rank's batches and the seconds it waited for them."""
-        merged = self.config.data.device_batch_seconds
-        transform = partial(augment_batch, self._masking, self._noise, self.state.epoch)
+        """Yield for each remaining step of the epoch this rank's batches and the seconds it waited for them.
+
+        During the last step, the first batches of the next epoch are loaded.
+        """
         batches: list[StepBatch] = []
         started = time.perf_counter()
-        for item in self.stream.epoch(plan, self.state.step_in_epoch, merged, transform):
+        for item in self._ahead.take(self.state.epoch) or self._load(plan, self.state.epoch, self.state.step_in_epoch):
             batches.append(item)
             if item.last:
-                yield batches, time.perf_counter() - started
+                waited = time.perf_counter() - started
+                is_last = self.state.step_in_epoch + 1 == plan.steps
+                if is_last and self.state.step + 1 < self.plans.total_steps:
+                    following = self.state.epoch + 1
+                    self._ahead.keep(following, self._load(self.plans.epoch(following), following, 0))
+                yield batches, waited
                 batches.clear()  # not a new list: the caller still holds this one while the next step is loaded
                 started = time.perf_counter()
+
+    def _load(self, plan: EpochPlan, epoch: int, first_step: int) -> Generator[StepBatch]:
+        transform = partial(augment_batch, self._masking, self._noise, epoch)
+        return self.stream.epoch(plan, first_step, self.config.data.device_batch_seconds, transform)
 
     def _step(self, plan: EpochPlan, batches: list[StepBatch], waited: float) -> tuple[StepRow, bool]:
         """Run one optimizer step on the CTC sum of all ranks ÷ label symbols. Return its row, and whether to stop."""
