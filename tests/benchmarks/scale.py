@@ -142,7 +142,7 @@ def start(folder: Path, clips: int, epochs: int) -> Start:
 
 
 def _own_bytes(rank: psutil.Process) -> int:
-    """Return the memory of a process that is no file's, mapped or not: pages of files are shared, and can be dropped."""
+    """Return the memory of a process that is no file's: pages of mapped files are shared, and can be dropped."""
     status = Path(f"/proc/{rank.pid}/status").read_text("utf-8")
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]
 
