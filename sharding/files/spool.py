@@ -144,7 +144,7 @@ class SharedArray(np.ndarray[Any, np.dtype[Any]]):
         if self._file is None:
             return super().__reduce__()
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        return _open_shared, (path, os.fstat(self._file.fileno()).st_ino, self.dtype, self.shape)
+        return _open_shared, (path, _identity(self._file), self.dtype, self.shape)
 
 
 def share_array(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -160,12 +160,19 @@ def share_array(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return _as_shared(whole, file)
 
 
-def _open_shared(path: str, inode: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _identity(file: IO[bytes]) -> tuple[int, int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size
+
+
+def _open_shared(
+    path: str, identity: tuple[int, int, int], dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> npt.NDArray[Any]:
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise StoreError(f"{path}: cannot be shared: {error.strerror}", SAME_USER) from error
-    if os.fstat(file.fileno()).st_ino != inode:  # the number of another file by now
+    if _identity(file) != identity:  # the number of another file by now
         raise StoreError(f"{path}: is another file than the one that was shared", SAME_USER)
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return _as_shared(np.frombuffer(mapped, dtype).reshape(shape), file)

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from sharding.errors import StreamtrainError
+from sharding.errors import StoreError, StreamtrainError
 from sharding.files.spool import share_array
 from sharding.pool import available_cores, die_with_parent
 from sharding.shardset.index import INDEX_NAME, ShardIndex, read_index, read_index_header
@@ -78,7 +78,10 @@ def _share(make: Callable[[], Any], world: World) -> Any:
         if isinstance(failure, StreamtrainError):
             raise failure
     if leader != world.rank:
-        made = pickle.loads(gathered[leader])  # only the files of this machine's leader are here
+        try:
+            made = pickle.loads(gathered[leader])  # only the files of this machine's leader are here
+        except StoreError:  # it is in a container of its own
+            made = make()
     world.barrier()  # the leader keeps them open until all have opened them
     return made
 

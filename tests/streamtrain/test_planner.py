@@ -14,7 +14,7 @@ import pytest
 from sharding.errors import StoreError
 from sharding.files.spool import SharedArray, share_array
 from streamtrain.data.plan import PlanError, PlanSettings, count_steps, plan_epoch
-from streamtrain.data.planner import VARIABLE, Apart, Planner, PlannerError
+from streamtrain.data.planner import VARIABLE, Apart, Planner, PlannerError, _share
 from streamtrain.distributed import World
 from tests.tools.commands import ROOT
 from tests.tools.shard_sets import make_index
@@ -81,6 +81,23 @@ def test_a_plan_made_apart_is_the_plan_and_its_steps_are_counted_alike(monkeypat
     assert planner.count([5]) == [77]
     planner.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_rank_that_cannot_see_the_files_of_another_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two ranks in a container each: what the first one shares has no file here."""
+    shared = share_array(table())
+    pickled = pickle.dumps(shared)
+    del shared
+
+    class Second(World):
+        def gather(self, value: object) -> list[object]:
+            return [pickled, value]
+
+        def barrier(self) -> None:
+            """There is no other rank here."""
+
+    made = _share(table, Second(rank=1, size=2, neighbours=frozenset((0, 1))))
+    assert (made == table()).all()
 
 
 def test_an_error_of_a_plan_made_apart_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
