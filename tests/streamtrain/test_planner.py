@@ -65,6 +65,7 @@ def test_an_array_of_nothing_needs_no_file(empty: np.ndarray) -> None:
 
 def test_a_plan_made_apart_is_the_plan_and_its_steps_are_counted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "0")
+    others = set(multiprocessing.active_children())  # of other tests in this process
     index = make_index([1.5, 2.0, 2.5] * 30 + [4.0, 5.0] * 20)
     planner = Planner(index, SETTINGS, World())
     planner.begin(1)
@@ -80,7 +81,7 @@ def test_a_plan_made_apart_is_the_plan_and_its_steps_are_counted_alike(monkeypat
     planner.counted[5] = 77  # as an earlier start of the run has counted
     assert planner.count([5]) == [77]
     planner.close()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_rank_that_cannot_see_the_files_of_another_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
