@@ -26,7 +26,7 @@ from streamtrain.data.augment import Floats, keyed_uniform, length_at
 from streamtrain.model.batches import Rows
 
 PLANNER_VERSION = 3  # part of a checkpoint: another version may order clips differently
-SCHEDULED_BATCHES = 2**16
+SCHEDULED_BATCHES = 2**12  # whose arrays are small: of larger ones, the allocator keeps memory for the whole run
 KEY_STEPS = 1024  # of a sample, in the keys by which clips are sorted
 BLOCK_STEPS = 48  # batches are grouped by size into steps within blocks of this many steps
 

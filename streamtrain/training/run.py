@@ -67,6 +67,7 @@ ORDER_CHECK_LENGTHS = {  # samples of each clip in the batches on which the orde
     "an unpadded batch": [SAMPLE_RATE, SAMPLE_RATE],
     "a padded batch": [SAMPLE_RATE, SAMPLE_RATE // 2],
 }
+CHECKED_ROWS = 2**16  # of the index, at a time
 CHECKED_LABELS = 200  # whose symbols are looked up in a vocabulary that lacks some of the alphabet
 STEPS_NAME = "steps.json"  # of each epoch, counted once
 LOCK_NAME = ".lock"
@@ -222,17 +223,22 @@ def _check_frames(model: CTCModel, index: ShardIndex, speed_factors: Sequence[fl
             f"the model makes no frame of {SILENT_SAMPLES / SAMPLE_RATE:g} s: its kernels and strides are too large",
             "use a model with smaller ones (model.scratch: conv_kernel, conv_stride)",
         )
-    rows = index.split("train")
-    clips = index.samples[rows]
-    frames = model.frame_counts(torch.from_numpy(shortest_lengths(clips, speed_factors))).numpy()
-    missing = clips["label_length"].astype(np.int64) - frames
-    if (missing > 0).any():
-        worst = int(missing.argmax())
+    rows, lacking = index.split("train"), 0
+    most, worst, worst_frames = 0, -1, 0  # symbols beyond the frames of the clip that lacks most, and that clip
+    for start in range(0, len(rows), CHECKED_ROWS):  # a part at a time: all of them take a gigabyte
+        clips = index.samples[rows[start : start + CHECKED_ROWS]]
+        frames = model.frame_counts(torch.from_numpy(shortest_lengths(clips, speed_factors))).numpy()
+        missing = clips["label_length"].astype(np.int64) - frames
+        lacking += int((missing > 0).sum())
+        place = int(missing.argmax())
+        if missing[place] > most:
+            most, worst, worst_frames = int(missing[place]), int(rows[start + place]), max(int(frames[place]), 0)
+    if lacking:
+        clip = index.samples[worst]
         raise TrainError(
-            f"{(missing > 0).sum():,} of {len(rows):,} training clips have more symbols than frames (this model makes "
-            f"{SAMPLE_RATE / model.frame_samples:g} a second): a clip of "
-            f"{index.shards[clips['shard'][worst]].name} (row {rows[worst]} of the index) has "
-            f"{clips['label_length'][worst]} symbols and {max(frames[worst], 0)} frames",
+            f"{lacking:,} of {len(rows):,} training clips have more symbols than frames (this model makes "
+            f"{SAMPLE_RATE / model.frame_samples:g} a second): a clip of {index.shards[clip['shard']].name} (row "
+            f"{worst} of the index) has {clip['label_length']} symbols and {worst_frames} frames",
             "use a model with smaller strides (model.scratch: conv_stride)"
             + (", or data.speed_factors of at most 1" if max(speed_factors, default=1) > 1 else ""),
         )
