@@ -26,7 +26,7 @@ from streamtrain.data.augment import Floats, keyed_uniform, length_at
 from streamtrain.model.batches import Rows
 
 PLANNER_VERSION = 3  # part of a checkpoint: another version may order clips differently
-SCHEDULED_BATCHES = 2**12  # whose arrays are small: of larger ones, the allocator keeps memory for the whole run
+SCHEDULED_BATCHES = 2**12  # at a time: quicker than larger parts
 KEY_STEPS = 1024  # of a sample, in the keys by which clips are sorted
 BLOCK_STEPS = 48  # batches are grouped by size into steps within blocks of this many steps
 
@@ -298,7 +298,7 @@ def shard_schedule(index: ShardIndex, plan: EpochPlan, node_of: Sequence[int] = 
     first, last = (np.full((nodes.max() + 1) * shards, -1, np.int64) for _ in range(2))
     for start in range(0, len(sizes), SCHEDULED_BATCHES):  # a part at a time takes little memory
         part = slice(start, start + SCHEDULED_BATCHES)
-        batch = np.repeat(np.arange(len(sizes))[part], sizes[part])  # of each clip
+        batch = np.repeat(start + np.arange(len(sizes[part])), sizes[part])  # of each clip
         rows = plan.rows[plan.starts[start] : plan.starts[start] + len(batch)]
         pair = nodes[batch % per_step % len(nodes)] * shards + index.samples["shard"][rows]
         last[pair] = batch // per_step  # of equal pairs, the last one stays
