@@ -156,9 +156,9 @@ def test_the_same_arguments_make_the_same_plan(index: ShardIndex, wanted: PlanSe
 
 
 @settings(max_examples=100)
-@given(indices, plan_settings, st.integers(1, 3))
+@given(indices, plan_settings, st.integers(1, 3), st.integers(1, 20))
 def test_a_node_uses_a_shard_from_the_first_to_the_last_step_at_which_one_of_its_ranks_does(
-    index: ShardIndex, wanted: PlanSettings, ranks_per_node: int
+    index: ShardIndex, wanted: PlanSettings, ranks_per_node: int, at_once: int
 ) -> None:
     plan = plan_epoch(index, wanted, 0)
     world_size = max(valid_world_sizes(wanted.micro_batches_per_step))
@@ -169,7 +169,9 @@ def test_a_node_uses_a_shard_from_the_first_to_the_last_step_at_which_one_of_its
                 for row in plan.micro_batch(step, number).tolist():
                     key = rank // ranks_per_node, int(index.samples["shard"][row])
                     steps.setdefault(key, []).append(step)
-    uses = shard_schedule(index, plan, [rank // ranks_per_node for rank in range(world_size)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamtrain.data.plan.SCHEDULED_BATCHES", at_once)
+        uses = shard_schedule(index, plan, [rank // ranks_per_node for rank in range(world_size)])
     found = zip(uses.node.tolist(), uses.shard.tolist(), uses.first.tolist(), uses.last.tolist(), strict=True)
     assert {(node, shard): (first, last) for node, shard, first, last in found} == {
         key: (min(seen), max(seen)) for key, seen in steps.items()

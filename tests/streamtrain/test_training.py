@@ -426,8 +426,12 @@ def test_a_model_of_other_strides_trains_and_names_what_its_frames_cannot_spell(
     assert [sum(int(row[name]) for row in rows) for name in ("silent", "skipped")] == [1, 0]
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 9])
 @pytest.mark.parametrize("factors", [(), (0.9, 1.1)])
-def test_a_model_that_makes_fewer_frames_than_symbols_is_refused_in_words(factors: tuple[float, ...]) -> None:
+def test_a_model_that_makes_fewer_frames_than_symbols_is_refused_in_words(
+    factors: tuple[float, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtrain.training.run.CHECKED_ROWS", at_once)
     index, slow = make_index([1.0] * 9), make_network("wav2vec2, group norm", conv_stride=[5, 2, 2, 2, 2, 2, 8])
     model = CTCModel(slow, vocab_of(policy_of("pasketti")), normalize=True)
     for symbols in range(1, 40):
